@@ -1,0 +1,127 @@
+//! Every guest-physical address, I/O port and GSI in one place, each with its size and its end.
+//!
+//! ```text
+//!          0 ─ 0x0009_FC00   RAM: boot structures below, then free for the guest
+//! 0x0009_FC00 ─ 0x000A_0000   EBDA, reserved
+//! 0x000A_0000 ─ 0x000E_0000   legacy VGA hole: RAM that the e820 map does not offer
+//! 0x000E_0000 ─ 0x0010_0000   ACPI, SMBIOS, MP table, reset stub: reserved
+//! 0x0010_0000 ─ 0xC000_0000   RAM: kernel, initrd at the top
+//! 0xC000_0000 ─ 0x1_0000_0000 the 32-bit MMIO hole: virtio slots, IO-APIC, local APICs
+//! 0x1_0000_0000 ─             RAM that did not fit below the hole
+//! ```
+
+/// One page, 4 KiB.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// GDT that the boot processor starts with (boot protocol and PVH entries).
+pub const GDT: u64 = 0x500;
+/// End of the GDT area.
+pub const GDT_END: u64 = 0x600;
+/// PVH `hvm_start_info`, followed by its module list and memory map (Xen PVH ABI).
+pub const PVH_START_INFO: u64 = 0x6000;
+/// End of the PVH area.
+pub const PVH_END: u64 = 0x7000;
+/// Linux `boot_params`, the "zero page" (Documentation/arch/x86/zero-page.rst).
+pub const ZERO_PAGE: u64 = 0x7000;
+/// End of the zero page.
+pub const ZERO_PAGE_END: u64 = 0x8000;
+/// `setup_data` list: the RNG seed.
+pub const SETUP_DATA: u64 = 0x8000;
+/// End of the `setup_data` area.
+pub const SETUP_DATA_END: u64 = 0x9000;
+/// Identity-mapping page tables: one PML4, one PDPT, four page directories of 2 MiB pages (4 GiB).
+pub const PAGE_TABLES: u64 = 0x9000;
+/// End of the page tables.
+pub const PAGE_TABLES_END: u64 = 0xF000;
+/// Kernel command line, NUL-terminated.
+pub const CMDLINE: u64 = 0x2_0000;
+/// Largest command line with its NUL; kernels may take less (`cmdline_size`).
+pub const CMDLINE_MAX: u64 = 0x1_0000;
+
+/// Extended BIOS data area; conventional memory ends here.
+pub const EBDA: u64 = 0x9_FC00;
+/// End of the EBDA and of the first 640 KiB.
+pub const EBDA_END: u64 = 0xA_0000;
+
+/// Firmware tables (RSDP first), up to [`ACPI_END`].
+pub const ACPI: u64 = 0xE_0000;
+/// End of the ACPI area.
+pub const ACPI_END: u64 = 0xF_0000;
+/// SMBIOS entry point and structures.
+pub const SMBIOS: u64 = 0xF_0000;
+/// End of the SMBIOS area.
+pub const SMBIOS_END: u64 = 0xF_1000;
+/// MP floating pointer and configuration table (`--acpi off`).
+pub const MP_TABLE: u64 = 0xF_1000;
+/// End of the MP table area.
+pub const MP_TABLE_END: u64 = 0xF_4000;
+/// The reset vector in real mode, FFFF:0000. A stub here turns the jump of a hardware-reduced `reboot` into a reset.
+pub const RESET_STUB: u64 = 0xF_FFF0;
+/// End of the reset stub and of the first MiB.
+pub const RESET_STUB_END: u64 = 0x10_0000;
+
+/// Where memory for the kernel begins: 1 MiB.
+pub const HIGH_RAM: u64 = 0x10_0000;
+
+/// Start of the 32-bit MMIO hole: RAM below it ends here at the latest.
+pub const MMIO_HOLE: u64 = 0xC000_0000;
+/// End of the MMIO hole: RAM that did not fit below goes on from here.
+pub const MMIO_HOLE_END: u64 = 0x1_0000_0000;
+
+/// First virtio-mmio register window.
+pub const VIRTIO_MMIO: u64 = 0xD000_0000;
+/// Size of one virtio-mmio window (register file and device configuration).
+pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
+/// How many virtio devices a machine has room for: as many as there are IO-APIC pins left.
+pub const VIRTIO_SLOTS: u32 = IOAPIC_PINS - VIRTIO_GSI;
+
+/// IO-APIC registers.
+pub const IOAPIC: u64 = 0xFEC0_0000;
+/// Local APIC registers (xAPIC mode).
+pub const LAPIC: u64 = 0xFEE0_0000;
+/// One page that KVM uses for its real-mode identity map on Intel hosts.
+pub const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
+/// Three pages that KVM uses for its real-mode TSS on Intel hosts.
+pub const KVM_TSS: u64 = 0xFFFB_D000;
+
+/// Pins of the in-kernel IO-APIC.
+pub const IOAPIC_PINS: u32 = 24;
+/// GSI of the first serial port.
+pub const SERIAL_GSI: u32 = 4;
+/// GSI of the ACPI generic event device (power button).
+pub const GED_GSI: u32 = 5;
+/// GSI of virtio slot 0; slot `n` has `VIRTIO_GSI + n`.
+pub const VIRTIO_GSI: u32 = 6;
+
+/// First serial port (COM1), eight ports.
+pub const SERIAL_PORT: u16 = 0x3F8;
+/// Number of serial ports' registers.
+pub const SERIAL_PORT_LEN: u16 = 8;
+/// i8042 data port. Reads 0.
+pub const I8042_DATA: u16 = 0x60;
+/// i8042 command and status port. Reads 0; writing 0xFE resets.
+pub const I8042_COMMAND: u16 = 0x64;
+/// PCI configuration address port. There is no PCI; the port only exists so that writes to it coalesce.
+pub const PCI_CONFIG_ADDRESS: u16 = 0xCF8;
+/// pvpanic event port (QEMU's `docs/specs/pvpanic`).
+pub const PVPANIC_PORT: u16 = 0x505;
+/// First port of the power block; the four that follow are its registers.
+pub const POWER_BLOCK: u16 = 0x600;
+/// Length of the power block in ports.
+pub const POWER_BLOCK_LEN: u16 = 8;
+/// ACPI sleep control register (ACPI 6.5, 4.8.3.7).
+pub const SLEEP_CONTROL_PORT: u16 = 0x600;
+/// ACPI sleep status register (ACPI 6.5, 4.8.3.7).
+pub const SLEEP_STATUS_PORT: u16 = 0x601;
+/// ACPI reset register; writing [`RESET_VALUE`] resets.
+pub const RESET_PORT: u16 = 0x602;
+/// The value that the reset register takes.
+pub const RESET_VALUE: u8 = 1;
+/// Boot timer: a guest that writes [`BOOT_TIMER_INIT_STARTED`] tells that its init is running.
+pub const BOOT_TIMER_PORT: u16 = 0x607;
+/// What init writes to [`BOOT_TIMER_PORT`].
+pub const BOOT_TIMER_INIT_STARTED: u8 = 123;
+
+const _: () = assert!(VIRTIO_SLOTS >= 16);
+const _: () = assert!(VIRTIO_MMIO + VIRTIO_SLOTS as u64 * VIRTIO_MMIO_SIZE <= IOAPIC);
+const _: () = assert!(CMDLINE + CMDLINE_MAX <= EBDA);

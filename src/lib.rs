@@ -1,0 +1,27 @@
+//! vireo: a KVM virtual machine monitor that boots stock Linux kernels and tells exactly how they ended.
+//!
+//! # Reading order
+//!
+//! The modules below stand in the order in which they are best read: what a user asks for ([`config`]), the machine
+//! that is made of it ([`machine`]), and then, layer by layer, what the machine stands on.
+//!
+//! # The life of a VM
+//!
+//! [`machine::Machine::new`] opens and checks everything that the user named, so that every mistake is told before a
+//! VM exists; [`machine::Machine::load`] fills guest memory; [`machine::Machine::run`] starts one thread per vCPU and
+//! waits until the guest has ended, which it tells as an [`outcome::Outcome`].
+//!
+//! # Layers
+//!
+//! Each imports only what stands to its right:
+//! `cli > control > machine > config > boot, vcpu > virtio, devices > backend > bus, irq, event, memory, kvm, layout,
+//! options, outcome`. A device imports neither `kvm` nor the virtio transport nor `std::thread`. `unsafe` is denied
+//! crate-wide and opened only in the few modules that talk to the kernel.
+
+pub mod boot;
+pub mod bus;
+pub mod event;
+pub mod irq;
+pub mod layout;
+pub mod memory;
+pub mod options;

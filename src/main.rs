@@ -1,0 +1,3 @@
+//! The `vireo` command.
+
+fn main() {}

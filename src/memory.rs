@@ -1,0 +1,391 @@
+//! Guest RAM: how it is backed, and the one door through which anything reads or writes it.
+//!
+//! RAM is reserved lazily (`MAP_NORESERVE`) and split around the 32-bit MMIO hole. Every access is checked against
+//! the regions and is volatile: no reference into guest memory exists anywhere, because the guest changes it
+//! while we look. An address from the guest is a plain `u64`; whatever it is, the answer is `Ok` or [`OutOfRam`].
+//!
+//! Dirty pages: KVM's log sees the guest's writes, the bitmap here (when a region has one) sees ours.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use serde::{Deserialize, Serialize};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    ByteValued, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
+
+use crate::layout;
+use crate::options::{self, Size};
+
+/// The bitmap of pages that vireo itself wrote; absent while nobody asks for it.
+pub type Dirty = Option<AtomicBitmap>;
+
+/// A bounds-checked, volatile view of a piece of guest RAM.
+pub type RamSlice<'a> = vm_memory::VolatileSlice<'a, <Dirty as vm_memory::bitmap::WithBitmapSlice<'a>>::S>;
+
+/// `--memory`: how much RAM the guest has and how the host backs it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MemoryConfig {
+    /// Bytes of RAM; a multiple of 4 KiB, at least 16 MiB.
+    pub size: Size,
+    /// Which pages back it.
+    pub hugepages: HugePages,
+    /// Map it shared, so that another process (a device back end) can map it too.
+    pub shared: bool,
+    /// Touch every page before the guest starts.
+    pub prefault: bool,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        MemoryConfig { size: Size::mib(256), hugepages: HugePages::Thp, shared: false, prefault: false }
+    }
+}
+
+impl std::str::FromStr for MemoryConfig {
+    type Err = options::Error;
+
+    fn from_str(text: &str) -> Result<Self, options::Error> {
+        options::from_str(text, Some("size"))
+    }
+}
+
+/// The pages behind guest RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HugePages {
+    /// Ordinary pages that the kernel may merge into transparent huge pages.
+    #[default]
+    #[serde(rename = "thp")]
+    Thp,
+    /// Ordinary 4 KiB pages only.
+    #[serde(rename = "off")]
+    Off,
+    /// 2 MiB pages from the host's hugetlb pool.
+    #[serde(rename = "2M")]
+    TwoMib,
+}
+
+/// What goes wrong when RAM is set up.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// `mmap` or `memfd_create` refused.
+    #[error("cannot reserve {size} of guest memory{hint}")]
+    Reserve {
+        /// How much was asked for.
+        size: Size,
+        /// What would help, beginning with a space; may be empty.
+        hint: &'static str,
+        /// The OS error.
+        source: io::Error,
+    },
+    /// A file could not be mapped into RAM.
+    #[error("cannot map a file into guest memory")]
+    MapFile(#[source] io::Error),
+}
+
+/// An access outside of RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("guest memory {addr:#x}..+{len:#x} is not all RAM")]
+pub struct OutOfRam {
+    /// First byte of the access.
+    pub addr: u64,
+    /// Its length in bytes.
+    pub len: u64,
+}
+
+/// One contiguous piece of RAM, as KVM wants to hear of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamRegion {
+    /// Guest-physical start.
+    pub start: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Where it is mapped in this process.
+    pub host_addr: u64,
+}
+
+impl RamRegion {
+    /// First address behind the region.
+    pub fn end(&self) -> u64 {
+        self.start + self.len
+    }
+}
+
+/// The guest's RAM. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct GuestRam(Arc<GuestMemoryMmap<Dirty>>);
+
+/// `(start, length)` of each RAM region of a machine with `size` bytes: at most one below the MMIO hole and one above.
+pub fn split(size: u64) -> Vec<(u64, u64)> {
+    let low = size.min(layout::MMIO_HOLE);
+    let mut regions = vec![(0, low)];
+    if size > low {
+        regions.push((layout::MMIO_HOLE_END, size - low));
+    }
+    regions
+}
+
+impl GuestRam {
+    /// Reserves RAM as configured. Sizes are validated by [`crate::config`]; here only the host can refuse.
+    pub fn new(config: &MemoryConfig) -> Result<Self, Error> {
+        Self::reserve(config).map_err(|source| Error::Reserve {
+            size: config.size,
+            hint: match config.hugepages {
+                HugePages::TwoMib => " in 2 MiB pages (does /proc/sys/vm/nr_hugepages provide enough of them?)",
+                _ => " (an address space limit, see ulimit -v, or vm.overcommit_memory=2?)",
+            },
+            source,
+        })
+    }
+
+    fn reserve(config: &MemoryConfig) -> io::Result<Self> {
+        let file = match (config.hugepages, config.shared) {
+            (HugePages::TwoMib, _) => Some(memfd(config.size.0, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB)?),
+            (_, true) => Some(memfd(config.size.0, 0)?),
+            _ => None,
+        };
+        let mut offset = 0;
+        let mut regions = Vec::new();
+        for (start, len) in split(config.size.0) {
+            let mut flags = libc::MAP_NORESERVE;
+            flags |= if config.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+            // The pool is a hard limit, so ask for its pages now rather than die of SIGBUS later.
+            if config.hugepages == HugePages::TwoMib {
+                flags &= !libc::MAP_NORESERVE;
+            }
+            let len = usize::try_from(len).map_err(io::Error::other)?;
+            let mut builder = MmapRegionBuilder::new_with_bitmap(len, None)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_hugetlbfs(config.hugepages == HugePages::TwoMib);
+            builder = match &file {
+                Some(file) => builder.with_file_offset(FileOffset::new(file.try_clone()?, offset)),
+                None => {
+                    flags |= libc::MAP_ANONYMOUS;
+                    builder
+                }
+            };
+            offset += len as u64;
+            let mapping = builder.with_mmap_flags(flags).build().map_err(|e| match e {
+                vm_memory::mmap::MmapRegionError::Mmap(e) => e,
+                e => io::Error::other(e),
+            })?;
+            advise(mapping.as_ptr(), len, config)?;
+            let region = GuestRegionMmap::new(mapping, GuestAddress(start));
+            regions.push(region.ok_or_else(|| io::Error::other("region overflows the address space"))?);
+        }
+        let ram = GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)?;
+        Ok(GuestRam(Arc::new(ram)))
+    }
+
+    /// `size` bytes of ordinary RAM from address 0, for tests and benches.
+    pub fn anonymous(size: u64) -> Self {
+        let config = MemoryConfig { size: Size(size), ..MemoryConfig::default() };
+        Self::new(&config).expect("anonymous memory")
+    }
+
+    /// Total bytes of RAM.
+    pub fn size(&self) -> u64 {
+        self.0.iter().map(|r| r.len()).sum()
+    }
+
+    /// The regions in address order.
+    pub fn regions(&self) -> impl Iterator<Item = RamRegion> + '_ {
+        self.0.iter().map(|r| RamRegion { start: r.start_addr().0, len: r.len(), host_addr: r.as_ptr() as u64 })
+    }
+
+    /// Whether `len` bytes at `addr` are all RAM (in one region).
+    pub fn contains(&self, addr: u64, len: u64) -> bool {
+        self.slice(addr, len).is_ok()
+    }
+
+    /// A view of `len` bytes at `addr`, which must lie in one region.
+    pub fn slice(&self, addr: u64, len: u64) -> Result<RamSlice<'_>, OutOfRam> {
+        let size = usize::try_from(len).map_err(|_| OutOfRam { addr, len })?;
+        let region = self.0.find_region(GuestAddress(addr)).ok_or(OutOfRam { addr, len })?;
+        let offset = vm_memory::MemoryRegionAddress(addr - region.start_addr().0);
+        region.get_slice(offset, size).map_err(|_| OutOfRam { addr, len })
+    }
+
+    /// Fills `data` from `addr`.
+    pub fn read(&self, addr: u64, data: &mut [u8]) -> Result<(), OutOfRam> {
+        let slice = self.slice(addr, data.len() as u64)?;
+        slice.copy_to(data);
+        Ok(())
+    }
+
+    /// Writes `data` at `addr`.
+    pub fn write(&self, addr: u64, data: &[u8]) -> Result<(), OutOfRam> {
+        let slice = self.slice(addr, data.len() as u64)?;
+        slice.copy_from(data);
+        Ok(())
+    }
+
+    /// Reads a plain value.
+    pub fn read_obj<T: ByteValued>(&self, addr: u64) -> Result<T, OutOfRam> {
+        let out_of_ram = OutOfRam { addr, len: size_of::<T>() as u64 };
+        self.slice(addr, out_of_ram.len)?.read_obj(0).map_err(|_| out_of_ram)
+    }
+
+    /// Writes a plain value.
+    pub fn write_obj<T: ByteValued>(&self, addr: u64, value: T) -> Result<(), OutOfRam> {
+        let out_of_ram = OutOfRam { addr, len: size_of::<T>() as u64 };
+        self.slice(addr, out_of_ram.len)?.write_obj(value, 0).map_err(|_| out_of_ram)
+    }
+
+    /// Loads an aligned little-endian `u16`, as rings share their indices.
+    pub fn load_u16(&self, addr: u64, order: Ordering) -> Result<u16, OutOfRam> {
+        let out_of_ram = OutOfRam { addr, len: 2 };
+        let value: u16 = self.slice(addr, 2)?.load(0, order).map_err(|_| out_of_ram)?;
+        Ok(u16::from_le(value))
+    }
+
+    /// Stores an aligned little-endian `u16`, as rings share their indices.
+    pub fn store_u16(&self, addr: u64, value: u16, order: Ordering) -> Result<(), OutOfRam> {
+        let slice = self.slice(addr, 2)?;
+        slice.store(value.to_le(), 0, order).map_err(|_| OutOfRam { addr, len: 2 })
+    }
+
+    /// Whether [`GuestRam::map_file`] fits the way this RAM is backed: not when other processes share it, and not
+    /// when it is made of huge pages.
+    pub fn can_map_files(&self) -> bool {
+        self.0.iter().all(|r| r.file_offset().is_none())
+    }
+
+    /// Replaces `len` bytes of RAM at `addr` by a private copy-on-write mapping of `file` from `offset` on. All three
+    /// are multiples of the page size. The file must never shrink while the guest lives (it would be SIGBUS): map
+    /// only files that are written once and later unlinked, never truncated.
+    #[allow(unsafe_code)]
+    pub fn map_file(&self, addr: u64, len: u64, file: &File, offset: u64) -> Result<(), Error> {
+        let fail = |text: &str| Error::MapFile(io::Error::new(io::ErrorKind::InvalidInput, text.to_string()));
+        if (addr | len | offset) % layout::PAGE_SIZE != 0 {
+            return Err(fail("not a multiple of the page size"));
+        }
+        let slice = self.slice(addr, len).map_err(|e| fail(&e.to_string()))?;
+        let offset = libc::off_t::try_from(offset).map_err(|_| fail("offset too large"))?;
+        // SAFETY: the range was just checked to lie inside one of our RAM mappings, which outlives the call; MAP_FIXED
+        // replaces only pages of it, by pages of the same size and protection that nothing holds a reference into.
+        let mapped = unsafe {
+            libc::mmap(
+                slice.ptr_guard_mut().as_ptr().cast(),
+                slice.len(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
+                offset,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(Error::MapFile(io::Error::last_os_error()));
+        }
+        Ok(())
+    }
+
+    /// The vm-memory object, for crates that take one.
+    pub fn inner(&self) -> &GuestMemoryMmap<Dirty> {
+        &self.0
+    }
+}
+
+#[allow(unsafe_code)]
+fn memfd(size: u64, flags: libc::c_uint) -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated constant; the result is checked before it is owned.
+    let file = unsafe {
+        let fd = libc::memfd_create(c"vireo-ram".as_ptr(), flags | libc::MFD_CLOEXEC);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        File::from_raw_fd(fd)
+    };
+    file.set_len(size)?;
+    Ok(file)
+}
+
+/// Tells the kernel which pages we want, and touches them when asked to.
+#[allow(unsafe_code)]
+fn advise(ptr: *mut u8, len: usize, config: &MemoryConfig) -> io::Result<()> {
+    let madvise = |advice| {
+        // SAFETY: the range is a fresh mapping of ours; none of the advice used here changes its contents.
+        if unsafe { libc::madvise(ptr.cast(), len, advice) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    // A kernel without transparent huge pages refuses the advice, and there is nothing to do about it.
+    let _ = match config.hugepages {
+        HugePages::Thp => madvise(libc::MADV_HUGEPAGE),
+        HugePages::Off => madvise(libc::MADV_NOHUGEPAGE),
+        HugePages::TwoMib => Ok(()),
+    };
+    let _ = madvise(libc::MADV_DONTDUMP);
+    if config.prefault { madvise(libc::MADV_POPULATE_WRITE) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn splits_around_the_hole() {
+        assert_eq!(split(16 << 20), [(0, 16 << 20)]);
+        assert_eq!(split(3 << 30), [(0, 3 << 30)]);
+        assert_eq!(split(5 << 30), [(0, 3 << 30), (4 << 30, 2 << 30)]);
+    }
+
+    #[test]
+    fn every_access_outside_is_refused() {
+        let ram = GuestRam::anonymous(1 << 20);
+        let end = 1 << 20;
+        assert!(ram.contains(0, end));
+        for (addr, len) in [(end, 1), (end - 1, 2), (u64::MAX, 1), (u64::MAX, u64::MAX), (0, end + 1), (0, u64::MAX)] {
+            assert_eq!(ram.slice(addr, len).err(), Some(OutOfRam { addr, len }));
+        }
+        assert!(ram.read_obj::<u64>(end - 7).is_err());
+        assert!(ram.write_obj(u64::MAX - 3, 0u64).is_err());
+        assert!(ram.load_u16(3, Ordering::Acquire).is_err(), "unaligned");
+    }
+
+    #[test]
+    fn shared_and_plain_ram_hold_what_is_written() {
+        for shared in [false, true] {
+            let config = MemoryConfig { size: Size(1 << 20), shared, prefault: true, ..Default::default() };
+            let ram = GuestRam::new(&config).unwrap();
+            ram.write(4096, b"vireo").unwrap();
+            ram.store_u16(8, 0x1234, Ordering::Release).unwrap();
+            assert_eq!(ram.read_obj::<[u8; 5]>(4096).unwrap(), *b"vireo");
+            assert_eq!(ram.read_obj::<[u8; 2]>(8).unwrap(), [0x34, 0x12]);
+        }
+    }
+
+    #[test]
+    fn a_mapped_file_is_copied_on_write() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 8192]).unwrap();
+        let ram = GuestRam::anonymous(1 << 20);
+        ram.map_file(0x10000, 4096, &file, 4096).unwrap();
+        ram.write(0x10001, &[8]).unwrap();
+        assert_eq!(ram.read_obj::<[u8; 3]>(0x10000).unwrap(), [7, 8, 7]);
+        assert_eq!(ram.read_obj::<u8>(0x11000).unwrap(), 0);
+        assert!(ram.map_file((1 << 20) - 4096, 8192, &file, 0).is_err());
+        assert!(ram.map_file(1, 4096, &file, 0).is_err());
+        let mut back = [0; 8192];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut back, 0).unwrap();
+        assert_eq!(back, [7; 8192]);
+    }
+
+    #[test]
+    fn memory_options() {
+        let config: MemoryConfig = "1G,hugepages=2M,shared=on,prefault".parse().unwrap();
+        assert_eq!(
+            config,
+            MemoryConfig { size: Size::mib(1024), hugepages: HugePages::TwoMib, shared: true, prefault: true }
+        );
+        assert_eq!("512M".parse::<MemoryConfig>().unwrap().size, Size::mib(512));
+        let error = "1G,hugepages=4M".parse::<MemoryConfig>().unwrap_err().to_string();
+        assert_eq!(error, "hugepages: unknown value '4M'; valid values are thp, off, 2M");
+    }
+}
