@@ -18,6 +18,7 @@
 //! options, outcome`. A device imports neither `kvm` nor the virtio transport nor `std::thread`. `unsafe` is denied
 //! crate-wide and opened only in the few modules that talk to the kernel.
 
+pub mod backend;
 pub mod boot;
 pub mod bus;
 pub mod event;
@@ -25,3 +26,4 @@ pub mod irq;
 pub mod layout;
 pub mod memory;
 pub mod options;
+pub mod virtio;

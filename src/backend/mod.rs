@@ -1,0 +1,22 @@
+//! The host's side of devices: files, block devices. Nothing here knows of virtio.
+
+pub mod raw;
+
+use std::io;
+
+use crate::memory::RamSlice;
+
+/// What a block device stands on. Shared by the workers of a device, so every function takes `&self`.
+pub trait Disk: Send + Sync {
+    /// Size in bytes.
+    fn size(&self) -> u64;
+
+    /// Fills the buffers, one after the other, from `offset` on.
+    fn read(&self, buffers: &[RamSlice<'_>], offset: u64) -> io::Result<()>;
+
+    /// Writes the buffers, one after the other, from `offset` on.
+    fn write(&self, buffers: &[RamSlice<'_>], offset: u64) -> io::Result<()>;
+
+    /// Returns when all that was written before would survive a power failure.
+    fn flush(&self) -> io::Result<()>;
+}

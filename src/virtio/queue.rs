@@ -1,0 +1,302 @@
+//! The split virtqueue (2.7), device side.
+//!
+//! What the driver wrote into the queue registers is a [`QueueState`]; once checked as a whole it becomes a [`Queue`],
+//! and a stopped queue becomes a state again. A queue holds addresses and counters, never host pointers: each access
+//! goes through [`GuestRam`], so pages it writes are seen as dirty. The rings' contents are the guest's, so every
+//! number that comes out of them is checked where it is read.
+
+use std::sync::atomic::{Ordering, fence};
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY,
+};
+
+use super::Progress;
+use super::chain::{self, Chain, Segment};
+use crate::memory::{GuestRam, OutOfRam};
+
+/// How many chains [`Queue::serve`] takes before others get their turn.
+pub const BATCH: usize = 64;
+
+/// A queue as its registers describe it, with its positions: what the driver sets up and what is saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueState {
+    /// `QueueReady`.
+    pub ready: bool,
+    /// Number of entries.
+    pub size: u16,
+    /// Descriptor area, guest-physical.
+    pub desc: u64,
+    /// Driver area (available ring).
+    pub avail: u64,
+    /// Device area (used ring).
+    pub used: u64,
+    /// Next available entry to take, free-running.
+    pub next_avail: u16,
+    /// Next used entry to fill, free-running.
+    pub next_used: u16,
+}
+
+/// Why a queue cannot be used as the driver set it up.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SetupError {
+    /// 2.7: a power of two; 4.2.2.2: at most `QueueNumMax`.
+    #[error("its size {size} is not a power of two up to {max}")]
+    Size {
+        /// What the driver wrote.
+        size: u16,
+        /// `QueueNumMax`.
+        max: u16,
+    },
+    /// 2.7: alignment 16, 2 and 4.
+    #[error("its {part} at {addr:#x} is not aligned to {align} bytes")]
+    Alignment {
+        /// Which of the three parts.
+        part: &'static str,
+        /// Where the driver put it.
+        addr: u64,
+        /// What it must be a multiple of.
+        align: u64,
+    },
+    /// A part is not wholly in RAM.
+    #[error("its {part} is outside of memory: {source}")]
+    OutOfRam {
+        /// Which of the three parts.
+        part: &'static str,
+        /// Where.
+        source: OutOfRam,
+    },
+    /// Saved positions that no queue can have.
+    #[error("{in_flight} requests are in flight in a queue of {size}")]
+    Positions {
+        /// Entries taken but not used.
+        in_flight: u16,
+        /// Entries there are.
+        size: u16,
+    },
+}
+
+/// A rule of the ring that the driver broke.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// 2.7.13.3: there are never more available entries than the queue has.
+    #[error("the available index jumped from {from} to {to}, and only {room} entries are free")]
+    AvailJumped {
+        /// Where we were.
+        from: u16,
+        /// What the driver wrote.
+        to: u16,
+        /// How far it could have gone.
+        room: u16,
+    },
+    /// 2.7.6: an available entry is the index of a descriptor.
+    #[error("available entry {head} is no descriptor of a queue of {size}")]
+    Head {
+        /// What the driver wrote.
+        head: u16,
+        /// Entries there are.
+        size: u16,
+    },
+    /// A chain is malformed.
+    #[error(transparent)]
+    Chain(#[from] chain::Error),
+    /// A ring that was in RAM no longer is.
+    #[error("the ring is gone: {0}")]
+    OutOfRam(#[from] OutOfRam),
+}
+
+/// A queue that was checked and can be served.
+#[derive(Debug)]
+pub struct Queue {
+    index: u16,
+    state: QueueState,
+    event_idx: bool,
+    indirect: bool,
+    /// The driver's index when last read: saves a read per entry while a batch lasts.
+    avail_idx: u16,
+    /// `next_used` when the driver was last told or found not to care; a queue is only stopped after that.
+    signalled: u16,
+    /// Segment lists of finished chains, for the next ones.
+    spare: Vec<Vec<Segment>>,
+}
+
+impl Queue {
+    /// Checks queue `index` as a whole: size, alignment and the full extent of each part (2.7).
+    pub fn new(index: u16, state: QueueState, max: u16, features: u64, ram: &GuestRam) -> Result<Self, SetupError> {
+        let QueueState { ready: _, size, desc, avail, used, next_avail, next_used } = state;
+        if !size.is_power_of_two() || size > max {
+            return Err(SetupError::Size { size, max });
+        }
+        let n = u64::from(size);
+        // The two last bytes of the available and the used ring only exist with event_idx; Linux always has them.
+        let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let tail = if event_idx { 2 } else { 0 };
+        let parts = [
+            ("descriptor table", desc, 16, 16 * n),
+            ("available ring", avail, 2, 4 + 2 * n + tail),
+            ("used ring", used, 4, 4 + 8 * n + tail),
+        ];
+        for (part, addr, align, len) in parts {
+            if addr % align != 0 {
+                return Err(SetupError::Alignment { part, addr, align });
+            }
+            ram.slice(addr, len).map_err(|source| SetupError::OutOfRam { part, source })?;
+        }
+        let in_flight = next_avail.wrapping_sub(next_used);
+        if in_flight > size {
+            return Err(SetupError::Positions { in_flight, size });
+        }
+        let indirect = features & 1 << VIRTIO_RING_F_INDIRECT_DESC != 0;
+        let (avail_idx, signalled) = (next_avail, next_used);
+        Ok(Queue { index, state, event_idx, indirect, avail_idx, signalled, spare: Vec::new() })
+    }
+
+    /// A queue that the driver does not use: always empty.
+    pub fn disabled(index: u16, state: QueueState) -> Self {
+        let state = QueueState { ready: false, size: 0, ..state };
+        let (avail_idx, signalled) = (state.next_avail, state.next_used);
+        Queue { index, state, event_idx: false, indirect: false, avail_idx, signalled, spare: Vec::new() }
+    }
+
+    /// Its number within the device.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Whether the driver uses it.
+    pub fn is_enabled(&self) -> bool {
+        self.state.size != 0
+    }
+
+    /// Number of entries; 0 when disabled.
+    pub fn size(&self) -> u16 {
+        self.state.size
+    }
+
+    /// Chains that were popped and neither pushed nor put back.
+    pub fn in_flight(&self) -> u16 {
+        self.state.next_avail.wrapping_sub(self.state.next_used)
+    }
+
+    /// The registers and positions.
+    pub fn state(&self) -> QueueState {
+        self.state
+    }
+
+    /// Takes the next chain, if the driver has made one available.
+    pub fn pop(&mut self, ram: &GuestRam) -> Result<Option<Chain>, Error> {
+        if self.state.next_avail == self.avail_idx && !self.look(ram)? {
+            return Ok(None);
+        }
+        let size = self.state.size;
+        let slot = u64::from(self.state.next_avail % size);
+        let head = ram.load_u16(self.state.avail + 4 + 2 * slot, Ordering::Relaxed)?;
+        if head >= size {
+            return Err(Error::Head { head, size });
+        }
+        let table = chain::Table { addr: self.state.desc, len: size.into(), indirect: self.indirect };
+        let chain = Chain::walk(ram, table, head, self.spare.pop().unwrap_or_default())?;
+        self.state.next_avail = self.state.next_avail.wrapping_add(1);
+        Ok(Some(chain))
+    }
+
+    /// Puts back the chain that was popped last, as if it had never been.
+    pub fn unpop(&mut self, chain: Chain) {
+        self.state.next_avail = self.state.next_avail.wrapping_sub(1);
+        self.spare.push(chain.into_segments());
+    }
+
+    /// Gives a chain back to the driver with the number of bytes written to it (2.7.8), in any order.
+    pub fn push_used(&mut self, ram: &GuestRam, chain: Chain, written: u32) -> Result<(), Error> {
+        if !self.is_enabled() {
+            return Ok(());
+        }
+        let slot = u64::from(self.state.next_used % self.state.size);
+        let element = u64::from(chain.head()) | u64::from(written) << 32;
+        ram.write_obj(self.state.used + 4 + 8 * slot, element.to_le())?;
+        self.state.next_used = self.state.next_used.wrapping_add(1);
+        // Release: the element, and the data before it, are there when the index says so.
+        ram.store_u16(self.state.used + 2, self.state.next_used, Ordering::Release)?;
+        self.spare.push(chain.into_segments());
+        Ok(())
+    }
+
+    /// Whether the driver wants to hear of what was pushed since the last call (2.7.7). Not idempotent.
+    pub fn needs_notification(&mut self, ram: &GuestRam) -> Result<bool, Error> {
+        let new = self.state.next_used;
+        if !self.is_enabled() || self.signalled == new {
+            return Ok(false);
+        }
+        let old = std::mem::replace(&mut self.signalled, new);
+        // The index must be out before we look at what the driver asks for; it does the same the other way round.
+        fence(Ordering::SeqCst);
+        if !self.event_idx {
+            let flags = ram.load_u16(self.state.avail, Ordering::Relaxed)?;
+            return Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0);
+        }
+        let event = ram.load_u16(self.state.avail + 4 + 2 * u64::from(self.state.size), Ordering::Relaxed)?;
+        Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
+    }
+
+    /// Asks the driver to kick for new buffers (2.7.10). Returns whether some came before it could know: then the
+    /// caller goes on, for no kick will come for these.
+    pub fn enable_notifications(&mut self, ram: &GuestRam) -> Result<bool, Error> {
+        if !self.is_enabled() {
+            return Ok(false);
+        }
+        let QueueState { used, size, next_avail, .. } = self.state;
+        if self.event_idx {
+            ram.store_u16(used + 4 + 8 * u64::from(size), next_avail, Ordering::Relaxed)?;
+        } else {
+            ram.store_u16(used, 0, Ordering::Relaxed)?;
+        }
+        fence(Ordering::SeqCst);
+        self.look(ram)
+    }
+
+    /// Tells the driver that kicks are not needed for now; only a hint. With event_idx the driver has been told already
+    /// which entry it shall kick for, and that lies behind us.
+    pub fn disable_notifications(&mut self, ram: &GuestRam) -> Result<(), Error> {
+        if self.is_enabled() && !self.event_idx {
+            ram.store_u16(self.state.used, VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed)?;
+        }
+        Ok(())
+    }
+
+    /// Serves what is available, at most [`BATCH`] chains, with a function that finishes each at once and returns how
+    /// many bytes it wrote.
+    pub fn serve<E: From<Error>>(
+        &mut self,
+        ram: &GuestRam,
+        mut request: impl FnMut(&Chain) -> Result<u32, E>,
+    ) -> Result<Progress, E> {
+        self.disable_notifications(ram)?;
+        for _ in 0..BATCH {
+            if let Some(chain) = self.pop(ram)? {
+                let written = request(&chain)?;
+                self.push_used(ram, chain, written)?;
+            } else if !self.enable_notifications(ram)? {
+                return Ok(Progress::Done);
+            }
+        }
+        Ok(Progress::More)
+    }
+
+    /// Reads the driver's index; whether there is something to take.
+    fn look(&mut self, ram: &GuestRam) -> Result<bool, Error> {
+        if !self.is_enabled() {
+            return Ok(false);
+        }
+        // Acquire: the entries and descriptors behind the index are there when we see it.
+        let to = ram.load_u16(self.state.avail + 2, Ordering::Acquire)?;
+        let from = self.state.next_avail;
+        let room = self.state.size.saturating_sub(self.in_flight());
+        if to.wrapping_sub(from) > room {
+            return Err(Error::AvailJumped { from, to, room });
+        }
+        self.avail_idx = to;
+        Ok(to != from)
+    }
+}

@@ -1,0 +1,330 @@
+//! The other side: a driver for unit tests, benches and fuzzers. Not part of the interface.
+//!
+//! [`FakeQueue`] is the guest's half of one queue, with knobs for everything a hostile driver can do. [`FakeDriver`]
+//! brings a device up through its registers as Linux does. Nothing here is hardened: mistakes of a test panic.
+
+use std::collections::HashMap;
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_mmio::*;
+use virtio_bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
+
+use super::queue::{Queue, QueueState};
+use super::{Context, Event, Fault, Handler, Interrupt, Progress};
+use crate::bus::BusDevice;
+use crate::event::Poller;
+use crate::irq::IrqLine;
+use crate::memory::GuestRam;
+
+/// `VIRTQ_DESC_F_NEXT`.
+pub const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+/// `VIRTQ_DESC_F_WRITE`.
+pub const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+/// `VIRTQ_DESC_F_INDIRECT`.
+pub const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+/// `VIRTIO_RING_F_EVENT_IDX` as a mask.
+pub const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+/// `VIRTIO_F_VERSION_1` as a mask.
+pub const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+
+/// A buffer of a request: guest address, length, whether the device writes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buf {
+    /// Guest-physical address.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u32,
+    /// Device-writable.
+    pub write: bool,
+}
+
+/// A buffer that the device reads.
+pub fn out(addr: u64, len: u32) -> Buf {
+    Buf { addr, len, write: false }
+}
+
+/// A buffer that the device writes.
+pub fn inn(addr: u64, len: u32) -> Buf {
+    Buf { addr, len, write: true }
+}
+
+/// The driver's half of a queue.
+pub struct FakeQueue {
+    /// Guest memory.
+    pub ram: GuestRam,
+    /// Entries.
+    pub size: u16,
+    /// Descriptor table.
+    pub desc: u64,
+    /// Available ring.
+    pub avail: u64,
+    /// Used ring.
+    pub used: u64,
+    /// Next available index to publish.
+    pub avail_idx: u16,
+    /// Next used entry to take.
+    pub used_idx: u16,
+    free: Vec<u16>,
+    chains: HashMap<u16, Vec<u16>>,
+}
+
+impl FakeQueue {
+    /// A queue at `base`, which is a multiple of 16; [`FakeQueue::footprint`] bytes are zeroed.
+    pub fn new(ram: &GuestRam, base: u64, size: u16) -> Self {
+        let n = u64::from(size);
+        let (avail, used) = (base + 16 * n, (base + 16 * n + 6 + 2 * n).next_multiple_of(4));
+        ram.write(base, &vec![0; Self::footprint(size) as usize]).unwrap();
+        let (free, chains) = ((0..size).rev().collect(), HashMap::new());
+        FakeQueue { ram: ram.clone(), size, desc: base, avail, used, avail_idx: 0, used_idx: 0, free, chains }
+    }
+
+    /// Bytes that a queue takes.
+    pub fn footprint(size: u16) -> u64 {
+        26 * u64::from(size) + 16
+    }
+
+    /// As the device would find it in its registers.
+    pub fn state(&self) -> QueueState {
+        let FakeQueue { size, desc, avail, used, .. } = *self;
+        QueueState { ready: true, size, desc, avail, used, next_avail: 0, next_used: 0 }
+    }
+
+    /// The device's half.
+    pub fn device(&self, features: u64) -> Queue {
+        Queue::new(0, self.state(), self.size, features, &self.ram).unwrap()
+    }
+
+    /// Writes a descriptor into a table.
+    pub fn write_desc(&self, table: u64, index: u16, buf: Buf, flags: u16, next: u16) {
+        let at = table + 16 * u64::from(index);
+        self.ram.write_obj(at, buf.addr.to_le()).unwrap();
+        let flags = flags | if buf.write { WRITE } else { 0 };
+        let rest = u64::from(buf.len) | u64::from(flags) << 32 | u64::from(next) << 48;
+        self.ram.write_obj(at + 8, rest.to_le()).unwrap();
+    }
+
+    /// Makes a chain of descriptors available; returns its head, or nothing if the ring is full.
+    pub fn add(&mut self, bufs: &[Buf]) -> Option<u16> {
+        let head = self.link(bufs, 0)?;
+        self.publish(head);
+        Some(head)
+    }
+
+    /// Like [`FakeQueue::add`] with all buffers in an indirect table at `table`.
+    pub fn add_indirect(&mut self, table: u64, bufs: &[Buf]) -> Option<u16> {
+        for (i, buf) in (0u16..).zip(bufs) {
+            let more = if usize::from(i) + 1 < bufs.len() { NEXT } else { 0 };
+            self.write_desc(table, i, *buf, more, i + 1);
+        }
+        let head = self.link(&[out(table, 16 * bufs.len() as u32)], INDIRECT)?;
+        self.publish(head);
+        Some(head)
+    }
+
+    /// Puts any head into the available ring, a descriptor or not.
+    pub fn publish(&mut self, head: u16) {
+        let slot = u64::from(self.avail_idx % self.size);
+        self.ram.store_u16(self.avail + 4 + 2 * slot, head, Ordering::Relaxed).unwrap();
+        self.set_avail_idx(self.avail_idx.wrapping_add(1));
+    }
+
+    /// Sets the available index to anything.
+    pub fn set_avail_idx(&mut self, index: u16) {
+        self.avail_idx = index;
+        self.ram.store_u16(self.avail + 2, index, Ordering::Release).unwrap();
+    }
+
+    /// Without event_idx: whether used buffers shall not interrupt.
+    pub fn set_no_interrupt(&self, no: bool) {
+        self.ram.store_u16(self.avail, no.into(), Ordering::SeqCst).unwrap();
+    }
+
+    /// With event_idx: the used index that the driver wants to be interrupted for.
+    pub fn set_used_event(&self, index: u16) {
+        self.ram.store_u16(self.avail + 4 + 2 * u64::from(self.size), index, Ordering::SeqCst).unwrap();
+    }
+
+    /// Whether the device wants a kick for what was added since `old`.
+    pub fn must_kick(&self, old: u16, features: u64) -> bool {
+        fence(Ordering::SeqCst);
+        if features & EVENT_IDX == 0 {
+            return self.ram.load_u16(self.used, Ordering::SeqCst).unwrap() & 1 == 0;
+        }
+        let event = self.ram.load_u16(self.used + 4 + 8 * u64::from(self.size), Ordering::SeqCst).unwrap();
+        self.avail_idx.wrapping_sub(event).wrapping_sub(1) < self.avail_idx.wrapping_sub(old)
+    }
+
+    /// The next used chain: its head and how many bytes were written.
+    pub fn take_used(&mut self) -> Option<(u16, u32)> {
+        if self.ram.load_u16(self.used + 2, Ordering::Acquire).unwrap() == self.used_idx {
+            return None;
+        }
+        let slot = u64::from(self.used_idx % self.size);
+        let element = u64::from_le(self.ram.read_obj::<u64>(self.used + 4 + 8 * slot).unwrap());
+        self.used_idx = self.used_idx.wrapping_add(1);
+        let head = u16::try_from(element & 0xFFFF_FFFF).unwrap();
+        self.free.extend(self.chains.remove(&head).unwrap_or_default());
+        Some((head, (element >> 32) as u32))
+    }
+
+    /// Waits for the next used chain.
+    pub fn wait_used(&mut self) -> (u16, u32) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(used) = self.take_used() {
+                return used;
+            }
+            assert!(Instant::now() < deadline, "the device used no buffer in 10 s");
+            std::thread::yield_now();
+        }
+    }
+
+    fn link(&mut self, bufs: &[Buf], flags: u16) -> Option<u16> {
+        if bufs.is_empty() || bufs.len() > self.free.len() {
+            return None;
+        }
+        let mut chain = self.free.split_off(self.free.len() - bufs.len());
+        chain.reverse();
+        for (i, buf) in bufs.iter().enumerate() {
+            let (more, next) = chain.get(i + 1).map_or((0, 0), |&next| (NEXT, next));
+            self.write_desc(self.desc, chain[i], *buf, flags | more, next);
+        }
+        let head = chain[0];
+        self.chains.insert(head, chain);
+        Some(head)
+    }
+}
+
+/// Calls a handler as a worker would, but on the test's own thread.
+pub struct Loopback {
+    /// Guest memory.
+    pub ram: GuestRam,
+    /// The device's interrupt.
+    pub interrupt: Interrupt,
+    poller: Poller,
+}
+
+impl Loopback {
+    /// A loop without descriptors.
+    pub fn new(ram: &GuestRam) -> Self {
+        let interrupt = Interrupt::new(IrqLine::new(5).unwrap());
+        Loopback { ram: ram.clone(), interrupt, poller: Poller::new().unwrap() }
+    }
+
+    /// Delivers an event until it is done.
+    pub fn deliver(&self, handler: &mut dyn Handler, queues: &mut [Queue], event: Event) -> Result<(), Fault> {
+        let cx = Context::new(&self.ram, &self.interrupt, &self.poller);
+        while handler.event(event, queues, &cx)? == Progress::More {}
+        Ok(())
+    }
+}
+
+/// A driver that knows only registers.
+pub struct FakeDriver<'a> {
+    /// The device's window.
+    pub device: &'a dyn BusDevice,
+    /// Guest memory.
+    pub ram: GuestRam,
+    /// What was negotiated.
+    pub features: u64,
+    /// The queues it set up.
+    pub queues: Vec<FakeQueue>,
+}
+
+impl<'a> FakeDriver<'a> {
+    /// A driver that has done nothing yet.
+    pub fn new(device: &'a dyn BusDevice, ram: &GuestRam) -> Self {
+        FakeDriver { device, ram: ram.clone(), features: 0, queues: vec![] }
+    }
+
+    /// Reads a register.
+    pub fn get(&self, register: u32) -> u32 {
+        let mut data = [0xFF; 4];
+        self.device.read(register.into(), &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    /// Writes a register.
+    pub fn set(&self, register: u32, value: u32) {
+        self.device.write(register.into(), &value.to_le_bytes());
+    }
+
+    /// All features that the device offers.
+    pub fn offered(&self) -> u64 {
+        self.set(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 0);
+        let low = u64::from(self.get(VIRTIO_MMIO_DEVICE_FEATURES));
+        self.set(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
+        low | u64::from(self.get(VIRTIO_MMIO_DEVICE_FEATURES)) << 32
+    }
+
+    /// Reset, acknowledge, negotiate: up to FEATURES_OK (3.1.1). `features` are those wanted; returns whether the
+    /// device agreed.
+    pub fn negotiate(&mut self, features: u64) -> bool {
+        assert_eq!(self.get(VIRTIO_MMIO_MAGIC_VALUE), 0x7472_6976);
+        assert_eq!(self.get(VIRTIO_MMIO_VERSION), 2);
+        self.set(VIRTIO_MMIO_STATUS, 0);
+        assert_eq!(self.get(VIRTIO_MMIO_STATUS), 0);
+        self.set(VIRTIO_MMIO_STATUS, 1);
+        self.set(VIRTIO_MMIO_STATUS, 3);
+        self.features = features;
+        for (sel, word) in [(1, features >> 32), (0, features)] {
+            self.set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, sel);
+            self.set(VIRTIO_MMIO_DRIVER_FEATURES, word as u32);
+        }
+        self.set(VIRTIO_MMIO_STATUS, 11);
+        self.get(VIRTIO_MMIO_STATUS) == 11
+    }
+
+    /// Writes a queue's registers and makes it ready.
+    pub fn enable(&self, index: u32, queue: &FakeQueue) {
+        self.set(VIRTIO_MMIO_QUEUE_SEL, index);
+        self.set(VIRTIO_MMIO_QUEUE_NUM, queue.size.into());
+        for (low, addr) in [
+            (VIRTIO_MMIO_QUEUE_DESC_LOW, queue.desc),
+            (VIRTIO_MMIO_QUEUE_AVAIL_LOW, queue.avail),
+            (VIRTIO_MMIO_QUEUE_USED_LOW, queue.used),
+        ] {
+            self.set(low, addr as u32);
+            self.set(low + 4, (addr >> 32) as u32);
+        }
+        self.set(VIRTIO_MMIO_QUEUE_READY, 1);
+        assert_eq!(self.get(VIRTIO_MMIO_QUEUE_READY), 1);
+    }
+
+    /// The whole initialisation with all offered features but those in `without`; queues of `size` from `base` on.
+    pub fn start(&mut self, without: u64, base: u64, size: u16) {
+        assert!(self.negotiate(self.offered() & !without));
+        self.queues.clear();
+        let mut base = base;
+        for index in 0.. {
+            self.set(VIRTIO_MMIO_QUEUE_SEL, index);
+            let max = self.get(VIRTIO_MMIO_QUEUE_NUM_MAX);
+            if max == 0 {
+                break;
+            }
+            let queue = FakeQueue::new(&self.ram, base, size.min(max as u16));
+            base = (base + FakeQueue::footprint(queue.size)).next_multiple_of(16);
+            self.enable(index, &queue);
+            self.queues.push(queue);
+        }
+        self.set(VIRTIO_MMIO_STATUS, 15);
+    }
+
+    /// Kicks a queue through the register.
+    pub fn kick(&self, index: u32) {
+        self.set(VIRTIO_MMIO_QUEUE_NOTIFY, index);
+    }
+
+    /// Waits until `Status` has `bit`.
+    pub fn wait_status(&self, bit: u32) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.get(VIRTIO_MMIO_STATUS) & bit == 0 {
+            assert!(Instant::now() < deadline, "status {:#x} lacks {bit:#x}", self.get(VIRTIO_MMIO_STATUS));
+            std::thread::yield_now();
+        }
+    }
+}
