@@ -20,6 +20,7 @@
 
 pub mod boot;
 pub mod bus;
+pub mod devices;
 pub mod event;
 pub mod irq;
 pub mod layout;

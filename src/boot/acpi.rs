@@ -22,15 +22,12 @@ use acpi_tables::{Aml, AmlSink};
 
 use super::Platform;
 use super::table::{self, Error};
-use crate::layout;
+use crate::layout::{self, S5_SLEEP_TYPE};
 use crate::memory::GuestRam;
 
 const OEM_ID: [u8; 6] = *b"VIREO ";
 const OEM_TABLE_ID: [u8; 8] = *b"VIREOVM ";
 const OEM_REVISION: u32 = 1;
-
-/// The sleep type that `\_S5` names and the sleep control register understands as "off".
-pub const S5_SLEEP_TYPE: u8 = 5;
 
 /// IAPC_BOOT_ARCH (ACPI 6.5, table 5.11): devices on a legacy bus that need a driver, here the serial port.
 const BOOT_ARCH_LEGACY_DEVICES: u16 = 1 << 0;
