@@ -101,6 +101,8 @@ pub const SERIAL_PORT_LEN: u16 = 8;
 pub const I8042_DATA: u16 = 0x60;
 /// i8042 command and status port. Reads 0; writing 0xFE resets.
 pub const I8042_COMMAND: u16 = 0x64;
+/// From the i8042's data port to its command port, with the ports between that are not its own.
+pub const I8042_LEN: u16 = 5;
 /// PCI configuration address port. There is no PCI; the port only exists so that writes to it coalesce.
 pub const PCI_CONFIG_ADDRESS: u16 = 0xCF8;
 /// pvpanic event port (QEMU's `docs/specs/pvpanic`).
@@ -111,6 +113,8 @@ pub const POWER_BLOCK: u16 = 0x600;
 pub const POWER_BLOCK_LEN: u16 = 8;
 /// ACPI sleep control register (ACPI 6.5, 4.8.3.7).
 pub const SLEEP_CONTROL_PORT: u16 = 0x600;
+/// The sleep type that the DSDT's `\_S5` names and the sleep control register takes as "off".
+pub const S5_SLEEP_TYPE: u8 = 5;
 /// ACPI sleep status register (ACPI 6.5, 4.8.3.7).
 pub const SLEEP_STATUS_PORT: u16 = 0x601;
 /// ACPI reset register; writing [`RESET_VALUE`] resets.

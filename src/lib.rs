@@ -21,6 +21,7 @@
 pub mod backend;
 pub mod boot;
 pub mod bus;
+pub mod devices;
 pub mod event;
 pub mod irq;
 pub mod layout;

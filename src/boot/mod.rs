@@ -1,5 +1,11 @@
 //! From a kernel file to a machine that is about to execute its first instruction.
 
+pub mod acpi;
+pub mod mptable;
+pub mod reset_stub;
+pub mod smbios;
+pub mod table;
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
