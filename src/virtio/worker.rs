@@ -248,3 +248,141 @@ impl Loop {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::irq::IrqLine;
+    use crate::virtio::testing::{FakeQueue, out};
+    use crate::virtio::{Handler, queue::Queue};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    const B: u64 = 0x8_0000;
+
+    /// Completes each request only when its eventfd is signalled, as io_uring would.
+    struct Slow {
+        completions: Arc<EventFd>,
+        waiting: Vec<crate::virtio::chain::Chain>,
+        events: Arc<AtomicUsize>,
+    }
+
+    impl Handler for Slow {
+        fn event(&mut self, event: Event, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
+            self.events.fetch_add(1, Ordering::SeqCst);
+            let [queue] = queues else { return Ok(Progress::Done) };
+            match event {
+                Event::Start => cx.watch(self.completions.as_raw_fd(), 7, Interest::Read)?,
+                Event::Kick(_) => {
+                    while let Some(chain) = queue.pop(cx.ram)? {
+                        self.waiting.push(chain);
+                    }
+                    queue.enable_notifications(cx.ram)?;
+                }
+                Event::Ready(token) => {
+                    assert_eq!(token, 7);
+                    let _ = self.completions.read();
+                    for chain in self.waiting.drain(..) {
+                        queue.push_used(cx.ram, chain, 0)?;
+                    }
+                }
+            }
+            Ok(Progress::Done)
+        }
+    }
+
+    struct Setup {
+        driver: FakeQueue,
+        interrupt: Interrupt,
+        completions: Arc<EventFd>,
+        events: Arc<AtomicUsize>,
+        kicks: Arc<[EventFd]>,
+        worker: Worker,
+    }
+
+    fn setup() -> Setup {
+        let ram = GuestRam::anonymous(1 << 20);
+        let driver = FakeQueue::new(&ram, 0x1000, 8);
+        let (completions, events) = (Arc::new(eventfd().unwrap()), Arc::new(AtomicUsize::new(0)));
+        let handler = Slow { completions: completions.clone(), waiting: vec![], events: events.clone() };
+        let share = Share { queues: vec![driver.device(0)], handler: Box::new(handler) };
+        let interrupt = Interrupt::new(IrqLine::new(5).unwrap());
+        let kicks: Arc<[EventFd]> = vec![eventfd().unwrap()].into();
+        let worker = Worker::spawn("slow device nr 1".into(), share, ram, interrupt.clone(), kicks.clone()).unwrap();
+        Setup { driver, interrupt, completions, events, kicks, worker }
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    #[test]
+    fn requests_in_flight_are_finished_before_it_stops() {
+        let mut s = setup();
+        s.driver.add(&[out(B, 1)]).unwrap();
+        s.kicks[0].write(1).unwrap();
+        while s.events.load(Ordering::SeqCst) < 3 {
+            std::thread::yield_now();
+        }
+        s.worker.request_stop();
+        let stuck = s.worker.wait_stopped(Instant::now() + Duration::from_millis(30)).unwrap_err().to_string();
+        assert!(stuck.starts_with("slow device nr 1 did not finish its requests within "), "{stuck}");
+        s.completions.write(1).unwrap();
+        let positions = s.worker.wait_stopped(soon()).unwrap();
+        assert_eq!(positions.len(), 1);
+        assert_eq!((positions[0].1.next_avail, positions[0].1.next_used), (1, 1));
+        assert_eq!(s.driver.take_used(), Some((0, 0)));
+        assert_eq!(s.interrupt.line().take_count(), 1);
+    }
+
+    #[test]
+    fn what_comes_while_stopping_stays_in_the_ring() {
+        let mut s = setup();
+        while s.events.load(Ordering::SeqCst) < 2 {
+            std::thread::yield_now();
+        }
+        s.worker.request_stop();
+        s.worker.wait_stopped(soon()).unwrap();
+        s.driver.add(&[out(B, 1)]).unwrap();
+        s.kicks[0].write(1).unwrap();
+        assert_eq!(s.driver.take_used(), None);
+    }
+
+    #[test]
+    fn an_idle_worker_does_not_wake() {
+        let s = setup();
+        while s.events.load(Ordering::SeqCst) < 2 {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(s.events.load(Ordering::SeqCst), 2, "start and the first look");
+    }
+
+    #[test]
+    fn a_bad_guest_ends_the_device_but_not_the_worker() {
+        let mut s = setup();
+        while s.events.load(Ordering::SeqCst) < 2 {
+            std::thread::yield_now();
+        }
+        s.driver.set_avail_idx(1000);
+        s.kicks[0].write(1).unwrap();
+        let deadline = soon();
+        while s.interrupt.line().take_count() == 0 {
+            assert!(Instant::now() < deadline);
+        }
+        assert!(!s.interrupt.needs_reset(), "it was told already");
+        let events = s.events.load(Ordering::SeqCst);
+        // Nothing is served any more, nor does it spin on what it no longer reads.
+        s.completions.write(1).unwrap();
+        s.kicks[0].write(1).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(s.events.load(Ordering::SeqCst), events);
+        s.worker.request_stop();
+        s.worker.wait_stopped(soon()).unwrap();
+    }
+
+    #[test]
+    fn names_fit() {
+        assert_eq!(thread_name("blk0"), "blk0");
+        assert_eq!(thread_name("a very long näme\0of a device"), "averylongnmeofa");
+    }
+}
