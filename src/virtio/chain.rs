@@ -132,7 +132,8 @@ impl Chain {
         Writer(Span::new(ram, self.writable()))
     }
 
-    pub(super) fn into_segments(self) -> Vec<Segment> {
+    /// Its memory, for [`Chain::walk`] to reuse.
+    pub fn into_segments(self) -> Vec<Segment> {
         self.segments
     }
 }

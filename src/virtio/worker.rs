@@ -6,11 +6,10 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use log::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::QueueState;
@@ -81,7 +80,7 @@ impl Worker {
             stopping,
             dead,
         };
-        std::thread::Builder::new().name(thread_name(&name)).spawn(move || body.run(sender))?;
+        spawn(thread_name(&name), Box::new(move || body.run(sender)))?;
         Ok(Worker { name, control, done })
     }
 
@@ -105,6 +104,37 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.request_stop();
     }
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Where threads are started.
+static SPAWNER: Mutex<Option<Sender<Job>>> = Mutex::new(None);
+
+/// Starts the thread that starts workers, if there is none. A thread inherits the CPU affinity, the signal mask and the
+/// system call filter of the one that starts it, and DRIVER_OK arrives on a vCPU's: a worker must not share the one
+/// CPU that its vCPU is pinned to. So this is called early, by a thread that is none.
+pub fn prepare() -> io::Result<()> {
+    let mut spawner = SPAWNER.lock().unwrap_or_else(PoisonError::into_inner);
+    if spawner.is_none() {
+        let (sender, jobs) = channel::<Job>();
+        std::thread::Builder::new().name("spawner".into()).spawn(move || jobs.into_iter().for_each(|job| job()))?;
+        *spawner = Some(sender);
+    }
+    Ok(())
+}
+
+fn spawn(name: String, body: Job) -> io::Result<()> {
+    prepare()?;
+    let (sender, spawned) = sync_channel(1);
+    let job = Box::new(move || {
+        let _ = sender.send(std::thread::Builder::new().name(name).spawn(body).map(|_| ()));
+    });
+    let spawner = SPAWNER.lock().unwrap_or_else(PoisonError::into_inner);
+    let sent = spawner.as_ref().is_some_and(|spawner| spawner.send(job).is_ok());
+    drop(spawner);
+    let gone = || io::Error::other("the thread that starts threads is gone");
+    if sent { spawned.recv().map_err(|_| gone())? } else { Err(gone()) }
 }
 
 fn thread_name(name: &str) -> String {
@@ -206,9 +236,7 @@ impl Loop {
         }
         self.dead = true;
         self.pending.clear();
-        if self.interrupt.needs_reset() {
-            warn!("{}: the guest's driver must reset the device: {fault}", self.name);
-        }
+        self.interrupt.needs_reset(&self.name, fault);
         let fresh = Poller::new().and_then(|p| p.add(self.control.as_raw_fd(), CONTROL, Interest::Read).map(|()| p));
         match fresh {
             Ok(poller) => self.poller = poller,
@@ -369,7 +397,8 @@ mod tests {
         while s.interrupt.line().take_count() == 0 {
             assert!(Instant::now() < deadline);
         }
-        assert!(!s.interrupt.needs_reset(), "it was told already");
+        s.interrupt.needs_reset("slow", "it was told already");
+        assert_eq!(s.interrupt.line().take_count(), 0);
         let events = s.events.load(Ordering::SeqCst);
         // Nothing is served any more, nor does it spin on what it no longer reads.
         s.completions.write(1).unwrap();
