@@ -18,7 +18,7 @@ use crate::event::{Interest, Poller, eventfd};
 use crate::memory::GuestRam;
 
 /// How long requests in flight have to finish before a device counts as stuck.
-pub const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 10 });
 
 const CONTROL: u64 = u64::MAX;
 /// How often a handler whose watches are gone is asked whether it has drained.
