@@ -202,3 +202,114 @@ fn vectored(file: &File, iov: &[libc::iovec], offset: u64, direction: Direction)
     };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::GuestRam;
+    use std::os::unix::fs::FileExt;
+
+    fn image(dir: &tempfile::TempDir, name: &str, size: u64) -> PathBuf {
+        let path = dir.path().join(name);
+        File::create(&path).unwrap().set_len(size).unwrap();
+        path
+    }
+
+    #[test]
+    fn bytes_land_where_they_belong() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = image(&dir, "a", 64 << 10);
+        let disk = RawDisk::open(&path, false).unwrap();
+        let ram = GuestRam::anonymous(1 << 20);
+        let data: Vec<u8> = (0..2048u32).map(|i| (i % 251) as u8).collect();
+        ram.write(0x1000, &data).unwrap();
+        let cut = |base: u64| {
+            [(0, 1), (1, 0), (1, 1000), (1001, 1047)].map(|(at, len)| ram.slice(base + at, len).unwrap()).to_vec()
+        };
+        disk.write(&cut(0x1000), 512).unwrap();
+        disk.flush().unwrap();
+        let mut back = vec![0; 2048];
+        File::open(&path).unwrap().read_exact_at(&mut back, 512).unwrap();
+        assert_eq!(back, data);
+        disk.read(&cut(0x8000), 512).unwrap();
+        ram.read(0x8000, &mut back).unwrap();
+        assert_eq!(back, data);
+        disk.read(&[], 0).unwrap();
+    }
+
+    #[test]
+    fn more_buffers_than_one_call_takes() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = RawDisk::open(&image(&dir, "a", 1 << 20), false).unwrap();
+        let ram = GuestRam::anonymous(1 << 20);
+        let data: Vec<u8> = (0..3000u32).map(|i| (i % 251) as u8).collect();
+        ram.write(0, &data).unwrap();
+        let bytes = |base: u64| (0..3000).map(|i| ram.slice(base + i, 1).unwrap()).collect::<Vec<_>>();
+        disk.write(&bytes(0), 7).unwrap();
+        disk.read(&bytes(0x1_0000), 7).unwrap();
+        let mut back = vec![0; 3000];
+        ram.read(0x1_0000, &mut back).unwrap();
+        assert_eq!(back, data);
+    }
+
+    #[test]
+    fn a_file_that_shrank_is_an_error_not_a_loop() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = image(&dir, "a", 4096);
+        let disk = RawDisk::open(&path, false).unwrap();
+        File::options().write(true).open(&path).unwrap().set_len(100).unwrap();
+        let ram = GuestRam::anonymous(1 << 20);
+        let error = disk.read(&[ram.slice(0, 512).unwrap()], 0).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn what_is_no_disk_is_refused_without_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        let status = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
+        assert!(status.success());
+        let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("socket")).unwrap();
+        for (path, kind) in [
+            (fifo.as_path(), "FIFO"),
+            (dir.path(), "directory"),
+            (Path::new("/dev/null"), "character device"),
+            (&dir.path().join("socket"), "socket"),
+        ] {
+            for readonly in [false, true] {
+                let error = RawDisk::open(path, readonly).unwrap_err().to_string();
+                let path = path.display();
+                assert_eq!(error, format!("disk {path} is a {kind}; a regular file or a block device is needed"));
+            }
+        }
+        let missing = RawDisk::open(&dir.path().join("none"), false).unwrap_err();
+        assert_eq!(missing.to_string(), format!("cannot open disk {}", dir.path().join("none").display()));
+        assert!(std::error::Error::source(&missing).unwrap().to_string().contains("No such file"));
+    }
+
+    #[test]
+    fn sizes_are_whole_sectors() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(RawDisk::open(&image(&dir, "a", 1535), false).unwrap().size(), 1024);
+        assert_eq!(RawDisk::open(&image(&dir, "b", 5 << 40), false).unwrap().size(), 5 << 40);
+        for size in [0, 511] {
+            let error = RawDisk::open(&image(&dir, "c", size), false).unwrap_err().to_string();
+            assert!(error.ends_with(&format!("has {size} bytes, which is less than one sector of 512")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_writer_excludes_everybody_and_readers_share() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = image(&dir, "a", 4096);
+        let in_use = |readonly| RawDisk::open(&path, readonly).unwrap_err().to_string();
+        let writer = RawDisk::open(&path, false).unwrap();
+        assert_eq!(in_use(false), format!("disk {} is in use by another VM", path.display()));
+        assert_eq!(in_use(true), format!("disk {} is in use by another VM, which writes to it", path.display()));
+        drop(writer);
+        let readers = [RawDisk::open(&path, true).unwrap(), RawDisk::open(&path, true).unwrap()];
+        assert!(in_use(false).contains("in use"));
+        drop(readers);
+        RawDisk::open(&path, false).unwrap();
+    }
+}

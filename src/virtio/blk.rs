@@ -315,3 +315,290 @@ impl Requests {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::{Buf, FakeQueue, Loopback, inn, out};
+    use std::os::unix::fs::FileExt;
+    use std::sync::Mutex;
+
+    const HDR: u64 = 0x4_0000;
+    const DATA: u64 = 0x8_0000;
+    const STATUS: u64 = 0xF_0000;
+    const OK: u8 = VIRTIO_BLK_S_OK as u8;
+    const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
+    const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
+    const UNTOUCHED: u8 = 0xAA;
+
+    /// A disk of 8 sectors that keeps a diary and can fail.
+    #[derive(Default)]
+    struct Diary {
+        calls: Mutex<Vec<String>>,
+        fail: AtomicBool,
+        /// Looks at the status byte while a request is under way.
+        ram: Option<GuestRam>,
+    }
+
+    impl Diary {
+        fn note(&self, what: String) -> io::Result<()> {
+            if let Some(ram) = &self.ram {
+                assert_eq!(ram.read_obj::<u8>(STATUS).unwrap(), UNTOUCHED, "the status is written last");
+            }
+            self.calls.lock().unwrap().push(what);
+            if self.fail.load(Ordering::Relaxed) { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
+        }
+    }
+
+    impl Disk for Arc<Diary> {
+        fn size(&self) -> u64 {
+            4096
+        }
+        fn read(&self, buffers: &[RamSlice<'_>], offset: u64) -> io::Result<()> {
+            self.note(format!("read {}@{offset}", buffers.iter().map(|b| b.len()).sum::<usize>()))
+        }
+        fn write(&self, buffers: &[RamSlice<'_>], offset: u64) -> io::Result<()> {
+            self.note(format!("write {}@{offset}", buffers.iter().map(|b| b.len()).sum::<usize>()))
+        }
+        fn flush(&self) -> io::Result<()> {
+            self.note("flush".into())
+        }
+    }
+
+    struct Setup {
+        ram: GuestRam,
+        driver: FakeQueue,
+        queues: [Queue; 1],
+        handler: Requests,
+        diary: Arc<Diary>,
+    }
+
+    impl Setup {
+        fn new(readonly: bool) -> Self {
+            let ram = GuestRam::anonymous(1 << 20);
+            let diary = Arc::new(Diary { ram: Some(ram.clone()), ..Diary::default() });
+            let config = BlkConfig { path: "a.img".into(), readonly, id: Some("serial7".into()) };
+            let blk = Blk::with_disk("blk0", &config, Box::new(diary.clone()));
+            Self::with(ram, blk, diary)
+        }
+
+        fn with(ram: GuestRam, blk: Blk, diary: Arc<Diary>) -> Self {
+            let driver = FakeQueue::new(&ram, 0x1000, 16);
+            let queues = [driver.device(RING_FEATURES)];
+            let handler = Requests { shared: blk.shared.clone(), write_through: false };
+            Setup { ram, driver, queues, handler, diary }
+        }
+
+        fn header(&self, kind: u32, sector: u64) {
+            self.ram.write_obj(HDR, kind.to_le()).unwrap();
+            self.ram.write_obj(HDR + 4, 0u32).unwrap();
+            self.ram.write_obj(HDR + 8, sector.to_le()).unwrap();
+            self.ram.write_obj(STATUS, UNTOUCHED).unwrap();
+        }
+
+        fn submit(&mut self, bufs: &[Buf]) -> Result<u8, Fault> {
+            self.driver.add(bufs).unwrap();
+            Loopback::new(&self.ram).deliver(&mut self.handler, &mut self.queues, Event::Kick(0))?;
+            let (_, written) = self.driver.take_used().unwrap();
+            assert_eq!(written, bufs.iter().filter(|b| b.write).map(|b| b.len).sum::<u32>());
+            Ok(self.ram.read_obj(STATUS).unwrap())
+        }
+
+        /// A request in the usual shape.
+        fn request(&mut self, kind: u32, sector: u64, data: &[Buf]) -> u8 {
+            self.header(kind, sector);
+            let bufs = [&[out(HDR, 16)], data, &[inn(STATUS, 1)]].concat();
+            self.submit(&bufs).unwrap()
+        }
+
+        fn calls(&self) -> Vec<String> {
+            std::mem::take(&mut self.diary.calls.lock().unwrap())
+        }
+    }
+
+    #[test]
+    fn writes_reads_and_flushes_a_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(64 << 10).unwrap();
+        let config: BlkConfig = format!("{},id=root", file.path().display()).parse().unwrap();
+        let ram = GuestRam::anonymous(1 << 20);
+        let mut setup = Setup::with(ram.clone(), Blk::new("blk0", &config).unwrap(), Arc::default());
+        let data: Vec<u8> = (0..1536u32).map(|i| (i % 253) as u8).collect();
+        ram.write(DATA, &data).unwrap();
+        // However it is cut.
+        assert_eq!(
+            setup.request(VIRTIO_BLK_T_OUT, 3, &[out(DATA, 511), out(DATA + 511, 2), out(DATA + 513, 1023)]),
+            OK
+        );
+        assert_eq!(setup.request(VIRTIO_BLK_T_FLUSH, 0, &[]), OK);
+        let mut back = vec![0; 1536];
+        file.as_file().read_exact_at(&mut back, 3 * 512).unwrap();
+        assert_eq!(back, data);
+        assert_eq!(setup.request(VIRTIO_BLK_T_IN, 3, &[inn(DATA + 0x8000, 1000), inn(DATA + 0x8000 + 1000, 536)]), OK);
+        ram.read(DATA + 0x8000, &mut back).unwrap();
+        assert_eq!(back, data);
+        // The image gets shorter under the guest: an error for it, none for us.
+        file.as_file().set_len(512).unwrap();
+        assert_eq!(setup.request(VIRTIO_BLK_T_IN, 3, &[inn(DATA, 512)]), IOERR);
+    }
+
+    #[test]
+    fn header_data_and_status_may_be_cut_anywhere() {
+        let mut setup = Setup::new(false);
+        setup.header(VIRTIO_BLK_T_OUT, 1);
+        ramwrite_header_next_to_data(&setup);
+        let cut = [out(DATA - 16, 5), out(DATA - 11, 1), out(DATA - 10, 510 + 10), out(DATA + 510, 2), inn(STATUS, 1)];
+        assert_eq!(setup.submit(&cut).unwrap(), OK);
+        assert_eq!(setup.calls(), ["write 512@512"]);
+        // Data and status in one buffer.
+        setup.header(VIRTIO_BLK_T_IN, 7);
+        assert_eq!(setup.submit(&[out(HDR, 16), inn(STATUS - 512, 513)]).unwrap(), OK);
+        assert_eq!(setup.calls(), ["read 512@3584"]);
+    }
+
+    fn ramwrite_header_next_to_data(setup: &Setup) {
+        let header: [u8; 16] = setup.ram.read_obj(HDR).unwrap();
+        setup.ram.write(DATA - 16, &header).unwrap();
+    }
+
+    #[test]
+    fn sectors_stay_on_the_disk() {
+        let mut setup = Setup::new(false);
+        for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
+            let buf = |len| if kind == VIRTIO_BLK_T_IN { inn(DATA, len) } else { out(DATA, len) };
+            for (sector, len) in [
+                (8, 512),
+                (7, 1024),
+                (0, 8 * 512 + 512),
+                (u64::MAX, 512),
+                (u64::MAX / 512, 512),
+                (u64::MAX / 512 + 1, 512),
+                (9, 0),
+                (0, 1),
+                (0, 511),
+                (0, 513),
+            ] {
+                assert_eq!(setup.request(kind, sector, &[buf(len)]), IOERR, "{sector} {len}");
+            }
+            assert_eq!(setup.calls(), [""; 0]);
+            assert_eq!(setup.request(kind, 0, &[buf(4096)]), OK);
+            assert_eq!(setup.request(kind, 7, &[buf(512)]), OK);
+            assert_eq!(setup.request(kind, 8, &[]), OK, "nothing, at the very end");
+            setup.calls();
+        }
+    }
+
+    #[test]
+    fn short_headers_and_missing_status() {
+        let mut setup = Setup::new(false);
+        setup.header(VIRTIO_BLK_T_IN, 0);
+        assert_eq!(setup.submit(&[out(HDR, 15), inn(STATUS, 1)]).unwrap(), IOERR);
+        setup.header(VIRTIO_BLK_T_IN, 0);
+        assert_eq!(setup.submit(&[inn(STATUS, 1)]).unwrap(), IOERR);
+        for bufs in [&[out(HDR, 16)][..], &[out(HDR, 16), inn(STATUS, 0)]] {
+            let mut setup = Setup::new(false);
+            setup.header(VIRTIO_BLK_T_IN, 0);
+            let fault = setup.submit(bufs).unwrap_err().to_string();
+            assert_eq!(fault, "a block request has no room for its status byte");
+        }
+    }
+
+    #[test]
+    fn unknown_requests_are_unsupported() {
+        let mut setup = Setup::new(false);
+        for kind in [2, 3, 5, 9, 10, 11, 13, 14, 0x8000_0000, u32::MAX] {
+            assert_eq!(setup.request(kind, 0, &[inn(DATA, 512)]), UNSUPP, "{kind}");
+        }
+        assert_eq!(setup.calls(), [""; 0]);
+    }
+
+    #[test]
+    fn a_read_only_disk_is_never_written() {
+        let mut setup = Setup::new(true);
+        assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 0, &[out(DATA, 512)]), IOERR);
+        assert_eq!(setup.calls(), [""; 0]);
+        assert_eq!(setup.request(VIRTIO_BLK_T_IN, 0, &[inn(DATA, 512)]), OK);
+    }
+
+    #[test]
+    fn the_id_is_told() {
+        let mut setup = Setup::new(false);
+        assert_eq!(setup.request(VIRTIO_BLK_T_GET_ID, 0, &[inn(DATA, 20)]), OK);
+        assert_eq!(setup.ram.read_obj::<[u8; 20]>(DATA).unwrap(), *b"serial7\0\0\0\0\0\0\0\0\0\0\0\0\0");
+        assert_eq!(setup.request(VIRTIO_BLK_T_GET_ID, 0, &[inn(DATA + 32, 3), inn(DATA + 40, 100)]), OK);
+        assert_eq!(setup.ram.read_obj::<[u8; 3]>(DATA + 32).unwrap(), *b"ser");
+    }
+
+    #[test]
+    fn flushes_reach_the_disk() {
+        let mut setup = Setup::new(false);
+        assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 0, &[out(DATA, 512)]), OK);
+        assert_eq!(setup.request(VIRTIO_BLK_T_FLUSH, 0, &[]), OK);
+        assert_eq!(setup.calls(), ["write 512@0", "flush"]);
+        // Clean already: nothing to do at the end.
+        let ram = setup.ram.clone();
+        let drain = |setup: &mut Setup| {
+            let (line, poller) = (crate::irq::IrqLine::new(5).unwrap(), crate::event::Poller::new().unwrap());
+            let interrupt = crate::virtio::Interrupt::new(line);
+            let cx = Context::new(&ram, &interrupt, &poller);
+            assert_eq!(setup.handler.drain(&mut setup.queues, &cx).unwrap(), Progress::Done);
+        };
+        setup.ram.write_obj(STATUS, UNTOUCHED).unwrap();
+        drain(&mut setup);
+        assert_eq!(setup.calls(), [""; 0]);
+        assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 1, &[out(DATA, 512)]), OK);
+        setup.ram.write_obj(STATUS, UNTOUCHED).unwrap();
+        drain(&mut setup);
+        assert_eq!(setup.calls(), ["write 512@512", "flush"]);
+        // A driver without FLUSH expects every write to be on the disk.
+        setup.handler.write_through = true;
+        assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 2, &[out(DATA, 512)]), OK);
+        assert_eq!(setup.calls(), ["write 512@1024", "flush"]);
+    }
+
+    #[test]
+    fn disk_errors_are_the_guests() {
+        let mut setup = Setup::new(false);
+        setup.diary.fail.store(true, Ordering::Relaxed);
+        assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 0, &[out(DATA, 512)]), IOERR);
+        assert_eq!(setup.request(VIRTIO_BLK_T_IN, 0, &[inn(DATA, 512)]), IOERR);
+        assert_eq!(setup.request(VIRTIO_BLK_T_FLUSH, 0, &[]), IOERR);
+        setup.diary.fail.store(false, Ordering::Relaxed);
+        assert_eq!(setup.request(VIRTIO_BLK_T_IN, 0, &[inn(DATA, 512)]), OK);
+    }
+
+    #[test]
+    fn configuration() {
+        let config: BlkConfig = "path=root.img,readonly,id=x".parse().unwrap();
+        assert_eq!(config, BlkConfig { path: "root.img".into(), readonly: true, id: Some("x".into()) });
+        let error = "root.img,size=3".parse::<BlkConfig>().unwrap_err().to_string();
+        assert_eq!(error, "unknown key 'size'; valid keys are path, readonly, id");
+        for id in ["", "a b", "123456789012345678901", "ä"] {
+            let config = BlkConfig { path: "x".into(), readonly: false, id: Some(id.into()) };
+            assert!(config.validate().is_err(), "{id}");
+        }
+        let blk = Blk::with_disk("blk0", &config, Box::new(Arc::<Diary>::default()));
+        let features = blk.info().features;
+        assert_ne!(features & 1 << VIRTIO_BLK_F_RO, 0);
+        let mut bytes = [0xEE; 64];
+        blk.read_config(0, &mut bytes);
+        assert_eq!(bytes[..24], [8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 254, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0]);
+        assert_eq!(bytes[36..], [0xEE; 28]);
+        for offset in [35, 36, 100, u64::MAX] {
+            blk.read_config(offset, &mut [0; 8]);
+        }
+    }
+
+    #[test]
+    fn a_saved_disk_keeps_its_size() {
+        let config: BlkConfig = "a.img".parse().unwrap();
+        let mut blk = Blk::with_disk("blk0", &config, Box::new(Arc::<Diary>::default()));
+        let state = blk.save().unwrap();
+        blk.restore(&state).unwrap();
+        let error = blk.restore(&serde_json::json!({"sectors": 9})).unwrap_err().to_string();
+        assert_eq!(error, "disk a.img has 8 sectors now and had 9 when it was saved");
+        for broken in [serde_json::Value::Null, serde_json::json!({"sectors": -1}), serde_json::json!({"x": 1})] {
+            assert!(blk.restore(&broken).unwrap_err().to_string().starts_with("the saved state of blk0 is broken"));
+        }
+    }
+}

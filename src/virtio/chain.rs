@@ -132,7 +132,8 @@ impl Chain {
         Writer(Span::new(ram, self.writable()))
     }
 
-    pub(super) fn into_segments(self) -> Vec<Segment> {
+    /// Its memory, for [`Chain::walk`] to reuse.
+    pub fn into_segments(self) -> Vec<Segment> {
         self.segments
     }
 }
@@ -349,5 +350,206 @@ impl<'a> Writer<'a> {
     /// The memory itself, for system calls.
     pub fn slices(self) -> impl Iterator<Item = Result<RamSlice<'a>, OutOfRam>> {
         self.0.slices()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::queue::{self, Queue};
+    use crate::virtio::testing::{self, Buf, FakeQueue, INDIRECT as I, NEXT as N, inn, out};
+
+    const RAM: u64 = 1 << 20;
+    const B: u64 = 0x8_0000;
+    const TABLE: u64 = 0x4_0000;
+    const RING_INDIRECT: u64 = crate::virtio::RING_FEATURES;
+
+    struct Setup {
+        ram: GuestRam,
+        driver: FakeQueue,
+        queue: Queue,
+    }
+
+    impl Setup {
+        fn new(features: u64) -> Self {
+            let ram = GuestRam::anonymous(RAM);
+            let driver = FakeQueue::new(&ram, 0x1000, 8);
+            let queue = driver.device(features);
+            Setup { ram, driver, queue }
+        }
+
+        /// Descriptors as they are; the chain starts at 0.
+        fn raw(&mut self, table: u64, descs: &[(Buf, u16, u16)]) -> &mut Self {
+            for (i, &(buf, flags, next)) in (0u16..).zip(descs) {
+                self.driver.write_desc(table, i, buf, flags, next);
+            }
+            self
+        }
+
+        fn pop(&mut self) -> Result<Chain, Error> {
+            self.driver.publish(0);
+            match self.queue.pop(&self.ram) {
+                Ok(chain) => Ok(chain.unwrap()),
+                Err(queue::Error::Chain(e)) => Err(e),
+                Err(e) => panic!("{e}"),
+            }
+        }
+    }
+
+    fn direct(descs: &[(Buf, u16, u16)]) -> Result<Chain, Error> {
+        let mut setup = Setup::new(RING_INDIRECT);
+        let base = setup.driver.desc;
+        setup.raw(base, descs).pop()
+    }
+
+    fn indirect(len: u32, flags: u16, descs: &[(Buf, u16, u16)]) -> Result<Chain, Error> {
+        let mut setup = Setup::new(RING_INDIRECT);
+        let base = setup.driver.desc;
+        setup.raw(TABLE, descs).raw(base, &[(out(TABLE, len), flags | I, 1)]).pop()
+    }
+
+    #[test]
+    fn direct_and_indirect_give_the_same() {
+        let bufs = [out(B, 16), out(B + 100, 3), inn(B + 200, 512), inn(B + 1000, 1)];
+        let mut setup = Setup::new(RING_INDIRECT);
+        setup.driver.add(&bufs).unwrap();
+        setup.driver.add_indirect(TABLE, &bufs).unwrap();
+        for _ in 0..2 {
+            let chain = setup.queue.pop(&setup.ram).unwrap().unwrap();
+            let segments = |s: &[Segment]| s.iter().map(|s| (s.addr, s.len)).collect::<Vec<_>>();
+            assert_eq!(segments(chain.readable()), [(B, 16), (B + 100, 3)]);
+            assert_eq!(segments(chain.writable()), [(B + 200, 512), (B + 1000, 1)]);
+        }
+    }
+
+    #[test]
+    fn indirect_may_follow_direct_and_its_write_flag_means_nothing() {
+        let mut setup = Setup::new(RING_INDIRECT);
+        let base = setup.driver.desc;
+        setup.raw(TABLE, &[(out(B, 2), N, 2), (inn(0, 0), 0, 0), (inn(B, 3), 0, 0)]);
+        setup.raw(base, &[(out(B, 1), N, 5)]);
+        setup.driver.write_desc(base, 5, inn(TABLE, 48), I, 0);
+        let chain = setup.pop().unwrap();
+        assert_eq!((chain.readable().len(), chain.writable().len()), (2, 1));
+    }
+
+    #[test]
+    fn loops_end() {
+        assert_eq!(direct(&[(out(B, 1), N, 0)]).unwrap_err(), Error::TooLong { max: 8 });
+        assert_eq!(direct(&[(inn(B, 1), N, 1), (inn(B, 0), N, 0)]).unwrap_err(), Error::TooLong { max: 8 });
+        assert_eq!(indirect(16, 0, &[(out(B, 0), N, 0)]).unwrap_err(), Error::TooLong { max: 8 });
+    }
+
+    #[test]
+    fn chains_are_no_longer_than_the_queue() {
+        let descs: Vec<_> = (1..=9).map(|i| (out(B, 1), if i < 9 { N } else { 0 }, i)).collect();
+        assert_eq!(indirect(16 * 9, 0, &descs).unwrap_err(), Error::TooLong { max: 8 });
+        let descs: Vec<_> = (1..=8).map(|i| (out(B, 1), if i < 8 { N } else { 0 }, i)).collect();
+        assert_eq!(indirect(16 * 8, 0, &descs).unwrap().readable().len(), 8);
+    }
+
+    #[test]
+    fn next_is_in_the_table() {
+        for next in [8, 9, u16::MAX] {
+            assert_eq!(direct(&[(out(B, 1), N, next)]).unwrap_err(), Error::Next { next, len: 8 });
+        }
+        assert_eq!(indirect(16, 0, &[(out(B, 1), N, 1)]).unwrap_err(), Error::Next { next: 1, len: 1 });
+    }
+
+    #[test]
+    fn readable_comes_before_writable() {
+        let descs = [(inn(B, 1), N, 1), (out(B, 1), 0, 0)];
+        assert_eq!(direct(&descs).unwrap_err(), Error::ReadableAfterWritable);
+        assert_eq!(indirect(32, 0, &descs).unwrap_err(), Error::ReadableAfterWritable);
+    }
+
+    #[test]
+    fn buffers_are_in_ram() {
+        for (addr, len) in [(RAM, 1), (RAM - 1, 2), (u64::MAX, 1), (u64::MAX, u32::MAX), (0, u32::MAX), (B, 1 << 31)] {
+            for buf in [out(addr, len), inn(addr, len)] {
+                let error = direct(&[(buf, 0, 0)]).unwrap_err();
+                assert_eq!(error, Error::Buffer(OutOfRam { addr, len: len.into() }));
+                assert_eq!(indirect(16, 0, &[(buf, 0, 0)]).unwrap_err(), error);
+            }
+        }
+    }
+
+    #[test]
+    fn empty_buffers_do_not_matter() {
+        let chain = direct(&[(out(u64::MAX, 0), N, 1), (out(B, 1), N, 2), (inn(0, 0), 0, 0)]).unwrap();
+        assert_eq!((chain.readable(), chain.writable().len()), (&[Segment { addr: B, len: 1 }][..], 0));
+        let nothing = direct(&[(inn(B, 0), 0, 0)]).unwrap();
+        let ram = GuestRam::anonymous(RAM);
+        assert_eq!((nothing.reader(&ram).len(), nothing.writer(&ram).len()), (0, 0));
+        assert!(nothing.writer(&ram).write(&[1]).is_err());
+        assert!(nothing.writer(&ram).write(&[]).is_ok());
+    }
+
+    #[test]
+    fn indirect_rules() {
+        let one = [(out(B, 1), 0, 0)];
+        assert_eq!(indirect(16, N, &one).unwrap_err(), Error::IndirectWithNext);
+        assert_eq!(indirect(16, 0, &[(out(TABLE, 16), I, 0)]).unwrap_err(), Error::IndirectNested);
+        for len in [0, 1, 15, 17, 31, u32::MAX] {
+            assert_eq!(indirect(len, 0, &one).unwrap_err(), Error::IndirectLength { len });
+        }
+        for (addr, len) in [(RAM - 16, 32), (RAM, 16), (u64::MAX - 15, 16), (0, 0xFFFF_FFF0)] {
+            let error = direct(&[(out(addr, len), I, 0)]).unwrap_err();
+            assert_eq!(error, Error::IndirectTable(OutOfRam { addr, len: len.into() }));
+        }
+        let mut setup = Setup::new(testing::EVENT_IDX);
+        let base = setup.driver.desc;
+        let error = setup.raw(base, &[(out(TABLE, 16), I, 0)]).pop().unwrap_err();
+        assert_eq!(error, Error::IndirectNotNegotiated);
+    }
+
+    #[test]
+    fn bytes_are_bounded() {
+        // The same 3 GiB twice: possible only because chains may name memory more than once.
+        let ram = GuestRam::anonymous(3 << 30);
+        let driver = FakeQueue::new(&ram, 0x1000, 4);
+        driver.write_desc(driver.desc, 0, out(0, 3 << 30), N, 1);
+        driver.write_desc(driver.desc, 1, out(0, 3 << 30), 0, 0);
+        let table = Table { addr: driver.desc, len: 4, indirect: false };
+        assert_eq!(Chain::walk(&ram, table, 0, vec![]).unwrap_err(), Error::TooManyBytes);
+    }
+
+    #[test]
+    fn all_ones_is_an_error() {
+        let mut setup = Setup::new(RING_INDIRECT);
+        setup.ram.write(setup.driver.desc, &[0xFF; 16 * 8]).unwrap();
+        assert_eq!(setup.pop().unwrap_err(), Error::IndirectWithNext);
+    }
+
+    #[test]
+    fn reading_and_writing_cross_segments() {
+        let ram = GuestRam::anonymous(RAM);
+        ram.write(B, b"abcdefghij").unwrap();
+        let cut = [out(B, 1), out(B + 1, 4), out(B + 5, 5), inn(B + 100, 2), inn(B + 200, 1), inn(B + 300, 4)];
+        let mut driver = FakeQueue::new(&ram, 0x1000, 8);
+        driver.add(&cut).unwrap();
+        let chain = driver.device(0).pop(&ram).unwrap().unwrap();
+        let mut reader = chain.reader(&ram);
+        let mut three = [0; 3];
+        reader.read(&mut three).unwrap();
+        assert_eq!((&three, reader.len()), (b"abc", 7));
+        let mut front = reader.take(3).unwrap();
+        let mut rest = [0; 4];
+        reader.read(&mut rest).unwrap();
+        assert_eq!(&rest, b"ghij");
+        front.read(&mut three).unwrap();
+        assert_eq!(&three, b"def");
+        assert_eq!(front.read(&mut three), Err(Error::Short { have: 0, need: 3 }));
+        assert_eq!(reader.take(1).err(), Some(Error::Short { have: 0, need: 1 }));
+
+        let mut writer = chain.writer(&ram);
+        let front = writer.take(6).unwrap();
+        assert_eq!(front.slices().map(|s| s.unwrap().len()).collect::<Vec<_>>(), [2, 1, 3]);
+        assert!(writer.write(b"xy").is_err());
+        writer.write(b"z").unwrap();
+        let mut front = front;
+        front.write(b"123456").unwrap();
+        let read = |at| ram.read_obj::<[u8; 4]>(at).unwrap();
+        assert_eq!((read(B + 100), read(B + 200), read(B + 300)), (*b"12\0\0", *b"3\0\0\0", *b"456z"));
     }
 }

@@ -15,7 +15,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use log::warn;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1,
@@ -25,7 +24,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{Queue, QueueState, SetupError};
 use super::running::{self, Run};
-use super::worker::{DRAIN_DEADLINE, Stuck};
+use super::worker::{self, DRAIN_DEADLINE, Stuck};
 use super::{Activation, DeviceInfo, Interrupt, StateError, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::event::eventfd;
@@ -63,6 +62,14 @@ pub enum Error {
     /// Out of file descriptors.
     #[error("cannot make the eventfds of {name}")]
     EventFd {
+        /// The device.
+        name: String,
+        /// The OS error.
+        source: io::Error,
+    },
+    /// Out of threads.
+    #[error("cannot start threads for {name}")]
+    Thread {
         /// The device.
         name: String,
         /// The OS error.
@@ -112,6 +119,7 @@ impl MmioTransport {
     /// A freshly reset device. `line` is what it interrupts with.
     pub fn new(device: Box<dyn VirtioDevice>, ram: GuestRam, line: IrqLine) -> Result<Self, Error> {
         let info = device.info().clone();
+        worker::prepare().map_err(|source| Error::Thread { name: info.name.clone(), source })?;
         let kicks = info.queue_sizes.iter().map(|_| eventfd()).collect::<io::Result<Vec<_>>>();
         let kicks = kicks.map_err(|source| Error::EventFd { name: info.name.clone(), source })?.into();
         let registers = Registers { queues: vec![QueueState::default(); info.queue_sizes.len()], ..Default::default() };
@@ -196,11 +204,7 @@ impl MmioTransport {
         });
         match started {
             Ok(run) => inner.run = run,
-            Err(e) => {
-                if self.interrupt.needs_reset() {
-                    warn!("{} cannot start: {e}", self.info.name);
-                }
-            }
+            Err(e) => self.interrupt.needs_reset(&self.info.name, e),
         }
         if inner.run.is_elsewhere() {
             self.elsewhere.store(true, Ordering::SeqCst);
@@ -230,16 +234,12 @@ impl MmioTransport {
             Ok(()) => Ok(()),
             // The other side is gone, and with it what was in flight.
             Err(running::Error::Lost(e)) => {
-                if self.interrupt.needs_reset() {
-                    warn!("{} did not give its queues back: {e}", self.info.name);
-                }
+                self.interrupt.needs_reset(&self.info.name, format_args!("it did not give its queues back: {e}"));
                 Ok(())
             }
             Err(running::Error::Stuck(stuck)) => {
-                if !std::mem::replace(&mut inner.stuck, true) {
-                    warn!("{stuck}");
-                }
-                self.interrupt.needs_reset();
+                inner.stuck = true;
+                self.interrupt.needs_reset(&self.info.name, &stuck);
                 Err(stuck)
             }
         }
@@ -438,3 +438,6 @@ fn set_low(value: &mut u64, low: u32) {
 fn set_high(value: &mut u64, high: u32) {
     *value = *value & u64::from(u32::MAX) | u64::from(high) << 32;
 }
+
+#[cfg(test)]
+mod tests;

@@ -21,6 +21,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use log::warn;
 use virtio_bindings::{virtio_ids, virtio_mmio as regs, virtio_ring};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -275,13 +276,18 @@ struct InterruptShared {
     /// `ConfigGeneration` (4.2.2).
     generation: AtomicU32,
     needs_reset: AtomicBool,
+    /// How often the device needed a reset.
+    faults: AtomicU32,
 }
+
+/// How often a device needing a reset is told.
+const MAX_WARNINGS: u32 = 10;
 
 impl Interrupt {
     /// No reason pending yet.
     pub fn new(line: IrqLine) -> Self {
-        let (status, generation) = (AtomicU32::new(0), AtomicU32::new(0));
-        Interrupt(Arc::new(InterruptShared { line, status, generation, needs_reset: AtomicBool::new(false) }))
+        let [status, generation, faults] = [0; 3].map(AtomicU32::new);
+        Interrupt(Arc::new(InterruptShared { line, status, generation, needs_reset: AtomicBool::new(false), faults }))
     }
 
     /// Buffers were used (2.7.7). The reason is set before the line is raised: the driver's first act is to read it.
@@ -295,14 +301,18 @@ impl Interrupt {
         self.raise(regs::VIRTIO_MMIO_INT_CONFIG);
     }
 
-    /// The device is in a state that only a reset gets it out of; tells the driver (2.1.2). Returns whether that is
-    /// news.
-    pub fn needs_reset(&self) -> bool {
-        let news = !self.0.needs_reset.swap(true, Ordering::SeqCst);
-        if news {
-            self.config_changed();
+    /// The device is in a state that only a reset gets it out of: tells the driver (2.1.2) and, once, the log. A guest
+    /// that does it over and over does not fill the log.
+    pub fn needs_reset(&self, device: &str, why: impl std::fmt::Display) {
+        if self.0.needs_reset.swap(true, Ordering::SeqCst) {
+            return;
         }
-        news
+        match self.0.faults.fetch_add(1, Ordering::Relaxed) {
+            faults if faults < MAX_WARNINGS => warn!("{device} is out of order until its driver resets it: {why}"),
+            MAX_WARNINGS => warn!("{device} is out of order again and again; this is not told any more"),
+            _ => {}
+        }
+        self.config_changed();
     }
 
     /// The line, whose descriptor vhost back ends signal directly.

@@ -300,3 +300,230 @@ impl Queue {
         Ok(to != from)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::{EVENT_IDX, FakeQueue, inn, out};
+
+    const RAM: u64 = 1 << 20;
+    const BUFFERS: u64 = 0x8_0000;
+
+    fn setup(size: u16, features: u64) -> (GuestRam, FakeQueue, Queue) {
+        let ram = GuestRam::anonymous(RAM);
+        let driver = FakeQueue::new(&ram, 0x1000, size);
+        let queue = driver.device(features);
+        (ram, driver, queue)
+    }
+
+    #[test]
+    fn requests_come_in_order_and_go_back_in_any() {
+        let (ram, mut driver, mut queue) = setup(8, 0);
+        let heads: Vec<u16> = (0..3).map(|i| driver.add(&[out(BUFFERS + i, 1), inn(BUFFERS, 1)]).unwrap()).collect();
+        let chains: Vec<Chain> = std::iter::from_fn(|| queue.pop(&ram).unwrap()).collect();
+        assert_eq!(chains.iter().map(Chain::head).collect::<Vec<_>>(), heads);
+        assert_eq!(queue.in_flight(), 3);
+        for chain in chains.into_iter().rev() {
+            let head = chain.head();
+            queue.push_used(&ram, chain, 7).unwrap();
+            assert_eq!(driver.take_used(), Some((head, 7)));
+        }
+        assert_eq!((queue.in_flight(), driver.take_used()), (0, None));
+    }
+
+    #[test]
+    fn indices_wrap() {
+        let (ram, mut driver, mut queue) = setup(4, EVENT_IDX);
+        for i in 0..70_000u32 {
+            let head = driver.add(&[out(BUFFERS, 4)]).unwrap();
+            let chain = queue.pop(&ram).unwrap().unwrap();
+            queue.push_used(&ram, chain, i).unwrap();
+            driver.set_used_event(driver.used_idx);
+            assert!(queue.needs_notification(&ram).unwrap(), "{i}");
+            assert_eq!(driver.take_used(), Some((head, i)));
+            assert!(!queue.enable_notifications(&ram).unwrap());
+        }
+    }
+
+    #[test]
+    fn an_unpopped_chain_comes_again() {
+        let (ram, mut driver, mut queue) = setup(4, 0);
+        let head = driver.add(&[out(BUFFERS, 4)]).unwrap();
+        for _ in 0..3 {
+            let chain = queue.pop(&ram).unwrap().unwrap();
+            assert_eq!(chain.head(), head);
+            queue.unpop(chain);
+            assert_eq!(queue.in_flight(), 0);
+        }
+    }
+
+    #[test]
+    fn setup_rules() {
+        let ram = GuestRam::anonymous(RAM);
+        let good = FakeQueue::new(&ram, 0x1000, 8).state();
+        let check = |state| Queue::new(0, state, 256, EVENT_IDX, &ram).map(|_| ()).unwrap_err();
+        for size in [0, 3, 255, 512, u16::MAX] {
+            assert_eq!(check(QueueState { size, ..good }), SetupError::Size { size, max: 256 });
+        }
+        for off in [1, 2, 4, 8, 15] {
+            assert!(matches!(
+                check(QueueState { desc: good.desc + off, ..good }),
+                SetupError::Alignment { part: "descriptor table", align: 16, .. }
+            ));
+        }
+        let misaligned = check(QueueState { avail: good.avail + 1, ..good });
+        assert!(matches!(misaligned, SetupError::Alignment { part: "available ring", align: 2, .. }));
+        let misaligned = check(QueueState { used: good.used + 2, ..good });
+        assert!(matches!(misaligned, SetupError::Alignment { part: "used ring", align: 4, .. }));
+        // The first byte is in RAM, the last is not.
+        for addr in [RAM - 16, RAM, 0xC000_0000, u64::MAX - 15] {
+            for (part, state) in [
+                ("descriptor table", QueueState { desc: addr, ..good }),
+                ("available ring", QueueState { avail: addr, ..good }),
+                ("used ring", QueueState { used: addr, ..good }),
+            ] {
+                assert!(matches!(check(state), SetupError::OutOfRam { part: p, .. } if p == part), "{part} {addr:#x}");
+            }
+        }
+        let in_flight = check(QueueState { next_avail: 9, ..good });
+        assert_eq!(in_flight, SetupError::Positions { in_flight: 9, size: 8 });
+        assert_eq!(check(QueueState { next_used: 1, ..good }), SetupError::Positions { in_flight: 65535, size: 8 });
+        let exact = QueueState { used: RAM - (4 + 8 * 8 + 2 + 2), ..good };
+        assert!(Queue::new(0, exact, 256, EVENT_IDX, &ram).is_ok());
+    }
+
+    #[test]
+    fn the_available_index_cannot_jump() {
+        for to in [9, 1000, 32768, u16::MAX] {
+            let (ram, mut driver, mut queue) = setup(8, 0);
+            driver.set_avail_idx(to);
+            assert_eq!(queue.pop(&ram).unwrap_err(), Error::AvailJumped { from: 0, to, room: 8 });
+        }
+    }
+
+    #[test]
+    fn more_than_the_queue_cannot_be_in_flight() {
+        let (ram, mut driver, mut queue) = setup(4, 0);
+        let head = driver.add(&[out(BUFFERS, 1)]).unwrap();
+        for _ in 0..3 {
+            driver.publish(head);
+        }
+        let _held: Vec<Chain> = (0..4).map(|_| queue.pop(&ram).unwrap().unwrap()).collect();
+        driver.publish(head);
+        assert_eq!(queue.pop(&ram).unwrap_err(), Error::AvailJumped { from: 4, to: 5, room: 0 });
+        // Nor can buffers be taken back.
+        driver.set_avail_idx(3);
+        assert_eq!(queue.pop(&ram).unwrap_err(), Error::AvailJumped { from: 4, to: 3, room: 0 });
+    }
+
+    #[test]
+    fn a_head_is_a_descriptor() {
+        for head in [8, 9, u16::MAX] {
+            let (ram, mut driver, mut queue) = setup(8, 0);
+            driver.publish(head);
+            assert_eq!(queue.pop(&ram).unwrap_err(), Error::Head { head, size: 8 });
+        }
+    }
+
+    #[test]
+    fn interrupts_are_suppressed_by_flag() {
+        let (ram, mut driver, mut queue) = setup(8, 0);
+        let mut finish = |driver: &mut FakeQueue| {
+            driver.add(&[out(BUFFERS, 1)]).unwrap();
+            let chain = queue.pop(&ram).unwrap().unwrap();
+            queue.push_used(&ram, chain, 0).unwrap();
+            queue.needs_notification(&ram).unwrap()
+        };
+        assert!(finish(&mut driver));
+        driver.set_no_interrupt(true);
+        assert!(!finish(&mut driver));
+        driver.set_no_interrupt(false);
+        assert!(finish(&mut driver));
+        assert!(!queue.needs_notification(&ram).unwrap(), "nothing new");
+    }
+
+    #[test]
+    fn interrupts_are_suppressed_by_event_index() {
+        let (ram, mut driver, mut queue) = setup(8, EVENT_IDX);
+        let mut finish = |driver: &mut FakeQueue, n: u16| {
+            for _ in 0..n {
+                driver.add(&[out(BUFFERS, 1)]).unwrap();
+                let chain = queue.pop(&ram).unwrap().unwrap();
+                queue.push_used(&ram, chain, 0).unwrap();
+                driver.take_used();
+            }
+            queue.needs_notification(&ram).unwrap()
+        };
+        driver.set_used_event(2);
+        assert!(!finish(&mut driver, 2));
+        assert!(finish(&mut driver, 1), "index 3 passes event 2");
+        assert!(!finish(&mut driver, 1));
+        driver.set_used_event(6);
+        assert!(finish(&mut driver, 4), "several at once pass it");
+        // NO_INTERRUPT means nothing with event_idx (2.7.7.2).
+        driver.set_no_interrupt(true);
+        driver.set_used_event(8);
+        assert!(finish(&mut driver, 1));
+    }
+
+    #[test]
+    fn a_buffer_added_before_kicks_are_wanted_is_seen() {
+        for features in [0, EVENT_IDX] {
+            let (ram, mut driver, mut queue) = setup(8, features);
+            queue.disable_notifications(&ram).unwrap();
+            assert!(queue.pop(&ram).unwrap().is_none());
+            // The race: added, not kicked for, and only then enabled.
+            driver.add(&[out(BUFFERS, 1)]).unwrap();
+            assert!(queue.enable_notifications(&ram).unwrap());
+            assert!(queue.pop(&ram).unwrap().is_some());
+            assert!(!queue.enable_notifications(&ram).unwrap());
+            let old = driver.avail_idx;
+            driver.add(&[out(BUFFERS, 1)]).unwrap();
+            assert!(driver.must_kick(old, features));
+        }
+    }
+
+    #[test]
+    fn serving_is_bounded() {
+        let (ram, mut driver, mut queue) = setup(256, EVENT_IDX);
+        for _ in 0..BATCH + 1 {
+            driver.add(&[inn(BUFFERS, 1)]).unwrap();
+        }
+        let mut served = 0;
+        let mut serve = || {
+            queue.serve(&ram, |_| -> Result<u32, Error> {
+                served += 1;
+                Ok(1)
+            })
+        };
+        assert_eq!(serve().unwrap(), Progress::More);
+        assert_eq!(serve().unwrap(), Progress::Done);
+        assert_eq!(served, BATCH + 1);
+        assert!((0..=BATCH).all(|_| driver.take_used().is_some()));
+    }
+
+    #[test]
+    fn a_disabled_queue_is_empty() {
+        let ram = GuestRam::anonymous(RAM);
+        let mut queue = Queue::disabled(3, QueueState { desc: u64::MAX, size: 4, ..Default::default() });
+        assert!(queue.pop(&ram).unwrap().is_none());
+        assert!(!queue.enable_notifications(&ram).unwrap());
+        assert!(!queue.needs_notification(&ram).unwrap());
+        queue.disable_notifications(&ram).unwrap();
+        assert_eq!((queue.index(), queue.size(), queue.is_enabled()), (3, 0, false));
+    }
+
+    #[test]
+    fn a_stopped_queue_goes_on_where_it_was() {
+        let (ram, mut driver, mut queue) = setup(8, EVENT_IDX);
+        for _ in 0..3 {
+            driver.add(&[out(BUFFERS, 1)]).unwrap();
+        }
+        let chain = queue.pop(&ram).unwrap().unwrap();
+        queue.push_used(&ram, chain, 1).unwrap();
+        let json = serde_json::to_string(&queue.state()).unwrap();
+        let state: QueueState = serde_json::from_str(&json).unwrap();
+        let mut queue = Queue::new(0, state, 8, EVENT_IDX, &ram).unwrap();
+        assert_eq!(std::iter::from_fn(|| queue.pop(&ram).unwrap()).count(), 2);
+    }
+}

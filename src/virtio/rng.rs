@@ -100,3 +100,58 @@ fn fill(slice: &RamSlice<'_>) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::GuestRam;
+    use crate::virtio::testing::{FakeQueue, Loopback, inn, out};
+
+    const B: u64 = 0x8_0000;
+
+    /// Makes one request and returns how many bytes came back.
+    fn request(ram: &GuestRam, bufs: &[crate::virtio::testing::Buf]) -> Result<u32, Fault> {
+        let mut driver = FakeQueue::new(ram, 0x1000, 8);
+        let mut queues = [driver.device(RING_FEATURES)];
+        driver.add(bufs).unwrap();
+        Loopback::new(ram).deliver(&mut Source, &mut queues, Event::Kick(0))?;
+        Ok(driver.take_used().unwrap().1)
+    }
+
+    #[test]
+    fn fills_exactly_what_is_offered() {
+        let ram = GuestRam::anonymous(1 << 20);
+        assert_eq!(request(&ram, &[inn(B, 64), inn(B + 64, 1), inn(B + 65, 1000)]).unwrap(), 1065);
+        let mut data = [0; 1066];
+        ram.read(B, &mut data).unwrap();
+        assert!(data[..64].iter().any(|&b| b != 0));
+        assert!(data[65..1065].iter().collect::<std::collections::HashSet<_>>().len() > 50);
+        assert_eq!(data[1065], 0);
+    }
+
+    #[test]
+    fn requests_are_bounded() {
+        let ram = GuestRam::anonymous(4 << 20);
+        assert_eq!(request(&ram, &[inn(B, 3 << 20)]).unwrap(), MAX_REQUEST as u32);
+        assert_eq!(ram.read_obj::<[u8; 16]>(B + MAX_REQUEST).unwrap(), [0; 16]);
+    }
+
+    #[test]
+    fn odd_requests_are_answered() {
+        let ram = GuestRam::anonymous(1 << 20);
+        assert_eq!(request(&ram, &[inn(B, 0)]).unwrap(), 0);
+        assert_eq!(request(&ram, &[out(B, 100)]).unwrap(), 0);
+        assert_eq!(request(&ram, &[out(B, 100), inn(B, 3)]).unwrap(), 3);
+        assert!(request(&ram, &[inn(1 << 20, 1)]).is_err());
+    }
+
+    #[test]
+    fn options() {
+        assert!("".parse::<RngConfig>().is_ok());
+        assert!("rate=1".parse::<RngConfig>().unwrap_err().to_string().contains("unknown key 'rate'"));
+        let mut rng = Rng::new("rng0", &RngConfig::default());
+        let state = rng.save().unwrap();
+        rng.restore(&state).unwrap();
+        assert!(rng.restore(&serde_json::json!({"x": 1})).is_err());
+    }
+}

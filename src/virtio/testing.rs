@@ -328,3 +328,148 @@ impl<'a> FakeDriver<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::blk::Blk;
+    use crate::virtio::rng::{Rng, RngConfig};
+    use crate::virtio::{Activated, Activation, RING_FEATURES, VirtioDevice};
+    use proptest::prelude::*;
+    use std::ops::Range;
+
+    const RAM: u64 = 1 << 18;
+    const RING: u64 = 0x1000;
+    const TABLES: u64 = 0x2000;
+    const HEADERS: u64 = 0x8000;
+    const BUFFERS: u64 = 0x1_0000;
+    const SIZE: u16 = 16;
+    /// Bytes of an indirect table: as many descriptors as a chain may have, and some.
+    const TABLE: u64 = 20 * 16;
+
+    /// A request: block request type and sector, lengths of data to read and to write, in an indirect table or not.
+    #[derive(Clone, Debug)]
+    struct Request {
+        kind: u32,
+        sector: u64,
+        reads: Vec<u32>,
+        writes: Vec<u32>,
+        indirect: bool,
+    }
+
+    fn request() -> impl Strategy<Value = Request> {
+        let kind = prop_oneof![10 => prop::sample::select(vec![0u32, 1, 4, 8]), 1 => any::<u32>()];
+        let sector = prop_oneof![10 => 0..8u64, 1 => any::<u64>()];
+        let len = || prop_oneof![6 => Just(512u32), 2 => Just(0), 2 => 1..1500u32];
+        let lens = || prop::collection::vec(len(), 0..4);
+        (kind, sector, lens(), lens(), any::<bool>()).prop_map(|(kind, sector, reads, writes, indirect)| Request {
+            kind,
+            sector,
+            // A valid one has data for one direction; keep both now and then.
+            reads: if kind == 0 { vec![] } else { reads },
+            writes: if kind == 1 { vec![] } else { writes },
+            indirect,
+        })
+    }
+
+    /// Which bits of rings, tables and headers flip: none, mostly.
+    fn flips() -> impl Strategy<Value = Vec<(u64, u8)>> {
+        let area = prop_oneof![RING..RING + 26 * u64::from(SIZE), TABLES..TABLES + 8 * TABLE, HEADERS..HEADERS + 128];
+        prop_oneof![3 => Just(vec![]), 2 => prop::collection::vec((area, 0..8u8), 1..4)]
+    }
+
+    /// What descriptors let the device write, flips included.
+    fn writable(driver: &FakeQueue, before: &[u8]) -> Vec<Range<u64>> {
+        let word = |at: u64| {
+            let at = at as usize;
+            u64::from_le_bytes(before[at..at + 8].try_into().unwrap())
+        };
+        let direct = (0..u64::from(SIZE)).map(|i| driver.desc + 16 * i);
+        let tables = (0..8 * TABLE / 16).map(|i| TABLES + 16 * i);
+        let mut ranges: Vec<_> = direct
+            .chain(tables)
+            .filter(|at| word(at + 8) >> 32 & u64::from(WRITE) != 0)
+            .filter_map(|at| Some(word(at)..word(at).checked_add(word(at + 8) & 0xFFFF_FFFF)?))
+            .collect();
+        ranges.push(driver.used..driver.used + 4 + 8 * u64::from(SIZE) + 2);
+        ranges
+    }
+
+    fn check(device: &mut dyn VirtioDevice, features: u64, requests: &[Request], flips: &[(u64, u8)]) {
+        let ram = GuestRam::anonymous(RAM);
+        let mut driver = FakeQueue::new(&ram, RING, SIZE);
+        let wire = Loopback::new(&ram);
+        let activation = Activation {
+            ram: ram.clone(),
+            features,
+            queues: vec![driver.device(features)],
+            kicks: vec![].into(),
+            interrupt: wire.interrupt.clone(),
+        };
+        let Ok(Activated::Here(mut shares)) = device.activate(activation) else { panic!("{}", device.info().name) };
+        let share = &mut shares[0];
+        let (mut heads, mut at) = (vec![], BUFFERS);
+        for (i, request) in (0u64..).zip(requests) {
+            let header = HEADERS + 16 * i;
+            ram.write_obj(header, u64::from(request.kind)).unwrap();
+            ram.write_obj(header + 8, request.sector).unwrap();
+            let mut bufs = vec![out(header, 16)];
+            let lens = request.reads.iter().map(|&l| (l, false)).chain(request.writes.iter().map(|&l| (l, true)));
+            for (len, write) in lens.chain([(1, true)]) {
+                bufs.push(Buf { addr: at, len, write });
+                at += u64::from(len);
+            }
+            heads.extend(match request.indirect && features & RING_FEATURES == RING_FEATURES {
+                true => driver.add_indirect(TABLES + TABLE * i, &bufs),
+                false => driver.add(&bufs),
+            });
+        }
+        for &(at, bit) in flips {
+            let byte: u8 = ram.read_obj(at).unwrap();
+            ram.write_obj(at, byte ^ 1 << bit).unwrap();
+        }
+        let mut before = vec![0; RAM as usize];
+        ram.read(0, &mut before).unwrap();
+        let result = wire.deliver(&mut *share.handler, &mut share.queues, Event::Kick(0));
+
+        // Ring order is kept, and all of it is used unless a rule was broken.
+        let end = share.queues[0].state();
+        assert_eq!(
+            end.next_avail,
+            end.next_used.wrapping_add(u16::from(result.is_err() && end.next_avail != end.next_used))
+        );
+        if flips.is_empty() {
+            result.unwrap();
+            let used: Vec<u16> = std::iter::from_fn(|| driver.take_used()).map(|(head, _)| head).collect();
+            assert_eq!(used, heads);
+        }
+        // Nothing was written but what may be. A descriptor that points at the rings may change the rules on the way.
+        let ranges = writable(&driver, &before);
+        if ranges.iter().rev().skip(1).any(|r| r.start < HEADERS && r.end > RING) {
+            return;
+        }
+        let mut after = vec![0; RAM as usize];
+        ram.read(0, &mut after).unwrap();
+        for (at, _) in (0u64..).zip(before.iter().zip(&after)).filter(|(_, (b, a))| b != a) {
+            assert!(ranges.iter().any(|r| r.contains(&at)), "{at:#x} was written");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn any_chain_is_survived(
+            requests in prop::collection::vec(request(), 1..8),
+            flips in flips(),
+            features in prop::sample::select(vec![RING_FEATURES, 0, EVENT_IDX]),
+        ) {
+            let file = tempfile::NamedTempFile::new().unwrap();
+            file.as_file().set_len(8 * 512).unwrap();
+            let config = file.path().display().to_string().parse().unwrap();
+            check(&mut Blk::new("blk0", &config).unwrap(), features, &requests, &flips);
+            prop_assert_eq!(file.as_file().metadata().unwrap().len(), 8 * 512);
+            check(&mut Rng::new("rng0", &RngConfig::default()), features, &requests, &flips);
+        }
+    }
+}

@@ -6,11 +6,10 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use log::warn;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::QueueState;
@@ -19,7 +18,7 @@ use crate::event::{Interest, Poller, eventfd};
 use crate::memory::GuestRam;
 
 /// How long requests in flight have to finish before a device counts as stuck.
-pub const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 10 });
 
 const CONTROL: u64 = u64::MAX;
 /// How often a handler whose watches are gone is asked whether it has drained.
@@ -81,7 +80,7 @@ impl Worker {
             stopping,
             dead,
         };
-        std::thread::Builder::new().name(thread_name(&name)).spawn(move || body.run(sender))?;
+        spawn(thread_name(&name), Box::new(move || body.run(sender)))?;
         Ok(Worker { name, control, done })
     }
 
@@ -105,6 +104,37 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.request_stop();
     }
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Where threads are started.
+static SPAWNER: Mutex<Option<Sender<Job>>> = Mutex::new(None);
+
+/// Starts the thread that starts workers, if there is none. A thread inherits the CPU affinity, the signal mask and the
+/// system call filter of the one that starts it, and DRIVER_OK arrives on a vCPU's: a worker must not share the one
+/// CPU that its vCPU is pinned to. So this is called early, by a thread that is none.
+pub fn prepare() -> io::Result<()> {
+    let mut spawner = SPAWNER.lock().unwrap_or_else(PoisonError::into_inner);
+    if spawner.is_none() {
+        let (sender, jobs) = channel::<Job>();
+        std::thread::Builder::new().name("spawner".into()).spawn(move || jobs.into_iter().for_each(|job| job()))?;
+        *spawner = Some(sender);
+    }
+    Ok(())
+}
+
+fn spawn(name: String, body: Job) -> io::Result<()> {
+    prepare()?;
+    let (sender, spawned) = sync_channel(1);
+    let job = Box::new(move || {
+        let _ = sender.send(std::thread::Builder::new().name(name).spawn(body).map(|_| ()));
+    });
+    let spawner = SPAWNER.lock().unwrap_or_else(PoisonError::into_inner);
+    let sent = spawner.as_ref().is_some_and(|spawner| spawner.send(job).is_ok());
+    drop(spawner);
+    let gone = || io::Error::other("the thread that starts threads is gone");
+    if sent { spawned.recv().map_err(|_| gone())? } else { Err(gone()) }
 }
 
 fn thread_name(name: &str) -> String {
@@ -206,9 +236,7 @@ impl Loop {
         }
         self.dead = true;
         self.pending.clear();
-        if self.interrupt.needs_reset() {
-            warn!("{}: the guest's driver must reset the device: {fault}", self.name);
-        }
+        self.interrupt.needs_reset(&self.name, fault);
         let fresh = Poller::new().and_then(|p| p.add(self.control.as_raw_fd(), CONTROL, Interest::Read).map(|()| p));
         match fresh {
             Ok(poller) => self.poller = poller,
@@ -246,5 +274,144 @@ impl Loop {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::irq::IrqLine;
+    use crate::virtio::testing::{FakeQueue, out};
+    use crate::virtio::{Handler, queue::Queue};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    const B: u64 = 0x8_0000;
+
+    /// Completes each request only when its eventfd is signalled, as io_uring would.
+    struct Slow {
+        completions: Arc<EventFd>,
+        waiting: Vec<crate::virtio::chain::Chain>,
+        events: Arc<AtomicUsize>,
+    }
+
+    impl Handler for Slow {
+        fn event(&mut self, event: Event, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
+            self.events.fetch_add(1, Ordering::SeqCst);
+            let [queue] = queues else { return Ok(Progress::Done) };
+            match event {
+                Event::Start => cx.watch(self.completions.as_raw_fd(), 7, Interest::Read)?,
+                Event::Kick(_) => {
+                    while let Some(chain) = queue.pop(cx.ram)? {
+                        self.waiting.push(chain);
+                    }
+                    queue.enable_notifications(cx.ram)?;
+                }
+                Event::Ready(token) => {
+                    assert_eq!(token, 7);
+                    let _ = self.completions.read();
+                    for chain in self.waiting.drain(..) {
+                        queue.push_used(cx.ram, chain, 0)?;
+                    }
+                }
+            }
+            Ok(Progress::Done)
+        }
+    }
+
+    struct Setup {
+        driver: FakeQueue,
+        interrupt: Interrupt,
+        completions: Arc<EventFd>,
+        events: Arc<AtomicUsize>,
+        kicks: Arc<[EventFd]>,
+        worker: Worker,
+    }
+
+    fn setup() -> Setup {
+        let ram = GuestRam::anonymous(1 << 20);
+        let driver = FakeQueue::new(&ram, 0x1000, 8);
+        let (completions, events) = (Arc::new(eventfd().unwrap()), Arc::new(AtomicUsize::new(0)));
+        let handler = Slow { completions: completions.clone(), waiting: vec![], events: events.clone() };
+        let share = Share { queues: vec![driver.device(0)], handler: Box::new(handler) };
+        let interrupt = Interrupt::new(IrqLine::new(5).unwrap());
+        let kicks: Arc<[EventFd]> = vec![eventfd().unwrap()].into();
+        let worker = Worker::spawn("slow device nr 1".into(), share, ram, interrupt.clone(), kicks.clone()).unwrap();
+        Setup { driver, interrupt, completions, events, kicks, worker }
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    #[test]
+    fn requests_in_flight_are_finished_before_it_stops() {
+        let mut s = setup();
+        s.driver.add(&[out(B, 1)]).unwrap();
+        s.kicks[0].write(1).unwrap();
+        while s.events.load(Ordering::SeqCst) < 3 {
+            std::thread::yield_now();
+        }
+        s.worker.request_stop();
+        let stuck = s.worker.wait_stopped(Instant::now() + Duration::from_millis(30)).unwrap_err().to_string();
+        assert!(stuck.starts_with("slow device nr 1 did not finish its requests within "), "{stuck}");
+        s.completions.write(1).unwrap();
+        let positions = s.worker.wait_stopped(soon()).unwrap();
+        assert_eq!(positions.len(), 1);
+        assert_eq!((positions[0].1.next_avail, positions[0].1.next_used), (1, 1));
+        assert_eq!(s.driver.take_used(), Some((0, 0)));
+        assert_eq!(s.interrupt.line().take_count(), 1);
+    }
+
+    #[test]
+    fn what_comes_while_stopping_stays_in_the_ring() {
+        let mut s = setup();
+        while s.events.load(Ordering::SeqCst) < 2 {
+            std::thread::yield_now();
+        }
+        s.worker.request_stop();
+        s.worker.wait_stopped(soon()).unwrap();
+        s.driver.add(&[out(B, 1)]).unwrap();
+        s.kicks[0].write(1).unwrap();
+        assert_eq!(s.driver.take_used(), None);
+    }
+
+    #[test]
+    fn an_idle_worker_does_not_wake() {
+        let s = setup();
+        while s.events.load(Ordering::SeqCst) < 2 {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(s.events.load(Ordering::SeqCst), 2, "start and the first look");
+    }
+
+    #[test]
+    fn a_bad_guest_ends_the_device_but_not_the_worker() {
+        let mut s = setup();
+        while s.events.load(Ordering::SeqCst) < 2 {
+            std::thread::yield_now();
+        }
+        s.driver.set_avail_idx(1000);
+        s.kicks[0].write(1).unwrap();
+        let deadline = soon();
+        while s.interrupt.line().take_count() == 0 {
+            assert!(Instant::now() < deadline);
+        }
+        s.interrupt.needs_reset("slow", "it was told already");
+        assert_eq!(s.interrupt.line().take_count(), 0);
+        let events = s.events.load(Ordering::SeqCst);
+        // Nothing is served any more, nor does it spin on what it no longer reads.
+        s.completions.write(1).unwrap();
+        s.kicks[0].write(1).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(s.events.load(Ordering::SeqCst), events);
+        s.worker.request_stop();
+        s.worker.wait_stopped(soon()).unwrap();
+    }
+
+    #[test]
+    fn names_fit() {
+        assert_eq!(thread_name("blk0"), "blk0");
+        assert_eq!(thread_name("a very long näme\0of a device"), "averylongnmeofa");
     }
 }

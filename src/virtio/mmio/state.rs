@@ -107,7 +107,7 @@ impl MmioTransport {
         if queues.len() != self.info.queue_sizes.len() {
             return refuse(format!("has {} queues, not {}", queues.len(), self.info.queue_sizes.len()));
         }
-        if status & DRIVER_OK != 0 && (status & FEATURES_OK == 0 || !self.acceptable(driver_features)) {
+        if status & (FEATURES_OK | DRIVER_OK) != 0 && !self.acceptable(driver_features) {
             return refuse(format!("has features {driver_features:#x}, which the device does not offer"));
         }
         let mut inner = self.lock();
