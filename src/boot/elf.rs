@@ -7,6 +7,7 @@ use super::error::Problem;
 use super::source::Data;
 
 const PT_LOAD: u32 = 1;
+const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 const SHT_NOBITS: u32 = 8;
 const EM_386: u16 = 3;
@@ -124,6 +125,9 @@ impl Elf {
         let kind = f.u32(0);
         let offset = f.word(c, 8, 4);
         let file_len = f.word(c, 32, 16);
+        if kind == PT_INTERP {
+            return Err(Problem::NotAKernel("a program for an operating system, not a kernel".into()));
+        }
         if !matches!(kind, PT_LOAD | PT_NOTE) {
             return Ok(());
         }

@@ -18,6 +18,8 @@ use crate::layout;
 
 /// How much of a file is looked at to tell what it is. ISO images have their mark at 32 KiB.
 const HEAD: u64 = 36 << 10;
+/// How many zeros at the end of a segment are looked for. A bss has some MiB; files can be sparse and huge.
+const TRIM_MAX: u64 = 64 << 20;
 
 /// Finds out what `data` is and prepares it for the way of booting that `mode` asks for.
 pub fn examine(data: Data, mode: BootMode) -> Result<Image, Problem> {
@@ -145,10 +147,27 @@ fn elf_image(data: Data, format: &str) -> Result<Image, Problem> {
     let relocations =
         if kernel_map && linux { Relocations::parse(&data, elf.end, first.vaddr, end - start)? } else { None };
     let pieces = elf.segments.iter().filter(|s| s.file_len > 0);
-    let pieces = pieces.map(|s| Piece { paddr: s.paddr, offset: s.offset, len: s.file_len }).collect();
+    let mut pieces: Vec<_> = pieces.map(|s| Piece { paddr: s.paddr, offset: s.offset, len: s.file_len }).collect();
+    pieces.iter_mut().try_for_each(|piece| trim_zeros(&data, piece))?;
+    pieces.retain(|piece| piece.len > 0);
     let format = if linux || pvh.is_none() { format } else { "PVH ELF" }.to_string();
     let info = ImageInfo { format, version: None, start, end, entry64, pvh, linux, setup: None, pieces };
     Ok(Image { info, data, mappable: false, relocations, packed: false })
+}
+
+/// Leaves out zeros at the end of a piece, which fresh RAM has anyway: a payload's data segment contains the kernel's
+/// whole bss.
+fn trim_zeros(data: &Data, piece: &mut Piece) -> Result<(), Problem> {
+    let floor = piece.len.saturating_sub(TRIM_MAX);
+    while piece.len > floor {
+        let block = data.bytes(piece.offset + piece.len.saturating_sub(64 << 10), piece.len.min(64 << 10))?;
+        let used = block.iter().rposition(|b| *b != 0).map_or(0, |last| last as u64 + 1);
+        piece.len -= block.len() as u64 - used;
+        if used > 0 {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// The entry that `mode` asks for, as a physical address of the image as linked, and whether it is the PVH one.

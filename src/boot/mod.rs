@@ -14,6 +14,10 @@ mod place;
 mod pvh;
 pub mod regs;
 mod source;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod unpack;
 mod zero_page;
 

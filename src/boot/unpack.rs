@@ -88,3 +88,86 @@ fn unpack_within(format: Compression, input: impl Read, size: Option<u64>, max: 
         _ => Ok(output),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    // What the commands make of CONTENT: `xz --check=crc32 --x86 --lzma2=dict=1MiB`, `zstd -19 --no-check`,
+    // `lz4 -l -9`, `lz4 -9`.
+    const CONTENT: &[u8] = b"\xe8\x10\x00\x00\x00vireo";
+    const XZ: &[u8] =
+        b"\xfd\x37\x7a\x58\x5a\x00\x00\x01\x69\x22\xde\x36\x02\x01\x04\x00\x21\x01\x10\x00\x8b\x21\x6f\x49\xe0\x01\
+        \x2b\x00\x45\x5d\x00\x74\x05\x3c\x19\x37\x28\x2f\x86\xb7\xb0\x60\x54\xee\xae\x62\x8e\x13\x67\xcc\xaf\x8e\
+        \x3f\x96\x60\x3b\x6c\x2a\xa5\xa6\xed\x28\xf9\x61\x46\x9e\x84\x8c\x35\x9b\x88\x66\xd4\x5b\x44\x0a\x89\xa7\
+        \x9f\xd2\x89\x8e\x24\x9a\x15\x01\x91\x37\x5b\x0e\x66\x27\x9f\x6e\x85\x7f\x7d\x60\x62\x98\x00\x00\x00\x00\
+        \xc0\x55\xd9\x30\x00\x01\x5d\xac\x02\x00\x00\x00\xe8\x75\x9b\x6c\x3e\x30\x0d\x8b\x02\x00\x00\x00\x00\x01\
+        \x59\x5a";
+    const ZSTD: &[u8] =
+        b"\x28\xb5\x2f\xfd\x00\x68\x8d\x00\x00\x50\xe8\x10\x00\x00\x00\x76\x69\x72\x65\x6f\x01\x00\x1f\x55\x0b\x12";
+    const LZ4_LEGACY: &[u8] =
+        b"\x02\x21\x4c\x18\x15\x00\x00\x00\xaf\xe8\x10\x00\x00\x00\x76\x69\x72\x65\x6f\x0a\x00\xff\x0b\x50\x76\x69\
+        \x72\x65\x6f";
+    const LZ4_FRAME: &[u8] =
+        b"\x04\x22\x4d\x18\x64\x40\xa7\x15\x00\x00\x00\xaf\xe8\x10\x00\x00\x00\x76\x69\x72\x65\x6f\x0a\x00\xff\x0b\
+        \x50\x76\x69\x72\x65\x6f\x00\x00\x00\x00\x88\x1f\x76\xee";
+
+    fn fixtures() -> Vec<(Compression, Vec<u8>)> {
+        let content = CONTENT.repeat(30);
+        vec![
+            (Compression::Xz, XZ.to_vec()),
+            (Compression::Zstd, ZSTD.to_vec()),
+            (Compression::Lz4, LZ4_LEGACY.to_vec()),
+            (Compression::Lz4, LZ4_FRAME.to_vec()),
+            (Compression::Gzip, super::super::testing::compress(Compression::Gzip, &content)),
+            (Compression::Bzip2, super::super::testing::compress(Compression::Bzip2, &content)),
+        ]
+    }
+
+    #[test]
+    fn every_compression_is_told_and_undone() {
+        for (format, packed) in fixtures() {
+            assert_eq!(Compression::detect(&packed), Some(format));
+            for size in [None, Some(300)] {
+                assert_eq!(unpack(format, &packed[..], size).unwrap(), CONTENT.repeat(30), "{format:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn sizes_are_kept_to_exactly() {
+        for (format, packed) in fixtures() {
+            let error = |size, max| unpack_within(format, &packed[..], size, max).unwrap_err().to_string();
+            let name = format.name();
+            assert_eq!(error(Some(301), 1000), "truncated: the unpacked kernel needs 301 bytes, has 300");
+            assert_eq!(error(Some(299), 1000), format!("its {name} data unpacks to more than 299"));
+            assert_eq!(error(None, 299), format!("its {name} data unpacks to more than 299"));
+            assert_eq!(error(Some(u32::MAX.into()), 1 << 20), format!("its {name} data unpacks to more than 1M"));
+        }
+    }
+
+    #[test]
+    fn a_bomb_stops_at_the_limit() {
+        let bomb = super::super::testing::compress(Compression::Gzip, &vec![0; 8 << 20]);
+        assert!(bomb.len() < 16 << 10);
+        let error = unpack_within(Compression::Gzip, &bomb[..], None, 1 << 20).unwrap_err();
+        assert_eq!(error.to_string(), "its gzip data unpacks to more than 1M");
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_data_never_panics(which in 0usize..6, flips in proptest::collection::vec((0usize..400, 0u8..8), 0..4),
+                                     keep in 0usize..400) {
+            let (format, mut packed) = fixtures().swap_remove(which);
+            for (at, bit) in flips {
+                let at = at % packed.len();
+                packed[at] ^= 1 << bit;
+            }
+            packed.truncate(keep.max(8));
+            let _ = unpack_within(format, &packed[..], None, 64 << 10);
+            let _ = unpack_within(format, &packed[..], Some(300), 64 << 10);
+        }
+    }
+}
