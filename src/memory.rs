@@ -293,6 +293,13 @@ impl GuestRam {
     }
 }
 
+/// Gives freed heap memory back to the host. The allocator would keep what large temporary buffers have used.
+#[allow(unsafe_code)]
+pub fn trim_heap() {
+    // SAFETY: malloc_trim has no preconditions; it releases only memory that is free.
+    unsafe { libc::malloc_trim(0) };
+}
+
 #[allow(unsafe_code)]
 fn memfd(size: u64, flags: libc::c_uint) -> io::Result<File> {
     // SAFETY: the name is a NUL-terminated constant; the result is checked before it is owned.

@@ -1,14 +1,49 @@
 //! From a kernel file to a machine that is about to execute its first instruction.
+//!
+//! [`BootFiles::open`] checks everything that the user named, before a machine exists; [`BootFiles::load`] fills its
+//! memory, step by step.
 
 pub mod acpi;
+mod bzimage;
+pub mod cache;
+mod elf;
+pub mod error;
+pub mod image;
+pub mod kaslr;
+pub mod kernel;
 pub mod mptable;
+mod place;
+mod pvh;
+pub mod regs;
 pub mod reset_stub;
 pub mod smbios;
+mod source;
 pub mod table;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod unpack;
+mod zero_page;
 
+use std::fmt;
+use std::fs::File;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+pub use self::error::{Error, Problem};
+pub use self::regs::{Entry, Protocol};
+
+use self::cache::Cache;
+use self::image::Image;
+use self::place::Plan;
+use self::zero_page::ZeroPage;
+use crate::layout;
+use crate::memory::{self, GuestRam};
+
+/// Longest command line without its NUL of a kernel that does not tell (`COMMAND_LINE_SIZE` of x86 Linux is 2048).
+const CMDLINE_DEFAULT: u64 = 2047;
 
 /// What the user wants booted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,4 +90,182 @@ pub struct Platform {
     pub virtio_slots: Vec<u32>,
     /// Whether the serial port exists.
     pub serial: bool,
+}
+
+/// Everything that the user named, open and checked.
+#[derive(Debug)]
+pub struct BootFiles {
+    config: BootConfig,
+    image: Image,
+    cached: bool,
+    entry: Entry,
+    initrd: Option<(File, u64)>,
+    plan: Plan,
+}
+
+/// A range of guest-physical memory and what it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryRange {
+    /// First address.
+    pub start: u64,
+    /// First address behind it.
+    pub end: u64,
+    /// 1 for RAM, 2 for reserved, as in e820 and in PVH's memory map.
+    pub kind: u32,
+}
+
+/// Where the initrd lies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Initrd {
+    /// Guest-physical address.
+    pub start: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// What is about to boot, for logs and the report.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Description {
+    /// The file's format in words.
+    pub format: String,
+    /// The kernel's own version.
+    pub version: Option<String>,
+    /// How it is entered.
+    pub protocol: Protocol,
+    /// Guest-physical entry address.
+    pub entry: u64,
+    /// Whether its addresses were randomised here.
+    pub kaslr: bool,
+    /// Whether it comes from the cache of unpacked kernels.
+    pub cached: bool,
+}
+
+impl BootFiles {
+    /// Opens and checks the kernel, the initrd and the command line for a machine with `ram_size` bytes of RAM.
+    pub fn open(config: &BootConfig, ram_size: u64) -> Result<BootFiles, Error> {
+        let cache = if config.boot == BootMode::BzImage { None } else { Cache::of_user() };
+        BootFiles::open_with(config, ram_size, cache.as_ref())
+    }
+
+    /// The same with a cache that the caller has chosen.
+    pub fn open_with(config: &BootConfig, ram_size: u64, cache: Option<&Cache>) -> Result<BootFiles, Error> {
+        let of_kernel = |problem: Problem| problem.of_kernel(&config.kernel);
+        let of_initrd = |problem: Problem| problem.of_initrd(config.initrd.clone().unwrap_or_default());
+
+        let (image, cached) = open_kernel(config, cache).map_err(of_kernel)?;
+        let (entry, pvh) = kernel::entry(&image.info, config.boot).map_err(of_kernel)?;
+        place::check_cmdline(&image.info, &config.cmdline)?;
+        let initrd = config.initrd.as_deref().map(open_initrd).transpose().map_err(of_initrd)?;
+
+        let mut space = place::Space::new(ram_size, &image).map_err(of_kernel)?;
+        let initrd_place = match &initrd {
+            Some((_, len)) => Some(space.place_initrd(*len).map_err(of_initrd)?),
+            None => None,
+        };
+        let plan = space.place_kernel(&image, initrd_place, pvh, &config.cmdline)?;
+        let protocol = if pvh { Protocol::Pvh } else { Protocol::Linux64 };
+        let entry = Entry { address: entry - image.info.start + plan.kernel, protocol };
+        Ok(BootFiles { config: config.clone(), image, cached, entry, initrd, plan })
+    }
+
+    /// Fills `ram`, which is fresh, with all that the kernel needs to start, and says where it starts.
+    pub fn load(self, ram: &GuestRam, platform: &Platform) -> Result<Entry, Error> {
+        let BootFiles { config, image, entry, initrd, plan, .. } = self;
+        let of_kernel = |problem: Problem| problem.of_kernel(&config.kernel);
+        let of_initrd = |problem: Problem| problem.of_initrd(config.initrd.clone().unwrap_or_default());
+
+        image.load(ram, plan.kernel).map_err(of_kernel)?;
+        if let (Some(delta), Some(relocations)) = (plan.kaslr, &image.relocations) {
+            relocations.apply(&ram.slice(plan.kernel, image.span())?, delta)?;
+        }
+
+        if let (Some((file, _)), Some(Initrd { start, len })) = (&initrd, plan.initrd) {
+            let read = source::read_to_ram(file, 0, &ram.slice(start, len)?);
+            read.map_err(|e| of_initrd(Problem::Read(e)))?;
+        }
+        ram.write(layout::CMDLINE, config.cmdline.as_bytes())?;
+        ram.write(layout::CMDLINE + config.cmdline.len() as u64, &[0])?;
+
+        let rsdp = if platform.acpi {
+            Some(acpi::write(ram, platform)?)
+        } else {
+            mptable::write(ram, platform)?;
+            None
+        };
+        smbios::write(ram, platform)?;
+        reset_stub::write(ram)?;
+
+        let memory = memory_map(ram);
+        match entry.protocol {
+            Protocol::Pvh => pvh::write(ram, plan.initrd, rsdp, &memory)?,
+            Protocol::Linux64 => {
+                let (setup, seed) = (image.info.setup.as_ref(), kaslr::random()?);
+                let (kernel, kaslr) = (plan.kernel, plan.kaslr.is_some());
+                ZeroPage { setup, kernel, kaslr, initrd: plan.initrd, rsdp, seed }.write(ram, &memory)?;
+            }
+        }
+        entry.write_tables(ram)?;
+
+        // What unpacking took is no longer needed and must not stay with us while the guest runs.
+        drop(image);
+        memory::trim_heap();
+        Ok(entry)
+    }
+
+    /// What was found.
+    pub fn describe(&self) -> Description {
+        Description {
+            format: self.image.info.format.clone(),
+            version: self.image.info.version.clone(),
+            protocol: self.entry.protocol,
+            entry: self.entry.address,
+            kaslr: self.plan.kaslr.is_some(),
+            cached: self.cached,
+        }
+    }
+}
+
+/// The kernel, unpacked, and whether the cache had it.
+fn open_kernel(config: &BootConfig, cache: Option<&Cache>) -> Result<(Image, bool), Problem> {
+    let (file, len) = source::open(&config.kernel)?;
+    let Some(cache) = cache.filter(|_| config.boot != BootMode::BzImage) else {
+        return Ok((kernel::examine(source::Data::File(file, len), config.boot)?, false));
+    };
+    let miss = match cache.find(&file) {
+        Ok(image) => return Ok((image, true)),
+        Err(miss) => miss,
+    };
+    let source = file.try_clone().map_err(Problem::Open)?;
+    let image = kernel::examine(source::Data::File(file, len), config.boot)?;
+    // The stored form can be mapped, and frees the memory that unpacking took.
+    Ok((cache.store(&source, &miss, &image).unwrap_or(image), false))
+}
+
+fn open_initrd(path: &std::path::Path) -> Result<(File, u64), Problem> {
+    match source::open(path)? {
+        (_, 0) => Err(Problem::Truncated { what: "an initrd", needs: 1, has: 0 }),
+        file_and_len => Ok(file_and_len),
+    }
+}
+
+/// The memory map that the guest is given, in address order: what [`crate::layout`] reserves, and RAM.
+pub fn memory_map(ram: &GuestRam) -> Vec<MemoryRange> {
+    let range = |start, end, kind| MemoryRange { start, end, kind };
+    let mut map = vec![
+        range(0, layout::EBDA, 1),
+        range(layout::EBDA, layout::EBDA_END, 2),
+        range(layout::ACPI, layout::RESET_STUB_END, 2),
+    ];
+    map.extend(ram.regions().map(|r| range(r.start.max(layout::HIGH_RAM), r.end(), 1)).filter(|r| r.start < r.end));
+    map
+}
+
+impl fmt::Display for Description {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let entry = if self.protocol == Protocol::Pvh { "PVH" } else { "64-bit" };
+        write!(f, "kernel {}", self.version.as_deref().unwrap_or("of unknown version"))?;
+        write!(f, " ({}), {entry} entry at {:#x}", self.format, self.entry)?;
+        write!(f, ", {}", if self.kaslr { "addresses randomised" } else { "not relocated" })?;
+        write!(f, "{}", if self.cached { ", from the cache" } else { "" })
+    }
 }

@@ -1,0 +1,515 @@
+//! Unpacked kernels, kept from one boot to the next.
+//!
+//! A directory of ours holds two kinds of file, each written beside its place and renamed into it:
+//!
+//! - `k-<sha256 of the user's file>`: a page of header (JSON behind magic, length and checksum), the kernel's memory
+//!   image in whole pages, so that it can be mapped into a guest, and its relocations.
+//! - `s-<device>-<inode>`: which content a file of the user's had when it was last looked at: size, times, key. As in
+//!   git's index, a file changed within the last seconds is not recorded, because it could change again unseen.
+//!
+//! So a warm boot neither reads nor hashes the user's file. Nothing is synced to disk: a file that a power failure
+//! tore is found by its checksum, which is verified once per boot of the host (`s-` files record that, too).
+//! A kernel that a guest has mapped is never changed: eviction and replacement unlink. Whatever goes wrong here costs
+//! time, never a boot.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::image::{Image, ImageInfo, Piece};
+use super::kaslr::{self, Relocations};
+use super::source::Data;
+use crate::layout::{MMIO_HOLE, PAGE_SIZE};
+
+/// Magic number of a kernel file; its last byte is the version of the format.
+const MAGIC: [u8; 8] = *b"vireo-k1";
+/// Space for the header in a kernel file.
+const HEADER: u64 = 16 << 10;
+/// Pieces with less than this between them become one.
+const GAP_MAX: u64 = 1 << 20;
+/// How much all kernels together may take by default.
+const LIMIT: u64 = 1 << 30;
+/// How many `s-` files are kept.
+const SOURCES_MAX: usize = 256;
+/// Files outside of these bounds are not worth it, or no kernel.
+const SOURCE_SIZES: std::ops::Range<u64> = (64 << 10)..(1 << 30);
+/// A file that changed more recently is not trusted to be told apart by its times. FAT counts in 2 seconds.
+const SETTLE: Duration = Duration::from_secs(3);
+/// An unfinished file as old as this was left behind.
+const ABANDONED: Duration = Duration::from_secs(3600);
+/// How often the time of last use is updated.
+const TOUCH: Duration = Duration::from_secs(600);
+
+/// The cache's directory and its rules.
+#[derive(Debug)]
+pub struct Cache {
+    dir: PathBuf,
+    limit: u64,
+    settle: Duration,
+}
+
+/// What is known of a user's file that the cache has nothing for.
+#[derive(Debug, Default)]
+pub struct Miss {
+    id: Option<SourceId>,
+    key: Option<String>,
+}
+
+/// What tells one state of a file from another without reading it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct SourceId {
+    dev: u64,
+    ino: u64,
+    size: u64,
+    mtime: (i64, i64),
+    ctime: (i64, i64),
+}
+
+/// The content of an `s-` file.
+#[derive(Serialize, Deserialize)]
+struct Source {
+    id: SourceId,
+    key: String,
+    /// The host boot in which the kernel file was written or its checksum verified.
+    verified: String,
+}
+
+/// The header of a kernel file.
+#[derive(Serialize, Deserialize)]
+struct Header {
+    key: String,
+    info: ImageInfo,
+    relocations: Option<[u32; 3]>,
+    relocations_at: u64,
+    len: u64,
+    crc: u32,
+}
+
+impl SourceId {
+    fn of(file: &File) -> io::Result<SourceId> {
+        let m = file.metadata()?;
+        let (mtime, ctime) = ((m.mtime(), m.mtime_nsec()), (m.ctime(), m.ctime_nsec()));
+        Ok(SourceId { dev: m.dev(), ino: m.ino(), size: m.size(), mtime, ctime })
+    }
+
+    fn settled(&self, settle: Duration) -> bool {
+        let (secs, nanos) = self.mtime.max(self.ctime);
+        let since_epoch = Duration::new(secs.max(0) as u64, nanos.clamp(0, 999_999_999) as u32);
+        SystemTime::now().duration_since(UNIX_EPOCH).is_ok_and(|now| now >= since_epoch + settle)
+    }
+}
+
+impl Cache {
+    /// The user's own cache: `$XDG_CACHE_HOME/vireo` or `~/.cache/vireo`. None if there is no place for it that nobody
+    /// else can write to.
+    pub fn of_user() -> Option<Cache> {
+        let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+        let base = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
+        match Cache::at(base.join("vireo")) {
+            Ok(cache) => Some(cache),
+            Err(e) => {
+                log::info!("kernels are not cached: {}: {e}", base.join("vireo").display());
+                None
+            }
+        }
+    }
+
+    /// A cache in `dir`, which is made if it does not exist. It must be ours alone, and so must be what it is in:
+    /// another user could exchange a kernel, or exchange the directory for a link.
+    pub fn at(dir: PathBuf) -> io::Result<Cache> {
+        if !fs::symlink_metadata(&dir).is_ok_and(|m| m.is_dir()) {
+            let missing = dir.ancestors().skip(1).find(|parent| parent.exists());
+            safe_parent(missing.unwrap_or(Path::new("/")))?;
+            DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+        }
+        safe_parent(dir.parent().unwrap_or(Path::new("/")))?;
+        let metadata = fs::symlink_metadata(&dir)?;
+        ours(&metadata)?;
+        if !metadata.is_dir() {
+            return Err(io::Error::from(io::ErrorKind::NotADirectory));
+        }
+        Ok(Cache { dir, limit: LIMIT, settle: SETTLE })
+    }
+
+    /// Finds the unpacked form of `source`.
+    pub fn find(&self, source: &File) -> Result<Image, Miss> {
+        let Some(id) = SourceId::of(source).ok().filter(|id| SOURCE_SIZES.contains(&id.size)) else {
+            return Err(Miss::default());
+        };
+        let boot = host_boot();
+        let known = self.read_source(&id);
+        let verified = known.as_ref().is_some_and(|known| !boot.is_empty() && known.verified == boot);
+        let key = match known {
+            Some(known) => known.key,
+            None => match hash(source) {
+                Ok(key) => key,
+                Err(_) => return Err(Miss::default()),
+            },
+        };
+        match self.open(&key, !verified) {
+            Ok(image) => {
+                if !verified {
+                    self.record(source, &id, &key, boot);
+                }
+                Ok(image)
+            }
+            Err(e) => {
+                if e.kind() != io::ErrorKind::NotFound {
+                    log::debug!("cached kernel {key}: {e}");
+                    let _ = fs::remove_file(self.kernel_path(&key));
+                }
+                Err(Miss { id: Some(id), key: Some(key) })
+            }
+        }
+    }
+
+    /// Keeps `image`, which was made from `source`, and gives back the kept form. None if that was not possible.
+    pub fn store(&self, source: &File, miss: &Miss, image: &Image) -> Option<Image> {
+        let (Some(id), Some(key)) = (&miss.id, &miss.key) else { return None };
+        // The key stands for what was hashed; the image must be of the same bytes.
+        if !id.settled(self.settle) || SourceId::of(source).ok().as_ref() != Some(id) {
+            return None;
+        }
+        let stored = self.write_kernel(key, image).and_then(|()| self.open(key, false));
+        match stored {
+            Ok(image) => {
+                self.record(source, id, key, host_boot());
+                self.evict(key);
+                Some(image)
+            }
+            Err(e) => {
+                log::info!("{} is not cached: {e}", image.info.format);
+                None
+            }
+        }
+    }
+
+    fn kernel_path(&self, key: &str) -> PathBuf {
+        self.dir.join(format!("k-{key}"))
+    }
+
+    fn source_path(&self, id: &SourceId) -> PathBuf {
+        self.dir.join(format!("s-{:x}-{:x}", id.dev, id.ino))
+    }
+
+    fn read_source(&self, id: &SourceId) -> Option<Source> {
+        let (file, len) = self.open_own(&self.source_path(id)).ok()?;
+        let mut text = vec![0; len.min(4096) as usize];
+        file.read_exact_at(&mut text, 0).ok()?;
+        let source: Source = serde_json::from_slice(&text).ok()?;
+        // The key becomes a file name.
+        let good_key = source.key.len() == 64 && source.key.bytes().all(|b| b.is_ascii_hexdigit());
+        (source.id == *id && good_key).then_some(source)
+    }
+
+    /// Notes that `source` has the content `key`, if its times can be trusted to tell of a later change.
+    fn record(&self, source: &File, id: &SourceId, key: &str, verified: String) {
+        if !id.settled(self.settle) || SourceId::of(source).ok().as_ref() != Some(id) {
+            return;
+        }
+        let record = Source { id: id.clone(), key: key.to_string(), verified };
+        let text = serde_json::to_vec(&record).unwrap_or_default();
+        if let Err(e) = self.write(&self.source_path(id), |file| file.write_all_at(&text, 0)) {
+            log::debug!("cannot record a kernel's identity: {e}");
+        }
+    }
+
+    /// Opens one of our files: a regular one that nobody else can write to.
+    fn open_own(&self, path: &Path) -> io::Result<(File, u64)> {
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+        let metadata = file.metadata()?;
+        ours(&metadata)?;
+        if !metadata.is_file() {
+            return Err(damaged("not a file"));
+        }
+        Ok((file, metadata.size()))
+    }
+
+    fn open(&self, key: &str, verify: bool) -> io::Result<Image> {
+        let (file, len) = self.open_own(&self.kernel_path(key))?;
+        let header = read_header(&file)?;
+        if header.key != key || header.len != len || !header.is_sound() {
+            return Err(damaged("bad header or length"));
+        }
+        if verify && checksum(&file, HEADER, len)? != header.crc {
+            return Err(damaged("bad checksum"));
+        }
+        let relocations = match header.relocations {
+            Some(counts) => {
+                let mut bytes = vec![0; (len - header.relocations_at) as usize];
+                file.read_exact_at(&mut bytes, header.relocations_at)?;
+                Some(Relocations::from_raw(bytes, counts).ok_or_else(|| damaged("bad relocation count"))?)
+            }
+            None => None,
+        };
+        touch(&file);
+        Ok(Image { info: header.info, data: Data::File(file, len), mappable: true, relocations, packed: false })
+    }
+
+    fn write_kernel(&self, key: &str, image: &Image) -> io::Result<()> {
+        let pieces = chunks(&image.info.pieces);
+        let relocations_at = pieces.last().map_or(HEADER, |last| last.offset + last.len);
+        let (relocations, counts) = match &image.relocations {
+            Some(relocations) => (relocations.raw().0, Some(relocations.raw().1)),
+            None => (&[][..], None),
+        };
+        let len = relocations_at + relocations.len() as u64;
+        if image.packed || !image.info.start.is_multiple_of(PAGE_SIZE) || len > self.limit {
+            return Err(io::Error::other("not worth it or too large"));
+        }
+        let info = ImageInfo { pieces, ..image.info.clone() };
+        self.write(&self.kernel_path(key), |file| {
+            let crc = write_data(file, &info.pieces, image, relocations)?;
+            let header = Header { key: key.into(), info, relocations: counts, relocations_at, len, crc };
+            write_header(file, &header)
+        })
+    }
+
+    /// Writes a new file beside `path` and moves it there.
+    fn write(&self, path: &Path, fill: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let unique = NEXT.fetch_add(1, Ordering::Relaxed);
+        // Process ids repeat in other pid namespaces that share the directory; random numbers don't.
+        let random = kaslr::random::<8>().map_err(io::Error::other)?;
+        let name = format!("t-{}-{unique}-{:x}", std::process::id(), u64::from_le_bytes(random));
+        let temporary = self.dir.join(name);
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&temporary)?;
+        let done = fill(&file).and_then(|()| fs::rename(&temporary, path));
+        if done.is_err() {
+            let _ = fs::remove_file(&temporary);
+        }
+        done
+    }
+
+    /// Unlinks what was used longest ago until the rest is within the limit; `keep` stays.
+    fn evict(&self, keep: &str) {
+        let Ok(entries) = fs::read_dir(&self.dir) else { return };
+        let (mut kernels, mut sources) = (Vec::new(), Vec::new());
+        for entry in entries.flatten() {
+            let (Ok(metadata), name) = (entry.metadata(), entry.file_name()) else { continue };
+            let Ok(used) = metadata.modified() else { continue };
+            match name.to_string_lossy() {
+                name if name.starts_with("t-") && used.elapsed().is_ok_and(|age| age > ABANDONED) => {
+                    let _ = fs::remove_file(entry.path());
+                }
+                name if name.starts_with("k-") && name[2..] != *keep => {
+                    kernels.push((used, metadata.len(), entry.path()));
+                }
+                name if name.starts_with("s-") => sources.push((used, entry.path())),
+                _ => {}
+            }
+        }
+        let kept = fs::metadata(self.kernel_path(keep)).map_or(0, |m| m.len());
+        let mut total = kept + kernels.iter().map(|(_, len, _)| len).sum::<u64>();
+        kernels.sort();
+        for (_, len, path) in kernels {
+            if total <= self.limit {
+                break;
+            }
+            let _ = fs::remove_file(path);
+            total -= len;
+        }
+        sources.sort();
+        for (_, path) in sources.iter().rev().skip(SOURCES_MAX) {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+impl Header {
+    /// Whether every number in it is one that [`Cache::store`] could have written.
+    fn is_sound(&self) -> bool {
+        let page = |n: u64| n.is_multiple_of(PAGE_SIZE);
+        let info = &self.info;
+        let mut end = info.start;
+        let pieces = info.pieces.iter().all(|piece| {
+            let sound = page(piece.paddr | piece.offset | piece.len)
+                && piece.paddr >= end
+                && piece.offset >= HEADER
+                && piece.len <= MMIO_HOLE
+                && piece.offset.checked_add(piece.len).is_some_and(|end| end <= self.relocations_at);
+            end = piece.paddr.saturating_add(piece.len);
+            sound
+        });
+        let inside = |entry: u64| (info.start..info.end).contains(&entry);
+        pieces
+            && page(info.start | info.end)
+            && end <= info.end
+            && info.start < info.end
+            && info.end <= MMIO_HOLE
+            && info.entry64.is_none_or(inside)
+            && info.pvh.is_none_or(|entry| inside(entry.into()))
+            && self.relocations_at <= self.len
+            && self.len - self.relocations_at <= kaslr::TABLES_MAX
+    }
+}
+
+/// Pieces as whole pages, neighbours joined, one behind the other in the file.
+fn chunks(pieces: &[Piece]) -> Vec<Piece> {
+    let mut chunks: Vec<Piece> = Vec::new();
+    for piece in pieces {
+        let start = piece.paddr / PAGE_SIZE * PAGE_SIZE;
+        let end = (piece.paddr + piece.len).next_multiple_of(PAGE_SIZE);
+        match chunks.last_mut() {
+            Some(last) if start < last.paddr + last.len + GAP_MAX => last.len = end - last.paddr,
+            _ => chunks.push(Piece { paddr: start, offset: 0, len: end - start }),
+        }
+    }
+    let mut offset = HEADER;
+    for chunk in &mut chunks {
+        chunk.offset = offset;
+        offset += chunk.len;
+    }
+    chunks
+}
+
+/// Counts and sums up what goes into the file.
+struct Summing<'a> {
+    file: &'a File,
+    crc: flate2::Crc,
+    written: u64,
+}
+
+impl Write for Summing<'_> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let n = self.file.write_at(buffer, HEADER + self.written)?;
+        self.crc.update(&buffer[..n]);
+        self.written += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Writes all behind the header and returns its checksum.
+fn write_data(file: &File, chunks: &[Piece], image: &Image, relocations: &[u8]) -> io::Result<u32> {
+    let summing = Summing { file, crc: flate2::Crc::new(), written: 0 };
+    let mut out = BufWriter::with_capacity(256 << 10, summing);
+    let mut pieces = image.info.pieces.iter().peekable();
+    for chunk in chunks {
+        let mut at = chunk.paddr;
+        while let Some(piece) = pieces.next_if(|piece| piece.paddr < chunk.paddr + chunk.len) {
+            io::copy(&mut io::repeat(0).take(piece.paddr - at), &mut out)?;
+            let mut reader = image.data.reader(piece.offset, piece.len).map_err(io::Error::other)?;
+            if io::copy(&mut reader, &mut out)? != piece.len {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
+            }
+            at = piece.paddr + piece.len;
+        }
+        io::copy(&mut io::repeat(0).take(chunk.paddr + chunk.len - at), &mut out)?;
+    }
+    out.write_all(relocations)?;
+    let summing = out.into_inner().map_err(io::IntoInnerError::into_error)?;
+    Ok(summing.crc.sum())
+}
+
+fn write_header(file: &File, header: &Header) -> io::Result<()> {
+    let json = serde_json::to_vec(header)?;
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend((json.len() as u32).to_le_bytes());
+    bytes.extend(crc(&json).to_le_bytes());
+    bytes.extend(json);
+    if bytes.len() as u64 > HEADER {
+        return Err(io::Error::other("its header is too large"));
+    }
+    file.write_all_at(&bytes, 0)
+}
+
+fn read_header(file: &File) -> io::Result<Header> {
+    let mut fixed = [0; 16];
+    file.read_exact_at(&mut fixed, 0)?;
+    let word = |at: usize| u32::from_le_bytes([fixed[at], fixed[at + 1], fixed[at + 2], fixed[at + 3]]);
+    let (len, sum) = (word(8), word(12));
+    if fixed[..8] != MAGIC || u64::from(len) > HEADER {
+        return Err(damaged("bad magic number"));
+    }
+    let mut json = vec![0; len as usize];
+    file.read_exact_at(&mut json, 16)?;
+    if crc(&json) != sum {
+        return Err(damaged("bad header checksum"));
+    }
+    Ok(serde_json::from_slice(&json)?)
+}
+
+fn crc(bytes: &[u8]) -> u32 {
+    let mut crc = flate2::Crc::new();
+    crc.update(bytes);
+    crc.sum()
+}
+
+/// Reads `start..end` of a file in blocks.
+fn for_each_block(file: &File, start: u64, end: u64, mut each: impl FnMut(&[u8])) -> io::Result<()> {
+    let mut buffer = vec![0; 128 << 10];
+    let mut at = start;
+    while at < end {
+        let want = (end - at).min(buffer.len() as u64) as usize;
+        file.read_exact_at(&mut buffer[..want], at)?;
+        each(&buffer[..want]);
+        at += want as u64;
+    }
+    Ok(())
+}
+
+fn checksum(file: &File, start: u64, end: u64) -> io::Result<u32> {
+    let mut crc = flate2::Crc::new();
+    for_each_block(file, start, end, |block| crc.update(block))?;
+    Ok(crc.sum())
+}
+
+/// The key of a file's content.
+fn hash(file: &File) -> io::Result<String> {
+    let mut sha = Sha256::new();
+    for_each_block(file, 0, file.metadata()?.size(), |block| sha.update(block))?;
+    Ok(sha.finalize().iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// Identifies this boot of the host; empty if it doesn't tell.
+fn host_boot() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_string()).unwrap_or_default()
+}
+
+fn is_our_own(metadata: &fs::Metadata) -> bool {
+    metadata.uid() == rustix::process::geteuid().as_raw()
+}
+
+/// Fails unless only we (and root) can change this.
+fn ours(metadata: &fs::Metadata) -> io::Result<()> {
+    if !is_our_own(metadata) || metadata.mode() & 0o022 != 0 {
+        let text = "it belongs to another user, or others may write to it";
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
+    Ok(())
+}
+
+/// Fails unless what we make in `dir` stays what it is: the directory is ours, or others can't rename our things in it.
+/// So root does not leave its files in a user's home.
+fn safe_parent(dir: &Path) -> io::Result<()> {
+    let metadata = fs::metadata(dir)?;
+    if is_our_own(&metadata) || metadata.mode() & libc::S_ISVTX != 0 {
+        return Ok(());
+    }
+    let text = format!("{} belongs to another user", dir.display());
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
+}
+
+/// Notes that a kernel was used, for eviction.
+fn touch(file: &File) {
+    let now = SystemTime::now();
+    let old = file.metadata().and_then(|m| m.modified());
+    if old.is_ok_and(|old| now.duration_since(old).is_ok_and(|age| age > TOUCH)) {
+        let _ = file.set_modified(now);
+    }
+}
+
+fn damaged(text: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, text)
+}

@@ -1,0 +1,224 @@
+//! ELF headers as far as booting needs them: loadable segments, entry, Xen notes, and where the file's ELF part ends.
+//!
+//! Every number is hostile. What comes out of [`Elf::parse`] holds: segments are sorted by physical address, do not
+//! overlap, do not wrap, and their bytes exist.
+
+use super::error::Problem;
+use super::source::Data;
+
+const PT_LOAD: u32 = 1;
+const PT_INTERP: u32 = 3;
+const PT_NOTE: u32 = 4;
+const SHT_NOBITS: u32 = 8;
+const EM_386: u16 = 3;
+const EM_X86_64: u16 = 62;
+/// More than any kernel has; a limit on what is read for the headers.
+const PROGRAM_HEADERS_MAX: u16 = 256;
+/// More than the notes of any kernel.
+const NOTES_MAX: u64 = 64 << 10;
+/// Xen's `XEN_ELFNOTE_GUEST_OS`: the name of the kernel (xen/include/public/elfnote.h).
+const XEN_ELFNOTE_GUEST_OS: u32 = 6;
+/// Xen's `XEN_ELFNOTE_PHYS32_ENTRY`: the PVH entry (xen/include/public/elfnote.h).
+const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
+
+/// What the headers of an ELF file say.
+#[derive(Debug, Default)]
+pub struct Elf {
+    /// 64-bit class; else 32-bit.
+    pub class64: bool,
+    /// `e_entry`.
+    pub entry: u64,
+    /// The loadable segments.
+    pub segments: Vec<Segment>,
+    /// Physical address of the PVH entry.
+    pub pvh: Option<u64>,
+    /// Whether a note says that this is Linux.
+    pub linux_note: bool,
+    /// Where the ELF file ends; what follows is no part of it.
+    pub end: u64,
+}
+
+/// A loadable segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Guest-physical address.
+    pub paddr: u64,
+    /// Virtual address.
+    pub vaddr: u64,
+    /// Offset of its bytes.
+    pub offset: u64,
+    /// How many bytes there are.
+    pub file_len: u64,
+    /// How many bytes of memory it takes; those after its own bytes are zero.
+    pub mem_len: u64,
+}
+
+/// Little-endian fields of a header that has been read completely.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn get<const N: usize>(&self, offset: usize) -> [u8; N] {
+        let bytes = self.0.get(offset..).and_then(|b| b.first_chunk());
+        bytes.copied().unwrap_or([0; N])
+    }
+    fn u16(&self, offset: usize) -> u16 {
+        u16::from_le_bytes(self.get(offset))
+    }
+    fn u32(&self, offset: usize) -> u32 {
+        u32::from_le_bytes(self.get(offset))
+    }
+    fn u64(&self, offset: usize) -> u64 {
+        u64::from_le_bytes(self.get(offset))
+    }
+    /// A field as wide as the class of the file, at its two possible places.
+    fn word(&self, class64: bool, offset64: usize, offset32: usize) -> u64 {
+        if class64 { self.u64(offset64) } else { self.u32(offset32).into() }
+    }
+}
+
+/// Whether `head` begins an ELF file.
+pub fn is_elf(head: &[u8]) -> bool {
+    head.starts_with(b"\x7fELF")
+}
+
+impl Elf {
+    /// Reads and checks the headers in `data`, which begins with the ELF magic.
+    pub fn parse(data: &Data) -> Result<Elf, Problem> {
+        let ident = data.bytes(0, 20)?;
+        let machine = Fields(&ident).u16(18);
+        let class64 = match (ident[4], ident[5], machine) {
+            (2, 1, EM_X86_64) => true,
+            (1, 1, EM_386 | EM_X86_64) => false,
+            (_, 2, _) => return Err(Problem::NotAKernel("a big-endian ELF file".into())),
+            _ => return Err(Problem::NotAKernel(format!("an ELF file for {}", machine_name(machine)))),
+        };
+        let header_len = if class64 { 64 } else { 52 };
+        let header = data.bytes(0, header_len)?;
+        let f = Fields(&header);
+        if !matches!(f.u16(16), 2 | 3) {
+            return Err(Problem::NotAKernel("an ELF object file, not an executable".into()));
+        }
+        let mut elf = Elf { class64, entry: f.word(class64, 24, 24), end: header_len, ..Elf::default() };
+        let entry_size: u16 = if class64 { 56 } else { 32 };
+        let (size, count) = (f.u16(if class64 { 54 } else { 42 }), f.u16(if class64 { 56 } else { 44 }));
+        if count == 0 {
+            return Err(Problem::Damaged("this ELF file has no segments to load".into()));
+        }
+        if size != entry_size || count > PROGRAM_HEADERS_MAX {
+            return Err(Problem::Damaged(format!("{count} program headers of {size} bytes")));
+        }
+        let offset = f.word(class64, 32, 28);
+        let table_len = u64::from(size) * u64::from(count);
+        let table = data.bytes(offset, table_len)?;
+        elf.end = elf.end.max(offset + table_len);
+        for header in table.chunks_exact(size.into()) {
+            elf.program_header(data, &Fields(header))?;
+        }
+        let (size, count) = (f.u16(if class64 { 58 } else { 46 }), f.u16(if class64 { 60 } else { 48 }));
+        elf.sections(data, f.word(class64, 40, 32), size, count)?;
+        elf.check_segments()?;
+        Ok(elf)
+    }
+
+    fn program_header(&mut self, data: &Data, f: &Fields<'_>) -> Result<(), Problem> {
+        let c = self.class64;
+        let kind = f.u32(0);
+        let offset = f.word(c, 8, 4);
+        let file_len = f.word(c, 32, 16);
+        if kind == PT_INTERP {
+            return Err(Problem::NotAKernel("a program for an operating system, not a kernel".into()));
+        }
+        if !matches!(kind, PT_LOAD | PT_NOTE) {
+            return Ok(());
+        }
+        data.check(offset, file_len)?;
+        self.end = self.end.max(offset + file_len);
+        if kind == PT_NOTE {
+            let align = if f.word(c, 48, 28) == 8 { 8 } else { 4 };
+            self.notes(&data.bytes(offset, file_len.min(NOTES_MAX))?, align);
+            return Ok(());
+        }
+        let segment =
+            Segment { paddr: f.word(c, 24, 12), vaddr: f.word(c, 16, 8), offset, file_len, mem_len: f.word(c, 40, 20) };
+        if file_len > segment.mem_len || segment.paddr.checked_add(segment.mem_len).is_none() {
+            let (start, len) = (segment.paddr, segment.mem_len);
+            return Err(Problem::Damaged(format!("a segment of {file_len} bytes at {start:#x}..+{len:#x}")));
+        }
+        if segment.mem_len > 0 {
+            self.segments.push(segment);
+        }
+        Ok(())
+    }
+
+    fn notes(&mut self, mut bytes: &[u8], align: usize) {
+        while bytes.len() >= 12 {
+            let f = Fields(bytes);
+            let (name_len, len, kind) = (f.u32(0) as usize, f.u32(4) as usize, f.u32(8));
+            // Both are less than 4 GiB, so the sums fit.
+            let start = 12 + name_len.next_multiple_of(4);
+            let start = start.next_multiple_of(align);
+            let Some(name) = bytes.get(12..12 + name_len) else { return };
+            let Some(content) = bytes.get(start..start + len) else { return };
+            match (name, kind) {
+                (b"Linux\0", _) => self.linux_note = true,
+                (b"Xen\0", XEN_ELFNOTE_GUEST_OS) => self.linux_note |= content.starts_with(b"linux"),
+                // The word is as wide as the kernel's own.
+                (b"Xen\0", XEN_ELFNOTE_PHYS32_ENTRY) if len == 8 => self.pvh = Some(Fields(content).u64(0)),
+                (b"Xen\0", XEN_ELFNOTE_PHYS32_ENTRY) if len == 4 => self.pvh = Some(Fields(content).u32(0).into()),
+                _ => {}
+            }
+            bytes = bytes.get((start + len).next_multiple_of(align)..).unwrap_or_default();
+        }
+    }
+
+    /// Section headers are only needed to know where the ELF file ends.
+    fn sections(&mut self, data: &Data, offset: u64, size: u16, count: u16) -> Result<(), Problem> {
+        let expected: u16 = if self.class64 { 64 } else { 40 };
+        if offset == 0 || count == 0 || size != expected {
+            return Ok(());
+        }
+        let len = u64::from(size) * u64::from(count);
+        let table = data.bytes(offset, len)?;
+        self.end = self.end.max(offset + len);
+        for header in table.chunks_exact(size.into()) {
+            let f = Fields(header);
+            if f.u32(4) != SHT_NOBITS && f.u32(4) != 0 {
+                let (offset, len) = (f.word(self.class64, 24, 16), f.word(self.class64, 32, 20));
+                data.check(offset, len)?;
+                self.end = self.end.max(offset + len);
+            }
+        }
+        Ok(())
+    }
+
+    fn check_segments(&mut self) -> Result<(), Problem> {
+        self.segments.sort_by_key(|s| s.paddr);
+        if self.segments.is_empty() {
+            return Err(Problem::Damaged("this ELF file has no segments to load".into()));
+        }
+        for pair in self.segments.windows(2) {
+            if pair[0].paddr + pair[0].mem_len > pair[1].paddr {
+                let (a, b) = (pair[0].paddr, pair[1].paddr);
+                return Err(Problem::Damaged(format!("the segments at {a:#x} and {b:#x} overlap")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn machine_name(machine: u16) -> String {
+    match machine {
+        EM_386 => "32-bit x86".into(),
+        8 => "MIPS".into(),
+        20 => "32-bit PowerPC".into(),
+        21 => "64-bit PowerPC".into(),
+        22 => "s390".into(),
+        40 => "32-bit Arm".into(),
+        EM_X86_64 => "x86-64 in a class that does not exist".into(),
+        183 => "arm64".into(),
+        243 => "RISC-V".into(),
+        258 => "LoongArch".into(),
+        247 => "BPF".into(),
+        other => format!("machine number {other}"),
+    }
+}

@@ -1,0 +1,239 @@
+//! Which kind of kernel a file is, found by its content alone.
+//!
+//! ```text
+//! compressed file ─┐
+//! bzImage payload ─┴─ unpack ─> ELF ─> Image: pieces, entries, relocations
+//! bzImage with --boot bzimage ──────> Image: one piece, the guest unpacks it
+//! ```
+
+use super::BootMode;
+use super::bzimage::{self, BzImage};
+use super::elf::{self, Elf};
+use super::error::Problem;
+use super::image::{Image, ImageInfo, Piece};
+use super::kaslr::{Relocations, START_KERNEL_MAP};
+use super::source::Data;
+use super::unpack::{self, Compression};
+use crate::layout;
+
+/// How much of a file is looked at to tell what it is. ISO images have their mark at 32 KiB.
+const HEAD: u64 = 36 << 10;
+/// How many zeros at the end of a segment are looked for. A bss has some MiB; files can be sparse and huge.
+const TRIM_MAX: u64 = 64 << 20;
+
+/// Finds out what `data` is and prepares it for the way of booting that `mode` asks for.
+pub fn examine(data: Data, mode: BootMode) -> Result<Image, Problem> {
+    let head = data.head(HEAD)?;
+    let Some(compression) = Compression::detect(&head) else {
+        return examine_plain(data, &head, mode);
+    };
+    let unpacked = Data::Memory(unpack::unpack(compression, data.reader(0, data.len())?, None)?);
+    // Nobody compresses a kernel twice; going deeper would only help bombs.
+    let head = unpacked.head(HEAD)?;
+    match examine_plain(unpacked, &head, mode) {
+        Ok(mut image) => {
+            image.info.format = format!("{} in {}", image.info.format, compression.name());
+            Ok(image)
+        }
+        Err(Problem::NotAKernel(found)) => {
+            Err(Problem::NotAKernel(format!("{} data, and unpacked {found}", compression.name())))
+        }
+        Err(e) => Err(e),
+    }
+}
+
+fn examine_plain(data: Data, head: &[u8], mode: BootMode) -> Result<Image, Problem> {
+    if bzimage::is_bzimage(head) {
+        examine_bzimage(data, mode)
+    } else if elf::is_elf(head) {
+        if mode == BootMode::BzImage {
+            return Err(Problem::NoEntry { found: "an ELF file".into(), mode: "bzimage", needs: "a bzImage" });
+        }
+        let version = find_version(&data);
+        let mut image = elf_image(data, "vmlinux")?;
+        image.info.version = version;
+        Ok(image)
+    } else {
+        Err(Problem::NotAKernel(guess(head)))
+    }
+}
+
+fn examine_bzimage(data: Data, mode: BootMode) -> Result<Image, Problem> {
+    let bz = BzImage::parse(&data)?;
+    if mode == BootMode::BzImage {
+        return packed_image(data, bz);
+    }
+    let (offset, len) = bz.payload()?;
+    let head = data.bytes(offset, len.min(16))?;
+    let Some(compression) = Compression::detect(&head) else {
+        // lzma, lzo, or something new: the guest knows how to unpack itself.
+        if mode == BootMode::Auto && bz.has_entry64() {
+            return packed_image(data, bz);
+        }
+        let found = "a bzImage in an unknown compression".to_string();
+        let (mode, needs) = (mode_name(mode), "gzip, zstd, xz, lz4 or bzip2, try --boot bzimage");
+        return Err(Problem::NoEntry { found, mode, needs });
+    };
+    // The size ends a gzip stream by its own format; behind all others the kernel's build puts it.
+    let size = data.bytes(offset + len - 4, 4)?;
+    let size = u32::from_le_bytes([size[0], size[1], size[2], size[3]]);
+    let stream = if compression == Compression::Gzip { len } else { len - 4 };
+    let unpacked = unpack::unpack(compression, data.reader(offset, stream)?, Some(size.into()))?;
+    drop(data);
+    if !elf::is_elf(&unpacked) {
+        return Err(Problem::Damaged(format!("its {} payload is no ELF file", compression.name())));
+    }
+    let mut image = elf_image(Data::Memory(unpacked), "bzImage").map_err(|e| match e {
+        Problem::NotAKernel(found) => Problem::NotAKernel(format!("a bzImage of {found}")),
+        e => e,
+    })?;
+    image.info.format = format!("bzImage, {}", compression.name());
+    image.info.version = bz.version;
+    image.info.linux = true;
+    image.info.setup = Some(bz.setup);
+    Ok(image)
+}
+
+/// A bzImage as it is.
+fn packed_image(data: Data, bz: BzImage) -> Result<Image, Problem> {
+    if !bz.has_entry64() {
+        return Err(Problem::NotAKernel("a bzImage without a 64-bit entry (a 32-bit kernel?)".into()));
+    }
+    let (start, end, entry) = bz.packed_range()?;
+    let (offset, len) = bz.kernel;
+    let info = ImageInfo {
+        format: "bzImage, unpacked by the guest".into(),
+        version: bz.version,
+        start,
+        end,
+        entry64: Some(entry),
+        pvh: None,
+        linux: true,
+        setup: Some(bz.setup),
+        pieces: vec![Piece { paddr: start, offset, len }],
+    };
+    Ok(Image { info, data, mappable: false, relocations: None, packed: true })
+}
+
+/// An ELF file and the relocations that may follow it.
+fn elf_image(data: Data, format: &str) -> Result<Image, Problem> {
+    let elf = Elf::parse(&data)?;
+    let (Some(first), Some(last)) = (elf.segments.first(), elf.segments.last()) else {
+        return Err(Problem::Damaged("no segments".into()));
+    };
+    let (start, end) = (first.paddr, last.paddr + last.mem_len);
+    if start < layout::HIGH_RAM || end > layout::MMIO_HOLE {
+        let (low, high) = (layout::HIGH_RAM, layout::MMIO_HOLE);
+        return Err(Problem::Damaged(format!(
+            "its segments at {start:#x}..{end:#x} are not within {low:#x}..{high:#x}, where vireo loads kernels"
+        )));
+    }
+    let end = end.next_multiple_of(layout::PAGE_SIZE);
+    let inside = |entry: u64| elf.segments.iter().any(|s| entry >= s.paddr && entry - s.paddr < s.file_len);
+    let kernel_map = first.vaddr == START_KERNEL_MAP.wrapping_add(start);
+    let pvh = elf.pvh.filter(|entry| inside(*entry)).and_then(|entry| u32::try_from(entry).ok());
+    let entry64 = Some(elf.entry).filter(|entry| elf.class64 && inside(*entry));
+    // A kernel for PVH alone (no Linux) has an entry of its own that does not follow Linux's boot protocol.
+    let linux = elf.linux_note || (kernel_map && entry64.is_some());
+    if pvh.is_none() && entry64.is_none() {
+        return Err(match (elf.pvh, elf.class64) {
+            (None, false) => Problem::NotAKernel("a 32-bit ELF file without a PVH entry".into()),
+            (entry, _) => {
+                let entry = entry.unwrap_or(elf.entry);
+                Problem::Damaged(format!("the entry at {entry:#x} lies in no segment"))
+            }
+        });
+    }
+    let relocations =
+        if kernel_map && linux { Relocations::parse(&data, elf.end, first.vaddr, end - start)? } else { None };
+    let pieces = elf.segments.iter().filter(|s| s.file_len > 0);
+    let mut pieces: Vec<_> = pieces.map(|s| Piece { paddr: s.paddr, offset: s.offset, len: s.file_len }).collect();
+    pieces.iter_mut().try_for_each(|piece| trim_zeros(&data, piece))?;
+    pieces.retain(|piece| piece.len > 0);
+    let format = if linux || pvh.is_none() { format } else { "PVH ELF" }.to_string();
+    let info = ImageInfo { format, version: None, start, end, entry64, pvh, linux, setup: None, pieces };
+    Ok(Image { info, data, mappable: false, relocations, packed: false })
+}
+
+/// Leaves out zeros at the end of a piece, which fresh RAM has anyway: a payload's data segment contains the kernel's
+/// whole bss.
+fn trim_zeros(data: &Data, piece: &mut Piece) -> Result<(), Problem> {
+    let floor = piece.len.saturating_sub(TRIM_MAX);
+    while piece.len > floor {
+        let block = data.bytes(piece.offset + piece.len.saturating_sub(64 << 10), piece.len.min(64 << 10))?;
+        let used = block.iter().rposition(|b| *b != 0).map_or(0, |last| last as u64 + 1);
+        piece.len -= block.len() as u64 - used;
+        if used > 0 {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// The entry that `mode` asks for, as a physical address of the image as linked, and whether it is the PVH one.
+pub fn entry(info: &ImageInfo, mode: BootMode) -> Result<(u64, bool), Problem> {
+    let pvh = info.pvh.map(|entry| (u64::from(entry), true));
+    let entry64 = info.entry64.map(|entry| (entry, false));
+    let (entry, needs) = match mode {
+        BootMode::Auto if info.linux => (entry64.or(pvh), "an entry"),
+        BootMode::Auto => (pvh.or(entry64), "an entry"),
+        BootMode::Pvh => (pvh, "a PVH entry (CONFIG_PVH)"),
+        BootMode::Direct | BootMode::BzImage => (entry64, "a 64-bit entry"),
+    };
+    entry.ok_or_else(|| Problem::NoEntry { found: info.format.clone(), mode: mode_name(mode), needs })
+}
+
+fn mode_name(mode: BootMode) -> &'static str {
+    match mode {
+        BootMode::Auto => "auto",
+        BootMode::BzImage => "bzimage",
+        BootMode::Direct => "direct",
+        BootMode::Pvh => "pvh",
+    }
+}
+
+/// Linux's banner in an unpacked kernel. Only memory is searched: it is there anyway.
+fn find_version(data: &Data) -> Option<String> {
+    const BANNER: &[u8] = b"Linux version ";
+    let Data::Memory(bytes) = data else { return None };
+    let mut rest = &bytes[..];
+    // Looking for the rare byte first makes this run at memory speed.
+    while let Some(at) = rest.iter().position(|b| *b == BANNER[0]) {
+        rest = &rest[at..];
+        // The format string "Linux version %s" comes in some kernels, too.
+        if let Some(text) = rest.strip_prefix(BANNER)
+            && text.first().is_some_and(u8::is_ascii_digit)
+        {
+            return bzimage::printable(&text[..text.len().min(256)]);
+        }
+        rest = &rest[1..];
+    }
+    None
+}
+
+/// What a file is that is no kernel, as far as its first bytes tell.
+fn guess(head: &[u8]) -> String {
+    let at = |offset: usize, magic: &[u8]| head.get(offset..).is_some_and(|b| b.starts_with(magic));
+    let name = match head {
+        [] => "an empty file",
+        _ if at(0x38, b"ARM\x64") => "an arm64 Image",
+        _ if at(0x38, b"RSC\x05") => "a RISC-V Image",
+        _ if at(4, b"zimg") => "a compressed EFI kernel for another machine",
+        [b'M', b'Z', ..] => "an EFI or Windows program without a Linux boot header",
+        [0x27, 0x05, 0x19, 0x56, ..] => "a U-Boot image",
+        [0xD0, 0x0D, 0xFE, 0xED, ..] => "a device tree or FIT image",
+        _ if head.starts_with(b"07070") => "a cpio archive (an initramfs?)",
+        _ if head.starts_with(b"QFI\xfb") => "a qcow2 disk image",
+        _ if head.starts_with(b"!<arch>\n") => "an ar archive or Debian package",
+        _ if head.starts_with(b"\x5d\0\0") => "lzma data or unknown",
+        _ if head.starts_with(b"hsqs") => "a squashfs image",
+        _ if at(257, b"ustar") => "a tar archive",
+        _ if at(0x8001, b"CD001") => "an ISO 9660 image",
+        _ if at(0x438, &[0x53, 0xEF]) => "an ext2, ext3 or ext4 file system",
+        _ if at(0x1FE, &[0x55, 0xAA]) => "a boot sector or disk image",
+        _ if head.iter().all(|b| *b == 0) => "nothing but zeros",
+        _ if head.iter().take(512).all(|b| b.is_ascii_graphic() || b.is_ascii_whitespace()) => "a text file",
+        _ => "no kernel that vireo knows",
+    };
+    name.to_string()
+}

@@ -1,0 +1,131 @@
+//! Files that a user names, and the bytes behind an image: in a file or unpacked in memory.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use super::error::Problem;
+use crate::memory::RamSlice;
+
+/// Opens a regular file for reading. A FIFO or a device is refused at once, without waiting for its other end.
+pub fn open(path: &Path) -> Result<(File, u64), Problem> {
+    let mut options = OpenOptions::new();
+    let file = options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map_err(Problem::Open)?;
+    let metadata = file.metadata().map_err(Problem::Open)?;
+    let kind = metadata.file_type();
+    let found = match kind {
+        _ if kind.is_file() => return Ok((file, metadata.size())),
+        _ if kind.is_dir() => "a directory",
+        _ if kind.is_fifo() => "a FIFO",
+        _ if kind.is_char_device() => "a character device",
+        _ if kind.is_block_device() => "a block device",
+        _ => "something else",
+    };
+    Err(Problem::NotAFile(found))
+}
+
+/// The bytes of an image.
+#[derive(Debug)]
+pub enum Data {
+    /// Unpacked, in memory.
+    Memory(Vec<u8>),
+    /// In a file of the given length. It is read piece by piece and never mapped: somebody may truncate it.
+    File(File, u64),
+}
+
+impl Data {
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        match self {
+            Data::Memory(bytes) => bytes.len() as u64,
+            Data::File(_, len) => *len,
+        }
+    }
+
+    /// What an error about it talks of.
+    pub fn what(&self) -> &'static str {
+        match self {
+            Data::Memory(_) => "the unpacked kernel",
+            Data::File(..) => "the file",
+        }
+    }
+
+    /// Fails unless `len` bytes exist at `offset`.
+    pub fn check(&self, offset: u64, len: u64) -> Result<(), Problem> {
+        let needs = offset.saturating_add(len);
+        if needs > self.len() {
+            return Err(Problem::Truncated { what: self.what(), needs, has: self.len() });
+        }
+        Ok(())
+    }
+
+    /// Fills `buffer` from `offset`.
+    pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Problem> {
+        self.check(offset, buffer.len() as u64)?;
+        match self {
+            Data::Memory(bytes) => buffer.copy_from_slice(&bytes[offset as usize..][..buffer.len()]),
+            Data::File(file, _) => file.read_exact_at(buffer, offset).map_err(Problem::Read)?,
+        }
+        Ok(())
+    }
+
+    /// `len` bytes from `offset`. The caller has bounded `len`.
+    pub fn bytes(&self, offset: u64, len: u64) -> Result<Vec<u8>, Problem> {
+        self.check(offset, len)?;
+        let mut buffer = vec![0; len as usize];
+        self.read(offset, &mut buffer)?;
+        Ok(buffer)
+    }
+
+    /// As many bytes as there are from the start, at most `max`.
+    pub fn head(&self, max: u64) -> Result<Vec<u8>, Problem> {
+        self.bytes(0, max.min(self.len()))
+    }
+
+    /// Copies into guest RAM without a buffer in between.
+    pub fn copy_to(&self, offset: u64, ram: &RamSlice<'_>) -> Result<(), Problem> {
+        self.check(offset, ram.len() as u64)?;
+        match self {
+            Data::Memory(bytes) => ram.copy_from(&bytes[offset as usize..][..ram.len()]),
+            Data::File(file, _) => read_to_ram(file, offset, ram).map_err(Problem::Read)?,
+        }
+        Ok(())
+    }
+
+    /// A reader of `len` bytes from `offset`.
+    pub fn reader(&self, offset: u64, len: u64) -> Result<Reader<'_>, Problem> {
+        self.check(offset, len)?;
+        Ok(Reader { data: self, offset, end: offset + len })
+    }
+}
+
+/// Reads a file into guest RAM: `read` takes the addresses of the guest's pages themselves.
+pub fn read_to_ram(mut file: &File, offset: u64, ram: &RamSlice<'_>) -> io::Result<()> {
+    use std::io::Seek;
+    use vm_memory::ReadVolatile;
+    file.seek(io::SeekFrom::Start(offset))?;
+    file.read_exact_volatile(&mut ram.clone()).map_err(|e| match e {
+        vm_memory::VolatileMemoryError::IOError(e) => e,
+        e => io::Error::other(e),
+    })
+}
+
+/// Sequential reading of a range of [`Data`].
+pub struct Reader<'a> {
+    data: &'a Data,
+    offset: u64,
+    end: u64,
+}
+
+impl Read for Reader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let want = (self.end - self.offset).min(buffer.len() as u64) as usize;
+        let got = match self.data {
+            Data::Memory(bytes) => (&bytes[self.offset as usize..]).read(&mut buffer[..want])?,
+            Data::File(file, _) => file.read_at(&mut buffer[..want], self.offset)?,
+        };
+        self.offset += got as u64;
+        Ok(got)
+    }
+}

@@ -1,0 +1,321 @@
+//! Every format from file to memory, and what is said of files that can't be booted.
+
+use std::fs::OpenOptions;
+use std::process::Command;
+
+use proptest::prelude::*;
+
+use super::testing::{self, Files, INVERSE, LINUX_NOTE, POINTER, START, Seg};
+use super::unpack::Compression;
+use super::*;
+use crate::memory::GuestRam;
+
+const RAM: u64 = 64 << 20;
+const FORMATS: [Compression; 4] = [Compression::Gzip, Compression::Zstd, Compression::Lz4, Compression::Bzip2];
+
+fn platform() -> Platform {
+    Platform { cpus: 1, acpi: true, uuid: [0; 16], virtio_slots: Vec::new(), serial: true }
+}
+
+/// Boots `bytes` as far as the first instruction.
+fn boot(bytes: &[u8], change: impl FnOnce(&mut BootConfig)) -> Result<(Description, GuestRam, Entry), Error> {
+    let files = Files::new();
+    let mut config = BootConfig { kernel: files.write("kernel", bytes), ..Default::default() };
+    change(&mut config);
+    let boot = BootFiles::open_with(&config, RAM, None)?;
+    let (description, ram) = (boot.describe(), GuestRam::anonymous(RAM));
+    let entry = boot.load(&ram, &platform())?;
+    Ok((description, ram, entry))
+}
+
+/// The error for `bytes` as a user sees it, without the file's name.
+fn refusal(bytes: &[u8], change: impl FnOnce(&mut BootConfig)) -> String {
+    let error = boot(bytes, change).expect_err("should be refused");
+    let mut error: &dyn std::error::Error = &error;
+    let mut text = Vec::new();
+    if !matches!(error.downcast_ref(), Some(Error::Kernel { .. } | Error::Initrd { .. })) {
+        text.push(error.to_string());
+    }
+    while let Some(source) = error.source() {
+        text.push(source.to_string());
+        error = source;
+    }
+    text.join(": ")
+}
+
+#[test]
+fn bzimages_are_unpacked_and_relocated() {
+    for format in FORMATS {
+        let bytes = testing::bzimage(format, &testing::linux(0));
+        let (description, ram, entry) = boot(&bytes, |_| ()).unwrap();
+        assert_eq!(description.format, format!("bzImage, {}", format.name()));
+        assert_eq!(description.version.as_deref(), Some("6.1.0-test"));
+        assert!(description.kaslr);
+        assert_eq!((entry.protocol, entry.address % (2 << 20)), (Protocol::Linux64, 0));
+        let delta = ram.read_obj::<u64>(entry.address + 0x100).unwrap().wrapping_sub(POINTER);
+        assert_eq!(delta % (2 << 20), 0);
+        assert!(START + delta + 0x10_0000 <= 1 << 30);
+        assert_eq!(ram.read_obj::<u32>(entry.address + 0x200).unwrap(), (POINTER + delta) as u32);
+        assert_eq!(ram.read_obj::<u32>(entry.address + 0x300).unwrap(), INVERSE.wrapping_sub(delta as u32));
+        assert_eq!(ram.read_obj::<[u8; 5]>(entry.address + 0x1000).unwrap(), *b"data\0");
+        assert_eq!(ram.read_obj::<u8>(layout::ZERO_PAGE + 0x211).unwrap() & 2, 2, "KASLR_FLAG");
+    }
+}
+
+#[test]
+fn addresses_differ_from_boot_to_boot() {
+    let bytes = testing::linux(0);
+    let boots: Vec<_> = (0..24).map(|_| boot(&bytes, |_| ()).unwrap()).collect();
+    let virt = |b: &(Description, GuestRam, Entry)| b.1.read_obj::<u64>(b.2.address + 0x100).unwrap();
+    assert!(boots.iter().any(|b| virt(b) != virt(&boots[0])));
+    assert!(boots.iter().any(|b| b.2.address != boots[0].2.address));
+}
+
+#[test]
+fn nokaslr_keeps_the_kernel_where_it_was_linked() {
+    for cmdline in ["nokaslr", "quiet nokaslr", "nokaslr -- x"] {
+        let (description, ram, entry) = boot(&testing::linux(0), |c| c.cmdline = cmdline.into()).unwrap();
+        assert!(!description.kaslr);
+        assert_eq!(entry.address, START);
+        assert_eq!(ram.read_obj::<u64>(START + 0x100).unwrap(), POINTER);
+        assert_eq!(ram.read_obj::<u8>(layout::ZERO_PAGE + 0x211).unwrap(), 1);
+    }
+    assert!(boot(&testing::linux(0), |c| c.cmdline = "xnokaslr nokaslr=1".into()).unwrap().0.kaslr);
+    let limited = boot(&testing::linux(0), |c| c.cmdline = "mem=32M".into()).unwrap();
+    assert_eq!((limited.0.kaslr, limited.2.address), (true, START), "random virtually, but not physically");
+}
+
+#[test]
+fn elf_files_compressed_or_not() {
+    let plain = testing::plain_linux(0);
+    let (description, ..) = boot(&plain, |_| ()).unwrap();
+    assert_eq!((description.format.as_str(), description.kaslr), ("vmlinux", false));
+    let two_tables = [plain.clone(), testing::tables(false)].concat();
+    assert!(boot(&two_tables, |_| ()).unwrap().0.kaslr);
+    let something_else = [plain, b"a signature!".to_vec()].concat();
+    assert!(!boot(&something_else, |_| ()).unwrap().0.kaslr);
+    for format in FORMATS {
+        let packed = testing::compress(format, &testing::linux(0));
+        assert_eq!(boot(&packed, |_| ()).unwrap().0.format, format!("vmlinux in {}", format.name()));
+    }
+    let twice = testing::compress(Compression::Gzip, &testing::bzimage(Compression::Bzip2, &testing::linux(0)));
+    assert_eq!(boot(&twice, |_| ()).unwrap().0.format, "bzImage, bzip2 in gzip");
+}
+
+#[test]
+fn pvh_for_other_kernels_or_on_request() {
+    let pvh = |bytes: &[u8]| boot(bytes, |_| ()).unwrap();
+    let entry = 0x20_0010u32.to_le_bytes();
+    let wide = 0x20_0010u64.to_le_bytes();
+    let segment = || [Seg(0x20_0000, 0x20_0000, vec![0x90; 64], 0x1000)];
+    let kernels = [
+        testing::elf32(0x20_0000, &segment(), &[(b"Xen\0", 18, &entry)]),
+        testing::elf64(0x20_0000, &segment(), &[(b"GNU\0", 3, b"abc"), (b"Xen\0", 18, &entry)]),
+        testing::elf64(0x20_0000, &segment(), &[(b"Xen\0", 18, &wide)]),
+    ];
+    for kernel in kernels {
+        let (description, ram, entry) = pvh(&kernel);
+        assert_eq!((entry.protocol, entry.address), (Protocol::Pvh, 0x20_0010));
+        assert_eq!(description.format, "PVH ELF");
+        assert_eq!(ram.read_obj::<u32>(layout::PVH_START_INFO).unwrap(), 0x336E_C578);
+    }
+    let (_, ram, entry) = boot(&testing::linux(0), |c| c.boot = BootMode::Pvh).unwrap();
+    assert_eq!((entry.protocol, entry.address), (Protocol::Pvh, START + 0x50));
+    assert_eq!(ram.read_obj::<u64>(START + 0x100).unwrap(), POINTER);
+    let flat = testing::elf64(0x20_0000, &segment(), &[]);
+    assert_eq!(pvh(&flat).2, Entry { address: 0x20_0000, protocol: Protocol::Linux64 });
+}
+
+#[test]
+fn a_bzimage_may_stay_packed() {
+    let bytes = testing::bzimage(Compression::Gzip, &testing::linux(0));
+    let (description, ram, entry) = boot(&bytes, |c| c.boot = BootMode::BzImage).unwrap();
+    assert_eq!(description.format, "bzImage, unpacked by the guest");
+    assert_eq!(entry.address, START + 0x200);
+    assert_eq!(ram.read_obj::<[u8; 2]>(START + 0x240).unwrap(), [0x1F, 0x8B]);
+    // So does one in a compression that only the guest knows.
+    let unknown = testing::bzimage_of(&[0x5D; 64]);
+    assert_eq!(boot(&unknown, |_| ()).unwrap().2.address, START + 0x200);
+    let refused = refusal(&unknown, |c| c.boot = BootMode::Direct);
+    assert!(refused.starts_with("this is a bzImage in an unknown compression; --boot direct needs"), "{refused}");
+}
+
+#[test]
+fn initrd_and_cmdline_arrive() {
+    let files = Files::new();
+    let initrd = files.write("initrd", &[0xAB; 5000]);
+    let cmdline = "console=ttyS0 quiet";
+    let (_, ram, entry) = boot(&testing::linux(0), |c| {
+        c.initrd = Some(initrd);
+        c.cmdline = cmdline.into();
+    })
+    .unwrap();
+    let start = u64::from(ram.read_obj::<u32>(layout::ZERO_PAGE + 0x218).unwrap());
+    assert_eq!(ram.read_obj::<u32>(layout::ZERO_PAGE + 0x21C).unwrap(), 5000);
+    assert_eq!(start, RAM - 8192);
+    assert!(entry.address + 0x4000 <= start);
+    assert_eq!(ram.read_obj::<[u8; 2]>(start + 4999).unwrap(), [0xAB, 0]);
+    let mut text = vec![1; cmdline.len() + 1];
+    ram.read(layout::CMDLINE, &mut text).unwrap();
+    assert_eq!(text, format!("{cmdline}\0").as_bytes());
+}
+
+#[test]
+fn what_does_not_fit_is_told_with_what_would() {
+    let files = Files::new();
+    let sparse = |name: &str, len| {
+        let path = files.path(name);
+        OpenOptions::new().write(true).create(true).truncate(true).open(&path).unwrap().set_len(len).unwrap();
+        Some(path)
+    };
+    let linux = testing::linux(0);
+    let error = refusal(&linux, |c| c.initrd = sparse("big", 100 << 20));
+    assert_eq!(error, "it needs 117M of memory or more, the machine has 64M");
+    let error = refusal(&linux, |c| c.initrd = sparse("huge", 5 << 30));
+    assert!(error.ends_with("fit below the kernel's limit, whatever the memory size"), "{error}");
+    let error = refusal(&linux, |c| c.initrd = sparse("empty", 0));
+    assert_eq!(error, "truncated: an initrd needs 1 bytes, has 0");
+    let error = refusal(&linux, |c| c.initrd = Some("/nonexistent/initrd".into()));
+    assert_eq!(error, "cannot open it: No such file or directory (os error 2)");
+    let error = refusal(&linux, |c| c.cmdline = "x".repeat(2048));
+    assert_eq!(error, "the kernel command line has 2048 bytes; this kernel takes at most 2047");
+    assert!(boot(&linux, |c| c.cmdline = "x".repeat(2047)).is_ok());
+    let error = refusal(&linux, |c| c.cmdline = "a\0b".into());
+    assert_eq!(error, "the kernel command line contains a NUL byte at offset 1; remove it");
+    let big = testing::elf64(START, &[Seg(START, START, vec![1], 100 << 20)], &[LINUX_NOTE]);
+    assert_eq!(refusal(&big, |_| ()), "it needs 116M of memory or more, the machine has 64M");
+}
+
+#[test]
+fn other_files_are_named_for_what_they_are() {
+    let with = |at: usize, magic: &[u8]| {
+        let mut bytes = vec![7; 40 << 10];
+        bytes[at..at + magic.len()].copy_from_slice(magic);
+        bytes
+    };
+    let cases: &[(Vec<u8>, &str)] = &[
+        (Vec::new(), "an empty file"),
+        (b"#!/bin/sh\necho\n".to_vec(), "a text file"),
+        (vec![0; 5000], "nothing but zeros"),
+        (with(0x38, b"ARM\x64"), "an arm64 Image"),
+        (with(0, b"MZ"), "an EFI or Windows program without a Linux boot header"),
+        (with(0x8001, b"CD001"), "an ISO 9660 image"),
+        (with(0, b"QFI\xfb"), "a qcow2 disk image"),
+        (with(0, b"070701"), "a cpio archive (an initramfs?)"),
+        (testing::compress(Compression::Gzip, b"hello hello hello hello"), "gzip data, and unpacked a text file"),
+        (
+            testing::compress(Compression::Gzip, &testing::compress(Compression::Gzip, &testing::linux(0))),
+            "gzip data, and unpacked no kernel that vireo knows",
+        ),
+    ];
+    for (bytes, name) in cases {
+        let expected = format!("this is {name}; vireo boots x86-64 bzImage, vmlinux (also gzip,");
+        let error = refusal(bytes, |_| ());
+        assert!(error.starts_with(&expected), "{error}");
+    }
+    let mut elf = testing::plain_linux(0);
+    elf[18] = 183;
+    assert!(refusal(&elf, |_| ()).starts_with("this is an ELF file for arm64; vireo boots"));
+    let elf = testing::elf32(0x20_0000, &[Seg(0x20_0000, 0, vec![1], 1)], &[]);
+    assert!(refusal(&elf, |_| ()).starts_with("this is a 32-bit ELF file without a PVH entry; vireo boots"));
+    let error = refusal(&testing::plain_linux(0), |c| c.boot = BootMode::BzImage);
+    assert_eq!(error, "this is an ELF file; --boot bzimage needs a bzImage");
+    let mut old = testing::bzimage(Compression::Gzip, &testing::linux(0));
+    old[0x206] = 6;
+    assert_eq!(refusal(&old, |_| ()), "boot protocol 2.06 is too old; vireo needs 2.10 (Linux 2.6.31) or newer");
+}
+
+#[test]
+fn elf_files_that_contradict_themselves() {
+    let seg = |paddr, len: usize, mem_len| Seg(paddr, paddr, vec![1; len], mem_len);
+    let case = |entry, segments: &[Seg]| refusal(&testing::elf64(entry, segments, &[]), |_| ());
+    let overlap = case(START, &[seg(START, 16, 0x2000), seg(START + 0x1000, 16, 16)]);
+    assert_eq!(overlap, "damaged: the segments at 0x1000000 and 0x1001000 overlap");
+    let outside = case(START, &[seg(START, 16, u64::MAX - START)]);
+    assert!(outside.contains("are not within 0x100000..0xc0000000"), "{outside}");
+    assert!(case(START, &[seg(u64::MAX - 8, 4, 0x1000)]).starts_with("damaged: a segment of 4 bytes"));
+    assert!(case(START, &[seg(0x1000, 16, 16)]).contains("are not within"));
+    assert_eq!(case(START, &[]), "damaged: this ELF file has no segments to load");
+    assert_eq!(case(START + 64, &[seg(START, 16, 16)]), "damaged: the entry at 0x1000040 lies in no segment");
+    let mut relocated_outside = testing::linux(0);
+    let len = relocated_outside.len();
+    relocated_outside[len - 1] = 0x90;
+    let error = refusal(&relocated_outside, |_| ());
+    assert_eq!(error, "damaged: a relocation at 0xffffffff90000200, outside of the kernel");
+}
+
+#[test]
+fn files_that_are_none() {
+    let files = Files::new();
+    let fifo = files.path("fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    for (path, expected) in [
+        (fifo, "this is a FIFO, not a file"),
+        (files.0.path().to_path_buf(), "this is a directory, not a file"),
+        ("/dev/null".into(), "this is a character device, not a file"),
+        ("/nonexistent".into(), "cannot open it: No such file or directory (os error 2)"),
+    ] {
+        assert_eq!(refusal(&[], |c| c.kernel = path.clone()), expected);
+    }
+}
+
+#[test]
+fn sparse_files_are_not_read_whole() {
+    let files = Files::new();
+    for start in [vec![], testing::linux(0), testing::bzimage(Compression::Gzip, &testing::linux(0))] {
+        let path = files.write("sparse", &start);
+        OpenOptions::new().write(true).open(&path).unwrap().set_len(5 << 30).unwrap();
+        let result = boot(&[], |c| c.kernel = path);
+        assert_eq!(result.is_ok(), !start.is_empty());
+    }
+}
+
+#[test]
+fn truncated_anywhere_is_an_error() {
+    let linux = testing::plain_linux(0);
+    let mut images = vec![linux.clone(), testing::elf32(0, &[Seg(1 << 20, 0, vec![1; 99], 99)], &[LINUX_NOTE])];
+    for format in FORMATS {
+        images.push(testing::bzimage(format, &testing::linux(0)));
+        images.push(testing::compress(format, &linux));
+    }
+    for image in images {
+        let step = |len: usize| if len < 0x400 || len + 64 > image.len() { 1 } else { 61 };
+        let mut len = 0;
+        while len < image.len() {
+            let error = refusal(&image[..len], |_| ());
+            assert!(!error.is_empty(), "{len} of {}", image.len());
+            len += step(len);
+        }
+    }
+    let error = refusal(&testing::bzimage(Compression::Gzip, &linux)[..1500], |_| ());
+    assert!(error.starts_with("truncated: the file needs ") && error.ends_with(" bytes, has 1500"), "{error}");
+}
+
+proptest! {
+    /// Whatever is accepted loads into RAM, whatever it says about itself.
+    #[test]
+    fn flipped_bits_never_do_harm(which in 0usize..10, flips in proptest::collection::vec((any::<u16>(), 0u8..8), 1..6),
+                                  near_headers in any::<bool>(), mode in 0usize..4) {
+        let linux = testing::linux(0);
+        let mut image = match which {
+            0 | 1 => linux.clone(),
+            2 => testing::elf32(0, &[Seg(1 << 20, 0, vec![1; 99], 99)], &[(b"Xen\0", 18, &[0, 0, 16, 0])]),
+            n if n < 7 => testing::bzimage(FORMATS[n - 3], &linux),
+            n => testing::compress(FORMATS[n - 7], &linux),
+        };
+        for (at, bit) in flips {
+            let range = if near_headers { image.len().min(if which < 3 { 400 } else { 0x280 }) } else { image.len() };
+            // The interesting part of a bzImage's header is its end.
+            let at = if near_headers && which >= 3 && which < 7 { 0x1F0 + at as usize % 0x90 } else { at as usize % range };
+            image[at] ^= 1 << bit;
+        }
+        let boot_mode = [BootMode::Auto, BootMode::BzImage, BootMode::Direct, BootMode::Pvh][mode];
+        let files = Files::new();
+        let config = BootConfig { kernel: files.write("kernel", &image), boot: boot_mode, ..Default::default() };
+        if let Ok(boot) = BootFiles::open_with(&config, RAM, None) {
+            let ram = GuestRam::anonymous(RAM);
+            let entry = boot.load(&ram, &platform()).unwrap();
+            prop_assert!(ram.contains(entry.address, 1));
+        }
+    }
+}
