@@ -21,7 +21,9 @@
 pub mod backend;
 pub mod boot;
 pub mod bus;
+pub mod cli;
 pub mod devices;
+pub mod doctor;
 pub mod event;
 pub mod irq;
 pub mod layout;

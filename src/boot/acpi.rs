@@ -204,7 +204,7 @@ mod tests {
     /// Reads the table at `addr` by the length in its header, with its checksum checked.
     fn table_at(ram: &GuestRam, addr: u64, signature: &[u8]) -> Vec<u8> {
         let len = u32_at(&bytes(ram, addr, 36), 4) as usize;
-        assert!(addr >= layout::ACPI && addr + len as u64 <= layout::ACPI_END && addr % 16 == 0);
+        assert!(addr >= layout::ACPI && addr + len as u64 <= layout::ACPI_END && addr.is_multiple_of(16));
         let table = bytes(ram, addr, len);
         assert_eq!(&table[..4], signature);
         assert_eq!(sum(&table), 0);

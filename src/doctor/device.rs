@@ -1,0 +1,309 @@
+//! The host's side: the KVM device node, the capabilities behind it, and what to do when it cannot be used.
+
+use std::ffi::CString;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use kvm_bindings::*;
+use kvm_ioctls::{Kvm, VmFd};
+use serde::Serialize;
+
+use super::Problem;
+
+/// The version that every KVM since Linux 2.6.22 has (`Documentation/virt/kvm/api.rst`, 4.1).
+const API_VERSION: i32 = 12;
+
+/// What this host's processor and kernel are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct HostFacts {
+    /// Processor, as it calls itself.
+    pub cpu: String,
+    /// Its virtualization extension, `vmx` or `svm`, when it shows one.
+    pub virtualization: Option<&'static str>,
+    /// Whether this host is a virtual machine itself.
+    pub is_guest: bool,
+    /// Kernel release.
+    pub kernel: String,
+    /// The loaded module that provides KVM, such as `kvm_intel`.
+    pub kvm_module: Option<String>,
+}
+
+impl HostFacts {
+    /// Reads them from /proc and /sys; what is not there stays empty.
+    pub fn read() -> Self {
+        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let modules = std::fs::read_dir("/sys/module").into_iter().flatten().flatten();
+        let kvm_module =
+            modules.filter_map(|entry| entry.file_name().into_string().ok()).find(|name| name.starts_with("kvm_"));
+        HostFacts { kernel: kernel.trim().into(), kvm_module, ..Self::parse(&cpuinfo) }
+    }
+
+    fn parse(cpuinfo: &str) -> Self {
+        let value = |key: &str| {
+            let line = cpuinfo.lines().find(|line| line.split(':').next().is_some_and(|k| k.trim() == key));
+            line.and_then(|line| line.split_once(':')).map_or("", |(_, value)| value.trim())
+        };
+        let flag = |name: &str| value("flags").split_whitespace().any(|flag| flag == name);
+        HostFacts {
+            cpu: value("model name").into(),
+            virtualization: ["vmx", "svm"].into_iter().find(|name| flag(name)),
+            is_guest: flag("hypervisor"),
+            ..HostFacts::default()
+        }
+    }
+}
+
+/// Opens the KVM device at `path` and checks its version.
+pub fn open(path: &Path, host: &HostFacts) -> Result<Kvm, Problem> {
+    let name = CString::new(path.as_os_str().as_bytes())
+        .map_err(|_| Problem::new(format!("{path:?} is no file name"), "name the KVM device, /dev/kvm"))?;
+    let kvm = Kvm::new_with_path(name).map_err(|e| explain_open(path, &e.into(), host))?;
+    match kvm.get_api_version() {
+        API_VERSION => Ok(kvm),
+        version if version < 0 => Err(not_the_device(path)),
+        version => Err(Problem::new(
+            format!("{} speaks KVM API version {version}, not {API_VERSION}", path.display()),
+            "run a Linux kernel from after 2007, or one whose KVM is not a development version",
+        )),
+    }
+}
+
+/// What an error of `open` means here, and what mends it.
+fn explain_open(path: &Path, error: &io::Error, host: &HostFacts) -> Problem {
+    let device = path.display();
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENXIO | libc::ENODEV) => missing(path, host),
+        Some(libc::EACCES | libc::EPERM) => Problem::new(format!("no permission to open {device}"), permission(path)),
+        Some(libc::EISDIR) => not_the_device(path),
+        Some(libc::EBUSY) => busy(&format!("{device} is in use")),
+        Some(libc::EMFILE | libc::ENFILE) => {
+            Problem::new("too many open files".to_string(), "raise the limit: ulimit -n 4096")
+        }
+        _ => Problem::new(format!("cannot open {device}: {error}"), "look for kvm in the output of: sudo dmesg"),
+    }
+}
+
+fn missing(path: &Path, host: &HostFacts) -> Problem {
+    let device = path.display();
+    let remedy = match (&host.kvm_module, host.virtualization) {
+        (Some(module), _) => {
+            return Problem::new(
+                format!("{device} is missing although {module} is loaded"),
+                "in a container: start it with --device /dev/kvm; elsewhere: sudo mknod -m 660 /dev/kvm c 10 232 && \
+                 sudo chgrp kvm /dev/kvm",
+            );
+        }
+        (None, Some("vmx")) => "sudo modprobe kvm_intel (if refused: enable VT-x in the firmware setup)",
+        (None, Some(_)) => "sudo modprobe kvm_amd (if refused: enable SVM in the firmware setup)",
+        (None, None) if host.is_guest => {
+            "this host is a virtual machine without nested virtualization: enable that where it is hosted (KVM: sudo \
+             modprobe kvm_intel nested=1, or kvm_amd, and CPU model host-passthrough), or use a bare-metal machine"
+        }
+        (None, None) => {
+            "enable Intel VT-x or AMD SVM in the firmware setup, then: sudo modprobe kvm_intel || sudo modprobe kvm_amd"
+        }
+    };
+    Problem::new(format!("{device} is missing"), remedy)
+}
+
+/// The command that lets this user open a device that exists.
+fn permission(path: &Path) -> String {
+    let device = path.display();
+    let once = format!("sudo setfacl -m u:$USER:rw {device}");
+    let group_may = |m: &std::fs::Metadata| m.mode() & 0o060 == 0o060 && m.gid() != 0;
+    match std::fs::metadata(path).ok().filter(group_may).and_then(|m| group_name(m.gid())) {
+        Some(group) => format!("sudo usermod -aG {group} $USER, then log in again; until the next boot: {once}"),
+        None => format!(
+            "sudo chgrp kvm {device} && sudo chmod 660 {device} && sudo usermod -aG kvm $USER, then log in \
+                         again; until the next boot: {once}; in a container: start it with --device /dev/kvm"
+        ),
+    }
+}
+
+fn group_name(gid: u32) -> Option<String> {
+    let groups = std::fs::read_to_string("/etc/group").ok()?;
+    groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(gid)).then(|| name.to_string())
+    })
+}
+
+fn not_the_device(path: &Path) -> Problem {
+    let device = path.display();
+    let found = match std::fs::metadata(path) {
+        Ok(m) if m.is_dir() => "a directory",
+        Ok(m) if m.is_file() => "a plain file",
+        _ => "something else",
+    };
+    let remedy =
+        format!("sudo mv {device} {device}.wrong && sudo mknod -m 660 {device} c 10 232 && sudo chgrp kvm {device}");
+    Problem::new(format!("{device} is {found}, not the KVM device"), remedy)
+}
+
+fn busy(what: &str) -> Problem {
+    Problem::new(
+        format!("{what}: another hypervisor has the processor's virtualization"),
+        "stop its virtual machines; for VirtualBox: sudo modprobe -r vboxnetflt vboxnetadp vboxdrv; for VMware: sudo \
+         systemctl stop vmware",
+    )
+}
+
+/// Makes a VM, which is where a hypervisor that has the processor for itself shows.
+pub fn create_vm(kvm: &Kvm) -> Result<VmFd, Problem> {
+    let mut result = kvm.create_vm();
+    for _ in 0..10 {
+        match &result {
+            Err(e) if e.errno() == libc::EINTR => result = kvm.create_vm(),
+            _ => break,
+        }
+    }
+    result.map_err(|error| explain_create(&error.into()))
+}
+
+fn explain_create(error: &io::Error) -> Problem {
+    match error.raw_os_error() {
+        Some(libc::EBUSY) => busy("KVM cannot make a VM"),
+        Some(libc::ENOMEM) => {
+            Problem::new("no memory to make a VM".into(), "see: free -m; ulimit -v; the cgroup's limit")
+        }
+        _ => Problem::new(format!("KVM cannot make a VM: {error}"), "look for kvm in the output of: sudo dmesg"),
+    }
+}
+
+/// One number that KVM_CHECK_EXTENSION gave.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Capability {
+    /// Its name in this report.
+    pub name: &'static str,
+    /// What KVM answered: 0 is no, what else it is depends on the capability.
+    pub value: i32,
+    /// Whether vireo cannot run guests without it.
+    pub required: bool,
+    /// What it is for.
+    pub purpose: &'static str,
+}
+
+impl Capability {
+    /// Whether guests can do without what is missing.
+    pub fn suffices(&self) -> bool {
+        self.value > 0 || !self.required
+    }
+}
+
+/// `(name, number, required, purpose)`; the numbers are those of `linux/kvm.h`.
+const CAPABILITIES: &[(&str, u32, bool, &str)] = &[
+    ("user_memory", KVM_CAP_USER_MEMORY, true, "guest RAM"),
+    ("irqchip", KVM_CAP_IRQCHIP, true, "interrupt controllers in the kernel"),
+    ("irqfd", KVM_CAP_IRQFD, true, "interrupts from device threads"),
+    ("ioeventfd", KVM_CAP_IOEVENTFD, true, "queue kicks without an exit to user space"),
+    ("ext_cpuid", KVM_CAP_EXT_CPUID, true, "telling the guest its processor's features"),
+    ("immediate_exit", KVM_CAP_IMMEDIATE_EXIT, true, "pausing a vCPU"),
+    ("coalesced_mmio", KVM_CAP_COALESCED_MMIO, false, "batched MMIO writes"),
+    ("coalesced_pio", KVM_CAP_COALESCED_PIO, false, "batched port writes: a faster console"),
+    ("readonly_mem", KVM_CAP_READONLY_MEM, false, "read-only guest memory"),
+    ("tsc_deadline_timer", KVM_CAP_TSC_DEADLINE_TIMER, false, "the cheapest guest timer"),
+    ("x2apic_api", KVM_CAP_X2APIC_API, false, "APIC ids above 254"),
+    ("kvmclock_ctrl", KVM_CAP_KVMCLOCK_CTRL, false, "a paused guest that does not report lock-ups"),
+    ("adjust_clock", KVM_CAP_ADJUST_CLOCK, false, "restoring the guest's clock"),
+    ("vcpu_events", KVM_CAP_VCPU_EVENTS, false, "snapshots and migration"),
+    ("xsave2", KVM_CAP_XSAVE2, false, "snapshots of guests with AMX"),
+    ("manual_dirty_log", KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, false, "migration with short pauses"),
+    ("dirty_log_ring", KVM_CAP_DIRTY_LOG_RING, false, "migration of busy guests"),
+    ("guest_debug", KVM_CAP_SET_GUEST_DEBUG, false, "the gdb stub"),
+    ("halt_poll", KVM_CAP_HALT_POLL, false, "tuning wake-up latency per VM"),
+];
+
+/// Asks for each capability that matters.
+pub fn capabilities(kvm: &Kvm) -> Vec<Capability> {
+    let ask = |&(name, number, required, purpose): &(&'static str, u32, bool, &'static str)| Capability {
+        name,
+        value: kvm.check_extension_raw(number.into()),
+        required,
+        purpose,
+    };
+    CAPABILITIES.iter().map(ask).collect()
+}
+
+/// How large a guest can be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Limits {
+    /// vCPUs of a VM.
+    pub vcpus: i32,
+    /// Pieces of guest memory.
+    pub memory_slots: i32,
+    /// Bits of a guest-physical address (CPUID 8000_0008h).
+    pub physical_address_bits: Option<u32>,
+}
+
+/// Asks for the limits.
+pub fn limits(kvm: &Kvm) -> Limits {
+    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).ok();
+    let leaf = cpuid.as_ref().and_then(|cpuid| cpuid.as_slice().iter().find(|entry| entry.function == 0x8000_0008));
+    Limits {
+        vcpus: kvm.check_extension_raw(KVM_CAP_MAX_VCPUS.into()),
+        memory_slots: kvm.check_extension_raw(KVM_CAP_NR_MEMSLOTS.into()),
+        physical_address_bits: leaf.map(|entry| entry.eax & 0xFF),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host() -> HostFacts {
+        HostFacts::default()
+    }
+
+    #[test]
+    fn cpuinfo_is_understood() {
+        let intel =
+            HostFacts::parse("model name\t: Xeon\nflags\t\t: fpu vmx hypervisor\nvmx flags\t: svm x\n\nflags: svm\n");
+        assert_eq!((intel.virtualization, intel.is_guest, intel.cpu.as_str()), (Some("vmx"), true, "Xeon"));
+        let arm = HostFacts::parse("processor : 0\nFeatures : fp\n");
+        assert_eq!(arm, HostFacts::default());
+        assert_eq!(HostFacts::parse("flags : vmxx asvm"), HostFacts::default());
+    }
+
+    #[test]
+    fn missing_device_is_mended_according_to_the_host() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kvm");
+        let remedy = |host: HostFacts| open(&path, &host).err().unwrap().remedy;
+        assert!(remedy(HostFacts { virtualization: Some("vmx"), ..host() }).contains("modprobe kvm_intel"));
+        assert!(remedy(HostFacts { virtualization: Some("svm"), ..host() }).contains("modprobe kvm_amd"));
+        assert!(remedy(HostFacts { is_guest: true, ..host() }).contains("nested"));
+        assert!(remedy(host()).contains("firmware setup"));
+        assert!(remedy(HostFacts { kvm_module: Some("kvm_amd".into()), ..host() }).contains("--device /dev/kvm"));
+    }
+
+    #[test]
+    fn what_is_not_the_device_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kvm");
+        let found = |path: &Path| open(path, &host()).err().unwrap().found;
+        assert!(found(&path).ends_with("is missing"));
+        assert!(found(dir.path()).ends_with("is a directory, not the KVM device"));
+        std::fs::write(&path, "").unwrap();
+        assert!(found(&path).ends_with("is a plain file, not the KVM device"));
+        assert!(found(Path::new("/dev/null")).ends_with("is something else, not the KVM device"));
+    }
+
+    #[test]
+    fn each_error_has_its_command() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kvm");
+        std::fs::write(&path, "").unwrap();
+        let of = |errno| explain_open(&path, &io::Error::from_raw_os_error(errno), &host());
+        let denied = of(libc::EACCES);
+        assert!(denied.found.starts_with("no permission") && denied.remedy.contains("usermod -aG kvm $USER"));
+        assert!(of(libc::EBUSY).remedy.contains("VirtualBox"));
+        assert!(of(libc::EMFILE).remedy.contains("ulimit -n"));
+        assert!(of(libc::EIO).found.contains("Input/output error"));
+        assert!(explain_create(&io::Error::from_raw_os_error(libc::EBUSY)).remedy.contains("VirtualBox"));
+        assert!(explain_create(&io::Error::from_raw_os_error(libc::ENOMEM)).remedy.contains("free -m"));
+    }
+}
