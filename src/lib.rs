@@ -1,0 +1,1 @@
+//! vireo, a virtual machine monitor.
