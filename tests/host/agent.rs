@@ -18,14 +18,16 @@
 #![allow(unsafe_code)] // cgroups, terminals, signals and process groups are system calls
 
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 use std::ffi::{CString, OsString};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -44,7 +46,7 @@ const LOST: i32 = 255;
 
 const USAGE: &str = "usage: host-agent serve TOKEN-FILE
        host-agent ping --port N --token FILE
-       host-agent run --port N --token FILE [--tty] [--env KEY=VALUE] -- COMMAND [ARGUMENT...]";
+       host-agent run --port N --token FILE [--tty] [--env KEY=VALUE] [--program PATH] -- COMMAND [ARGUMENT...]";
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1);
@@ -80,6 +82,8 @@ struct Request {
     cwd: Vec<u8>,
     /// Rows and columns of the client's terminal, when the command is to have one of its own.
     tty: Option<(u16, u16)>,
+    /// Programs that may have been rebuilt, each with a stamp that tells its versions apart.
+    programs: Vec<(Vec<u8>, String)>,
 }
 
 /// Client to agent, while the command runs.
@@ -242,6 +246,7 @@ fn read_token(path: &PathBuf) -> io::Result<Vec<u8>> {
 struct Agent {
     token: Vec<u8>,
     next_command: AtomicUsize,
+    programs: Mutex<Programs>,
     running: AtomicUsize,
     last_use: AtomicI64,
 }
@@ -253,6 +258,7 @@ fn serve(token: &PathBuf) -> io::Result<i32> {
     let agent = Arc::new(Agent {
         token: read_token(token)?,
         next_command: AtomicUsize::new(1),
+        programs: Mutex::new(Programs::new()?),
         running: AtomicUsize::new(0),
         last_use: AtomicI64::new(wall_seconds()),
     });
@@ -357,6 +363,7 @@ impl Agent {
     }
 
     fn command(&self, link: &Arc<Link>, request: &Request) -> io::Result<()> {
+        self.programs.lock().unwrap().refresh(&request.programs);
         let group = Arc::new(Cgroup::new(
             self.next_command.fetch_add(1, Ordering::SeqCst),
         )?);
@@ -405,6 +412,82 @@ impl Agent {
                 .code()
                 .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
         ))
+    }
+}
+
+/// Keeps rebuilt programs from running as a mixture of old and new. While some process runs a program from 9p, Linux
+/// keeps its name and its pages and looks at neither again. So programs run from copies in memory, mounted over their
+/// own paths: a file read (not mapped) through 9p is always the present one.
+struct Programs {
+    /// Folders where files change, and where they are mounted once more without the copies.
+    folders: Vec<(PathBuf, PathBuf)>,
+    stamps: HashMap<PathBuf, String>,
+}
+
+impl Programs {
+    const COPIES: &str = "/run/programs";
+
+    fn new() -> io::Result<Programs> {
+        let mut folders = Vec::new();
+        for (n, folder) in fs::read_to_string("/run/fresh")?.lines().enumerate() {
+            let beneath = PathBuf::from(format!("/run/beneath/{n}"));
+            fs::create_dir_all(&beneath)?;
+            bind(folder.as_ref(), &beneath)?;
+            folders.push((folder.into(), beneath));
+        }
+        fs::create_dir_all(Self::COPIES)?;
+        Ok(Programs {
+            folders,
+            stamps: HashMap::new(),
+        })
+    }
+
+    fn refresh(&mut self, programs: &[(Vec<u8>, String)]) {
+        for (path, stamp) in programs {
+            let path = PathBuf::from(OsString::from_vec(path.clone()));
+            if self.stamps.get(&path) == Some(stamp) {
+                continue;
+            }
+            match self.copy(&path) {
+                Ok(true) => drop(self.stamps.insert(path, stamp.clone())),
+                Ok(false) => {}
+                Err(error) => println!("host-agent: {} may be old: {error}", path.display()),
+            }
+        }
+    }
+
+    fn copy(&self, path: &Path) -> io::Result<bool> {
+        let beneath = |(folder, beneath): &(PathBuf, PathBuf)| {
+            Some(beneath.join(path.strip_prefix(folder).ok()?))
+        };
+        let Some(present) = self.folders.iter().find_map(beneath) else {
+            return Ok(false); // the system's own programs stay as they are
+        };
+        let copy = Path::new(Self::COPIES).join("new");
+        let _ = fs::remove_file(&copy);
+        io::copy(&mut File::open(&present)?, &mut File::create(&copy)?)?;
+        fs::set_permissions(&copy, fs::metadata(&present)?.permissions())?;
+        if self.stamps.contains_key(path) {
+            let target = CString::new(path.as_os_str().as_bytes())?;
+            // SAFETY: reads one string. Who runs the former copy keeps it.
+            unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
+        }
+        bind(&copy, path)?;
+        fs::remove_file(&copy)?; // the mount keeps it
+        Ok(true)
+    }
+}
+
+fn bind(from: &Path, to: &Path) -> io::Result<()> {
+    let (from, to) = (
+        CString::new(from.as_os_str().as_bytes())?,
+        CString::new(to.as_os_str().as_bytes())?,
+    );
+    let null = std::ptr::null();
+    // SAFETY: reads two strings; a bind mount takes neither a type nor data.
+    match unsafe { libc::mount(from.as_ptr(), to.as_ptr(), null, libc::MS_BIND, null.cast()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -606,6 +689,7 @@ struct Options {
     tty: bool,
     env: Vec<(Vec<u8>, Vec<u8>)>,
     argv: Vec<Vec<u8>>,
+    programs: Vec<PathBuf>,
 }
 
 impl Options {
@@ -616,6 +700,7 @@ impl Options {
             tty: false,
             env: Vec::new(),
             argv: Vec::new(),
+            programs: Vec::new(),
         };
         let bad = || io::Error::other(USAGE);
         while let Some(arg) = args.next() {
@@ -637,12 +722,40 @@ impl Options {
                         .env
                         .push((pair[..equals].to_vec(), pair[equals + 1..].to_vec()));
                 }
+                Some("--program") => options.programs.push(args.next().ok_or_else(bad)?.into()),
                 Some("--") => break,
                 _ => return Err(bad()),
             }
         }
         options.argv = args.map(OsString::into_vec).collect();
         Ok(options)
+    }
+
+    /// Everything on the command line, and named with --program, that is an executable file.
+    fn programs(&self) -> Vec<(Vec<u8>, String)> {
+        let words = self
+            .argv
+            .iter()
+            .map(|word| PathBuf::from(OsString::from_vec(word.clone())));
+        words
+            .chain(self.programs.iter().cloned())
+            .filter_map(|path| {
+                let file = fs::metadata(&path)
+                    .ok()
+                    .filter(|file| file.is_file() && file.mode() & 0o111 != 0)?;
+                let stamp = format!(
+                    "{} {} {} {}",
+                    file.ino(),
+                    file.size(),
+                    file.ctime(),
+                    file.ctime_nsec()
+                );
+                Some((
+                    fs::canonicalize(path).ok()?.into_os_string().into_vec(),
+                    stamp,
+                ))
+            })
+            .collect()
     }
 
     /// The forwarded port drops connections that come too close together, and the kernel would try again only after a
@@ -689,6 +802,7 @@ fn run(options: &Options) -> io::Result<i32> {
             .map(|path| path.into_os_string().into_vec())
             .unwrap_or_default(),
         tty: options.tty.then(|| window_size().unwrap_or((24, 80))),
+        programs: options.programs(),
     }))?;
 
     let mut ends = Ends::default();
