@@ -1,0 +1,42 @@
+# `make help` lists the targets.
+
+PREFIX ?= /usr/local
+release := target/x86_64-unknown-linux-gnu/release/vireo
+
+.NOTPARALLEL:
+.PHONY: help build setup demo shell test bench soak install dist clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
+
+build: ## build the static binary
+	cargo build --release
+
+setup: ## install what the guests need, fetch kernels, make images
+	tests/host/setup
+
+demo: setup build ## boot Debian's kernels: one, two, four CPUs
+	tests/host/with-host tests/host/demo
+
+shell: setup build ## a shell in a guest
+	tests/host/with-host tests/host/demo shell
+
+test: setup build ## run all tests, those with Linux guests where such run
+	tests/host/with-host cargo test
+
+bench: setup build ## measure boots beside QEMU's
+	tests/host/with-host cargo bench --bench boot
+
+soak: setup build ## boot guests until one fails or SOAK_MINUTES (60) are over
+	tests/host/with-host tests/host/soak
+
+install: build ## install to $(DESTDIR)$(PREFIX)
+	install -Dm755 $(release) "$(DESTDIR)$(PREFIX)/bin/vireo"
+
+dist: build ## the binary and its checksum in target/dist
+	install -Dm755 $(release) target/dist/vireo
+	cd target/dist && sha256sum vireo >vireo.sha256
+
+clean: ## remove everything that was built or fetched
+	tests/host/down
+	cargo clean

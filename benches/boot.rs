@@ -1,0 +1,312 @@
+//! Boot time of stock kernels beside QEMU microvm, in instructions.
+//!
+//! `cargo build --release && cargo bench --bench boot` runs both in the emulated host that counts
+//! instructions (`tests/host/up --icount`): one instruction is one nanosecond of its clock, whatever
+//! else the machine does. The clock goes from exec of the monitor to its exit: monitor, KVM and
+//! guest. Time spent idle counts, and `rep movs` counts once per byte. Wall time stands beside it.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+const REPO: &str = env!("CARGO_MANIFEST_DIR");
+const KERNELS: [&str; 2] = ["vmlinux-cloud", "bzImage-cloud"];
+/// Runs of each pair; the first warms caches up and does not count.
+const RUNS: usize = 6;
+
+/// Runs in the emulated host, as `sh -c SCRIPT sh VIREO IMAGES RUNS`, and prints one fact a line:
+/// `begin`, then `<fact> <monitor> <kernel> <number>`, or `failed ...`.
+const SCRIPT: &str = r#"
+vireo=$1 images=$2 runs=$3
+dir=$(mktemp -d /tmp/boot.XXXXXX) && cd "$dir" || exit
+trap 'rm -rf "$dir"' EXIT
+# 9p is slow, and not at the same speed each time: everything is read from memory
+cp "$images"/vmlinux-cloud "$images"/bzImage-cloud "$images"/initrd-min.cpio .
+monitors=qemu
+[ -z "$vireo" ] || { cp "$vireo" vireo; monitors='qemu vireo'; }
+export XDG_CACHE_HOME=$dir/cache
+
+cmdline='console=ttyS0 reboot=t panic=-1 quiet'
+boot() {
+    case $1 in
+        qemu) set -- qemu-system-x86_64 -enable-kvm -M microvm,rtc=on,x-option-roms=off,auto-kernel-cmdline=on \
+            -cpu host -m 256 -smp 1 -nodefaults -no-user-config -display none -serial stdio -no-reboot \
+            -kernel "$2" -initrd initrd-min.cpio -append "$cmdline" ;;
+        vireo) set -- ./vireo run --kernel "$2" --initrd initrd-min.cpio --memory 256M --cmdline "$cmdline" ;;
+    esac
+    start=$(date +%s%N)
+    "$@" >console 2>&1 </dev/null
+    status=$?
+    end=$(date +%s%N)
+    if [ $status != 0 ] || ! grep -q 'init running' console; then
+        echo "failed with status $status: $*"
+        tail -n 20 console
+        exit 1
+    fi
+}
+
+for kernel in vmlinux-cloud bzImage-cloud; do
+    n=0
+    while [ $n -lt "$runs" ]; do
+        for monitor in $monitors; do
+            echo begin
+            boot $monitor $kernel
+            echo "instructions $monitor $kernel $((end - start))"
+        done
+        n=$((n + 1))
+    done
+done
+
+cd /sys/kernel/tracing && echo 65536 >buffer_size_kb && echo 0 >options/overwrite && cd "$dir" || exit
+trace=/sys/kernel/tracing
+traced() {
+    for event in $3; do echo 1 >$trace/events/$event/enable; done
+    echo >$trace/trace
+    boot $1 $2
+    for event in $3; do echo 0 >$trace/events/$event/enable; done
+    cat $trace/trace
+    echo >$trace/trace
+}
+for kernel in vmlinux-cloud bzImage-cloud; do
+    for monitor in $monitors; do
+        echo "exits $monitor $kernel $(traced $monitor $kernel kvm/kvm_userspace_exit | grep -c 'kvm_userspace_exit:')"
+        # microseconds of this host's clock: thousands of instructions
+        traced $monitor $kernel 'sched/sched_process_exec kvm/kvm_entry' >events
+        awk -v who="$monitor $kernel" '
+            { for (i = 1; i < NF; i++) if ($(i + 1) ~ /^(sched_process_exec|kvm_entry):$/) time = $i + 0 }
+            /sched_process_exec:.*(qemu-system|vireo)/ { exec = time }
+            / kvm_entry:/ { printf "first-entry %s %d\n", who, (time - exec) * 1e9; exit }' events
+    done
+done
+"#;
+
+/// Runs in the other emulated host, whose clock is the machine's: Pss in KiB of everything but guest
+/// RAM, the only mappings as large as this, once a 128 MiB guest waits at its shell.
+const MEMORY_SCRIPT: &str = r#"
+export XDG_CACHE_HOME=$(mktemp -d /tmp/boot.XXXXXX)
+cd "$XDG_CACHE_HOME" || exit
+mkfifo input && sleep 1000 >input &
+"$1" run --kernel "$2/bzImage-cloud" --initrd "$2/initrd-busybox.cpio" --memory 128M \
+    --cmdline 'console=ttyS0 quiet' <input >console 2>&1 &
+vireo=$!
+tries=0
+until grep -q '/ #' console; do
+    tries=$((tries + 1))
+    [ $tries -lt 600 ] && kill -0 $vireo || { echo "failed: no shell in the guest"; tail console; exit 1; }
+    sleep 0.1
+done
+awk '/^[0-9a-f]+-/ { size = 0 } /^Size:/ { size = $2 } /^Pss:/ && size < 32768 { pss += $2 }
+    END { print "pss vireo bzImage-cloud", pss }' /proc/$vireo/smaps
+rm -r "$XDG_CACHE_HOME"
+"#;
+
+/// What the script said: every number under its fact, monitor and kernel.
+type Facts = BTreeMap<(String, String, String), Vec<f64>>;
+
+fn main() -> ExitCode {
+    match bench() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("boot: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench() -> Result<(), String> {
+    let vireo = std::env::var_os("VIREO_BIN").map_or_else(
+        || Path::new(REPO).join("target/x86_64-unknown-linux-gnu/release/vireo"),
+        PathBuf::from,
+    );
+    let binary = vireo.metadata();
+    let images = Path::new(REPO)
+        .join("target/host/images")
+        .display()
+        .to_string();
+    let path = binary
+        .as_ref()
+        .map(|_| vireo.display().to_string())
+        .unwrap_or_default();
+    let mut facts = Facts::new();
+    in_host(
+        &["--icount"],
+        SCRIPT,
+        &[&path, &images, &RUNS.to_string()],
+        &mut facts,
+    )?;
+
+    println!(
+        "\nBest of {}, instructions from exec to exit (billions); wall seconds",
+        RUNS - 1
+    );
+    println!(
+        "{:<15}{:>8}{:>8}{:>8}   {:>6}{:>7}",
+        "", "QEMU", "vireo", "ratio", "QEMU", "vireo"
+    );
+    for kernel in KERNELS {
+        let best = |fact, monitor| best(&facts, fact, monitor, kernel);
+        let (qemu, ours) = (best("instructions", "qemu"), best("instructions", "vireo"));
+        let ratio = qemu.zip(ours).map(|(qemu, ours)| ours / qemu);
+        let giga = |value: Option<f64>| text(value.map(|value| value / 1e9), 2);
+        let wall = |monitor| text(best("wall", monitor), 1);
+        println!(
+            "{kernel:<15}{:>8}{:>8}{:>8}   {:>6}{:>7}",
+            giga(qemu),
+            giga(ours),
+            text(ratio, 3),
+            wall("qemu"),
+            wall("vireo")
+        );
+    }
+    println!(
+        "\n{:<15}{:>22}{:>34}",
+        "", "exits to user space", "exec to first KVM_RUN (millions)"
+    );
+    for kernel in KERNELS {
+        let get = |fact, monitor| best(&facts, fact, monitor, kernel);
+        let mega = |monitor| text(get("first-entry", monitor).map(|value| value / 1e6), 1);
+        let exits = |monitor| text(get("exits", monitor), 0);
+        println!(
+            "{kernel:<15}  QEMU {:>5} vireo {:>5}         QEMU {:>6} vireo {:>6}",
+            exits("qemu"),
+            exits("vireo"),
+            mega("qemu"),
+            mega("vireo")
+        );
+    }
+    let binary = binary.map_err(|error| {
+        format!(
+            "{}: {error}; run `cargo build --release` first to compare vireo",
+            vireo.display()
+        )
+    })?;
+
+    in_host(&[], MEMORY_SCRIPT, &[&path, &images], &mut facts)?;
+    println!("\n{:<58}{:>9}{:>9}", "", "here", "target");
+    let ratio = |kernel| {
+        let get = |monitor| best(&facts, "instructions", monitor, kernel);
+        Some(get("vireo")? / get("qemu")?)
+    };
+    let ours = |fact, kernel| best(&facts, fact, "vireo", kernel);
+    let mega = |value: Option<f64>| value.map(|value| value / 1e6);
+    let [vmlinux, bzimage] = KERNELS;
+    target(
+        "vmlinux, share of QEMU's instructions",
+        ratio(vmlinux),
+        0.75,
+        3,
+    );
+    target(
+        "bzImage, share of QEMU's instructions",
+        ratio(bzimage),
+        0.66,
+        3,
+    );
+    target(
+        "vmlinux, exits to user space",
+        ours("exits", vmlinux),
+        250.0,
+        0,
+    );
+    target(
+        "bzImage, exits to user space",
+        ours("exits", bzimage),
+        250.0,
+        0,
+    );
+    target(
+        "vmlinux, exec to KVM_RUN, M instructions",
+        mega(ours("first-entry", vmlinux)),
+        20.0,
+        1,
+    );
+    target(
+        "bzImage, exec to KVM_RUN, M instructions",
+        mega(ours("first-entry", bzimage)),
+        70.0,
+        1,
+    );
+    let pss = ours("pss", bzimage).map(|value| value / 1024.0);
+    target(
+        "memory beside a 128 MiB guest's RAM (Pss), MiB",
+        pss,
+        4.0,
+        2,
+    );
+    target(
+        "size of the binary, MiB",
+        Some(binary.len() as f64 / 1048576.0),
+        4.0,
+        2,
+    );
+    Ok(())
+}
+
+/// Runs a script in an emulated host and collects its facts, with a `wall` beside `instructions`.
+fn in_host(options: &[&str], script: &str, args: &[&str], facts: &mut Facts) -> Result<(), String> {
+    let mut child = Command::new(Path::new(REPO).join("tests/host/run"))
+        .args(options)
+        .args(["--", "sh", "-c", script, "sh"])
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|error| format!("tests/host/run: {error}"))?;
+    let mut begin = Instant::now();
+    let output = child.stdout.take().ok_or("tests/host/run has no output")?;
+    for line in BufReader::new(output).lines() {
+        let line = line.map_err(|error| format!("the emulated host: {error}"))?;
+        let words: Vec<&str> = line.split(' ').collect();
+        match words[..] {
+            ["begin"] => begin = Instant::now(),
+            [fact, monitor, kernel, number] if number.parse::<f64>().is_ok() => {
+                let mut note = |fact: &str, value| {
+                    let key = (fact.to_owned(), monitor.to_owned(), kernel.to_owned());
+                    facts.entry(key).or_default().push(value);
+                };
+                note(fact, number.parse().unwrap_or(f64::NAN));
+                if fact == "instructions" {
+                    note("wall", begin.elapsed().as_secs_f64());
+                }
+                eprintln!("{line}");
+            }
+            _ => eprintln!("{line}"),
+        }
+    }
+    match child.wait() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!(
+            "the benchmark in the emulated host ended early: {status}"
+        )),
+        Err(error) => Err(format!("tests/host/run: {error}")),
+    }
+}
+
+fn best(facts: &Facts, fact: &str, monitor: &str, kernel: &str) -> Option<f64> {
+    let values = facts.get(&(fact.to_owned(), monitor.to_owned(), kernel.to_owned()))?;
+    let counted = if values.len() > 1 {
+        &values[1..]
+    } else {
+        values
+    };
+    counted.iter().copied().reduce(f64::min)
+}
+
+fn text(value: Option<f64>, digits: usize) -> String {
+    value.map_or("-".to_owned(), |value| format!("{value:.digits$}"))
+}
+
+fn target(what: &str, value: Option<f64>, limit: f64, digits: usize) {
+    let verdict = if value.is_some_and(|value| value <= limit) {
+        "met"
+    } else {
+        "missed"
+    };
+    println!(
+        "{what:<58}{:>9}{:>9}  {verdict}",
+        text(value, digits),
+        text(Some(limit), digits.min(2))
+    );
+}

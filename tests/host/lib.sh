@@ -1,0 +1,58 @@
+# Shared by the scripts beside it: where things are, how to fail, which host to use. Sourced, never run.
+
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+repo=$(cd "$here/../.." && pwd -P)
+state=$repo/target/host          # everything these scripts make; removing it is always safe after `down`
+images=$state/images             # kernels and initramfs for guests
+share=$state/share               # the one place the emulated host may write to, same path on both sides
+agent=$state/host-agent
+
+die() {
+    echo "$(basename "$0"): $*" >&2
+    exit 255
+}
+
+# Is the emulated host "$1" (shared or icount) up? QEMU inherits a lock on this file and keeps it for as long as it
+# lives, so the answer survives crashes and reused process ids.
+is_up() {
+    [ -e "$state/$1/alive" ] && ! flock -ns "$state/$1/alive" true
+}
+
+# direct or emulated: where Linux guests run. VIREO_HOST decides; `auto` (the default) asks vireo whether this
+# machine's /dev/kvm can run a Linux guest, and remembers the answer until the machine reboots.
+host_kind() {
+    case ${VIREO_HOST:-auto} in
+        direct | emulated) echo "$VIREO_HOST"; return ;;
+        auto) ;;
+        *) die "VIREO_HOST is '$VIREO_HOST'; it must be auto, direct or emulated" ;;
+    esac
+    local boot cached kind
+    boot=$(cat /proc/sys/kernel/random/boot_id)
+    if read -r cached kind _ 2>/dev/null <"$state/kind" && [ "$cached" = "$boot" ]; then
+        echo "$kind"
+        return
+    fi
+    ask_doctor
+    echo "$kind"
+}
+
+# Sets $kind to what the vireo binary says about this machine, and $why. Without a binary nothing is remembered.
+ask_doctor() {
+    local bin=${VIREO_BIN:-$repo/target/x86_64-unknown-linux-gnu/release/vireo} answer
+    kind=emulated
+    if [ ! -x "$bin" ]; then
+        why="there is no vireo binary at $bin to ask (set VIREO_BIN, or build it)"
+        return
+    fi
+    answer=$("$bin" doctor --json 2>/dev/null </dev/null) || true
+    case $(tr -d ' \n' <<<"$answer") in
+        *'"linux_guests":true'*) kind=direct why="vireo doctor says /dev/kvm here runs Linux guests" ;;
+        *'"linux_guests":false'*) why="vireo doctor says /dev/kvm here cannot run Linux guests" ;;
+        *) why="'$bin doctor --json' did not say whether Linux guests run here"; return ;;
+    esac
+    mkdir -p "$state"
+    echo "$(cat /proc/sys/kernel/random/boot_id) $kind $why" >"$state/kind.$$"
+    mv "$state/kind.$$" "$state/kind"
+}
