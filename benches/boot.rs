@@ -116,35 +116,16 @@ fn main() -> ExitCode {
 }
 
 fn bench() -> Result<(), String> {
-    let vireo = std::env::var_os("VIREO_BIN").map_or_else(
-        || Path::new(REPO).join("target/x86_64-unknown-linux-gnu/release/vireo"),
-        PathBuf::from,
-    );
+    let vireo = std::env::var_os("VIREO_BIN")
+        .map_or_else(|| Path::new(REPO).join("target/x86_64-unknown-linux-gnu/release/vireo"), PathBuf::from);
     let binary = vireo.metadata();
-    let images = Path::new(REPO)
-        .join("target/host/images")
-        .display()
-        .to_string();
-    let path = binary
-        .as_ref()
-        .map(|_| vireo.display().to_string())
-        .unwrap_or_default();
+    let images = Path::new(REPO).join("target/host/images").display().to_string();
+    let path = binary.as_ref().map(|_| vireo.display().to_string()).unwrap_or_default();
     let mut facts = Facts::new();
-    in_host(
-        &["--icount"],
-        SCRIPT,
-        &[&path, &images, &RUNS.to_string()],
-        &mut facts,
-    )?;
+    in_host(&["--icount"], SCRIPT, &[&path, &images, &RUNS.to_string()], &mut facts)?;
 
-    println!(
-        "\nBest of {}, instructions from exec to exit (billions); wall seconds",
-        RUNS - 1
-    );
-    println!(
-        "{:<15}{:>8}{:>8}{:>8}   {:>6}{:>7}",
-        "", "QEMU", "vireo", "ratio", "QEMU", "vireo"
-    );
+    println!("\nBest of {}, instructions from exec to exit (billions); wall seconds", RUNS - 1);
+    println!("{:<15}{:>8}{:>8}{:>8}   {:>6}{:>7}", "", "QEMU", "vireo", "ratio", "QEMU", "vireo");
     for kernel in KERNELS {
         let best = |fact, monitor| best(&facts, fact, monitor, kernel);
         let (qemu, ours) = (best("instructions", "qemu"), best("instructions", "vireo"));
@@ -160,10 +141,7 @@ fn bench() -> Result<(), String> {
             wall("vireo")
         );
     }
-    println!(
-        "\n{:<15}{:>22}{:>34}",
-        "", "exits to user space", "exec to first KVM_RUN (millions)"
-    );
+    println!("\n{:<15}{:>22}{:>34}", "", "exits to user space", "exec to first KVM_RUN (millions)");
     for kernel in KERNELS {
         let get = |fact, monitor| best(&facts, fact, monitor, kernel);
         let mega = |monitor| text(get("first-entry", monitor).map(|value| value / 1e6), 1);
@@ -176,12 +154,8 @@ fn bench() -> Result<(), String> {
             mega("vireo")
         );
     }
-    let binary = binary.map_err(|error| {
-        format!(
-            "{}: {error}; run `cargo build --release` first to compare vireo",
-            vireo.display()
-        )
-    })?;
+    let binary = binary
+        .map_err(|error| format!("{}: {error}; run `cargo build --release` first to compare vireo", vireo.display()))?;
 
     in_host(&[], MEMORY_SCRIPT, &[&path, &images], &mut facts)?;
     println!("\n{:<58}{:>9}{:>9}", "", "here", "target");
@@ -192,55 +166,15 @@ fn bench() -> Result<(), String> {
     let ours = |fact, kernel| best(&facts, fact, "vireo", kernel);
     let mega = |value: Option<f64>| value.map(|value| value / 1e6);
     let [vmlinux, bzimage] = KERNELS;
-    target(
-        "vmlinux, share of QEMU's instructions",
-        ratio(vmlinux),
-        0.75,
-        3,
-    );
-    target(
-        "bzImage, share of QEMU's instructions",
-        ratio(bzimage),
-        0.66,
-        3,
-    );
-    target(
-        "vmlinux, exits to user space",
-        ours("exits", vmlinux),
-        250.0,
-        0,
-    );
-    target(
-        "bzImage, exits to user space",
-        ours("exits", bzimage),
-        250.0,
-        0,
-    );
-    target(
-        "vmlinux, exec to KVM_RUN, M instructions",
-        mega(ours("first-entry", vmlinux)),
-        20.0,
-        1,
-    );
-    target(
-        "bzImage, exec to KVM_RUN, M instructions",
-        mega(ours("first-entry", bzimage)),
-        70.0,
-        1,
-    );
+    target("vmlinux, share of QEMU's instructions", ratio(vmlinux), 0.75, 3);
+    target("bzImage, share of QEMU's instructions", ratio(bzimage), 0.66, 3);
+    target("vmlinux, exits to user space", ours("exits", vmlinux), 250.0, 0);
+    target("bzImage, exits to user space", ours("exits", bzimage), 250.0, 0);
+    target("vmlinux, exec to KVM_RUN, M instructions", mega(ours("first-entry", vmlinux)), 20.0, 1);
+    target("bzImage, exec to KVM_RUN, M instructions", mega(ours("first-entry", bzimage)), 70.0, 1);
     let pss = ours("pss", bzimage).map(|value| value / 1024.0);
-    target(
-        "memory beside a 128 MiB guest's RAM (Pss), MiB",
-        pss,
-        4.0,
-        2,
-    );
-    target(
-        "size of the binary, MiB",
-        Some(binary.len() as f64 / 1048576.0),
-        4.0,
-        2,
-    );
+    target("memory beside a 128 MiB guest's RAM (Pss), MiB", pss, 4.0, 2);
+    target("size of the binary, MiB", Some(binary.len() as f64 / 1048576.0), 4.0, 2);
     Ok(())
 }
 
@@ -277,20 +211,14 @@ fn in_host(options: &[&str], script: &str, args: &[&str], facts: &mut Facts) -> 
     }
     match child.wait() {
         Ok(status) if status.success() => Ok(()),
-        Ok(status) => Err(format!(
-            "the benchmark in the emulated host ended early: {status}"
-        )),
+        Ok(status) => Err(format!("the benchmark in the emulated host ended early: {status}")),
         Err(error) => Err(format!("tests/host/run: {error}")),
     }
 }
 
 fn best(facts: &Facts, fact: &str, monitor: &str, kernel: &str) -> Option<f64> {
     let values = facts.get(&(fact.to_owned(), monitor.to_owned(), kernel.to_owned()))?;
-    let counted = if values.len() > 1 {
-        &values[1..]
-    } else {
-        values
-    };
+    let counted = if values.len() > 1 { &values[1..] } else { values };
     counted.iter().copied().reduce(f64::min)
 }
 
@@ -299,14 +227,6 @@ fn text(value: Option<f64>, digits: usize) -> String {
 }
 
 fn target(what: &str, value: Option<f64>, limit: f64, digits: usize) {
-    let verdict = if value.is_some_and(|value| value <= limit) {
-        "met"
-    } else {
-        "missed"
-    };
-    println!(
-        "{what:<58}{:>9}{:>9}  {verdict}",
-        text(value, digits),
-        text(Some(limit), digits.min(2))
-    );
+    let verdict = if value.is_some_and(|value| value <= limit) { "met" } else { "missed" };
+    println!("{what:<58}{:>9}{:>9}  {verdict}", text(value, digits), text(Some(limit), digits.min(2)));
 }

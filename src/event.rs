@@ -1,9 +1,9 @@
-//! Waiting and telling: epoll, and the queue on which devices tell the machine what the guest did.
+//! Waiting and telling: epoll, signals as descriptors, and the queue on which devices tell the machine what the guest did.
 //! The only module that uses epoll; eventfds elsewhere come from vmm-sys-util.
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -77,6 +77,47 @@ pub fn eventfd() -> io::Result<EventFd> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
 }
 
+/// Signals as something to wait on. Create it before any thread: a thread inherits what is blocked, and a signal must
+/// not find a thread that takes it the old way.
+pub struct Signals(OwnedFd);
+
+impl Signals {
+    /// Blocks `signals` for this thread and those it starts, and collects them here.
+    #[allow(unsafe_code)]
+    pub fn new(signals: &[i32]) -> io::Result<Self> {
+        // SAFETY: the set is initialised by sigemptyset; the descriptor is checked before it is owned.
+        unsafe {
+            let mut set = std::mem::zeroed();
+            libc::sigemptyset(&mut set);
+            signals.iter().for_each(|signal| _ = libc::sigaddset(&mut set, *signal));
+            let errno = libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
+            if errno != 0 {
+                return Err(io::Error::from_raw_os_error(errno));
+            }
+            let fd = libc::signalfd(-1, &set, libc::SFD_NONBLOCK | libc::SFD_CLOEXEC);
+            if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(Signals(OwnedFd::from_raw_fd(fd))) }
+        }
+    }
+
+    /// The next signal that has arrived.
+    #[allow(unsafe_code)]
+    pub fn take(&self) -> Option<i32> {
+        // SAFETY: the structure is plain numbers, for which zeros are valid, and the length is its own.
+        unsafe {
+            let mut info: libc::signalfd_siginfo = std::mem::zeroed();
+            let len = size_of_val(&info);
+            let n = libc::read(self.0.as_raw_fd(), std::ptr::from_mut(&mut info).cast(), len);
+            if n == len as isize { i32::try_from(info.ssi_signo).ok() } else { None }
+        }
+    }
+}
+
+impl AsRawFd for Signals {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
 /// How a guest panic came to be known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PanicSource {
@@ -99,6 +140,12 @@ pub enum GuestEvent {
     InitStarted,
     /// The guest read what the console had for it; there is room for more input.
     ConsoleInputRoom,
+    /// The guest wrote to the console for the first time.
+    ConsoleFirstByte,
+    /// The console said that the kernel is about to restart the machine.
+    Restarting,
+    /// The console showed the end of a panic message: this kernel will do nothing more.
+    PanicEnded,
 }
 
 impl GuestEvent {
@@ -161,7 +208,6 @@ impl GuestEvents {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsRawFd;
 
     #[test]
     fn events_arrive_in_order_and_repeats_are_dropped() {

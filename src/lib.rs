@@ -14,19 +14,26 @@
 //! # Layers
 //!
 //! Each imports only what stands to its right:
-//! `cli > control > machine > config > boot, vcpu > virtio, devices > backend > bus, irq, event, memory, kvm, layout,
-//! options, outcome`. A device imports neither `kvm` nor the virtio transport nor `std::thread`. `unsafe` is denied
+//! `cli > control, doctor > machine > config > boot, vcpu > virtio, devices > backend > terminal, bus, irq, event, memory,
+//! kvm, layout, options, outcome`. A device imports neither `kvm` nor the virtio transport nor `std::thread`. `unsafe` is denied
 //! crate-wide and opened only in the few modules that talk to the kernel.
 
-pub mod backend;
-pub mod boot;
-pub mod bus;
 pub mod cli;
-pub mod devices;
+pub mod control;
 pub mod doctor;
-pub mod event;
-pub mod irq;
-pub mod layout;
-pub mod memory;
-pub mod options;
+pub mod machine;
+pub mod config;
+pub mod boot;
+pub mod vcpu;
 pub mod virtio;
+pub mod devices;
+pub mod backend;
+pub mod terminal;
+pub mod bus;
+pub mod irq;
+pub mod event;
+pub mod memory;
+pub mod kvm;
+pub mod layout;
+pub mod options;
+pub mod outcome;

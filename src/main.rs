@@ -1,23 +1,8 @@
-//! The `vireo` command.
+//! The `vireo` command: parse, dispatch, print what went wrong, exit with the code that tells it.
 
 use std::process::ExitCode;
-
-use clap::Parser;
-use vireo::cli::doctor;
-
-#[derive(Parser)]
-#[command(version)]
-enum Command {
-    Doctor(doctor::DoctorArgs),
-}
+use std::time::Instant;
 
 fn main() -> ExitCode {
-    let Command::Doctor(args) = Command::parse();
-    match doctor::run(&args) {
-        Ok(code) => code.into(),
-        Err(error) => {
-            eprintln!("vireo: cannot print the report: {error}");
-            ExitCode::from(125)
-        }
-    }
+    vireo::cli::main(Instant::now())
 }

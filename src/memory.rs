@@ -264,7 +264,7 @@ impl GuestRam {
     #[allow(unsafe_code)]
     pub fn map_file(&self, addr: u64, len: u64, file: &File, offset: u64) -> Result<(), Error> {
         let fail = |text: &str| Error::MapFile(io::Error::new(io::ErrorKind::InvalidInput, text.to_string()));
-        if (addr | len | offset) % layout::PAGE_SIZE != 0 {
+        if !(addr | len | offset).is_multiple_of(layout::PAGE_SIZE) {
             return Err(fail("not a multiple of the page size"));
         }
         let slice = self.slice(addr, len).map_err(|e| fail(&e.to_string()))?;

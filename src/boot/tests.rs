@@ -306,7 +306,7 @@ proptest! {
         for (at, bit) in flips {
             let range = if near_headers { image.len().min(if which < 3 { 400 } else { 0x280 }) } else { image.len() };
             // The interesting part of a bzImage's header is its end.
-            let at = if near_headers && which >= 3 && which < 7 { 0x1F0 + at as usize % 0x90 } else { at as usize % range };
+            let at = if near_headers && (3..7).contains(&which) { 0x1F0 + at as usize % 0x90 } else { at as usize % range };
             image[at] ^= 1 << bit;
         }
         let boot_mode = [BootMode::Auto, BootMode::BzImage, BootMode::Direct, BootMode::Pvh][mode];

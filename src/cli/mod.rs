@@ -1,3 +1,152 @@
-//! The command line: one file per sub-command.
+//! The command line: clap types, one file per sub-command. The only place that knows a flag.
 
 pub mod doctor;
+mod logging;
+pub mod run;
+
+use std::error::Error;
+use std::fmt::Write as _;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use crate::outcome::EXIT_VIREO_FAILED;
+
+/// A failure of vireo itself: its chain of causes is printed once, by [`main`].
+pub type Failure = Box<dyn Error + Send + Sync>;
+
+/// A KVM virtual machine monitor that boots stock Linux kernels and tells exactly how they ended.
+#[derive(Parser)]
+#[command(name = "vireo", version = VERSION, propagate_version = true, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(flatten)]
+    log: LogArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const VERSION: &str = concat!(
+    env!("CARGO_PKG_VERSION"),
+    " (commit ",
+    env!("VIREO_COMMIT"),
+    ", ",
+    env!("VIREO_PROFILE"),
+    " build for ",
+    env!("VIREO_TARGET"),
+    ")"
+);
+
+const EXIT_CODES: &str = "\
+Exit status: 0 the guest powered off, rebooted or halted; 2 wrong usage; 70 its kernel panicked; 71 it crashed; \
+124 time limit; 125 vireo or the host failed; 128+N stopped by signal N.";
+
+/// Where vireo's own messages go.
+#[derive(Args)]
+struct LogArgs {
+    /// How much vireo tells of itself [default: warn, or RUST_LOG]
+    #[arg(long, global = true, value_name = "LEVEL", value_parser = ["off", "error", "warn", "info", "debug", "trace"])]
+    log_level: Option<String>,
+    /// Append vireo's own messages to a file rather than print them on stderr
+    #[arg(long, global = true, value_name = "FILE")]
+    log_file: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boot a kernel and wait for its end
+    Run(Box<run::RunArgs>),
+    /// Check what this host's KVM is good for
+    Doctor(doctor::DoctorArgs),
+    /// Print completions for a shell
+    #[command(after_help = "Example:\n  vireo completions bash > /etc/bash_completion.d/vireo")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    #[command(after_help = "Example:\n  vireo man | man -l -")]
+    Man,
+}
+
+/// Runs the command line. `start` is when the process started.
+pub fn main(start: Instant) -> ExitCode {
+    crate::terminal::restore_on_panic();
+    let cli = Cli::parse();
+    let result =
+        logging::init(cli.log.log_level.as_deref(), cli.log.log_file.as_deref()).and_then(|()| match cli.command {
+            Command::Run(args) => run::run(*args, start),
+            Command::Doctor(args) => Ok(doctor::run(&args)?),
+            Command::Completions { shell } => completions(shell),
+            Command::Man => manual(),
+        });
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => {
+            say(&chain(&*failure));
+            ExitCode::from(EXIT_VIREO_FAILED)
+        }
+    }
+}
+
+/// `outer: inner: OS error`.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let _ = write!(text, ": {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// Prints one line of vireo's on stderr; a stderr that is gone is no reason to fail.
+fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "vireo: {text}");
+}
+
+fn completions(shell: clap_complete::Shell) -> Result<u8, Failure> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "vireo", &mut script);
+    io::stdout().write_all(&script)?;
+    Ok(0)
+}
+
+fn manual() -> Result<u8, Failure> {
+    let mut page = Vec::new();
+    let mut command = Cli::command();
+    command.build();
+    clap_mangen::Man::new(command.clone()).render(&mut page)?;
+    for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+        clap_mangen::Man::new(sub.clone()).render(&mut page)?;
+    }
+    io::stdout().write_all(&page)?;
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_an_example() {
+        for sub in Cli::command().get_subcommands() {
+            let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Example"), "{}", sub.get_name());
+        }
+    }
+
+    #[test]
+    fn causes_are_chained_once() {
+        let cause = io::Error::from_raw_os_error(libc::ENOENT);
+        let error = crate::memory::Error::MapFile(cause);
+        assert_eq!(chain(&error), "cannot map a file into guest memory: No such file or directory (os error 2)");
+    }
+}

@@ -4,3 +4,4 @@ pub mod i8042;
 pub mod power;
 pub mod power_button;
 pub mod pvpanic;
+pub mod serial;

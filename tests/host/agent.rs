@@ -119,10 +119,7 @@ struct Link {
 impl Link {
     fn new(socket: TcpStream) -> io::Result<Link> {
         socket.set_nodelay(true)?;
-        Ok(Link {
-            reader: socket.try_clone()?,
-            writer: Mutex::new(socket),
-        })
+        Ok(Link { reader: socket.try_clone()?, writer: Mutex::new(socket) })
     }
 
     fn send(&self, operation: u8, stream: usize, bytes: &[u8]) -> io::Result<()> {
@@ -154,11 +151,7 @@ impl Link {
         loop {
             let (operation, stream, bytes) = self.receive()?;
             match operation {
-                DATA => drop(
-                    ends.incoming[stream]
-                        .as_ref()
-                        .map(|chunks| chunks.send(bytes)),
-                ),
+                DATA => drop(ends.incoming[stream].as_ref().map(|chunks| chunks.send(bytes))),
                 ACK => drop(ends.window[stream].as_ref().map(|window| window.send(()))),
                 BROKEN => ends.window[stream] = None,
                 _ => return Ok(serde_json::from_slice(&bytes)?),
@@ -176,12 +169,7 @@ struct Ends {
 
 impl Ends {
     /// Starts sending what comes `from` somewhere. A stream that breaks drops it, and with that closes it.
-    fn forward(
-        &mut self,
-        link: &Arc<Link>,
-        stream: usize,
-        mut from: impl Read + Send + 'static,
-    ) -> JoinHandle<()> {
+    fn forward(&mut self, link: &Arc<Link>, stream: usize, mut from: impl Read + Send + 'static) -> JoinHandle<()> {
         let (sender, window) = channel();
         (0..WINDOW).for_each(|_| sender.send(()).unwrap());
         self.window[stream] = Some(sender);
@@ -230,13 +218,9 @@ impl Ends {
 
 /// Any user of the machine can connect to a port of localhost: only who can read the token file gets a command run.
 fn read_token(path: &PathBuf) -> io::Result<Vec<u8>> {
-    let token =
-        fs::read(path).map_err(|error| io::Error::other(format!("{}: {error}", path.display())))?;
+    let token = fs::read(path).map_err(|error| io::Error::other(format!("{}: {error}", path.display())))?;
     if token.len() < 32 {
-        return Err(io::Error::other(format!(
-            "{} holds no token",
-            path.display()
-        )));
+        return Err(io::Error::other(format!("{} holds no token", path.display())));
     }
     Ok(token)
 }
@@ -364,17 +348,11 @@ impl Agent {
 
     fn command(&self, link: &Arc<Link>, request: &Request) -> io::Result<()> {
         self.programs.lock().unwrap().refresh(&request.programs);
-        let group = Arc::new(Cgroup::new(
-            self.next_command.fetch_add(1, Ordering::SeqCst),
-        )?);
+        let group = Arc::new(Cgroup::new(self.next_command.fetch_add(1, Ordering::SeqCst))?);
         let mut running = match Running::start(request, &group) {
             Ok(running) => running,
             Err(error) => {
-                let code = if error.kind() == io::ErrorKind::NotFound {
-                    127
-                } else {
-                    126
-                };
+                let code = if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
                 let name = String::from_utf8_lossy(&request.argv[0]);
                 return link.note(&Reply::NotStarted(code, format!("{name}: {error}")));
             }
@@ -407,11 +385,7 @@ impl Agent {
             let _ = stream.join();
         }
         group.remove();
-        link.note(&Reply::Exited(
-            status
-                .code()
-                .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
-        ))
+        link.note(&Reply::Exited(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))))
     }
 }
 
@@ -436,10 +410,7 @@ impl Programs {
             folders.push((folder.into(), beneath));
         }
         fs::create_dir_all(Self::COPIES)?;
-        Ok(Programs {
-            folders,
-            stamps: HashMap::new(),
-        })
+        Ok(Programs { folders, stamps: HashMap::new() })
     }
 
     fn refresh(&mut self, programs: &[(Vec<u8>, String)]) {
@@ -457,9 +428,7 @@ impl Programs {
     }
 
     fn copy(&self, path: &Path) -> io::Result<bool> {
-        let beneath = |(folder, beneath): &(PathBuf, PathBuf)| {
-            Some(beneath.join(path.strip_prefix(folder).ok()?))
-        };
+        let beneath = |(folder, beneath): &(PathBuf, PathBuf)| Some(beneath.join(path.strip_prefix(folder).ok()?));
         let Some(present) = self.folders.iter().find_map(beneath) else {
             return Ok(false); // the system's own programs stay as they are
         };
@@ -479,10 +448,7 @@ impl Programs {
 }
 
 fn bind(from: &Path, to: &Path) -> io::Result<()> {
-    let (from, to) = (
-        CString::new(from.as_os_str().as_bytes())?,
-        CString::new(to.as_os_str().as_bytes())?,
-    );
+    let (from, to) = (CString::new(from.as_os_str().as_bytes())?, CString::new(to.as_os_str().as_bytes())?);
     let null = std::ptr::null();
     // SAFETY: reads two strings; a bind mount takes neither a type nor data.
     match unsafe { libc::mount(from.as_ptr(), to.as_ptr(), null, libc::MS_BIND, null.cast()) } {
@@ -501,12 +467,7 @@ impl Running {
         let argument = |bytes: &Vec<u8>| OsString::from_vec(bytes.clone());
         let mut command = Command::new(argument(&request.argv[0]));
         command.args(request.argv[1..].iter().map(argument));
-        command.env_clear().envs(
-            request
-                .env
-                .iter()
-                .map(|(key, value)| (argument(key), argument(value))),
-        );
+        command.env_clear().envs(request.env.iter().map(|(key, value)| (argument(key), argument(value))));
         command.env("VIREO_HOST", "direct"); // in here, `tests/host/run` has nowhere else to go
         let cwd = PathBuf::from(argument(&request.cwd));
         command.current_dir(if cwd.is_dir() { cwd } else { "/".into() });
@@ -514,16 +475,10 @@ impl Running {
         if let Some((rows, columns)) = request.tty {
             let (master, terminal) = open_pty()?;
             set_window_size(master.as_raw_fd(), rows, columns);
-            command
-                .stdin(terminal.try_clone()?)
-                .stdout(terminal.try_clone()?)
-                .stderr(terminal);
+            command.stdin(terminal.try_clone()?).stdout(terminal.try_clone()?).stderr(terminal);
             pty = Some(Arc::new(master));
         } else {
-            command
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped());
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         }
         let procs = CString::new(group.path.join("cgroup.procs").as_os_str().as_bytes())?;
         let has_pty = pty.is_some();
@@ -531,8 +486,7 @@ impl Running {
             // SAFETY: plain system calls only, as a child between fork and exec needs. Writing "0" moves the writer.
             unsafe {
                 let file = libc::open(procs.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
-                if file < 0 || libc::write(file, c"0".as_ptr().cast(), 1) != 1 || libc::setsid() < 0
-                {
+                if file < 0 || libc::write(file, c"0".as_ptr().cast(), 1) != 1 || libc::setsid() < 0 {
                     return Err(io::Error::last_os_error());
                 }
                 if has_pty && libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
@@ -543,10 +497,7 @@ impl Running {
         };
         // SAFETY: `prepare` allocates nothing and takes no lock.
         unsafe { command.pre_exec(prepare) };
-        Ok(Running {
-            child: command.spawn()?,
-            pty,
-        })
+        Ok(Running { child: command.spawn()?, pty })
     }
 
     /// Connects the streams. Returns, beside what feeds them, the threads that have to end before the command is over.
@@ -555,9 +506,7 @@ impl Running {
         if let Some(pty) = &self.pty {
             // End of input at a terminal is a key. In raw mode it would be a character like any other.
             ends.deliver(link, 0, File::from(pty.try_clone()?), |mut terminal| {
-                if terminal_mode(terminal.as_raw_fd())
-                    .is_some_and(|mode| mode.c_lflag & libc::ICANON != 0)
-                {
+                if terminal_mode(terminal.as_raw_fd()).is_some_and(|mode| mode.c_lflag & libc::ICANON != 0) {
                     let _ = terminal.write_all(&[4]);
                 }
             });
@@ -608,14 +557,7 @@ fn open_pty() -> io::Result<(OwnedFd, OwnedFd)> {
     let (mut master, mut terminal) = (0, 0);
     // SAFETY: openpty writes two descriptors, which nobody else owns; the other arguments may be null.
     unsafe {
-        if libc::openpty(
-            &mut master,
-            &mut terminal,
-            std::ptr::null_mut(),
-            std::ptr::null(),
-            std::ptr::null(),
-        ) < 0
-        {
+        if libc::openpty(&mut master, &mut terminal, std::ptr::null_mut(), std::ptr::null(), std::ptr::null()) < 0 {
             return Err(io::Error::last_os_error());
         }
         libc::fcntl(master, libc::F_SETFD, libc::FD_CLOEXEC);
@@ -625,27 +567,16 @@ fn open_pty() -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 fn set_window_size(fd: RawFd, rows: u16, columns: u16) {
-    let size = libc::winsize {
-        ws_row: rows,
-        ws_col: columns,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: TIOCSWINSZ reads one winsize.
     unsafe { libc::ioctl(fd, libc::TIOCSWINSZ, &size) };
 }
 
 fn window_size() -> Option<(u16, u16)> {
     [0, 1, 2].into_iter().find_map(|fd| {
-        let mut size = libc::winsize {
-            ws_row: 0,
-            ws_col: 0,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
+        let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
         // SAFETY: TIOCGWINSZ writes one winsize.
-        (unsafe { libc::ioctl(fd, libc::TIOCGWINSZ, &mut size) } == 0)
-            .then_some((size.ws_row, size.ws_col))
+        (unsafe { libc::ioctl(fd, libc::TIOCGWINSZ, &mut size) } == 0).then_some((size.ws_row, size.ws_col))
     })
 }
 
@@ -694,33 +625,20 @@ struct Options {
 
 impl Options {
     fn parse(mut args: impl Iterator<Item = OsString>) -> io::Result<Options> {
-        let mut options = Options {
-            port: 0,
-            token: Vec::new(),
-            tty: false,
-            env: Vec::new(),
-            argv: Vec::new(),
-            programs: Vec::new(),
-        };
+        let mut options =
+            Options { port: 0, token: Vec::new(), tty: false, env: Vec::new(), argv: Vec::new(), programs: Vec::new() };
         let bad = || io::Error::other(USAGE);
         while let Some(arg) = args.next() {
             match arg.to_str() {
                 Some("--tty") => options.tty = true,
                 Some("--port") => {
-                    options.port = args
-                        .next()
-                        .and_then(|port| port.to_str()?.parse().ok())
-                        .ok_or_else(bad)?;
+                    options.port = args.next().and_then(|port| port.to_str()?.parse().ok()).ok_or_else(bad)?;
                 }
-                Some("--token") => {
-                    options.token = read_token(&args.next().ok_or_else(bad)?.into())?
-                }
+                Some("--token") => options.token = read_token(&args.next().ok_or_else(bad)?.into())?,
                 Some("--env") => {
                     let pair = args.next().ok_or_else(bad)?.into_vec();
                     let equals = pair.iter().position(|&byte| byte == b'=').ok_or_else(bad)?;
-                    options
-                        .env
-                        .push((pair[..equals].to_vec(), pair[equals + 1..].to_vec()));
+                    options.env.push((pair[..equals].to_vec(), pair[equals + 1..].to_vec()));
                 }
                 Some("--program") => options.programs.push(args.next().ok_or_else(bad)?.into()),
                 Some("--") => break,
@@ -733,27 +651,13 @@ impl Options {
 
     /// Everything on the command line, and named with --program, that is an executable file.
     fn programs(&self) -> Vec<(Vec<u8>, String)> {
-        let words = self
-            .argv
-            .iter()
-            .map(|word| PathBuf::from(OsString::from_vec(word.clone())));
+        let words = self.argv.iter().map(|word| PathBuf::from(OsString::from_vec(word.clone())));
         words
             .chain(self.programs.iter().cloned())
             .filter_map(|path| {
-                let file = fs::metadata(&path)
-                    .ok()
-                    .filter(|file| file.is_file() && file.mode() & 0o111 != 0)?;
-                let stamp = format!(
-                    "{} {} {} {}",
-                    file.ino(),
-                    file.size(),
-                    file.ctime(),
-                    file.ctime_nsec()
-                );
-                Some((
-                    fs::canonicalize(path).ok()?.into_os_string().into_vec(),
-                    stamp,
-                ))
+                let file = fs::metadata(&path).ok().filter(|file| file.is_file() && file.mode() & 0o111 != 0)?;
+                let stamp = format!("{} {} {} {}", file.ino(), file.size(), file.ctime(), file.ctime_nsec());
+                Some((fs::canonicalize(path).ok()?.into_os_string().into_vec(), stamp))
             })
             .collect()
     }
@@ -761,15 +665,12 @@ impl Options {
     /// The forwarded port drops connections that come too close together, and the kernel would try again only after a
     /// second. So we try again ourselves.
     fn connect(&self, hello: &Hello) -> io::Result<Arc<Link>> {
-        let lost = |error: io::Error| {
-            io::Error::other(format!("the emulated host does not answer: {error}"))
-        };
+        let lost = |error: io::Error| io::Error::other(format!("the emulated host does not answer: {error}"));
         let address = (Ipv4Addr::LOCALHOST, self.port).into();
         let start = Instant::now();
         let mut socket = loop {
             match TcpStream::connect_timeout(&address, Duration::from_millis(50)) {
-                Err(error)
-                    if error.kind() == io::ErrorKind::TimedOut && start.elapsed() < DEADLINE => {}
+                Err(error) if error.kind() == io::ErrorKind::TimedOut && start.elapsed() < DEADLINE => {}
                 result => break result.map_err(lost)?,
             }
         };
@@ -791,23 +692,18 @@ fn run(options: &Options) -> io::Result<i32> {
         return Err(io::Error::other(USAGE));
     }
     let forward_to = forward_signals();
-    let mut env: Vec<_> = std::env::vars_os()
-        .map(|(key, value)| (key.into_vec(), value.into_vec()))
-        .collect();
+    let mut env: Vec<_> = std::env::vars_os().map(|(key, value)| (key.into_vec(), value.into_vec())).collect();
     env.extend(options.env.iter().cloned());
     let link = options.connect(&Hello::Run(Request {
         argv: options.argv.clone(),
         env,
-        cwd: std::env::current_dir()
-            .map(|path| path.into_os_string().into_vec())
-            .unwrap_or_default(),
+        cwd: std::env::current_dir().map(|path| path.into_os_string().into_vec()).unwrap_or_default(),
         tty: options.tty.then(|| window_size().unwrap_or((24, 80))),
         programs: options.programs(),
     }))?;
 
     let mut ends = Ends::default();
-    let output = [1, 2]
-        .map(|stream| duplicate(stream).map(|to| ends.deliver(&link, stream as usize, to, drop)));
+    let output = [1, 2].map(|stream| duplicate(stream).map(|to| ends.deliver(&link, stream as usize, to, drop)));
     let input = duplicate(0)?;
     let raw = options.tty.then(Raw::enter);
     ends.forward(&link, 0, input);
@@ -824,9 +720,7 @@ fn run(options: &Options) -> io::Result<i32> {
             eprintln!("host-agent: {why}");
             Ok(code)
         }
-        _ => Err(io::Error::other(
-            "the emulated host went away while the command ran",
-        )),
+        _ => Err(io::Error::other("the emulated host went away while the command ran")),
     }
 }
 
@@ -844,15 +738,8 @@ fn duplicate(fd: RawFd) -> io::Result<File> {
 /// Signals that would end this process go to the command's process group instead. One that was ignored when we
 /// started (nohup, a background job of a script) stays ignored.
 fn forward_signals() -> Arc<OnceLock<Arc<Link>>> {
-    let signals = [
-        libc::SIGINT,
-        libc::SIGTERM,
-        libc::SIGHUP,
-        libc::SIGQUIT,
-        libc::SIGUSR1,
-        libc::SIGUSR2,
-        libc::SIGWINCH,
-    ];
+    let signals =
+        [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGWINCH];
     // SAFETY: all zeros is a valid sigset and sigaction; the calls read and write those only.
     let set = unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
@@ -878,9 +765,7 @@ fn forward_signals() -> Arc<OnceLock<Arc<Link>>> {
                 (libc::SIGWINCH, None) => continue,
                 _ => Control::Signal(signal),
             };
-            let sent = control
-                .get()
-                .is_some_and(|link| link.note(&message).is_ok());
+            let sent = control.get().is_some_and(|link| link.note(&message).is_ok());
             if !sent && signal != libc::SIGWINCH {
                 std::process::exit(128 + signal); // before the terminal is raw: no command to forward it to yet
             }

@@ -1,0 +1,309 @@
+//! Where a console leads on the host: standard streams, a file, a pseudo-terminal or a socket.
+
+#![allow(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::output::Destination;
+use crate::terminal;
+
+/// A console could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// File or socket.
+    #[error("cannot open {0} for the console")]
+    Open(PathBuf, #[source] io::Error),
+    /// Something else is at the socket's path.
+    #[error("cannot listen on {0}: {1}")]
+    Socket(PathBuf, &'static str),
+    /// No pseudo-terminal.
+    #[error("cannot make a pseudo-terminal for the console")]
+    Pty(#[source] io::Error),
+}
+
+/// Both directions of a console.
+pub struct Console {
+    /// Where the guest's output goes; `None` throws it away.
+    pub output: Option<Destination>,
+    /// Where input comes from.
+    pub input: Input,
+}
+
+/// The input side of a console.
+pub enum Input {
+    /// There is none.
+    None,
+    /// Standard input, a terminal or not.
+    Stdin(File),
+    /// The master of a pseudo-terminal.
+    Pty(File),
+    /// A listening socket and its client, if there is one.
+    Socket(SocketInput),
+}
+
+/// What [`Input::read`] found.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Got {
+    /// This many bytes, more than none.
+    Bytes(usize),
+    /// Nothing now; wait for readiness.
+    Nothing,
+    /// Nobody is there now; somebody may come later without a readiness to wait for: look again after a while.
+    Absent,
+    /// The end.
+    End,
+}
+
+/// The standard streams.
+pub fn stdio() -> Console {
+    let eager = terminal::is_terminal(libc::STDOUT_FILENO);
+    let output = Destination { name: "stdout".into(), writer: Box::new(Unbuffered(libc::STDOUT_FILENO)), eager };
+    // A descriptor of our own for reading: the standard library's handle has a buffer that would hide input from epoll.
+    // SAFETY: dup gives a new descriptor, which is checked and then owned by the File alone.
+    let input = unsafe {
+        match libc::fcntl(libc::STDIN_FILENO, libc::F_DUPFD_CLOEXEC, 3) {
+            -1 => Input::None,
+            fd => Input::Stdin(File::from_raw_fd(fd)),
+        }
+    };
+    Console { output: Some(output), input }
+}
+
+/// A standard stream without the standard library's line buffer.
+struct Unbuffered(RawFd);
+
+impl Write for Unbuffered {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // SAFETY: the pointer and length are those of a slice.
+        let n = unsafe { libc::write(self.0, bytes.as_ptr().cast(), bytes.len()) };
+        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A file for output, created or truncated.
+pub fn file(path: &Path) -> Result<Console, Error> {
+    let file = OpenOptions::new().write(true).create(true).truncate(true).open(path);
+    let file = file.map_err(|e| Error::Open(path.into(), e))?;
+    let output = Destination { name: path.display().to_string(), writer: Box::new(file), eager: false };
+    Ok(Console { output: Some(output), input: Input::None })
+}
+
+/// A new pseudo-terminal in raw mode. Returns the path of its terminal side, too.
+pub fn pty() -> Result<(Console, PathBuf), Error> {
+    let (master, path) = open_pty().map_err(Error::Pty)?;
+    let writer = PtyWriter(master.try_clone().map_err(Error::Pty)?);
+    let output = Destination { name: path.display().to_string(), writer: Box::new(writer), eager: true };
+    Ok((Console { output: Some(output), input: Input::Pty(master) }, path))
+}
+
+fn open_pty() -> io::Result<(File, PathBuf)> {
+    let (mut master, mut slave) = (-1, -1);
+    let mut name = [0u8; 128];
+    // SAFETY: the buffer is larger than any name under /dev/pts; null asks for default settings and size.
+    unsafe {
+        if libc::openpty(&mut master, &mut slave, name.as_mut_ptr().cast(), std::ptr::null(), std::ptr::null()) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // Closed again at once: from then on the master reads as hung up while nobody has the terminal open.
+        let slave = OwnedFd::from_raw_fd(slave);
+        let master = File::from_raw_fd(master);
+        let mut settings = std::mem::zeroed();
+        libc::tcgetattr(slave.as_raw_fd(), &mut settings);
+        libc::cfmakeraw(&mut settings);
+        libc::tcsetattr(slave.as_raw_fd(), libc::TCSANOW, &settings);
+        libc::fcntl(master.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC);
+        let name = std::ffi::CStr::from_bytes_until_nul(&name).map_err(io::Error::other)?;
+        Ok((master, PathBuf::from(name.to_string_lossy().into_owned())))
+    }
+}
+
+/// Whether nobody has the terminal side of `master` open.
+fn hung_up(master: RawFd) -> bool {
+    let mut poll = libc::pollfd { fd: master, events: 0, revents: 0 };
+    // SAFETY: one valid pollfd.
+    unsafe { libc::poll(&mut poll, 1, 0) > 0 && poll.revents & libc::POLLHUP != 0 }
+}
+
+struct PtyWriter(File);
+
+impl Write for PtyWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if hung_up(self.0.as_raw_fd()) { Ok(bytes.len()) } else { self.0.write(bytes) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+type Client = Arc<Mutex<Option<UnixStream>>>;
+
+/// The listening socket of a console. Removes its file when dropped.
+pub struct SocketInput {
+    listener: UnixListener,
+    client: Client,
+    path: PathBuf,
+}
+
+impl Drop for SocketInput {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+struct SocketWriter(Client);
+
+impl Write for SocketWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let client = self.0.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(|c| c.try_clone().ok());
+        let Some(mut client) = client else { return Ok(bytes.len()) };
+        match client.write(bytes) {
+            // A client that went away is no failure of the console: the next one gets what comes then.
+            Err(e) if !matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => Ok(bytes.len()),
+            result => result,
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A unix socket that listens at `path`. A socket that a dead process left there is replaced.
+pub fn socket(path: &Path) -> Result<Console, Error> {
+    let open = |e| Error::Open(path.into(), e);
+    if let Ok(meta) = std::fs::symlink_metadata(path) {
+        if !meta.file_type().is_socket() {
+            return Err(Error::Socket(path.into(), "a file that is no socket is already there"));
+        }
+        if UnixStream::connect(path).is_ok() {
+            return Err(Error::Socket(path.into(), "another process listens there"));
+        }
+        std::fs::remove_file(path).map_err(open)?;
+    }
+    let listener = UnixListener::bind(path).map_err(open)?;
+    listener.set_nonblocking(true).map_err(open)?;
+    let client = Client::default();
+    let output =
+        Destination { name: path.display().to_string(), writer: Box::new(SocketWriter(client.clone())), eager: true };
+    let input = Input::Socket(SocketInput { listener, client, path: path.into() });
+    Ok(Console { output: Some(output), input })
+}
+
+impl Input {
+    /// The descriptor to wait on now; changes after [`Got::End`] or a new client.
+    pub fn fd(&self) -> Option<RawFd> {
+        match self {
+            Input::None => None,
+            Input::Stdin(file) | Input::Pty(file) => Some(file.as_raw_fd()),
+            Input::Socket(socket) => {
+                let client = socket.client.lock().unwrap_or_else(PoisonError::into_inner);
+                Some(client.as_ref().map_or(socket.listener.as_raw_fd(), AsRawFd::as_raw_fd))
+            }
+        }
+    }
+
+    /// Whether this is a terminal that somebody types on.
+    pub fn is_terminal(&self) -> bool {
+        matches!(self, Input::Stdin(file) if terminal::is_terminal(file.as_raw_fd()))
+    }
+
+    /// Reads what is there. Call it when [`Input::fd`] is readable.
+    pub fn read(&mut self, buffer: &mut [u8]) -> Got {
+        let result = match self {
+            Input::None => return Got::End,
+            Input::Stdin(file) => file.read(buffer),
+            Input::Pty(file) if hung_up(file.as_raw_fd()) => return Got::Absent,
+            Input::Pty(file) => file.read(buffer),
+            Input::Socket(socket) => return socket.read(buffer),
+        };
+        match result {
+            Ok(0) => Got::End,
+            Ok(n) => Got::Bytes(n),
+            Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => Got::Nothing,
+            Err(_) if matches!(self, Input::Pty(_)) => Got::Absent,
+            // EIO: a terminal whose other side is gone.
+            Err(_) => Got::End,
+        }
+    }
+}
+
+impl SocketInput {
+    fn read(&mut self, buffer: &mut [u8]) -> Got {
+        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        match client.as_mut().map(|c| c.read(buffer)) {
+            None => {
+                if let Ok((new, _)) = self.listener.accept() {
+                    *client = Some(new);
+                }
+                Got::Nothing
+            }
+            Some(Ok(n)) if n > 0 => Got::Bytes(n),
+            Some(Err(e)) if e.kind() == io::ErrorKind::Interrupted => Got::Nothing,
+            Some(_) => {
+                *client = None;
+                Got::Nothing
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn socket_serves_one_client_after_another_and_cleans_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console");
+        let mut console = socket(&path).unwrap();
+        let writer = &mut console.output.as_mut().unwrap().writer;
+        assert_eq!(writer.write(b"nobody").unwrap(), 6);
+        for _ in 0..2 {
+            let mut client = UnixStream::connect(&path).unwrap();
+            assert_eq!(console.input.read(&mut [0; 8]), Got::Nothing);
+            writer.write_all(b"hello").unwrap();
+            let mut got = [0; 5];
+            client.read_exact(&mut got).unwrap();
+            assert_eq!(&got, b"hello");
+            client.write_all(b"ls").unwrap();
+            assert_eq!(console.input.read(&mut [0; 8]), Got::Bytes(2));
+            drop(client);
+            assert_eq!(writer.write(b"gone").unwrap(), 4);
+            assert_eq!(console.input.read(&mut [0; 8]), Got::Nothing);
+        }
+        assert!(socket(&path).err().unwrap().to_string().ends_with("another process listens there"));
+        drop(console);
+        assert!(!path.exists());
+        std::fs::write(&path, "precious").unwrap();
+        assert!(socket(&path).err().unwrap().to_string().contains("no socket"));
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn pty_throws_output_away_until_somebody_opens_it() {
+        let (mut console, path) = pty().unwrap();
+        let writer = &mut console.output.as_mut().unwrap().writer;
+        for _ in 0..1000 {
+            assert_eq!(writer.write(&[b'x'; 1024]).unwrap(), 1024);
+        }
+        assert_eq!(console.input.read(&mut [0; 8]), Got::Absent);
+        let mut user = OpenOptions::new().read(true).write(true).open(path).unwrap();
+        writer.write_all(b"hi\n").unwrap();
+        let mut got = [0; 3];
+        user.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"hi\n");
+        user.write_all(b"a").unwrap();
+        assert_eq!(console.input.read(&mut [0; 8]), Got::Bytes(1));
+    }
+}

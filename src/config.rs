@@ -1,0 +1,255 @@
+//! What a machine is made of: the aggregate of the per-device configurations.
+//!
+//! One struct serves the command line, `--config FILE`, and whatever else describes a machine. [`MachineConfig::validate`]
+//! is pure: it looks at numbers only, so that every way in is checked alike and before anything is opened.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::boot::BootConfig;
+use crate::devices::serial::SerialConfig;
+use crate::kvm::cpuid::Features;
+use crate::layout;
+use crate::memory::{HugePages, MemoryConfig};
+use crate::options::{self, Size};
+use crate::virtio::blk::BlkConfig;
+use crate::virtio::rng::RngConfig;
+
+/// A whole machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// Kernel, initrd, command line.
+    pub boot: BootConfig,
+    /// RAM.
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    /// vCPUs.
+    #[serde(default)]
+    pub cpu: CpuConfig,
+    /// First serial port.
+    #[serde(default)]
+    pub serial: SerialConfig,
+    /// Block devices, in slot order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<BlkConfig>,
+    /// Random number generator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rng: Option<RngConfig>,
+    /// ACPI tables, or else an MP table and `virtio_mmio.device=` parameters.
+    #[serde(default)]
+    pub acpi: Acpi,
+    /// SMBIOS system UUID; random without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<Uuid>,
+}
+
+/// `--acpi`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Acpi {
+    /// Describe the machine by ACPI.
+    #[default]
+    On,
+    /// Describe it by an MP table and the command line, and provide the 8254 and 8259 that such guests expect.
+    Off,
+}
+
+/// `--cpus` and `--cpu`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CpuConfig {
+    /// Number of vCPUs, 1 to 254.
+    pub count: u32,
+    /// Host processors that the vCPUs stay on, one for each: `0-3`, `0:2:4:6`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub affinity: Option<String>,
+    /// CPU features to add and to hide: `+name,-name`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub features: String,
+}
+
+impl Default for CpuConfig {
+    fn default() -> Self {
+        CpuConfig { count: 1, affinity: None, features: String::new() }
+    }
+}
+
+impl std::str::FromStr for CpuConfig {
+    type Err = options::Error;
+
+    fn from_str(text: &str) -> Result<Self, options::Error> {
+        options::from_str(text, Some("count"))
+    }
+}
+
+impl CpuConfig {
+    /// The host processor of each vCPU; empty without `affinity`.
+    pub fn pins(&self) -> Result<Vec<usize>, Error> {
+        let Some(text) = &self.affinity else { return Ok(Vec::new()) };
+        let bad = || Error::Affinity(text.clone());
+        let mut pins = Vec::new();
+        for item in text.split(':') {
+            let (first, last) = item.split_once('-').unwrap_or((item, item));
+            let (first, last): (usize, usize) = (first.parse().map_err(|_| bad())?, last.parse().map_err(|_| bad())?);
+            // The bound keeps a silly range from being spelled out.
+            if first > last || last >= 8192 {
+                return Err(bad());
+            }
+            pins.extend(first..=last);
+        }
+        if pins.len() == self.count as usize { Ok(pins) } else { Err(Error::AffinityCount(pins.len(), self.count)) }
+    }
+}
+
+/// What the host can give a machine.
+#[derive(Clone, Copy, Debug)]
+pub struct HostLimits {
+    /// KVM's limit of vCPUs in one VM.
+    pub max_vcpus: usize,
+    /// Bits of a guest-physical address.
+    pub phys_bits: u32,
+}
+
+/// A machine that cannot be.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Error {
+    /// Too little RAM.
+    #[error("--memory {0}: a guest needs at least 16M")]
+    TooLittleMemory(Size),
+    /// Not whole pages.
+    #[error("--memory {0}: not a multiple of {1}")]
+    MemoryAlignment(Size, Size),
+    /// More RAM than addresses.
+    #[error("--memory {size}: the guest can address at most {limit} on this host")]
+    TooMuchMemory {
+        /// What was asked for.
+        size: Size,
+        /// What there is.
+        limit: Size,
+    },
+    /// No vCPU.
+    #[error("--cpus 0: a guest needs at least one vCPU")]
+    NoCpu,
+    /// More vCPUs than APIC ids.
+    #[error("--cpus {0}: vireo gives a guest at most {MAX_VCPUS} vCPUs (8-bit APIC ids)")]
+    TooManyCpus(u32),
+    /// More vCPUs than KVM takes.
+    #[error("--cpus {0}: KVM on this host gives a guest at most {1} vCPUs")]
+    TooManyCpusForKvm(u32, usize),
+    /// Not a list of processors.
+    #[error("affinity '{0}' is not a list of host processors like 0-3 or 0:2:4:6")]
+    Affinity(String),
+    /// Not one processor for each vCPU.
+    #[error("affinity names {0} host processors for {1} vCPUs; name one for each")]
+    AffinityCount(usize, u32),
+    /// Not a feature list.
+    #[error("--cpu: {0}")]
+    Features(String),
+    /// A disk that cannot be.
+    #[error("--disk: {0}")]
+    Disk(String),
+    /// No kernel.
+    #[error("no kernel: give --kernel FILE (or boot.kernel in the config file)")]
+    NoKernel,
+}
+
+/// Most vCPUs of a machine: APIC ids 0 to 253, and 254 for the IO-APIC.
+pub const MAX_VCPUS: u32 = 254;
+
+/// KVM's limit of one memory slot, just under 8 TiB (KVM_MEM_MAX_NR_PAGES), which is what lies above the hole.
+const SLOT_MAX: u64 = ((1 << 31) - 1) * layout::PAGE_SIZE;
+
+impl MachineConfig {
+    /// Checks what can be checked without opening anything.
+    pub fn validate(&self) -> Result<(), Error> {
+        if self.boot.kernel.as_os_str().is_empty() {
+            return Err(Error::NoKernel);
+        }
+        let size = self.memory.size;
+        if size < Size::mib(16) {
+            return Err(Error::TooLittleMemory(size));
+        }
+        let unit = if self.memory.hugepages == HugePages::TwoMib { Size::mib(2) } else { Size(layout::PAGE_SIZE) };
+        if !size.0.is_multiple_of(unit.0) {
+            return Err(Error::MemoryAlignment(size, unit));
+        }
+        match self.cpu.count {
+            0 => return Err(Error::NoCpu),
+            1..=MAX_VCPUS => {}
+            n => return Err(Error::TooManyCpus(n)),
+        }
+        self.cpu.pins()?;
+        self.disks.iter().try_for_each(BlkConfig::validate).map_err(|e| Error::Disk(e.to_string()))?;
+        self.cpu.features.parse::<Features>().map_err(|e| Error::Features(e.to_string()))?;
+        Ok(())
+    }
+
+    /// Checks against what this host can give.
+    pub fn validate_host(&self, limits: HostLimits) -> Result<(), Error> {
+        if self.cpu.count as usize > limits.max_vcpus {
+            return Err(Error::TooManyCpusForKvm(self.cpu.count, limits.max_vcpus));
+        }
+        let hole = layout::MMIO_HOLE_END - layout::MMIO_HOLE;
+        let addressable = 1u64.checked_shl(limits.phys_bits).unwrap_or(u64::MAX).saturating_sub(hole);
+        let limit = addressable.min(layout::MMIO_HOLE + SLOT_MAX);
+        if self.memory.size.0 > limit {
+            return Err(Error::TooMuchMemory { size: self.memory.size, limit: Size(limit >> 30 << 30) });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> MachineConfig {
+        MachineConfig { boot: BootConfig { kernel: "k".into(), ..Default::default() }, ..Default::default() }
+    }
+
+    #[test]
+    fn impossible_machines_are_refused_with_the_reason() {
+        let limits = HostLimits { max_vcpus: 8, phys_bits: 39 };
+        let check = |change: fn(&mut MachineConfig)| {
+            let mut c = config();
+            change(&mut c);
+            c.validate().and_then(|()| c.validate_host(limits)).err().map(|e| e.to_string()).unwrap_or_default()
+        };
+        assert_eq!(check(|_| {}), "");
+        assert_eq!(check(|c| c.memory.size = Size(1)), "--memory 1: a guest needs at least 16M");
+        assert_eq!(check(|c| c.memory.size = Size((16 << 20) + 1)), "--memory 16777217: not a multiple of 4K");
+        assert_eq!(
+            check(|c| c.memory.size = Size(100 << 40)),
+            "--memory 100T: the guest can address at most 511G on this host"
+        );
+        assert_eq!(check(|c| c.cpu.count = 0), "--cpus 0: a guest needs at least one vCPU");
+        assert!(check(|c| c.cpu.count = 100_000).contains("at most 254 vCPUs"));
+        assert!(check(|c| c.cpu.count = 9).contains("KVM on this host gives a guest at most 8"));
+        assert!(check(|c| c.cpu.features = "avx".into()).contains("must begin with + or -"));
+        assert!(check(|c| c.boot.kernel = "".into()).contains("--kernel FILE"));
+    }
+
+    #[test]
+    fn affinity_lists() {
+        let pins = |text: &str| text.parse::<CpuConfig>().unwrap().pins();
+        assert_eq!(pins("4,affinity=0-2:7").unwrap(), [0, 1, 2, 7]);
+        assert!(pins("2").unwrap().is_empty());
+        assert_eq!(pins("2,affinity=1"), Err(Error::AffinityCount(1, 2)));
+        for bad in ["2,affinity=a", "2,affinity=3-1", "2,affinity=0-99999999", "2,affinity="] {
+            assert!(matches!(pins(bad), Err(Error::Affinity(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn json_knows_the_same_keys() {
+        let text =
+            r#"{"boot":{"kernel":"k","cmdline":"quiet"},"memory":{"size":"1G","shared":true},"cpu":{"count":2}}"#;
+        let config: MachineConfig = serde_json::from_str(text).unwrap();
+        assert_eq!((config.memory.size, config.cpu.count), (Size::mib(1024), 2));
+        let again: MachineConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again, config);
+        let error = serde_json::from_str::<MachineConfig>(r#"{"boot":{"kernel":"k","init":"x"}}"#).unwrap_err();
+        assert!(error.to_string().contains("unknown field `init`"), "{error}");
+    }
+}

@@ -1,0 +1,123 @@
+//! Entering the guest and reading why it came back.
+//!
+//! The exit is decoded from the run page by hand because vireo wants what kvm-ioctls leaves out: the width of string
+//! port accesses and the details of internal errors.
+
+#![allow(unsafe_code)]
+
+use std::io;
+
+use kvm_bindings as kb;
+use kvm_ioctls::VcpuFd;
+
+/// Why a vCPU left the guest. Plain values: what to do about it is decided in [`crate::vcpu`].
+#[derive(Debug, PartialEq, Eq)]
+pub enum Exit<'a> {
+    /// `in`: fill `data`, element by element of `size` bytes (more than one for `rep ins`).
+    PioIn {
+        /// The port.
+        port: u16,
+        /// 1, 2 or 4.
+        size: usize,
+        /// A multiple of `size`.
+        data: &'a mut [u8],
+    },
+    /// `out`: take `data`, element by element of `size` bytes.
+    PioOut {
+        /// The port.
+        port: u16,
+        /// 1, 2 or 4.
+        size: usize,
+        /// A multiple of `size`.
+        data: &'a [u8],
+    },
+    /// A load outside of RAM.
+    MmioRead {
+        /// Guest-physical address.
+        addr: u64,
+        /// 1 to 8 bytes to fill.
+        data: &'a mut [u8],
+    },
+    /// A store outside of RAM.
+    MmioWrite {
+        /// Guest-physical address.
+        addr: u64,
+        /// 1 to 8 bytes.
+        data: &'a [u8],
+    },
+    /// A signal or `immediate_exit`.
+    Interrupted,
+    /// Halt; only without an in-kernel irqchip.
+    Halt,
+    /// Triple fault.
+    Shutdown,
+    /// KVM gave up on an instruction.
+    InternalError {
+        /// KVM_INTERNAL_ERROR_*.
+        suberror: u32,
+        /// What KVM adds, of which some depends on the suberror.
+        data: Vec<u64>,
+    },
+    /// The processor refused to enter the guest.
+    FailEntry {
+        /// Processor-specific reason.
+        reason: u64,
+    },
+    /// An exit that nothing here asked for.
+    Other(u32),
+}
+
+/// Runs the guest until it needs something.
+pub fn enter(vcpu: &mut VcpuFd) -> io::Result<Exit<'_>> {
+    if let Err(e) = vcpu.run().map(|_| ()) {
+        return match e.errno() {
+            libc::EINTR | libc::EAGAIN => Ok(Exit::Interrupted),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        };
+    }
+    Ok(decode(vcpu.get_kvm_run()))
+}
+
+/// The largest `data` that KVM hands over for one string port access: the page behind the run page.
+const PIO_DATA_MAX: usize = 4096;
+
+fn decode(run: &mut kb::kvm_run) -> Exit<'_> {
+    let base = std::ptr::from_mut(run).cast::<u8>();
+    let exit = &mut run.__bindgen_anon_1;
+    // SAFETY: in each arm the exit reason tells which member of the union the kernel filled in. The port data lie at
+    // an offset that the kernel chose inside the mapping of the run page (KVM_GET_VCPU_MMAP_SIZE covers it).
+    unsafe {
+        match run.exit_reason {
+            kb::KVM_EXIT_IO => {
+                let io = exit.io;
+                let size = usize::from(io.size).max(1);
+                let len = (size * io.count as usize).min(PIO_DATA_MAX);
+                let data = std::slice::from_raw_parts_mut(base.add(io.data_offset as usize), len);
+                if u32::from(io.direction) == kb::KVM_EXIT_IO_IN {
+                    Exit::PioIn { port: io.port, size, data }
+                } else {
+                    Exit::PioOut { port: io.port, size, data }
+                }
+            }
+            kb::KVM_EXIT_MMIO => {
+                let mmio = &mut exit.mmio;
+                let (addr, len) = (mmio.phys_addr, (mmio.len as usize).min(mmio.data.len()));
+                if mmio.is_write == 0 {
+                    Exit::MmioRead { addr, data: &mut mmio.data[..len] }
+                } else {
+                    Exit::MmioWrite { addr, data: &mmio.data[..len] }
+                }
+            }
+            kb::KVM_EXIT_INTR => Exit::Interrupted,
+            kb::KVM_EXIT_HLT => Exit::Halt,
+            kb::KVM_EXIT_SHUTDOWN => Exit::Shutdown,
+            kb::KVM_EXIT_INTERNAL_ERROR => {
+                let internal = exit.internal;
+                let count = (internal.ndata as usize).min(internal.data.len());
+                Exit::InternalError { suberror: internal.suberror, data: internal.data[..count].to_vec() }
+            }
+            kb::KVM_EXIT_FAIL_ENTRY => Exit::FailEntry { reason: exit.fail_entry.hardware_entry_failure_reason },
+            reason => Exit::Other(reason),
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! The kernel's half of a VM: /dev/kvm, VM and vCPU descriptors, memory slots, interrupt and event plumbing.
+//!
+//! Errors name the ioctl that failed and carry its OS error. Everything here is thin: policy is in [`cpuid`], state
+//! in the vCPU, decisions in [`crate::machine`].
+
+pub mod cpuid;
+pub mod exit;
+pub mod ring;
+
+use std::io;
+use std::path::Path;
+
+use kvm_bindings::{
+    KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::irq::IrqLine;
+use crate::layout;
+use crate::memory::GuestRam;
+
+/// Where KVM is.
+pub const DEV_KVM: &str = "/dev/kvm";
+
+/// What goes wrong with the host's KVM.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No device node.
+    #[error(
+        "{0} does not exist: load the module (modprobe kvm-intel or kvm-amd), turn on virtualisation in the firmware, \
+         or, inside a VM, ask for nested virtualisation"
+    )]
+    Missing(String),
+    /// The user may not open it.
+    #[error("no permission to open {0}: join its group (sudo usermod -aG kvm $USER, then log in again)")]
+    Permission(String),
+    /// Any other trouble with opening it.
+    #[error("cannot open {0}")]
+    Open(String, #[source] io::Error),
+    /// A file, but not KVM, or one of another age.
+    #[error("{0} is not KVM with API version 12")]
+    NotKvm(String),
+    /// Another hypervisor holds the processor.
+    #[error("KVM is busy: another hypervisor (VirtualBox, VMware) holds the processor; stop it")]
+    Busy,
+    /// The kernel lacks something vireo cannot do without.
+    #[error("this host's KVM lacks {0}")]
+    Lacks(&'static str),
+    /// An ioctl failed.
+    #[error("{0} failed")]
+    Ioctl(&'static str, #[source] io::Error),
+}
+
+/// For `map_err`: names the ioctl.
+pub fn failed(name: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+    move |e| Error::Ioctl(name, io::Error::from_raw_os_error(e.errno()))
+}
+
+/// An open /dev/kvm that speaks API version 12.
+pub struct Kvm(kvm_ioctls::Kvm);
+
+impl Kvm {
+    /// Opens `path`, normally [`DEV_KVM`].
+    pub fn open(path: &str) -> Result<Self, Error> {
+        let c_path = std::ffi::CString::new(path).map_err(|_| Error::NotKvm(path.into()))?;
+        let kvm = kvm_ioctls::Kvm::new_with_path(c_path).map_err(|e| match e.errno() {
+            libc::ENOENT | libc::ENODEV | libc::ENXIO if !Path::new(path).is_dir() => Error::Missing(path.into()),
+            libc::EACCES | libc::EPERM => Error::Permission(path.into()),
+            errno => Error::Open(path.into(), io::Error::from_raw_os_error(errno)),
+        })?;
+        if kvm.get_api_version() != 12 { Err(Error::NotKvm(path.into())) } else { Ok(Kvm(kvm)) }
+    }
+
+    /// The crate's own handle.
+    pub fn inner(&self) -> &kvm_ioctls::Kvm {
+        &self.0
+    }
+
+    /// How many vCPUs one VM may have.
+    pub fn max_vcpus(&self) -> usize {
+        self.0.get_max_vcpus().min(self.0.get_max_vcpu_id())
+    }
+
+    /// Creates an empty VM with the in-kernel interrupt controllers, and the PIT for guests without ACPI.
+    pub fn create_vm(&self, pit: bool) -> Result<Vm, Error> {
+        for (cap, name) in [
+            (Cap::Irqchip, "the in-kernel irqchip"),
+            (Cap::Irqfd, "irqfd"),
+            (Cap::Ioeventfd, "ioeventfd"),
+            (Cap::UserMemory, "user memory slots"),
+            (Cap::ImmediateExit, "immediate_exit"),
+            (Cap::ExtCpuid, "KVM_SET_CPUID2"),
+        ] {
+            if !self.0.check_extension(cap) {
+                return Err(Error::Lacks(name));
+            }
+        }
+        let fd = self.create_vm_fd()?;
+        // The performance counters cost MSR exits at boot and would be host state inside a snapshot.
+        let mut no_pmu = kvm_enable_cap { cap: kvm_bindings::KVM_CAP_PMU_CAPABILITY, ..Default::default() };
+        no_pmu.args[0] = u64::from(KVM_PMU_CAP_DISABLE);
+        let _ = fd.enable_cap(&no_pmu);
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        fd.set_tss_address(layout::KVM_TSS as usize).map_err(failed("KVM_SET_TSS_ADDR"))?;
+        fd.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+        if pit {
+            let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+            fd.create_pit2(config).map_err(failed("KVM_CREATE_PIT2"))?;
+        }
+        Ok(Vm { fd })
+    }
+
+    fn create_vm_fd(&self) -> Result<VmFd, Error> {
+        loop {
+            match self.0.create_vm() {
+                // The kernel gives up on a signal while it sets up its notifiers; ask again.
+                Err(e) if e.errno() == libc::EINTR => {}
+                Err(e) if e.errno() == libc::EBUSY => return Err(Error::Busy),
+                result => return result.map_err(failed("KVM_CREATE_VM")),
+            }
+        }
+    }
+}
+
+/// A VM.
+pub struct Vm {
+    fd: VmFd,
+}
+
+impl Vm {
+    /// The crate's own handle.
+    pub fn fd(&self) -> &VmFd {
+        &self.fd
+    }
+
+    /// Gives the guest its RAM, one slot per region.
+    #[allow(unsafe_code)]
+    pub fn map_ram(&self, ram: &GuestRam) -> Result<(), Error> {
+        for (slot, region) in ram.regions().enumerate() {
+            let slot = kvm_userspace_memory_region {
+                slot: slot as u32,
+                guest_phys_addr: region.start,
+                memory_size: region.len,
+                userspace_addr: region.host_addr,
+                flags: 0,
+            };
+            // SAFETY: the range is a mapping that `ram` owns. The machine keeps a clone of `ram` for longer than the
+            // VM, and nothing ever unmaps parts of it.
+            unsafe { self.fd.set_user_memory_region(slot) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(())
+    }
+
+    /// Lets writes to the line's eventfd raise its GSI.
+    pub fn connect_irq(&self, line: &IrqLine) -> Result<(), Error> {
+        self.fd.register_irqfd(line.fd(), line.gsi()).map_err(failed("KVM_IRQFD"))
+    }
+
+    /// Lets the guest's 4-byte write of `value` at the MMIO address `addr` signal `fd` without an exit.
+    pub fn connect_kick(&self, fd: &EventFd, addr: u64, value: u32) -> Result<(), Error> {
+        self.fd.register_ioevent(fd, &IoEventAddress::Mmio(addr), value).map_err(failed("KVM_IOEVENTFD"))
+    }
+
+    /// Has writes to `len` ports from `port` on collected in the ring rather than exit. Returns whether KVM can.
+    pub fn coalesce_port(&self, port: u16, len: u32) -> bool {
+        self.fd.check_extension_raw(u64::from(kvm_bindings::KVM_CAP_COALESCED_PIO)) > 0
+            && self.fd.register_coalesced_mmio(IoEventAddress::Pio(u64::from(port)), len).is_ok()
+    }
+
+    /// Creates vCPU `id`, which is also its APIC id.
+    pub fn create_vcpu(&self, id: u32) -> Result<VcpuFd, Error> {
+        self.fd.create_vcpu(u64::from(id)).map_err(failed("KVM_CREATE_VCPU"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn opening_what_is_not_kvm_says_so() {
+        let text = |path: &str| Kvm::open(path).err().unwrap().to_string();
+        assert!(text("/nonexistent/kvm").contains("does not exist: load the module"));
+        assert_eq!(text("/dev/null"), "/dev/null is not KVM with API version 12");
+        assert_eq!(text("/"), "cannot open /");
+    }
+}

@@ -1,0 +1,279 @@
+//! The machine: [`Machine::new`] opens and checks everything, [`Machine::load`] fills guest memory, and
+//! [`Machine::run`] starts the vCPUs and waits for the end. Each step stands here from top to bottom; what happens
+//! while the guest runs is in [`run`].
+
+pub mod console;
+pub mod run;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::backend::console::{self as host_console, Console};
+use crate::backend::output::Output;
+use crate::boot::{self, BootFiles, Platform, Protocol};
+use crate::bus::{Bus, BusDevice, Overlap};
+use crate::config::{self, Acpi, HostLimits, MachineConfig};
+use crate::devices::i8042::I8042;
+use crate::devices::power::Power;
+use crate::devices::power_button::PowerButton;
+use crate::devices::pvpanic::Pvpanic;
+use crate::devices::serial::{SerialConfig, SerialPort};
+use crate::event::GuestEvents;
+use crate::irq::IrqLine;
+use crate::kvm::cpuid::{Template, TemplateError};
+use crate::kvm::ring::CoalescedRing;
+use crate::kvm::{self, Kvm, Vm};
+use crate::layout;
+use crate::memory::{self, GuestRam};
+use crate::outcome::{BootTiming, Mark};
+use crate::vcpu::{self, Board, Vcpu};
+use crate::virtio::blk::{self, Blk};
+use crate::virtio::mmio::MmioTransport;
+use crate::virtio::rng::Rng;
+use crate::virtio::{self, VirtioDevice};
+
+/// A machine could not be put together.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration asks for what cannot be.
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// `--cpu`.
+    #[error(transparent)]
+    Cpuid(#[from] TemplateError),
+    /// Kernel, initrd or command line.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// The firmware tables.
+    #[error(transparent)]
+    Table(#[from] boot::table::Error),
+    /// RAM.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// The serial port's other end.
+    #[error(transparent)]
+    Console(#[from] host_console::Error),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] blk::Error),
+    /// The virtio transport.
+    #[error(transparent)]
+    Virtio(#[from] virtio::mmio::Error),
+    /// Too many devices.
+    #[error("{0} virtio devices are more than the {max} a machine has room for", max = layout::VIRTIO_SLOTS)]
+    TooManyDevices(usize),
+    /// A layout mistake of ours.
+    #[error(transparent)]
+    Layout(#[from] Overlap),
+    /// A host resource is exhausted.
+    #[error("cannot set up {0}")]
+    Host(&'static str, #[source] io::Error),
+}
+
+/// For `map_err`: names what the host refused.
+fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |e| Error::Host(what, e)
+}
+
+/// A machine that is not running.
+pub struct Machine {
+    config: MachineConfig,
+    boot: Option<BootFiles>,
+    platform: Platform,
+    ram: GuestRam,
+    vcpus: Vec<Vcpu>,
+    board: Arc<Board>,
+    serial: Arc<SerialPort>,
+    input: host_console::Input,
+    devices: Vec<Arc<MmioTransport>>,
+    power_button: PowerButton,
+    timing: BootTiming,
+    kernel: String,
+    // Last, because dropping it ends what the fields above are part of.
+    vm: Vm,
+}
+
+impl Machine {
+    /// Opens and checks everything that the configuration names, and only then creates the VM. `start` is when the
+    /// process started; boot timing counts from there.
+    pub fn new(config: MachineConfig, start: Instant) -> Result<Self, Error> {
+        let mut timing = BootTiming::new(start);
+        config.validate()?;
+        let kvm = Kvm::open(kvm::DEV_KVM)?;
+        let cpuid = Template::new(&kvm, &config.cpu.features.parse().unwrap_or_default())?;
+        config.validate_host(HostLimits { max_vcpus: kvm.max_vcpus(), phys_bits: cpuid.phys_bits() })?;
+        let devices = open_devices(&config)?;
+        let platform = Platform {
+            cpus: config.cpu.count,
+            acpi: config.acpi == Acpi::On,
+            uuid: config.uuid.unwrap_or_else(uuid::Uuid::new_v4).into_bytes(),
+            virtio_slots: (0..devices.len() as u32).collect(),
+            serial: true,
+        };
+        let boot = BootFiles::open(&with_device_parameters(&config, &platform)?, config.memory.size.0)?;
+        let console = open_console(&config.serial)?;
+        let ram = GuestRam::new(&config.memory)?;
+
+        let vm = kvm.create_vm(config.acpi == Acpi::Off || boot.describe().protocol == Protocol::Pvh)?;
+        vm.map_ram(&ram)?;
+        let vcpus = create_vcpus(&vm, &cpuid, &config)?;
+        let ring = coalesce(&vm, &vcpus)?;
+
+        let events = GuestEvents::new().map_err(host("an eventfd"))?;
+        let output = match console.output {
+            Some(destination) => Output::new(destination),
+            None => Output::discard(),
+        };
+        let output = output.map_err(host("the console's thread"))?;
+        let serial_irq = irq_line(&vm, layout::SERIAL_GSI)?;
+        let serial = Arc::new(SerialPort::new(serial_irq, output.clone(), events.clone()));
+        let power_button = PowerButton::new(irq_line(&vm, layout::GED_GSI)?);
+        let pio = pio_bus(&events, serial.clone())?;
+        let (mmio, devices) = mmio_bus(&vm, &ram, devices)?;
+        let board = Arc::new(Board { pio, mmio, ring, events, output, ram: ram.clone() });
+        timing.mark(Mark::KvmReady);
+
+        let kernel = boot.describe().to_string();
+        let input = console.input;
+        Ok(Machine {
+            config,
+            boot: Some(boot),
+            platform,
+            ram,
+            vcpus,
+            board,
+            serial,
+            input,
+            devices,
+            power_button,
+            timing,
+            kernel,
+            vm,
+        })
+    }
+
+    /// Fills guest memory and sets the boot processor's registers.
+    pub fn load(&mut self) -> Result<(), Error> {
+        let Some(boot) = self.boot.take() else { return Ok(()) };
+        let entry = boot.load(&self.ram, &self.platform)?;
+        if let Some(boot_cpu) = self.vcpus.first() {
+            boot_cpu.set_registers(|reset| entry.registers(reset))?;
+        }
+        log::info!("booting {}", self.kernel);
+        self.timing.mark(Mark::KernelLoaded);
+        Ok(())
+    }
+
+    /// What kernel was found.
+    pub fn kernel(&self) -> &str {
+        &self.kernel
+    }
+}
+
+/// Every virtio device that the configuration asks for, in slot order, its files open and locked.
+fn open_devices(config: &MachineConfig) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
+    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    for (i, disk) in config.disks.iter().enumerate() {
+        devices.push(Box::new(Blk::new(format!("disk{i}"), disk)?));
+    }
+    if let Some(rng) = &config.rng {
+        devices.push(Box::new(Rng::new("rng", rng)));
+    }
+    if devices.len() > layout::VIRTIO_SLOTS as usize {
+        return Err(Error::TooManyDevices(devices.len()));
+    }
+    Ok(devices)
+}
+
+/// Without ACPI a kernel learns of its devices from the command line; with it, the user's is passed on as it is.
+fn with_device_parameters(config: &MachineConfig, platform: &Platform) -> Result<boot::BootConfig, Error> {
+    let mut boot = config.boot.clone();
+    if !platform.acpi && !platform.virtio_slots.is_empty() {
+        let parameters = boot::mptable::virtio_mmio_cmdline(platform)?;
+        boot.cmdline = format!("{} {parameters}", boot.cmdline).trim_start().to_string();
+    }
+    Ok(boot)
+}
+
+fn open_console(config: &SerialConfig) -> Result<Console, Error> {
+    Ok(match config {
+        SerialConfig::Stdio => host_console::stdio(),
+        SerialConfig::Null => Console { output: None, input: host_console::Input::None },
+        SerialConfig::File(path) => host_console::file(path)?,
+        SerialConfig::Socket(path) => host_console::socket(path)?,
+        SerialConfig::Pty => {
+            let (console, path) = host_console::pty()?;
+            eprintln!("vireo: the serial console is on {}", path.display());
+            console
+        }
+    })
+}
+
+fn create_vcpus(vm: &Vm, cpuid: &Template, config: &MachineConfig) -> Result<Vec<Vcpu>, Error> {
+    vcpu::install_kick_handler().map_err(host("the vCPU signal"))?;
+    let count = config.cpu.count;
+    let vcpus: Vec<Vcpu> =
+        (0..count).map(|id| Vcpu::new(vm, id, &cpuid.for_vcpu(id, count)?)).collect::<Result<_, _>>()?;
+    if config.acpi == Acpi::Off {
+        vcpus.iter().take(1).try_for_each(Vcpu::connect_pic)?;
+    }
+    Ok(vcpus)
+}
+
+/// Collects the writes that need no answer: what the UART transmits, and the addresses of a PCI that isn't there.
+/// Both are followed by reads, which exit and drain the ring.
+fn coalesce(vm: &Vm, vcpus: &[Vcpu]) -> Result<Option<CoalescedRing>, Error> {
+    let ports = [(layout::SERIAL_PORT, 1), (layout::PCI_CONFIG_ADDRESS, 4)];
+    let coalesced = ports.into_iter().filter(|(port, len)| vm.coalesce_port(*port, *len)).count();
+    match vcpus.first() {
+        Some(vcpu) if coalesced > 0 => {
+            CoalescedRing::new(vcpu.fd()).map(Some).map_err(host("the ring of coalesced writes"))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn irq_line(vm: &Vm, gsi: u32) -> Result<IrqLine, Error> {
+    let line = IrqLine::new(gsi).map_err(host("an eventfd"))?;
+    vm.connect_irq(&line)?;
+    Ok(line)
+}
+
+fn pio_bus(events: &GuestEvents, serial: Arc<SerialPort>) -> Result<Bus, Error> {
+    let i8042 = Arc::new(I8042::new(events.clone()));
+    let devices: [(u16, u16, Arc<dyn BusDevice>); 4] = [
+        (layout::I8042_DATA, layout::I8042_LEN, i8042),
+        (layout::SERIAL_PORT, layout::SERIAL_PORT_LEN, serial),
+        (layout::PVPANIC_PORT, 1, Arc::new(Pvpanic::new(events.clone()))),
+        (layout::POWER_BLOCK, layout::POWER_BLOCK_LEN, Arc::new(Power::new(events.clone()))),
+    ];
+    let mut pio = Bus::new();
+    for (port, len, device) in devices {
+        pio.insert(u64::from(port), u64::from(len), device)?;
+    }
+    Ok(pio)
+}
+
+fn mmio_bus(
+    vm: &Vm,
+    ram: &GuestRam,
+    devices: Vec<Box<dyn VirtioDevice>>,
+) -> Result<(Bus, Vec<Arc<MmioTransport>>), Error> {
+    let mut mmio = Bus::new();
+    let mut transports = Vec::new();
+    for (slot, device) in (0u32..).zip(devices) {
+        let addr = layout::VIRTIO_MMIO + u64::from(slot) * layout::VIRTIO_MMIO_SIZE;
+        let line = irq_line(vm, layout::VIRTIO_GSI + slot)?;
+        let transport = Arc::new(MmioTransport::new(device, ram.clone(), line)?);
+        for (queue, fd) in (0u32..).zip(transport.notify_fds()) {
+            vm.connect_kick(fd, addr + virtio::mmio::NOTIFY, queue)?;
+        }
+        mmio.insert(addr, layout::VIRTIO_MMIO_SIZE, transport.clone())?;
+        transports.push(transport);
+    }
+    Ok((mmio, transports))
+}

@@ -1,0 +1,511 @@
+//! While the guest runs: one event loop on the caller's thread that hears of everything and decides the end.
+//!
+//! ```text
+//! signals, requests ──▶ pause, resume, power button, stop
+//! devices, vCPU ends ──▶ outcome
+//! console input ──▶ serial port           20 ms tick ──▶ drain coalesced writes, look for a guest asleep for good
+//! ```
+//!
+//! When the outcome stands, the vCPUs and devices are stopped and the loop goes on until the console's last byte is
+//! written: it still hears a second signal, Ctrl-A X and the time limit, so a reader that never reads cannot hold it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::console::ConsoleInput;
+use super::{Error, Machine, host};
+use crate::devices::power_button::PowerButton;
+use crate::devices::serial::{SerialConfig, SerialPort};
+use crate::event::{self, GuestEvent, Interest, PanicSource, Poller, Signals};
+use crate::outcome::{BootTiming, Exits, Mark, Outcome};
+use crate::terminal::{self, Command as Escape, RawMode};
+use crate::vcpu::{Board, Command, End, Reply, VcpuThread};
+use crate::virtio::mmio::MmioTransport;
+
+/// How a run is bounded.
+#[derive(Default)]
+pub struct RunOptions {
+    /// The guest is stopped after this time, counted from the start of the process.
+    pub timeout: Option<Duration>,
+    /// How long a guest may take to power off after a signal pressed its power button.
+    pub grace: Duration,
+    /// Signals to react to, if any.
+    pub signals: Option<Signals>,
+    /// Start with the vCPUs paused.
+    pub paused: bool,
+}
+
+/// Signals that [`RunOptions::signals`] should collect.
+pub const SIGNALS: [i32; 6] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP, libc::SIGCONT];
+
+/// What a run came to.
+pub struct Ended {
+    /// How the guest ended.
+    pub outcome: Outcome,
+    /// Registers and instruction bytes, if it crashed.
+    pub dump: Option<String>,
+    /// Exits to user space of all vCPUs.
+    pub exits: Exits,
+    /// When what happened.
+    pub timing: BootTiming,
+}
+
+/// What a running machine can be asked for, through its [`Mailbox`].
+pub enum Request {
+    /// Stop the vCPUs and devices with nothing half done; answered when it is so.
+    Pause(Sender<()>),
+    /// Go on.
+    Resume(Sender<()>),
+    /// Press the ACPI power button.
+    PressPowerButton,
+    /// End the guest now, with this outcome.
+    Stop(Outcome),
+}
+
+/// Where requests and the ends of vCPUs arrive.
+pub struct Mailbox {
+    fd: EventFd,
+    /// `None` once the machine has ended: what is asked then is dropped, which whoever waits for an answer notices.
+    requests: Mutex<Option<VecDeque<Request>>>,
+    ends: Mutex<VecDeque<(u32, End)>>,
+}
+
+impl Mailbox {
+    /// An empty mailbox.
+    pub fn new() -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Mailbox {
+            fd: event::eventfd()?,
+            requests: Mutex::new(Some(VecDeque::new())),
+            ends: Mutex::default(),
+        }))
+    }
+
+    /// Asks for something.
+    pub fn send(&self, request: Request) {
+        if let Some(requests) = self.requests.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            requests.push_back(request);
+            let _ = self.fd.write(1);
+        }
+    }
+
+    fn close(&self) {
+        *self.requests.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    fn vcpu_ended(&self, id: u32, end: End) {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner).push_back((id, end));
+        let _ = self.fd.write(1);
+    }
+
+    fn take_request(&self) -> Option<Request> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner).as_mut()?.pop_front()
+    }
+
+    fn take_end(&self) -> Option<(u32, End)> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+}
+
+/// Coalesced output waits no longer than this.
+const TICK: Duration = Duration::from_millis(20);
+/// Ticks between two looks for a guest that sleeps for good, while it shows no life.
+const LOOK_TICKS: u32 = 5;
+/// The most that the interval between looks grows to.
+const LOOK_TICKS_MAX: u32 = 160;
+/// How long a panicked guest may go on before it is stopped: time for its messages, a dump, a reboot by `panic=N`.
+const PANIC_GRACE: Duration = Duration::from_secs(5);
+
+const SIGNAL: u64 = 0;
+const MAIL: u64 = 1;
+const GUEST: u64 = 2;
+const TICKED: u64 = 3;
+const INPUT: u64 = 4;
+const WRITTEN: u64 = 5;
+
+impl Machine {
+    /// Starts the vCPUs and waits until the guest has ended and its output is written.
+    pub fn run(self, options: RunOptions, mailbox: Arc<Mailbox>) -> Result<Ended, Error> {
+        let mut running = Running::start(self, options, mailbox)?;
+        let result = running.wait_for_end();
+        // Also on an error: nothing may run on behind the caller's back.
+        running.stop();
+        running.mailbox.close();
+        let outcome = result?;
+        running.wait_for_output(&outcome)?;
+        let exits = running.exits;
+        Ok(Ended { outcome, dump: running.dump, exits, timing: running.timing })
+    }
+}
+
+struct Running {
+    // The order of drops matters little, but the terminal should be itself again first.
+    raw_mode: Option<RawMode>,
+    poller: Poller,
+    ticker: TimerFd,
+    options: RunOptions,
+    mailbox: Arc<Mailbox>,
+    board: Arc<Board>,
+    serial: Arc<SerialPort>,
+    input: ConsoleInput,
+    devices: Vec<Arc<MmioTransport>>,
+    power_button: PowerButton,
+    vcpus: Vec<VcpuThread>,
+    timing: BootTiming,
+    exits: Exits,
+    /// When [`RunOptions::timeout`] passes.
+    deadline: Option<Instant>,
+    /// When the guest is stopped though it didn't react to its power button, and the signal that pressed it.
+    grace: Option<(Instant, i32)>,
+    panicked: Option<PanicSource>,
+    panic_deadline: Option<Instant>,
+    restarting: bool,
+    paused: bool,
+    sleep_watch: SleepWatch,
+    dump: Option<String>,
+    // Keeps the VM alive as long as anything above.
+    _machine: (crate::kvm::Vm, crate::memory::GuestRam),
+}
+
+#[derive(Default)]
+struct SleepWatch {
+    cpu_time: Duration,
+    ticks: u32,
+    interval: u32,
+}
+
+impl Running {
+    fn start(machine: Machine, options: RunOptions, mailbox: Arc<Mailbox>) -> Result<Self, Error> {
+        let Machine { config, ram, vcpus, board, serial, input, devices, power_button, mut timing, vm, .. } = machine;
+        let on_terminal = config.serial == SerialConfig::Stdio && input.is_terminal();
+        let raw_mode = match input.fd() {
+            Some(fd) if on_terminal => RawMode::enter(fd).map_err(host("the terminal"))?,
+            _ => None,
+        };
+        let poller = Poller::new().map_err(host("an epoll descriptor"))?;
+        let mut ticker = TimerFd::new().map_err(|e| Error::Host("a timer", e.into()))?;
+        ticker.reset(TICK, Some(TICK)).map_err(|e| Error::Host("a timer", e.into()))?;
+        let mut fds = vec![
+            (MAIL, mailbox.fd.as_raw_fd()),
+            (GUEST, board.events.fd().as_raw_fd()),
+            (TICKED, ticker.as_raw_fd()),
+            (WRITTEN, board.output.done().as_raw_fd()),
+        ];
+        fds.extend(options.signals.as_ref().map(|s| (SIGNAL, s.as_raw_fd())));
+        for (token, fd) in fds {
+            poller.add(fd, token, Interest::Read).map_err(host("an epoll descriptor"))?;
+        }
+        let pins = config.cpu.pins()?;
+        let mut threads = Vec::with_capacity(vcpus.len());
+        timing.mark(Mark::FirstInstruction);
+        for (vcpu, n) in vcpus.into_iter().zip(0usize..) {
+            let mail = mailbox.clone();
+            let ended = move |id, end| mail.vcpu_ended(id, end);
+            let thread = vcpu.spawn(board.clone(), pins.get(n).copied(), options.paused, ended);
+            match thread {
+                Ok(thread) => threads.push(thread),
+                Err(e) => {
+                    threads.into_iter().for_each(|t: VcpuThread| _ = t.join());
+                    return Err(Error::Host("a vCPU thread", e));
+                }
+            }
+        }
+        if options.paused {
+            threads.iter().for_each(|thread| _ = thread.reply());
+        }
+        let deadline = options.timeout.map(|limit| Instant::now() + limit.saturating_sub(timing.elapsed()));
+        let escapes = raw_mode.is_some();
+        Ok(Running {
+            raw_mode,
+            poller,
+            ticker,
+            paused: options.paused,
+            options,
+            mailbox,
+            board,
+            serial,
+            input: ConsoleInput::new(input, INPUT, escapes),
+            devices,
+            power_button,
+            vcpus: threads,
+            timing,
+            exits: Exits::default(),
+            deadline,
+            grace: None,
+            panicked: None,
+            panic_deadline: None,
+            restarting: false,
+            sleep_watch: SleepWatch { interval: LOOK_TICKS, ..SleepWatch::default() },
+            dump: None,
+            _machine: (vm, ram),
+        })
+    }
+
+    fn wait_for_end(&mut self) -> Result<Outcome, Error> {
+        let mut ready: Vec<u64> = vec![INPUT];
+        loop {
+            for token in ready.drain(..) {
+                let outcome = match token {
+                    SIGNAL => self.on_signal(),
+                    MAIL => self.on_mail(),
+                    GUEST => self.on_guest_events(),
+                    TICKED => self.on_tick()?,
+                    INPUT => self.on_input(true)?,
+                    _ => None,
+                };
+                if let Some(outcome) = outcome {
+                    return Ok(self.final_outcome(outcome));
+                }
+            }
+            if let Some(outcome) = self.passed_deadline() {
+                return Ok(self.final_outcome(outcome));
+            }
+            let timeout = self.next_deadline().map(|d| d.saturating_duration_since(Instant::now()));
+            ready.extend(self.poller.wait(timeout).map_err(host("waiting for events"))?);
+        }
+    }
+
+    /// Once a panic was seen that is what happened, however the guest ended after it.
+    fn final_outcome(&mut self, outcome: Outcome) -> Outcome {
+        // The text that explains the end may still be on its way.
+        self.exits.coalesced += self.board.drain();
+        self.on_guest_events();
+        match self.panicked {
+            Some(source) => Outcome::Panicked(source),
+            None => outcome,
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        [self.deadline, self.grace.map(|g| g.0), self.panic_deadline].into_iter().flatten().min()
+    }
+
+    fn passed_deadline(&self) -> Option<Outcome> {
+        let now = Instant::now();
+        if self.panic_deadline.is_some_and(|d| d <= now) {
+            return self.panicked.map(Outcome::Panicked);
+        }
+        match self.grace {
+            Some((end, signal)) if end <= now => return Some(Outcome::Killed(signal)),
+            _ => {}
+        }
+        let limit = self.options.timeout.filter(|_| self.deadline.is_some_and(|d| d <= now))?;
+        Some(Outcome::TimedOut(limit))
+    }
+
+    fn on_signal(&mut self) -> Option<Outcome> {
+        while let Some(signal) = self.options.signals.as_ref().and_then(Signals::take) {
+            match signal {
+                libc::SIGTSTP => {
+                    self.raw_mode.iter().for_each(RawMode::suspend);
+                    stop_this_process();
+                }
+                libc::SIGCONT => self.raw_mode.iter().for_each(RawMode::resume),
+                // Asked for a second time, or by somebody who is gone: no more patience.
+                signal if self.grace.is_some() || signal == libc::SIGHUP || signal == libc::SIGQUIT => {
+                    return Some(Outcome::Killed(signal));
+                }
+                signal => {
+                    log::info!("signal {signal}: pressing the guest's power button");
+                    self.power_button.press();
+                    self.grace = Some((Instant::now() + self.options.grace, signal));
+                }
+            }
+        }
+        None
+    }
+
+    fn on_mail(&mut self) -> Option<Outcome> {
+        let _ = self.mailbox.fd.read();
+        while let Some(request) = self.mailbox.take_request() {
+            match request {
+                Request::Pause(done) => {
+                    self.pause();
+                    let _ = done.send(());
+                }
+                Request::Resume(done) => {
+                    self.resume();
+                    let _ = done.send(());
+                }
+                Request::PressPowerButton => self.power_button.press(),
+                Request::Stop(outcome) => return Some(outcome),
+            }
+        }
+        let (id, end) = self.mailbox.take_end()?;
+        // What a device or the console said before comes first.
+        if let Some(outcome) = self.on_guest_events() {
+            return Some(outcome);
+        }
+        match end {
+            End::GuestEnded | End::Stopped => None,
+            End::TripleFault { idt_emptied, .. } if idt_emptied || self.restarting => {
+                Some(Outcome::Rebooted("triple fault"))
+            }
+            End::TripleFault { dump, .. } => {
+                self.dump = Some(dump);
+                Some(Outcome::Crashed(format!("triple fault on vCPU {id}")))
+            }
+            End::Crash { what, dump } => {
+                self.dump = Some(dump);
+                Some(Outcome::Crashed(what))
+            }
+            End::Kvm(e) => Some(Outcome::Crashed(format!("KVM_RUN failed on vCPU {id}: {e}"))),
+        }
+    }
+
+    fn on_guest_events(&mut self) -> Option<Outcome> {
+        while let Some(event) = self.board.events.take() {
+            match event {
+                GuestEvent::PowerOff => return Some(Outcome::PoweredOff),
+                GuestEvent::Reset(how) => return Some(Outcome::Rebooted(how)),
+                GuestEvent::Panicked(source) => {
+                    // The driver's word is better than the console's, whichever came first.
+                    if self.panicked.is_none() || source == PanicSource::Pvpanic {
+                        self.panicked = Some(source);
+                    }
+                    self.panic_deadline.get_or_insert(Instant::now() + PANIC_GRACE);
+                }
+                GuestEvent::PanicEnded => {
+                    if self.panicked.is_some() {
+                        self.panic_deadline = Some(Instant::now());
+                    }
+                }
+                GuestEvent::InitStarted => self.timing.mark(Mark::InitStarted),
+                GuestEvent::ConsoleFirstByte => self.timing.mark(Mark::FirstSerialByte),
+                GuestEvent::Restarting => self.restarting = true,
+                GuestEvent::ConsoleInputRoom => {
+                    if let Err(e) = self.input.pump(false, &self.poller, &self.serial) {
+                        log::warn!("console input is lost: {e}");
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    fn on_tick(&mut self) -> Result<Option<Outcome>, Error> {
+        let _ = self.ticker.wait();
+        // A full buffer leaves the ring to fill up, too, and then vCPUs exit and wait.
+        if !self.paused && !self.board.output.is_full() {
+            self.exits.coalesced += self.board.drain();
+        }
+        self.board.output.flush();
+        if let Some(outcome) = self.on_input(false)? {
+            return Ok(Some(outcome));
+        }
+        Ok(if self.all_asleep() { Some(Outcome::Halted) } else { None })
+    }
+
+    fn on_input(&mut self, readable: bool) -> Result<Option<Outcome>, Error> {
+        let command = self.input.pump(readable, &self.poller, &self.serial).map_err(host("console input"))?;
+        match command {
+            Some(Escape::Quit) => return Ok(Some(Outcome::Quit)),
+            Some(Escape::Help) => eprint!("{}", terminal::HELP),
+            None => {}
+        }
+        Ok(None)
+    }
+
+    /// Whether every vCPU is halted with interrupts off. Asking costs each an exit, so it is asked only while none of
+    /// them uses any processor time, and less and less often while the answer is no.
+    fn all_asleep(&mut self) -> bool {
+        self.sleep_watch.ticks += 1;
+        if self.sleep_watch.ticks < self.sleep_watch.interval || self.paused {
+            return false;
+        }
+        self.sleep_watch.ticks = 0;
+        let cpu_time: Duration = self.vcpus.iter().map(VcpuThread::cpu_time).sum();
+        let used = cpu_time.saturating_sub(self.sleep_watch.cpu_time);
+        self.sleep_watch.cpu_time = cpu_time;
+        // A look itself costs some of it.
+        if used > Duration::from_millis(1) {
+            self.sleep_watch.interval = LOOK_TICKS;
+            return false;
+        }
+        self.vcpus.iter().for_each(|v| v.send(Command::LookAsleep));
+        // Every answer is taken, or the next look would take this one's.
+        let awake = self.vcpus.iter().filter(|v| v.reply() != Some(Reply::Asleep(true))).count();
+        self.sleep_watch.interval = (self.sleep_watch.interval * 2).min(LOOK_TICKS_MAX);
+        awake == 0
+    }
+
+    fn pause(&mut self) {
+        if self.paused {
+            return;
+        }
+        self.vcpus.iter().for_each(|v| v.send(Command::Pause));
+        for vcpu in &self.vcpus {
+            // A thread that has ended doesn't answer, and doesn't run either.
+            let _ = vcpu.reply();
+        }
+        self.exits.coalesced += self.board.drain();
+        self.devices.iter().filter_map(|d| d.pause().err()).for_each(|stuck| log::warn!("{stuck}"));
+        self.paused = true;
+    }
+
+    fn resume(&mut self) {
+        if self.paused {
+            self.devices.iter().for_each(|d| d.resume());
+            self.vcpus.iter().for_each(|v| v.send(Command::Resume));
+            self.paused = false;
+        }
+    }
+
+    /// Ends the vCPUs, then the devices, and declares the console's output complete.
+    fn stop(&mut self) {
+        self.vcpus.iter().for_each(|v| v.send(Command::Stop));
+        for vcpu in self.vcpus.drain(..) {
+            self.exits.add(&vcpu.join());
+        }
+        self.exits.coalesced += self.board.drain();
+        self.devices.iter().filter_map(|d| d.stop().err()).for_each(|stuck| log::warn!("{stuck}"));
+        self.board.output.close();
+    }
+
+    /// Waits until the last byte of the console is written, or somebody loses patience.
+    fn wait_for_output(&mut self, outcome: &Outcome) -> Result<(), Error> {
+        // Somebody who stopped the guest wants to be gone: readers that still read get a second.
+        let impatient = matches!(outcome, Outcome::Quit | Outcome::Killed(_) | Outcome::TimedOut(_));
+        let limit = if impatient { Some(Instant::now() + Duration::from_secs(1)) } else { self.deadline };
+        loop {
+            let timeout = limit.map(|d| d.saturating_duration_since(Instant::now()));
+            let ready: Vec<u64> = self.poller.wait(timeout).map_err(host("waiting for events"))?.collect();
+            let given_up = limit.is_some_and(|d| d <= Instant::now())
+                || ready.contains(&SIGNAL) && self.options.signals.as_ref().is_some_and(|s| s.take().is_some())
+                || ready.contains(&INPUT) && self.on_input(true)? == Some(Outcome::Quit);
+            if ready.contains(&WRITTEN) {
+                return Ok(());
+            }
+            if given_up {
+                log::warn!("nobody reads the console's output; the rest of it is lost");
+                return Ok(());
+            }
+            if ready.contains(&TICKED) {
+                let _ = self.ticker.wait();
+            }
+            if ready.contains(&GUEST) {
+                while self.board.events.take().is_some() {}
+            }
+            if ready.contains(&MAIL) {
+                let _ = self.mailbox.fd.read();
+            }
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+fn stop_this_process() {
+    // SAFETY: raise has no memory effects; SIGSTOP cannot be blocked.
+    unsafe { libc::raise(libc::SIGSTOP) };
+}
+
+/// A one-shot answer channel for [`Request`]s.
+pub fn answer() -> (Sender<()>, Receiver<()>) {
+    channel()
+}

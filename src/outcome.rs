@@ -1,0 +1,271 @@
+//! How a guest ended: one enum, its exit code, its sentence, the report; and what was counted on the way.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::event::PanicSource;
+use crate::options::Span;
+
+/// Exit code when vireo or the host failed, rather than the guest.
+pub const EXIT_VIREO_FAILED: u8 = 125;
+/// Exit code of wrong usage.
+pub const EXIT_USAGE: u8 = 2;
+
+/// How a guest ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// ACPI power off.
+    PoweredOff,
+    /// Reset, by the way that the text names.
+    Rebooted(&'static str),
+    /// All vCPUs halted with interrupts off: nothing will ever wake them.
+    Halted,
+    /// Ctrl-A X on the terminal.
+    Quit,
+    /// The kernel panicked, known from this source.
+    Panicked(PanicSource),
+    /// Triple fault that was no reboot, unhandled exit, KVM internal error; the text is one sentence.
+    Crashed(String),
+    /// The time limit passed.
+    TimedOut(Duration),
+    /// Stopped by a signal to vireo.
+    Killed(i32),
+}
+
+impl Outcome {
+    /// The process exit status that tells this outcome.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Outcome::PoweredOff | Outcome::Rebooted(_) | Outcome::Halted | Outcome::Quit => 0,
+            Outcome::Panicked(_) => 70,
+            Outcome::Crashed(_) => 71,
+            Outcome::TimedOut(_) => 124,
+            Outcome::Killed(signal) => 128u8.saturating_add(u8::try_from(*signal).unwrap_or(0)),
+        }
+    }
+
+    /// One word for scripts.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Outcome::PoweredOff => "powered-off",
+            Outcome::Rebooted(_) => "rebooted",
+            Outcome::Halted => "halted",
+            Outcome::Quit => "quit",
+            Outcome::Panicked(_) => "panicked",
+            Outcome::Crashed(_) => "crashed",
+            Outcome::TimedOut(_) => "timed-out",
+            Outcome::Killed(_) => "killed",
+        }
+    }
+
+    /// One sentence for people.
+    pub fn sentence(&self) -> String {
+        match self {
+            Outcome::PoweredOff => "the guest powered off".into(),
+            Outcome::Rebooted(how) => format!("the guest rebooted ({how})"),
+            Outcome::Halted => "the guest halted: every vCPU sleeps with interrupts off".into(),
+            Outcome::Quit => "ended from the terminal by Ctrl-A X".into(),
+            Outcome::Panicked(PanicSource::Pvpanic) => "the guest kernel panicked (told by its pvpanic driver)".into(),
+            Outcome::Panicked(PanicSource::Console) => {
+                "the guest kernel panicked (judged by the panic message on its console)".into()
+            }
+            Outcome::Crashed(what) => format!("the guest crashed: {what}"),
+            Outcome::TimedOut(limit) => format!("the guest was still running after the time limit of {}", Span(*limit)),
+            Outcome::Killed(signal) => format!("stopped by signal {signal} ({})", signal_name(*signal)),
+        }
+    }
+}
+
+fn signal_name(signal: i32) -> &'static str {
+    match signal {
+        libc::SIGINT => "SIGINT",
+        libc::SIGTERM => "SIGTERM",
+        libc::SIGHUP => "SIGHUP",
+        libc::SIGQUIT => "SIGQUIT",
+        _ => "unexpected",
+    }
+}
+
+/// Moments of a boot, each measured from the start of the process.
+#[derive(Clone, Debug)]
+pub struct BootTiming {
+    start: Instant,
+    marks: [Option<Duration>; Mark::ALL.len()],
+}
+
+/// The moments that [`BootTiming`] knows, in the order in which they pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// /dev/kvm is open, the VM and its vCPUs exist.
+    KvmReady,
+    /// Kernel, initrd and tables are in guest memory.
+    KernelLoaded,
+    /// The first vCPU enters the guest.
+    FirstInstruction,
+    /// The guest's first byte on the serial port.
+    FirstSerialByte,
+    /// The kernel said that it runs init, or init said so itself.
+    InitStarted,
+}
+
+impl Mark {
+    const ALL: [(Mark, &'static str, &'static str); 5] = [
+        (Mark::KvmReady, "kvm_ready", "KVM ready"),
+        (Mark::KernelLoaded, "kernel_loaded", "kernel loaded"),
+        (Mark::FirstInstruction, "first_instruction", "first guest instruction"),
+        (Mark::FirstSerialByte, "first_serial_byte", "first serial byte"),
+        (Mark::InitStarted, "init_started", "init started"),
+    ];
+}
+
+impl BootTiming {
+    /// Begins at `start`.
+    pub fn new(start: Instant) -> Self {
+        BootTiming { start, marks: Default::default() }
+    }
+
+    /// Notes that `mark` passes now, if it hasn't before.
+    pub fn mark(&mut self, mark: Mark) {
+        let elapsed = self.start.elapsed();
+        self.marks[mark as usize].get_or_insert(elapsed);
+    }
+
+    /// Time since the process started.
+    pub fn elapsed(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// A line for each moment, for people.
+    pub fn table(&self) -> String {
+        let mut text = format!("{:<26}{:>10}\n", "process start", "0.0 ms");
+        for (mark, _, name) in Mark::ALL {
+            let when = match self.marks[mark as usize] {
+                Some(d) => format!("{:.1} ms", d.as_secs_f64() * 1e3),
+                None => "not seen".into(),
+            };
+            text += &format!("{name:<26}{when:>10}\n");
+        }
+        text
+    }
+
+    fn seconds(&self) -> BTreeMap<&'static str, Option<f64>> {
+        Mark::ALL.iter().map(|(m, key, _)| (*key, self.marks[*m as usize].map(|d| d.as_secs_f64()))).collect()
+    }
+}
+
+/// What `--report FILE` holds.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The outcome in one word ([`Outcome::word`]).
+    pub outcome: &'static str,
+    /// The outcome in one sentence.
+    pub detail: String,
+    /// vireo's exit status.
+    pub exit_code: u8,
+    /// The kernel that was booted, as found.
+    pub kernel: String,
+    /// Seconds from process start to each moment; null for those that never came.
+    pub boot_timing: BTreeMap<&'static str, Option<f64>>,
+    /// Seconds from process start to the guest's end.
+    pub duration: f64,
+    /// Exits to user space by reason, over all vCPUs.
+    pub exits: Exits,
+    /// Largest resident size of this process in bytes, guest memory included.
+    pub peak_memory: u64,
+}
+
+impl Report {
+    /// Puts a report together at the end of a run.
+    pub fn new(outcome: &Outcome, kernel: String, timing: &BootTiming, exits: Exits) -> Self {
+        Report {
+            outcome: outcome.word(),
+            detail: outcome.sentence(),
+            exit_code: outcome.exit_code(),
+            kernel,
+            boot_timing: timing.seconds(),
+            duration: timing.elapsed().as_secs_f64(),
+            exits,
+            peak_memory: peak_memory(),
+        }
+    }
+}
+
+/// Exits to user space, counted by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Exits {
+    /// All of them.
+    pub total: u64,
+    /// Port reads.
+    pub pio_in: u64,
+    /// Port writes that did not coalesce.
+    pub pio_out: u64,
+    /// MMIO reads.
+    pub mmio_read: u64,
+    /// MMIO writes.
+    pub mmio_write: u64,
+    /// Interruptions by vireo itself: pause, look at the state, stop.
+    pub interrupted: u64,
+    /// Everything else.
+    pub other: u64,
+    /// Writes that KVM collected without an exit.
+    pub coalesced: u64,
+}
+
+impl Exits {
+    /// Adds another vCPU's counts.
+    pub fn add(&mut self, other: &Exits) {
+        self.total += other.total;
+        self.pio_in += other.pio_in;
+        self.pio_out += other.pio_out;
+        self.mmio_read += other.mmio_read;
+        self.mmio_write += other.mmio_write;
+        self.interrupted += other.interrupted;
+        self.other += other.other;
+        self.coalesced += other.coalesced;
+    }
+}
+
+/// The largest resident size that this process has had, in bytes.
+#[allow(unsafe_code)]
+fn peak_memory() -> u64 {
+    // SAFETY: rusage is plain numbers, for which zeros are valid, and the pointer is good for the call.
+    unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
+        u64::try_from(usage.ru_maxrss).unwrap_or(0) * 1024
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_codes_are_those_documented() {
+        let codes = [
+            (Outcome::PoweredOff, 0),
+            (Outcome::Rebooted("triple fault"), 0),
+            (Outcome::Halted, 0),
+            (Outcome::Panicked(PanicSource::Console), 70),
+            (Outcome::Crashed("x".into()), 71),
+            (Outcome::TimedOut(Duration::from_secs(1)), 124),
+            (Outcome::Killed(libc::SIGTERM), 143),
+            (Outcome::Killed(libc::SIGINT), 130),
+        ];
+        for (outcome, code) in codes {
+            assert_eq!(outcome.exit_code(), code, "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn the_first_of_a_mark_counts() {
+        let mut timing = BootTiming::new(Instant::now());
+        timing.mark(Mark::KvmReady);
+        let first = timing.seconds()["kvm_ready"];
+        timing.mark(Mark::KvmReady);
+        assert_eq!(timing.seconds()["kvm_ready"], first);
+        assert!(timing.table().contains("init started                not seen"), "{}", timing.table());
+    }
+}

@@ -1,0 +1,175 @@
+//! The host's terminal: raw mode that is undone on every way out, and the Ctrl-A escapes.
+//!
+//! Ways out: dropping [`RawMode`]; a panic ([`restore_on_panic`]); a signal that kills the process (the handlers
+//! installed by [`RawMode::enter`] restore first and then die of the same signal).
+
+#![allow(unsafe_code)]
+
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::{io, mem, ptr};
+
+/// Signals that end the process without passing the event loop.
+const FATAL: [i32; 6] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT, libc::SIGSYS];
+
+/// The terminal's settings before raw mode, for handlers that can reach nothing else.
+static mut SAVED: mem::MaybeUninit<libc::termios> = mem::MaybeUninit::uninit();
+static TERMINAL: AtomicI32 = AtomicI32::new(-1);
+static IS_RAW: AtomicBool = AtomicBool::new(false);
+
+/// Whether `fd` is a terminal.
+pub fn is_terminal(fd: RawFd) -> bool {
+    // SAFETY: isatty only looks at the descriptor.
+    unsafe { libc::isatty(fd) == 1 }
+}
+
+/// A terminal in raw mode; dropping it restores the terminal. One at a time in a process.
+pub struct RawMode(());
+
+impl RawMode {
+    /// Puts the terminal `fd` into raw mode. `None` when `fd` is no terminal, or belongs to another job right now
+    /// (touching it from the background would stop us).
+    pub fn enter(fd: RawFd) -> io::Result<Option<Self>> {
+        // SAFETY: both calls only look at the descriptor and the process.
+        let ours = unsafe { libc::tcgetpgrp(fd) == libc::getpgrp() };
+        if !is_terminal(fd) || !ours || TERMINAL.load(Ordering::Acquire) >= 0 {
+            return Ok(None);
+        }
+        // SAFETY: `settings` is written by tcgetattr before use. SAVED is written once, before TERMINAL announces it,
+        // and TERMINAL was checked above, on the one thread that calls this.
+        unsafe {
+            let mut settings = mem::zeroed::<libc::termios>();
+            if libc::tcgetattr(fd, &mut settings) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            (*ptr::addr_of_mut!(SAVED)).write(settings);
+        }
+        TERMINAL.store(fd, Ordering::Release);
+        for signal in FATAL {
+            // SAFETY: the handler only calls functions that are safe in signal handlers.
+            unsafe { libc::signal(signal, restore_and_die as *const () as libc::sighandler_t) };
+        }
+        set_raw()?;
+        Ok(Some(RawMode(())))
+    }
+
+    /// Back to the user's settings for a while (before the process stops itself).
+    pub fn suspend(&self) {
+        restore();
+    }
+
+    /// Raw again after [`RawMode::suspend`].
+    pub fn resume(&self) {
+        let _ = set_raw();
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        restore();
+        TERMINAL.store(-1, Ordering::Release);
+    }
+}
+
+/// Restores the terminal before a panic prints its message.
+pub fn restore_on_panic() {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        restore();
+        hook(info);
+    }));
+}
+
+fn set_raw() -> io::Result<()> {
+    let fd = TERMINAL.load(Ordering::Acquire);
+    // SAFETY: SAVED was written before TERMINAL was set; the copy is ours.
+    let changed = unsafe {
+        let mut settings = ptr::addr_of!(SAVED).read().assume_init();
+        libc::cfmakeraw(&mut settings);
+        // Output keeps its post-processing: messages of vireo itself end in plain newlines.
+        settings.c_oflag |= libc::OPOST | libc::ONLCR;
+        libc::tcsetattr(fd, libc::TCSANOW, &settings) == 0
+    };
+    if !changed {
+        return Err(io::Error::last_os_error());
+    }
+    IS_RAW.store(true, Ordering::Release);
+    Ok(())
+}
+
+/// Undoes raw mode, if it is on. Only calls what is allowed in a signal handler.
+fn restore() {
+    let fd = TERMINAL.load(Ordering::Acquire);
+    if fd >= 0 && IS_RAW.swap(false, Ordering::AcqRel) {
+        // SAFETY: SAVED was written before TERMINAL was set, and tcsetattr is async-signal-safe.
+        unsafe { libc::tcsetattr(fd, libc::TCSANOW, ptr::addr_of!(SAVED).cast()) };
+    }
+}
+
+extern "C" fn restore_and_die(signal: i32) {
+    restore();
+    // SAFETY: both are async-signal-safe; the signal is delivered when the handler returns.
+    unsafe {
+        libc::signal(signal, libc::SIG_DFL);
+        libc::raise(signal);
+    }
+}
+
+/// What the user asked for by an escape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Ctrl-A X: end the VM.
+    Quit,
+    /// Ctrl-A H, or Ctrl-A and something unknown: say what there is.
+    Help,
+}
+
+/// What [`Command::Help`] prints.
+pub const HELP: &str = "\nCtrl-A X  end the VM\nCtrl-A H  this help\nCtrl-A Ctrl-A  send Ctrl-A to the guest\n";
+
+const CTRL_A: u8 = 1;
+
+/// Finds escapes in typed input.
+#[derive(Default)]
+pub struct Escapes {
+    pending: bool,
+}
+
+impl Escapes {
+    /// Passes what is meant for the guest on to `guest` and returns the first command, dropping what follows it.
+    pub fn filter(&mut self, input: &[u8], guest: &mut Vec<u8>) -> Option<Command> {
+        for byte in input {
+            match (mem::take(&mut self.pending), byte) {
+                (false, &CTRL_A) => self.pending = true,
+                (false, byte) => guest.push(*byte),
+                (true, &CTRL_A) => guest.push(CTRL_A),
+                (true, b'x' | b'X') => return Some(Command::Quit),
+                (true, _) => return Some(Command::Help),
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escapes() {
+        let mut escapes = Escapes::default();
+        let mut guest = Vec::new();
+        assert_eq!(escapes.filter(b"ls\x01", &mut guest), None);
+        assert_eq!(escapes.filter(b"\x01x\x01h", &mut guest), Some(Command::Help));
+        assert_eq!(guest, b"ls\x01x");
+        assert_eq!(escapes.filter(b"\x01", &mut guest), None);
+        assert_eq!(escapes.filter(b"xyz", &mut guest), Some(Command::Quit));
+        assert_eq!(guest, b"ls\x01x");
+    }
+
+    #[test]
+    fn no_terminal_is_no_error() {
+        let (reader, _writer) = io::pipe().unwrap();
+        assert!(RawMode::enter(std::os::fd::AsRawFd::as_raw_fd(&reader)).unwrap().is_none());
+    }
+}

@@ -1,0 +1,508 @@
+//! One thread per vCPU: enter the guest, decode the exit, dispatch it to a bus, enter again.
+//!
+//! Between two entries the thread looks at its commands, so it is a small state machine driven by messages:
+//!
+//! ```text
+//!             Resume                      the guest ended, Stop, a crash
+//!   paused ─────────────▶ running ─────────────────────────────────────▶ ended
+//!      ▲                   │  ▲ enter ─▶ exit ─▶ drain coalesced writes ─▶ dispatch
+//!      └───────────────────┘  └──────────────────── wait for output room ◀─┘
+//!             Pause
+//! ```
+//!
+//! [`VcpuThread::send`] queues a command, sets `immediate_exit` and sends a signal; the thread clears
+//! `immediate_exit` before it looks at its queue, so no command is ever slept over.
+
+use std::io;
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use kvm_bindings::{
+    CpuId, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_STOPPED, KVM_MP_STATE_UNINITIALIZED, Msrs,
+    kvm_msr_entry, kvm_regs, kvm_sregs,
+};
+use kvm_ioctls::VcpuFd;
+
+use crate::backend::output::Output;
+use crate::bus::Bus;
+use crate::event::GuestEvents;
+use crate::kvm::exit::{self, Exit};
+use crate::kvm::ring::{CoalescedRing, ImmediateExit};
+use crate::kvm::{Error, Vm, failed};
+use crate::memory::GuestRam;
+use crate::outcome::Exits;
+
+/// What all vCPUs of a machine share.
+pub struct Board {
+    /// Devices on ports.
+    pub pio: Bus,
+    /// Devices in memory.
+    pub mmio: Bus,
+    /// Writes that KVM collected, if it does.
+    pub ring: Option<CoalescedRing>,
+    /// Tells when the guest is over.
+    pub events: GuestEvents,
+    /// The output that vCPUs wait for when it is full.
+    pub output: Output,
+    /// For the instruction bytes in crash reports.
+    pub ram: GuestRam,
+}
+
+impl Board {
+    /// Takes the collected writes to their devices; returns how many there were.
+    pub fn drain(&self) -> u64 {
+        let Some(ring) = &self.ring else { return 0 };
+        ring.drain(|write| {
+            let bus = if write.pio { &self.pio } else { &self.mmio };
+            bus.write(write.addr, &write.data[..write.len]);
+        })
+    }
+
+    /// Dispatches one exit. `Err` is the reason why the vCPU cannot go on.
+    pub fn dispatch(&self, exit: Exit<'_>, exits: &mut Exits) -> Result<(), End> {
+        exits.total += 1;
+        match exit {
+            // String accesses come as one exit; the device sees them one by one.
+            Exit::PioIn { port, size, data } => {
+                exits.pio_in += 1;
+                data.chunks_mut(size).for_each(|item| _ = self.pio.read(u64::from(port), item));
+            }
+            Exit::PioOut { port, size, data } => {
+                exits.pio_out += 1;
+                data.chunks(size).for_each(|item| _ = self.pio.write(u64::from(port), item));
+            }
+            Exit::MmioRead { addr, data } => {
+                exits.mmio_read += 1;
+                self.mmio.read(addr, data);
+            }
+            Exit::MmioWrite { addr, data } => {
+                exits.mmio_write += 1;
+                self.mmio.write(addr, data);
+            }
+            Exit::Interrupted => exits.interrupted += 1,
+            other => {
+                exits.other += 1;
+                return Err(End::from_exit(other));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why a vCPU thread ended.
+#[derive(Debug)]
+pub enum End {
+    /// A device said that the guest is over.
+    GuestEnded,
+    /// [`Command::Stop`].
+    Stopped,
+    /// Triple fault; whether that was a reboot is for the machine to judge.
+    TripleFault {
+        /// Whether the interrupt table had been emptied, as a reboot by triple fault does.
+        idt_emptied: bool,
+        /// Registers and instruction, for people.
+        dump: String,
+    },
+    /// The guest cannot go on.
+    Crash {
+        /// One sentence.
+        what: String,
+        /// Registers and instruction, for people.
+        dump: String,
+    },
+    /// KVM_RUN failed.
+    Kvm(io::Error),
+}
+
+impl End {
+    fn from_exit(exit: Exit<'_>) -> End {
+        let what = match exit {
+            Exit::Shutdown => return End::TripleFault { idt_emptied: false, dump: String::new() },
+            Exit::InternalError { suberror, data } => internal_error(suberror, &data),
+            Exit::FailEntry { reason } => format!(
+                "the processor refused to enter the guest (hardware reason {reason:#x}): the guest's processor state is \
+                 invalid"
+            ),
+            Exit::Halt => "the vCPU halted, which this KVM leaves to vireo".into(),
+            other => format!("KVM left the guest for a reason that vireo does not handle ({other:?})"),
+        };
+        End::Crash { what, dump: String::new() }
+    }
+}
+
+/// KVM_INTERNAL_ERROR_* in words (Documentation/virt/kvm/api.rst, KVM_EXIT_INTERNAL_ERROR).
+fn internal_error(suberror: u32, data: &[u64]) -> String {
+    let meaning = match suberror {
+        1 => "KVM could not emulate the guest's instruction",
+        2 => "an event arrived that KVM cannot deliver at the same time as another",
+        3 => "an exit occurred while KVM was delivering an event",
+        4 => "the processor left the guest for an unknown reason",
+        _ => "unknown",
+    };
+    format!("KVM internal error, suberror {suberror}: {meaning} (data {data:x?})")
+}
+
+/// What a vCPU thread can be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Leave the guest with nothing pending and wait; answered by [`Reply::Paused`].
+    Pause,
+    /// Enter the guest again.
+    Resume,
+    /// Say whether this vCPU sleeps for good; answered by [`Reply::Asleep`].
+    LookAsleep,
+    /// End the thread.
+    Stop,
+}
+
+/// What a vCPU thread answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// It left the guest, and no access is half done.
+    Paused,
+    /// Whether it is halted with interrupts off, or was never started.
+    Asleep(bool),
+}
+
+/// A vCPU that is not running.
+pub struct Vcpu {
+    id: u32,
+    fd: VcpuFd,
+    immediate_exit: Arc<ImmediateExit>,
+    exits: Exits,
+}
+
+/// MSRs as firmware leaves them: fast string operations on; memory types write-back by default, because a guest that
+/// finds them undefined maps its memory uncached.
+const MSRS: [(u32, u64); 2] = [(0x1A0, 1), (0x2FF, 1 << 11 | 6)];
+
+impl Vcpu {
+    /// Creates vCPU `id` with its CPUID and the MSRs that firmware would have set.
+    pub fn new(vm: &Vm, id: u32, cpuid: &CpuId) -> Result<Self, Error> {
+        let fd = vm.create_vcpu(id)?;
+        fd.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+        let entries = MSRS.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() });
+        let msrs = Msrs::from_entries(&entries).map_err(|_| Error::Lacks("room for MSRs"))?;
+        fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
+        let immediate_exit =
+            ImmediateExit::new(&fd).map_err(|e| Error::Ioctl("mapping the vCPU's run page", e)).map(Arc::new)?;
+        Ok(Vcpu { id, fd, immediate_exit, exits: Exits::default() })
+    }
+
+    /// The crate's own handle.
+    pub fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
+    /// Routes the local interrupt pins as firmware does for a guest that may use the 8259 (`--acpi off`): LINT0
+    /// takes its interrupts, LINT1 is the NMI (Intel SDM, 11.5.1).
+    pub fn connect_pic(&self) -> Result<(), Error> {
+        const LVT_LINT0: usize = 0x350;
+        const LVT_LINT1: usize = 0x360;
+        let mut lapic = self.fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
+        for (offset, mode) in [(LVT_LINT0, 7u32), (LVT_LINT1, 4)] {
+            for (i, byte) in (mode << 8).to_le_bytes().into_iter().enumerate() {
+                lapic.regs[offset + i] = byte as _;
+            }
+        }
+        self.fd.set_lapic(&lapic).map_err(failed("KVM_SET_LAPIC"))
+    }
+
+    /// Gives the boot processor the registers that the boot protocol wants, computed from its reset state.
+    pub fn set_registers(&self, from_reset: impl FnOnce(&kvm_sregs) -> (kvm_regs, kvm_sregs)) -> Result<(), Error> {
+        let reset = self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+        let (regs, sregs) = from_reset(&reset);
+        self.fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
+        self.fd.set_regs(&regs).map_err(failed("KVM_SET_REGS"))
+    }
+
+    /// Starts the thread, in the guest or paused. `pin` is the host processor that it stays on; `ended` is called on
+    /// the thread when it ends by anything but [`Command::Stop`].
+    pub fn spawn(
+        self,
+        board: Arc<Board>,
+        pin: Option<usize>,
+        paused: bool,
+        ended: impl FnOnce(u32, End) + Send + 'static,
+    ) -> io::Result<VcpuThread> {
+        let (command_tx, command_rx) = channel();
+        let (reply_tx, reply_rx) = channel();
+        let kicked = Arc::new(AtomicBool::new(false));
+        let (id, immediate_exit) = (self.id, self.immediate_exit.clone());
+        let output = board.output.clone();
+        let state = Running { vcpu: self, board, commands: command_rx, replies: reply_tx, kicked: kicked.clone() };
+        let thread = thread::Builder::new().name(format!("vcpu{id}")).stack_size(256 << 10).spawn(move || {
+            if let Some(cpu) = pin
+                && let Err(e) = pin_to(cpu)
+            {
+                log::warn!("vCPU {id} cannot be pinned to processor {cpu}: {e}");
+            }
+            state.run(paused, ended)
+        })?;
+        Ok(VcpuThread { thread, commands: command_tx, replies: reply_rx, immediate_exit, kicked, output })
+    }
+}
+
+/// The inside of a vCPU thread.
+struct Running {
+    vcpu: Vcpu,
+    board: Arc<Board>,
+    commands: Receiver<Command>,
+    replies: Sender<Reply>,
+    kicked: Arc<AtomicBool>,
+}
+
+impl Running {
+    fn run(mut self, paused: bool, ended: impl FnOnce(u32, End)) -> Exits {
+        let end = if paused && self.pause().is_err() { End::Stopped } else { self.run_guest() };
+        let end = self.with_dump(end);
+        self.vcpu.exits.coalesced += self.board.drain();
+        if !matches!(end, End::Stopped) {
+            ended(self.vcpu.id, end);
+        }
+        self.vcpu.exits
+    }
+
+    fn run_guest(&mut self) -> End {
+        loop {
+            // In this order, or a command that comes in between would be slept over.
+            self.vcpu.immediate_exit.set(false);
+            self.kicked.store(false, Ordering::SeqCst);
+            while let Ok(command) = self.commands.try_recv() {
+                match command {
+                    Command::Pause => {
+                        if let Err(end) = self.finish_access().and_then(|()| self.pause()) {
+                            return end;
+                        }
+                    }
+                    Command::Resume => {}
+                    Command::LookAsleep => {
+                        let _ = self.replies.send(Reply::Asleep(self.asleep()));
+                    }
+                    Command::Stop => return End::Stopped,
+                }
+            }
+            if self.board.events.ended() {
+                return End::GuestEnded;
+            }
+            if self.board.output.is_full() {
+                let (kicked, events) = (&self.kicked, &self.board.events);
+                self.board.output.wait_room(|| kicked.load(Ordering::SeqCst) || events.ended());
+                if self.kicked.load(Ordering::SeqCst) {
+                    continue;
+                }
+            }
+            if let Err(end) = self.enter() {
+                return end;
+            }
+        }
+    }
+
+    /// Into the guest and back, with the exit dispatched.
+    fn enter(&mut self) -> Result<(), End> {
+        let exit = exit::enter(&mut self.vcpu.fd).map_err(End::Kvm)?;
+        // What the guest wrote before the access that made it exit comes first.
+        self.vcpu.exits.coalesced += self.board.drain();
+        self.board.dispatch(exit, &mut self.vcpu.exits)
+    }
+
+    /// Completes a port or MMIO access that KVM has handed out: the registers are not final before.
+    fn finish_access(&mut self) -> Result<(), End> {
+        loop {
+            self.vcpu.immediate_exit.set(true);
+            let before = self.vcpu.exits.interrupted;
+            self.enter()?;
+            if self.vcpu.exits.interrupted != before {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits for the end of a pause.
+    fn pause(&mut self) -> Result<(), End> {
+        let _ = self.replies.send(Reply::Paused);
+        loop {
+            match self.commands.recv() {
+                Ok(Command::Resume) => {
+                    // Tells a guest with kvmclock that it was stopped, so that its watchdogs don't bark. Fails when
+                    // the guest does not use it.
+                    let _ = self.vcpu.fd.kvmclock_ctrl();
+                    return Ok(());
+                }
+                Ok(Command::Pause) => _ = self.replies.send(Reply::Paused),
+                Ok(Command::LookAsleep) => _ = self.replies.send(Reply::Asleep(self.asleep())),
+                Ok(Command::Stop) | Err(_) => return Err(End::Stopped),
+            }
+        }
+    }
+
+    fn asleep(&self) -> bool {
+        const INTERRUPT_FLAG: u64 = 1 << 9;
+        match self.vcpu.fd.get_mp_state().map(|s| s.mp_state) {
+            Ok(KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED | KVM_MP_STATE_STOPPED) => true,
+            Ok(KVM_MP_STATE_HALTED) => self.vcpu.fd.get_regs().is_ok_and(|r| r.rflags & INTERRUPT_FLAG == 0),
+            _ => false,
+        }
+    }
+
+    fn with_dump(&self, end: End) -> End {
+        match end {
+            End::TripleFault { .. } => {
+                let idt_emptied = self.vcpu.fd.get_sregs().is_ok_and(|s| s.idt.limit == 0);
+                End::TripleFault { idt_emptied, dump: self.dump() }
+            }
+            End::Crash { what, .. } => End::Crash { what, dump: self.dump() },
+            end => end,
+        }
+    }
+
+    /// Registers and the bytes of the current instruction.
+    fn dump(&self) -> String {
+        let (Ok(r), Ok(s)) = (self.vcpu.fd.get_regs(), self.vcpu.fd.get_sregs()) else {
+            return format!("vCPU {}: its registers cannot be read", self.vcpu.id);
+        };
+        let linear = s.cs.base.wrapping_add(r.rip);
+        let code = match self.vcpu.fd.translate_gva(linear) {
+            Ok(t) if t.valid != 0 => {
+                let mut bytes = [0; 15];
+                match self.board.ram.read(t.physical_address, &mut bytes) {
+                    Ok(()) => bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" "),
+                    Err(_) => format!("not in RAM (physical address {:#x})", t.physical_address),
+                }
+            }
+            _ => "not mapped".into(),
+        };
+        format!(
+            "vCPU {id}:\n\
+             rip {:016x} rflags {:016x} cs {:04x} base {:x}\n\
+             rax {:016x} rbx {:016x} rcx {:016x} rdx {:016x}\n\
+             rsi {:016x} rdi {:016x} rbp {:016x} rsp {:016x}\n\
+             r8  {:016x} r9  {:016x} r10 {:016x} r11 {:016x}\n\
+             r12 {:016x} r13 {:016x} r14 {:016x} r15 {:016x}\n\
+             cr0 {:x} cr2 {:x} cr3 {:x} cr4 {:x} efer {:x}\n\
+             gdt {:x}+{:x} idt {:x}+{:x} tr {:04x} ss {:04x} ds {:04x}\n\
+             instruction bytes: {code}",
+            r.rip,
+            r.rflags,
+            s.cs.selector,
+            s.cs.base,
+            r.rax,
+            r.rbx,
+            r.rcx,
+            r.rdx,
+            r.rsi,
+            r.rdi,
+            r.rbp,
+            r.rsp,
+            r.r8,
+            r.r9,
+            r.r10,
+            r.r11,
+            r.r12,
+            r.r13,
+            r.r14,
+            r.r15,
+            s.cr0,
+            s.cr2,
+            s.cr3,
+            s.cr4,
+            s.efer,
+            s.gdt.base,
+            s.gdt.limit,
+            s.idt.base,
+            s.idt.limit,
+            s.tr.selector,
+            s.ss.selector,
+            s.ds.selector,
+            id = self.vcpu.id,
+        )
+    }
+}
+
+/// A running vCPU, as the machine sees it.
+pub struct VcpuThread {
+    thread: JoinHandle<Exits>,
+    commands: Sender<Command>,
+    replies: Receiver<Reply>,
+    immediate_exit: Arc<ImmediateExit>,
+    kicked: Arc<AtomicBool>,
+    output: Output,
+}
+
+/// How long a vCPU may take to answer: KVM_RUN returns within microseconds, so this only bounds a broken host.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+impl VcpuThread {
+    /// Tells the thread something and gets it out of the guest to hear it.
+    pub fn send(&self, command: Command) {
+        if self.commands.send(command).is_ok() {
+            self.kicked.store(true, Ordering::SeqCst);
+            self.immediate_exit.set(true);
+            kick(&self.thread);
+            self.output.wake();
+        }
+    }
+
+    /// The next answer; `None` when the thread has ended, or does not answer in reasonable time.
+    pub fn reply(&self) -> Option<Reply> {
+        self.replies.recv_timeout(ANSWER_LIMIT).ok()
+    }
+
+    /// Processor time that the thread has used.
+    #[allow(unsafe_code)]
+    pub fn cpu_time(&self) -> Duration {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the handle has not been joined, so its pthread_t is valid; both pointers are good for their calls.
+        unsafe {
+            let mut clock = 0;
+            if libc::pthread_getcpuclockid(self.thread.as_pthread_t(), &mut clock) == 0 {
+                libc::clock_gettime(clock, &mut time);
+            }
+        }
+        Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+    }
+
+    /// Ends the thread and returns what it counted.
+    pub fn join(self) -> Exits {
+        self.send(Command::Stop);
+        self.thread.join().unwrap_or_default()
+    }
+}
+
+/// The signal that gets a vCPU out of KVM_RUN.
+fn kick_signal() -> i32 {
+    libc::SIGRTMIN()
+}
+
+extern "C" fn ignore_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+/// Installs the handler of the signal that gets a vCPU out of the guest. Once per process, before the first vCPU.
+pub fn install_kick_handler() -> io::Result<()> {
+    vmm_sys_util::signal::register_signal_handler(kick_signal(), ignore_kick)
+        .map_err(|e| io::Error::from_raw_os_error(e.errno()))
+}
+
+#[allow(unsafe_code)]
+fn kick(thread: &JoinHandle<Exits>) {
+    // SAFETY: the handle has not been joined, so its pthread_t is valid even if the thread has ended.
+    unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
+}
+
+#[allow(unsafe_code)]
+fn pin_to(cpu: usize) -> io::Result<()> {
+    // SAFETY: cpu_set_t is a plain bit set for which zeros are valid; CPU_SET ignores numbers beyond it.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        if cpu < libc::CPU_SETSIZE as usize {
+            libc::CPU_SET(cpu, &mut set);
+        }
+        if libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
