@@ -176,6 +176,8 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
+    // Inlined, with `take`: a fifth of the instructions of a whole request's pop.
+    #[inline(always)]
     fn check_ram(&mut self, addr: u64, len: u32) -> Result<(), OutOfRam> {
         let out_of_ram = OutOfRam { addr, len: len.into() };
         let end = addr.checked_add(len.into()).ok_or(out_of_ram)?;
@@ -228,6 +230,7 @@ impl Walk<'_> {
         }
     }
 
+    #[inline(always)]
     fn take(&mut self, desc: Descriptor) -> Result<(), Error> {
         self.left = self.left.checked_sub(1).ok_or(Error::TooLong { max: self.max })?;
         let writable = desc.flags & WRITE != 0;
