@@ -2,8 +2,10 @@
 //! device reads the first through a [`Reader`] and writes the second through a [`Writer`]; how the driver cut the
 //! buffers into segments makes no difference (2.7.4).
 
+use std::ops::Range;
+
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-use vm_memory::Bytes;
+use vm_memory::VolatileMemory;
 
 use crate::memory::{GuestRam, OutOfRam, RamSlice};
 
@@ -99,7 +101,7 @@ impl Chain {
     /// Follows the chain from descriptor `head`. `segments` is memory to reuse.
     pub fn walk(ram: &GuestRam, table: Table, head: u16, mut segments: Vec<Segment>) -> Result<Self, Error> {
         segments.clear();
-        let mut walk = Walk { ram, segments, readable: 0, bytes: 0, left: table.len, max: table.len };
+        let mut walk = Walk { ram, segments, readable: 0, bytes: 0, left: table.len, max: table.len, known: 0..0 };
         if let Some(indirect) = walk.direct(table, head)? {
             walk.indirect(indirect)?;
         }
@@ -148,14 +150,15 @@ struct Descriptor {
 }
 
 impl Descriptor {
+    /// Reads it once: the guest may change it at any time.
     fn read(table: &RamSlice<'_>, index: u16) -> Option<Self> {
-        let [addr, rest]: [u64; 2] = table.read_obj(usize::from(index) * DESC as usize).ok()?;
-        let rest = u64::from_le(rest);
+        let raw = table.get_ref::<u128>(usize::from(index) * DESC as usize).ok()?.load();
+        let raw = u128::from_le(raw);
         Some(Descriptor {
-            addr: u64::from_le(addr),
-            len: rest as u32,
-            flags: (rest >> 32) as u16,
-            next: (rest >> 48) as u16,
+            addr: raw as u64,
+            len: (raw >> 64) as u32,
+            flags: (raw >> 96) as u16,
+            next: (raw >> 112) as u16,
         })
     }
 }
@@ -168,9 +171,22 @@ struct Walk<'a> {
     /// How many more descriptors the chain may have.
     left: u32,
     max: u32,
+    /// A region of RAM: that of the last buffer, and most likely of the next.
+    known: Range<u64>,
 }
 
 impl Walk<'_> {
+    // Inlined, with `take`: a fifth of the instructions of a whole request's pop.
+    #[inline(always)]
+    fn check_ram(&mut self, addr: u64, len: u32) -> Result<(), OutOfRam> {
+        let out_of_ram = OutOfRam { addr, len: len.into() };
+        let end = addr.checked_add(len.into()).ok_or(out_of_ram)?;
+        if !self.known.contains(&addr) {
+            self.known = self.ram.regions().map(|r| r.start..r.end()).find(|r| r.contains(&addr)).ok_or(out_of_ram)?;
+        }
+        if end <= self.known.end { Ok(()) } else { Err(out_of_ram) }
+    }
+
     /// Follows descriptors of the queue's own table; returns the indirect one that ends it, if any.
     fn direct(&mut self, table: Table, head: u16) -> Result<Option<Descriptor>, Error> {
         let view = self.ram.slice(table.addr, u64::from(table.len) * u64::from(DESC)).map_err(Error::Buffer)?;
@@ -214,6 +230,7 @@ impl Walk<'_> {
         }
     }
 
+    #[inline(always)]
     fn take(&mut self, desc: Descriptor) -> Result<(), Error> {
         self.left = self.left.checked_sub(1).ok_or(Error::TooLong { max: self.max })?;
         let writable = desc.flags & WRITE != 0;
@@ -224,7 +241,7 @@ impl Walk<'_> {
         if desc.len == 0 {
             return Ok(());
         }
-        self.ram.slice(desc.addr, desc.len.into()).map_err(Error::Buffer)?;
+        self.check_ram(desc.addr, desc.len).map_err(Error::Buffer)?;
         // At most 32768 descriptors of less than 2^32 bytes: no overflow.
         self.bytes += u64::from(desc.len);
         if self.bytes > 1 << 32 {
