@@ -24,7 +24,7 @@ use sha2::{Digest, Sha256};
 
 use super::image::{Image, ImageInfo, Piece};
 use super::kaslr::{self, Relocations};
-use super::source::Data;
+use super::source::{Data, ours, safe_parent};
 use crate::layout::{MMIO_HOLE, PAGE_SIZE};
 
 /// Magic number of a kernel file; its last byte is the version of the format.
@@ -475,30 +475,6 @@ fn hash(file: &File) -> io::Result<String> {
 /// Identifies this boot of the host; empty if it doesn't tell.
 fn host_boot() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_string()).unwrap_or_default()
-}
-
-fn is_our_own(metadata: &fs::Metadata) -> bool {
-    metadata.uid() == rustix::process::geteuid().as_raw()
-}
-
-/// Fails unless only we (and root) can change this.
-fn ours(metadata: &fs::Metadata) -> io::Result<()> {
-    if !is_our_own(metadata) || metadata.mode() & 0o022 != 0 {
-        let text = "it belongs to another user, or others may write to it";
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
-    }
-    Ok(())
-}
-
-/// Fails unless what we make in `dir` stays what it is: the directory is ours, or others can't rename our things in it.
-/// So root does not leave its files in a user's home.
-fn safe_parent(dir: &Path) -> io::Result<()> {
-    let metadata = fs::metadata(dir)?;
-    if is_our_own(&metadata) || metadata.mode() & libc::S_ISVTX != 0 {
-        return Ok(());
-    }
-    let text = format!("{} belongs to another user", dir.display());
-    Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
 }
 
 /// Notes that a kernel was used, for eviction.
