@@ -24,7 +24,7 @@ use sha2::{Digest, Sha256};
 
 use super::image::{Image, ImageInfo, Piece};
 use super::kaslr::{self, Relocations};
-use super::source::Data;
+use super::source::{Data, ours, safe_parent};
 use crate::layout::{MMIO_HOLE, PAGE_SIZE};
 
 /// Magic number of a kernel file; its last byte is the version of the format.
@@ -477,30 +477,6 @@ fn host_boot() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_string()).unwrap_or_default()
 }
 
-fn is_our_own(metadata: &fs::Metadata) -> bool {
-    metadata.uid() == rustix::process::geteuid().as_raw()
-}
-
-/// Fails unless only we (and root) can change this.
-fn ours(metadata: &fs::Metadata) -> io::Result<()> {
-    if !is_our_own(metadata) || metadata.mode() & 0o022 != 0 {
-        let text = "it belongs to another user, or others may write to it";
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
-    }
-    Ok(())
-}
-
-/// Fails unless what we make in `dir` stays what it is: the directory is ours, or others can't rename our things in it.
-/// So root does not leave its files in a user's home.
-fn safe_parent(dir: &Path) -> io::Result<()> {
-    let metadata = fs::metadata(dir)?;
-    if is_our_own(&metadata) || metadata.mode() & libc::S_ISVTX != 0 {
-        return Ok(());
-    }
-    let text = format!("{} belongs to another user", dir.display());
-    Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
-}
-
 /// Notes that a kernel was used, for eviction.
 fn touch(file: &File) {
     let now = SystemTime::now();
@@ -512,4 +488,224 @@ fn touch(file: &File) {
 
 fn damaged(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, text)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::super::BootMode;
+    use super::super::testing::{self, Files};
+    use super::super::unpack::Compression;
+    use super::*;
+    use crate::memory::GuestRam;
+
+    const LEN: usize = 96 << 10;
+
+    /// A cache in a directory of its own, and a kernel beside it.
+    fn set_up() -> (Files, Cache, PathBuf) {
+        let files = Files::new();
+        let cache = cache_in(&files);
+        let kernel = files.write("kernel", &testing::bzimage(Compression::Lz4, &testing::linux(LEN)));
+        (files, cache, kernel)
+    }
+
+    fn cache_in(files: &Files) -> Cache {
+        Cache { settle: Duration::ZERO, ..Cache::at(files.path("vireo")).unwrap() }
+    }
+
+    fn unpack(kernel: &Path) -> Image {
+        let file = File::open(kernel).unwrap();
+        let len = file.metadata().unwrap().len();
+        super::super::kernel::examine(Data::File(file, len), BootMode::Auto).unwrap()
+    }
+
+    /// Boots through the cache; whether it had the kernel.
+    fn boot(cache: &Cache, kernel: &Path) -> bool {
+        let source = File::open(kernel).unwrap();
+        let (image, found) = match cache.find(&source) {
+            Ok(image) => (image, true),
+            Err(miss) => {
+                let image = unpack(kernel);
+                (cache.store(&source, &miss, &image).unwrap_or(image), false)
+            }
+        };
+        assert_eq!(in_memory(&image), in_memory(&unpack(kernel)));
+        found
+    }
+
+    fn in_memory(image: &Image) -> Vec<u8> {
+        let ram = GuestRam::anonymous(32 << 20);
+        image.load(&ram, image.info.start).unwrap();
+        let whole = ram.slice(image.info.start, image.span()).unwrap();
+        image.relocations.as_ref().unwrap().apply(&whole, 0x20_0000).unwrap();
+        let mut bytes = vec![0; image.span() as usize];
+        whole.copy_to(&mut bytes);
+        bytes
+    }
+
+    fn entries(cache: &Cache, prefix: &str) -> Vec<PathBuf> {
+        let entries = fs::read_dir(&cache.dir).unwrap().map(|entry| entry.unwrap().path());
+        let mut paths: Vec<_> =
+            entries.filter(|path| path.file_name().unwrap().to_string_lossy().starts_with(prefix)).collect();
+        paths.sort();
+        paths
+    }
+
+    #[test]
+    fn the_second_boot_finds_what_the_first_kept() {
+        let (_files, cache, kernel) = set_up();
+        assert!(!boot(&cache, &kernel));
+        assert!(boot(&cache, &kernel));
+        // A copy is the same content.
+        let copy = kernel.with_extension("copy");
+        fs::copy(&kernel, &copy).unwrap();
+        assert!(boot(&cache, &copy));
+        assert_eq!((entries(&cache, "k-").len(), entries(&cache, "s-").len()), (1, 2));
+        let mode = fs::metadata(&cache.dir).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+    }
+
+    #[test]
+    fn a_warm_boot_does_not_read_the_source() {
+        let (_files, cache, kernel) = set_up();
+        boot(&cache, &kernel);
+        // A handle that cannot be read, of the same file.
+        let unreadable = OpenOptions::new().write(true).open(&kernel).unwrap();
+        assert!(cache.find(&unreadable).is_ok());
+    }
+
+    #[test]
+    fn a_changed_file_is_not_taken_for_the_old_one() {
+        let (_files, cache, kernel) = set_up();
+        boot(&cache, &kernel);
+        fs::write(&kernel, testing::bzimage(Compression::Lz4, &testing::linux(LEN + 0x1000))).unwrap();
+        assert!(!boot(&cache, &kernel));
+        assert_eq!(entries(&cache, "k-").len(), 2);
+    }
+
+    #[test]
+    fn a_file_that_changed_just_now_is_not_recorded() {
+        let (_files, cache, kernel) = set_up();
+        let cache = Cache { settle: SETTLE, ..cache };
+        assert!(!boot(&cache, &kernel));
+        assert!(!boot(&cache, &kernel));
+        assert!(entries(&cache, "").is_empty());
+    }
+
+    #[test]
+    fn damage_is_found_and_mended() {
+        type Damage = fn(&Path);
+        let damages: [Damage; 6] = [
+            |path| fs::write(path, b"").unwrap(),
+            |path| fs::write(path, [0; 40 << 10]).unwrap(),
+            |path| OpenOptions::new().write(true).open(path).unwrap().set_len(HEADER + 5).unwrap(),
+            |path| OpenOptions::new().write(true).open(path).unwrap().write_all_at(b"x", 3).unwrap(),
+            |path| OpenOptions::new().write(true).open(path).unwrap().write_all_at(b"}", 40).unwrap(),
+            |path| {
+                fs::remove_file(path).unwrap();
+                std::os::unix::fs::symlink("/dev/zero", path).unwrap();
+            },
+        ];
+        for damage in damages {
+            let (_files, cache, kernel) = set_up();
+            boot(&cache, &kernel);
+            damage(&entries(&cache, "k-")[0]);
+            assert!(!boot(&cache, &kernel));
+            assert!(boot(&cache, &kernel));
+            fs::write(&entries(&cache, "s-")[0], b"{").unwrap();
+            assert!(boot(&cache, &kernel), "found by its content");
+        }
+    }
+
+    #[test]
+    fn content_is_verified_once_per_boot_of_the_host() {
+        let (_files, cache, kernel) = set_up();
+        boot(&cache, &kernel);
+        let (image, source) = (entries(&cache, "k-").remove(0), entries(&cache, "s-").remove(0));
+        let mut record: Source = serde_json::from_slice(&fs::read(&source).unwrap()).unwrap();
+        record.verified = "an earlier boot".into();
+        fs::write(&source, serde_json::to_vec(&record).unwrap()).unwrap();
+        assert!(boot(&cache, &kernel));
+        let mended: Source = serde_json::from_slice(&fs::read(&source).unwrap()).unwrap();
+        assert_eq!(mended.verified, host_boot());
+        // The same with a page that never reached the disk.
+        fs::write(&source, serde_json::to_vec(&record).unwrap()).unwrap();
+        let file = OpenOptions::new().write(true).open(&image).unwrap();
+        file.write_all_at(&[0; 4096], HEADER + 4096).unwrap();
+        assert!(!boot(&cache, &kernel));
+        assert!(boot(&cache, &kernel));
+    }
+
+    #[test]
+    fn eviction_unlinks_the_oldest_and_a_mapped_kernel_lives_on() {
+        let (files, mut cache, first) = set_up();
+        boot(&cache, &first);
+        let path = entries(&cache, "k-").remove(0);
+        let (file, len) = (File::open(&path).unwrap(), fs::metadata(&path).unwrap().len());
+        file.set_modified(UNIX_EPOCH + Duration::from_secs(1000)).unwrap();
+        let mapped = cache.find(&File::open(&first).unwrap()).unwrap();
+        let age = fs::metadata(&path).unwrap().modified().unwrap().elapsed().unwrap();
+        assert!(age < Duration::from_secs(600), "being used counts");
+        file.set_modified(UNIX_EPOCH + Duration::from_secs(1000)).unwrap();
+        cache.limit = len * 5 / 2;
+        for n in 1..4 {
+            let bytes =
+                testing::bzimage(Compression::Lz4, &[testing::plain_linux(LEN), testing::tables(n % 2 == 0)].concat());
+            boot(&cache, &files.write(&format!("kernel{n}"), &[bytes, vec![0; n]].concat()));
+        }
+        assert!(!path.exists());
+        assert_eq!(entries(&cache, "k-").len(), 2);
+        assert_eq!(in_memory(&mapped), in_memory(&unpack(&first)));
+        cache.limit = 1000;
+        assert!(!boot(&cache, &files.write("large", &testing::bzimage(Compression::Lz4, &testing::linux(2 * LEN)))));
+        assert_eq!(entries(&cache, "k-").len(), 2, "what is larger than the limit is not kept");
+    }
+
+    #[test]
+    fn a_directory_that_others_can_change_is_not_used() {
+        let files = Files::new();
+        let dir = files.path("open");
+        fs::create_dir(&dir).unwrap();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(Cache::at(dir.clone()).is_err());
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).unwrap();
+        assert!(Cache::at(dir.clone()).is_ok());
+        std::os::unix::fs::symlink(&dir, files.path("link")).unwrap();
+        assert!(Cache::at(files.path("link")).is_err());
+        assert!(Cache::at(files.write("file", b"")).is_err());
+        assert!(Cache::at("/proc/vireo".into()).is_err());
+    }
+
+    #[test]
+    fn a_cache_that_cannot_be_written_costs_only_time() {
+        let (_files, cache, kernel) = set_up();
+        fs::remove_dir(&cache.dir).unwrap();
+        assert!(!boot(&cache, &kernel));
+        assert!(!boot(&cache, &kernel));
+    }
+
+    #[test]
+    fn many_at_once() {
+        let (_files, cache, kernel) = set_up();
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for _ in 0..4 {
+                        boot(&cache, &kernel);
+                    }
+                });
+            }
+        });
+        assert!(boot(&cache, &kernel));
+        assert_eq!((entries(&cache, "k-").len(), entries(&cache, "t-").len()), (1, 0));
+    }
+
+    #[test]
+    fn neighbouring_pieces_share_pages() {
+        let piece = |paddr, len| Piece { paddr, offset: 7, len };
+        let joined = chunks(&[piece(0x100_0000, 10), piece(0x100_0800, 0x1000), piece(0x200_0001, 1)]);
+        let chunk = |paddr, offset, len| Piece { paddr, offset, len };
+        assert_eq!(joined, [chunk(0x100_0000, HEADER, 0x2000), chunk(0x200_0000, HEADER + 0x2000, 0x1000)]);
+    }
 }

@@ -132,9 +132,6 @@ pub enum Problem {
         /// The largest that works.
         limit: u64,
     },
-    /// Loading into RAM failed.
-    #[error(transparent)]
-    Ram(#[from] crate::memory::Error),
     /// An access outside of RAM.
     #[error(transparent)]
     OutOfRam(#[from] OutOfRam),

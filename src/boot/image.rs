@@ -68,11 +68,15 @@ impl Image {
     pub fn load(&self, ram: &GuestRam, start: u64) -> Result<(), Problem> {
         for piece in &self.info.pieces {
             let addr = start + (piece.paddr - self.info.start);
-            match &self.data {
+            let mapped = match &self.data {
                 Data::File(file, _) if self.mappable && ram.can_map_files() && addr.is_multiple_of(PAGE_SIZE) => {
-                    ram.map_file(addr, piece.len, file, piece.offset)?;
+                    ram.map_file(addr, piece.len, file, piece.offset).is_ok()
                 }
-                data => data.copy_to(piece.offset, &ram.slice(addr, piece.len)?)?,
+                _ => false,
+            };
+            // A file system that can't map files can still be read from.
+            if !mapped {
+                self.data.copy_to(piece.offset, &ram.slice(addr, piece.len)?)?;
             }
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! Files that a user names, and the bytes behind an image: in a file or unpacked in memory.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -128,4 +128,28 @@ impl Read for Reader<'_> {
         self.offset += got as u64;
         Ok(got)
     }
+}
+
+fn is_our_own(metadata: &Metadata) -> bool {
+    metadata.uid() == rustix::process::geteuid().as_raw()
+}
+
+/// Fails unless only we (and root) can change this.
+pub fn ours(metadata: &Metadata) -> io::Result<()> {
+    if !is_our_own(metadata) || metadata.mode() & 0o022 != 0 {
+        let text = "it belongs to another user, or others may write to it";
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
+    Ok(())
+}
+
+/// Fails unless what we make in `dir` stays what it is: the directory is ours, or others can't rename our things in it.
+/// So root does not leave its files in a user's home.
+pub fn safe_parent(dir: &Path) -> io::Result<()> {
+    let metadata = dir.metadata()?;
+    if is_our_own(&metadata) || metadata.mode() & libc::S_ISVTX != 0 {
+        return Ok(());
+    }
+    let text = format!("{} belongs to another user", dir.display());
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
 }
