@@ -29,7 +29,7 @@ cp "$(command -v busybox)" "$dir/bin/busybox"
 for applet in sh date grep tail awk cat; do ln -s busybox "$dir/bin/$applet"; done
 qemu=$(command -v qemu-system-x86_64)
 mkdir -p "$dir${qemu%/*}" && cp -L "$qemu" "$dir$qemu" # QEMU looks for its firmware from where it stands
-cp -rL /usr/share/seabios "$dir/usr/share"
+cp -rL /usr/share/qemu /usr/share/seabios "$dir/usr/share"
 ldd "$qemu" | grep -o '/[^ ]*' | while read -r library; do
     mkdir -p "$dir${library%/*}" && cp -L "$library" "$dir$library"
 done
