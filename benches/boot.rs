@@ -26,7 +26,8 @@ trap 'cd /; umount "$dir"/dev "$dir"/proc "$dir"/sys/kernel/tracing; rm -rf "$di
 # QEMU's libraries and this shell too, is first copied to memory, and runs in there.
 mkdir -p "$dir"/bin "$dir"/dev "$dir"/proc "$dir"/sys/kernel/tracing "$dir"/tmp "$dir"/usr/share
 cp "$(command -v busybox)" "$dir/bin/busybox"
-for applet in sh date grep tail awk cat; do ln -s busybox "$dir/bin/$applet"; done
+for applet in sh grep tail awk cat; do ln -s busybox "$dir/bin/$applet"; done
+cp -L "$(command -v date)" "$dir/bin" # that of busybox knows no nanoseconds
 qemu=$(command -v qemu-system-x86_64)
 mkdir -p "$dir${qemu%/*}" && cp -L "$qemu" "$dir$qemu" # QEMU looks for its firmware from where it stands
 cp -rL /usr/share/qemu /usr/share/seabios "$dir/usr/share"
