@@ -27,7 +27,7 @@ trap 'cd /; umount "$dir"/dev "$dir"/proc "$dir"/sys/kernel/tracing; rm -rf "$di
 mkdir -p "$dir"/bin "$dir"/dev "$dir"/proc "$dir"/sys/kernel/tracing "$dir"/tmp "$dir"/usr/share
 cp "$(command -v busybox)" "$dir/bin/busybox"
 for applet in sh grep tail awk cat; do ln -s busybox "$dir/bin/$applet"; done
-cp -L "$(command -v date)" "$dir/bin" # that of busybox knows no nanoseconds
+cp -L "$(command -v date)" "$dir/bin" # busybox knows no nanoseconds, and without the path its shell takes its own
 qemu=$(command -v qemu-system-x86_64)
 mkdir -p "$dir${qemu%/*}" && cp -L "$qemu" "$dir$qemu" # QEMU looks for its firmware from where it stands
 cp -rL /usr/share/qemu /usr/share/seabios "$dir/usr/share"
@@ -51,10 +51,10 @@ boot() {
             -kernel "$2" -initrd initrd-min.cpio -append "$cmdline" ;;
         vireo) set -- vireo run --kernel "$2" --initrd initrd-min.cpio --memory 256M --cmdline "$cmdline" ;;
     esac
-    start=$(date +%s%N)
+    start=$(/bin/date +%s%N)
     "$@" >console 2>&1 </dev/null
     status=$?
-    end=$(date +%s%N)
+    end=$(/bin/date +%s%N)
     if [ $status != 0 ] || ! grep -q 'init running' console; then
         echo "failed with status $status: $*"
         tail -n 20 console
