@@ -104,7 +104,8 @@ chroot "$dir" sh measure "$monitors" "$runs"
 const MEMORY_SCRIPT: &str = r#"
 export XDG_CACHE_HOME=$(mktemp -d /tmp/boot.XXXXXX)
 cd "$XDG_CACHE_HOME" || exit
-mkfifo input && sleep 1000 >input &
+mkfifo input
+sleep 1000 >input & # a guest's console that says nothing
 "$1" run --kernel "$2/bzImage-cloud" --initrd "$2/initrd-busybox.cpio" --memory 128M \
     --cmdline 'console=ttyS0 quiet' <input >console 2>&1 &
 vireo=$!
