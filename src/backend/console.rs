@@ -129,9 +129,14 @@ fn open_pty() -> io::Result<(File, PathBuf)> {
 
 /// Whether nobody has the terminal side of `master` open.
 fn hung_up(master: RawFd) -> bool {
-    let mut poll = libc::pollfd { fd: master, events: 0, revents: 0 };
+    poll_now(master, 0) & libc::POLLHUP != 0
+}
+
+/// What of `events`, and of hang-up and error, is so right now.
+fn poll_now(fd: RawFd, events: i16) -> i16 {
+    let mut poll = libc::pollfd { fd, events, revents: 0 };
     // SAFETY: one valid pollfd.
-    unsafe { libc::poll(&mut poll, 1, 0) > 0 && poll.revents & libc::POLLHUP != 0 }
+    if unsafe { libc::poll(&mut poll, 1, 0) } > 0 { poll.revents } else { 0 }
 }
 
 struct PtyWriter(File);
@@ -218,10 +223,12 @@ impl Input {
         matches!(self, Input::Stdin(file) if terminal::is_terminal(file.as_raw_fd()))
     }
 
-    /// Reads what is there. Call it when [`Input::fd`] is readable.
+    /// Reads what is there, without waiting for more.
     pub fn read(&mut self, buffer: &mut [u8]) -> Got {
         let result = match self {
             Input::None => return Got::End,
+            // Standard input is not ours alone to make non-blocking, and others may read what woke us.
+            Input::Stdin(file) if poll_now(file.as_raw_fd(), libc::POLLIN) == 0 => return Got::Nothing,
             Input::Stdin(file) => file.read(buffer),
             Input::Pty(file) if hung_up(file.as_raw_fd()) => return Got::Absent,
             Input::Pty(file) => file.read(buffer),
@@ -288,6 +295,17 @@ mod tests {
         std::fs::write(&path, "precious").unwrap();
         assert!(socket(&path).err().unwrap().to_string().contains("no socket"));
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_silent_standard_input_holds_nobody_up() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        let mut input = Input::Stdin(File::from(OwnedFd::from(reader)));
+        assert_eq!(input.read(&mut [0; 8]), Got::Nothing);
+        writer.write_all(b"ls").unwrap();
+        assert_eq!(input.read(&mut [0; 8]), Got::Bytes(2));
+        drop(writer);
+        assert_eq!(input.read(&mut [0; 8]), Got::End);
     }
 
     #[test]
