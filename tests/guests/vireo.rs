@@ -85,7 +85,25 @@ impl Ended {
 
 /// Bytes that a thread collects.
 #[derive(Clone, Default)]
-pub struct Collected(Arc<(Mutex<(Vec<u8>, bool)>, Condvar)>);
+pub struct Collected(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    bytes: Vec<u8>,
+    ended: bool,
+}
+
+impl State {
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.bytes).into_owned()
+    }
+}
 
 impl Collected {
     /// Collects all that comes from `source`.
@@ -95,11 +113,12 @@ impl Collected {
         thread::spawn(move || {
             let mut buffer = [0; 1 << 16];
             loop {
+                // A terminal whose other side is gone fails rather than end.
                 let n = source.read(&mut buffer).unwrap_or(0);
-                let mut state = into.0.0.lock().unwrap();
-                state.0.extend_from_slice(&buffer[..n]);
-                state.1 = n == 0;
-                into.0.1.notify_all();
+                let mut state = into.0.state.lock().unwrap();
+                state.bytes.extend_from_slice(&buffer[..n]);
+                state.ended = n == 0;
+                into.0.changed.notify_all();
                 if n == 0 {
                     return;
                 }
@@ -108,18 +127,15 @@ impl Collected {
         collected
     }
 
-    /// Waits until the bytes are as `wanted` has them, or for the end, and returns them.
+    /// Waits until the bytes are as `wanted` has them, and returns them. Fails the test when they end before.
     #[track_caller]
     pub fn wait(&self, what: &str, wanted: impl Fn(&[u8]) -> bool) -> Vec<u8> {
-        let limit = Instant::now() + DEADLINE;
-        let mut state = self.0.0.lock().unwrap();
-        while !state.1 && !wanted(&state.0) {
-            let left = limit.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "no {what} in: {}", String::from_utf8_lossy(&state.0));
-            state = self.0.1.wait_timeout(state, left).unwrap().0;
-        }
-        assert!(wanted(&state.0), "ended without {what}: {}", String::from_utf8_lossy(&state.0));
-        state.0.clone()
+        let state = self.0.state.lock().unwrap();
+        let missing = |state: &mut State| !state.ended && !wanted(&state.bytes);
+        let (state, late) = self.0.changed.wait_timeout_while(state, DEADLINE, missing).unwrap();
+        assert!(!late.timed_out(), "no {what} in: {}", state.text());
+        assert!(wanted(&state.bytes), "ended without {what}: {}", state.text());
+        state.bytes.clone()
     }
 
     /// Waits for `text`.
@@ -128,14 +144,13 @@ impl Collected {
         self.wait(text, |bytes| bytes.windows(text.len()).any(|window| window == text.as_bytes()));
     }
 
-    /// Waits for the end.
+    /// Waits for the end and returns everything.
     #[track_caller]
     pub fn all(&self) -> Vec<u8> {
-        let state = self.0.0.lock().unwrap();
-        let done = |state: &mut (Vec<u8>, bool)| !state.1;
-        let (state, late) = self.0.1.wait_timeout_while(state, DEADLINE, done).unwrap();
-        assert!(!late.timed_out(), "no end of: {}", String::from_utf8_lossy(&state.0));
-        state.0.clone()
+        let state = self.0.state.lock().unwrap();
+        let (state, late) = self.0.changed.wait_timeout_while(state, DEADLINE, |state| !state.ended).unwrap();
+        assert!(!late.timed_out(), "no end of: {}", state.text());
+        state.bytes.clone()
     }
 }
 
