@@ -23,34 +23,31 @@ pub fn is_terminal(fd: RawFd) -> bool {
     unsafe { libc::isatty(fd) == 1 }
 }
 
-/// A terminal in raw mode; dropping it restores the terminal. One at a time in a process.
+/// Whether `fd` is the terminal that controls this process, and another job has it right now: reading from it or
+/// changing it would stop us.
+pub fn in_background(fd: RawFd) -> bool {
+    // SAFETY: both calls only look at the descriptor and the process, and may be made in a signal handler.
+    let (owner, us) = unsafe { (libc::tcgetpgrp(fd), libc::getpgrp()) };
+    owner >= 0 && owner != us
+}
+
+/// A terminal in raw mode while we are in its foreground; dropping it restores the terminal. One at a time in a process.
 pub struct RawMode(());
 
 impl RawMode {
-    /// Puts the terminal `fd` into raw mode. `None` when `fd` is no terminal, or belongs to another job right now
-    /// (touching it from the background would stop us).
+    /// Takes over the terminal `fd`. `None` when `fd` is no terminal.
     pub fn enter(fd: RawFd) -> io::Result<Option<Self>> {
-        // SAFETY: both calls only look at the descriptor and the process.
-        let ours = unsafe { libc::tcgetpgrp(fd) == libc::getpgrp() };
-        if !is_terminal(fd) || !ours || TERMINAL.load(Ordering::Acquire) >= 0 {
+        if !is_terminal(fd) || TERMINAL.load(Ordering::Acquire) >= 0 {
             return Ok(None);
-        }
-        // SAFETY: `settings` is written by tcgetattr before use. SAVED is written once, before TERMINAL announces it,
-        // and TERMINAL was checked above, on the one thread that calls this.
-        unsafe {
-            let mut settings = mem::zeroed::<libc::termios>();
-            if libc::tcgetattr(fd, &mut settings) != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            (*ptr::addr_of_mut!(SAVED)).write(settings);
         }
         TERMINAL.store(fd, Ordering::Release);
         for signal in FATAL {
             // SAFETY: the handler only calls functions that are safe in signal handlers.
             unsafe { libc::signal(signal, restore_and_die as *const () as libc::sighandler_t) };
         }
+        let raw_mode = RawMode(());
         set_raw()?;
-        Ok(Some(RawMode(())))
+        Ok(Some(raw_mode))
     }
 
     /// Back to the user's settings for a while (before the process stops itself).
@@ -58,9 +55,19 @@ impl RawMode {
         restore();
     }
 
-    /// Raw again after [`RawMode::suspend`].
-    pub fn resume(&self) {
-        let _ = set_raw();
+    /// After the process was stopped: what the terminal was set to is no longer so.
+    pub fn continued(&self) {
+        if in_background(TERMINAL.load(Ordering::Acquire)) {
+            IS_RAW.store(false, Ordering::Release);
+        }
+        self.refresh();
+    }
+
+    /// Raw if it is not and we may. There is no event for coming to the foreground, so call this now and then.
+    pub fn refresh(&self) {
+        if !IS_RAW.load(Ordering::Acquire) {
+            let _ = set_raw();
+        }
     }
 }
 
@@ -80,28 +87,39 @@ pub fn restore_on_panic() {
     }));
 }
 
+/// Saves the user's settings and makes the terminal raw, unless it is another job's.
 fn set_raw() -> io::Result<()> {
     let fd = TERMINAL.load(Ordering::Acquire);
-    // SAFETY: SAVED was written before TERMINAL was set; the copy is ours.
+    if in_background(fd) {
+        return Ok(());
+    }
+    // SAFETY: `settings` is written by tcgetattr before use. SAVED is written by the one thread that has the RawMode, and
+    // only while IS_RAW is false: nobody reads it then.
     let changed = unsafe {
-        let mut settings = ptr::addr_of!(SAVED).read().assume_init();
+        let mut settings = mem::zeroed::<libc::termios>();
+        if libc::tcgetattr(fd, &mut settings) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        (*ptr::addr_of_mut!(SAVED)).write(settings);
         libc::cfmakeraw(&mut settings);
         // Output keeps its post-processing: messages of vireo itself end in plain newlines.
         settings.c_oflag |= libc::OPOST | libc::ONLCR;
+        // Announced before it is so, for a signal in between: restoring what was not changed is harmless.
+        IS_RAW.store(true, Ordering::Release);
         libc::tcsetattr(fd, libc::TCSANOW, &settings) == 0
     };
     if !changed {
+        IS_RAW.store(false, Ordering::Release);
         return Err(io::Error::last_os_error());
     }
-    IS_RAW.store(true, Ordering::Release);
     Ok(())
 }
 
 /// Undoes raw mode, if it is on. Only calls what is allowed in a signal handler.
 fn restore() {
     let fd = TERMINAL.load(Ordering::Acquire);
-    if fd >= 0 && IS_RAW.swap(false, Ordering::AcqRel) {
-        // SAFETY: SAVED was written before TERMINAL was set, and tcsetattr is async-signal-safe.
+    if fd >= 0 && IS_RAW.swap(false, Ordering::AcqRel) && !in_background(fd) {
+        // SAFETY: SAVED was written before IS_RAW was set, and tcsetattr is async-signal-safe.
         unsafe { libc::tcsetattr(fd, libc::TCSANOW, ptr::addr_of!(SAVED).cast()) };
     }
 }

@@ -128,7 +128,8 @@ impl End {
                  invalid"
             ),
             Exit::Halt => "the vCPU halted, which this KVM leaves to vireo".into(),
-            other => format!("KVM left the guest for a reason that vireo does not handle ({other:?})"),
+            Exit::Other(reason) => format!("KVM left the guest for reason {reason}, which vireo does not handle"),
+            _ => "an access to a device was taken for a crash".into(),
         };
         End::Crash { what, dump: String::new() }
     }
@@ -505,4 +506,45 @@ fn pin_to(cpu: usize) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sentence(exit: Exit<'_>) -> String {
+        match End::from_exit(exit) {
+            End::Crash { what, .. } => what,
+            end => panic!("{end:?}"),
+        }
+    }
+
+    #[test]
+    fn exits_that_end_the_guest_are_explained() {
+        let refused = sentence(Exit::FailEntry { reason: 0x8000_0021 });
+        assert!(refused.contains("refused to enter the guest (hardware reason 0x80000021)"), "{refused}");
+        assert!(sentence(Exit::Halt).contains("halted"));
+        assert!(sentence(Exit::Other(38)).contains("reason 38"));
+        for (suberror, meaning) in [(1, "could not emulate"), (3, "delivering an event"), (9, "unknown")] {
+            let text = sentence(Exit::InternalError { suberror, data: vec![0x1F] });
+            assert!(text.contains(meaning) && text.contains("[1f]"), "{text}");
+        }
+        assert!(matches!(End::from_exit(Exit::Shutdown), End::TripleFault { .. }));
+    }
+
+    #[test]
+    fn accesses_nobody_answers_read_as_ones_element_by_element() {
+        let events = GuestEvents::new().unwrap();
+        let output = Output::discard().unwrap();
+        let ram = GuestRam::anonymous(1 << 20);
+        let board = Board { pio: Bus::new(), mmio: Bus::new(), ring: None, events, output, ram };
+        let mut exits = Exits::default();
+        let (mut ports, mut memory) = ([0; 12], [0; 8]);
+        board.dispatch(Exit::PioIn { port: 0xFFFF, size: 4, data: &mut ports }, &mut exits).unwrap();
+        board.dispatch(Exit::MmioRead { addr: u64::MAX, data: &mut memory }, &mut exits).unwrap();
+        board.dispatch(Exit::PioOut { port: 0xFFFF, size: 2, data: &[0; 6] }, &mut exits).unwrap();
+        board.dispatch(Exit::MmioWrite { addr: u64::MAX, data: &[0; 8] }, &mut exits).unwrap();
+        assert_eq!((ports, memory), ([0xFF; 12], [0xFF; 8]));
+        assert_eq!((exits.total, exits.pio_in, exits.pio_out, exits.mmio_read, exits.mmio_write), (4, 1, 1, 1, 1));
+    }
 }

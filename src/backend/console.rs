@@ -5,7 +5,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -90,10 +90,20 @@ impl Write for Unbuffered {
     }
 }
 
-/// A file for output, created or truncated.
+/// A file for output, created or truncated. A FIFO must have its reader already: waiting for one could not be
+/// interrupted.
 pub fn file(path: &Path) -> Result<Console, Error> {
-    let file = OpenOptions::new().write(true).create(true).truncate(true).open(path);
-    let file = file.map_err(|e| Error::Open(path.into(), e))?;
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = OpenOptions::new().write(true).create(true).truncate(true).custom_flags(flags).open(path);
+    let file = file.map_err(|e| match e.raw_os_error() {
+        Some(libc::ENXIO) => {
+            Error::Open(path.into(), io::Error::other("nobody reads this FIFO; start its reader first"))
+        }
+        _ => Error::Open(path.into(), e),
+    })?;
+    // Only the opening must not wait.
+    // SAFETY: changes a flag of a descriptor that is ours.
+    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, 0) };
     let output = Destination { name: path.display().to_string(), writer: Box::new(file), eager: false };
     Ok(Console { output: Some(output), input: Input::None })
 }
@@ -227,11 +237,15 @@ impl Input {
     pub fn read(&mut self, buffer: &mut [u8]) -> Got {
         let result = match self {
             Input::None => return Got::End,
-            // Standard input is not ours alone to make non-blocking, and others may read what woke us.
-            Input::Stdin(file) if poll_now(file.as_raw_fd(), libc::POLLIN) == 0 => return Got::Nothing,
-            Input::Stdin(file) => file.read(buffer),
+            // Typed for another job; reading it would stop this one.
+            Input::Stdin(file) if terminal::in_background(file.as_raw_fd()) => return Got::Absent,
             Input::Pty(file) if hung_up(file.as_raw_fd()) => return Got::Absent,
-            Input::Pty(file) => file.read(buffer),
+            // Standard input is not ours alone to make non-blocking, and others may read what woke us; a
+            // pseudo-terminal that is open again need not have been typed on.
+            Input::Stdin(file) | Input::Pty(file) if poll_now(file.as_raw_fd(), libc::POLLIN) == 0 => {
+                return Got::Nothing;
+            }
+            Input::Stdin(file) | Input::Pty(file) => file.read(buffer),
             Input::Socket(socket) => return socket.read(buffer),
         };
         match result {
@@ -317,6 +331,7 @@ mod tests {
         }
         assert_eq!(console.input.read(&mut [0; 8]), Got::Absent);
         let mut user = OpenOptions::new().read(true).write(true).open(path).unwrap();
+        assert_eq!(console.input.read(&mut [0; 8]), Got::Nothing, "without waiting for somebody to type");
         writer.write_all(b"hi\n").unwrap();
         let mut got = [0; 3];
         user.read_exact(&mut got).unwrap();

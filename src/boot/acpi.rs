@@ -297,18 +297,4 @@ mod tests {
         assert!(matches!(write(&ram, &platform(1, 19)), Err(Error::Slot { slot: 18 })));
         assert!(matches!(write(&GuestRam::anonymous(0x1000), &platform(1, 0)), Err(Error::OutOfRam(_))));
     }
-
-    /// `VIREO_DUMP=/tmp/tables cargo test --lib dump_tables -- --ignored`, then `iasl -d` on the files.
-    #[test]
-    #[ignore = "writes files for a disassembler"]
-    fn dump_tables() {
-        let dir = std::path::PathBuf::from(std::env::var("VIREO_DUMP").unwrap());
-        std::fs::create_dir_all(&dir).unwrap();
-        let ram = GuestRam::anonymous(0x10_0000);
-        let rsdp = write(&ram, &platform(4, layout::VIRTIO_SLOTS)).unwrap();
-        let (fadt, madt, dsdt) = walk(&ram, rsdp);
-        for (name, table) in [("facp.aml", fadt), ("apic.aml", madt), ("dsdt.aml", dsdt)] {
-            std::fs::write(dir.join(name), table).unwrap();
-        }
-    }
 }

@@ -3,17 +3,17 @@
 use std::io::{self, Write};
 use std::path::Path;
 
+use super::Failure;
 use crate::doctor::device::Limits;
 use crate::doctor::{self, Report};
-
-/// Exit code when this host cannot run Linux guests: the one for "the host failed".
-const EXIT_HOST: u8 = 125;
+use crate::kvm::DEV_KVM;
+use crate::outcome::EXIT_VIREO_FAILED;
 
 /// Check whether this host can run guests, how fast, and what mends it if not
 ///
 /// Exits with 0 if Linux guests will run here and with 125 if not.
 #[derive(clap::Args, Clone, Debug)]
-#[command(after_help = "Example: vireo doctor --json | jq .linux_guests")]
+#[command(after_help = "Example:\n  vireo doctor --json | jq .linux_guests")]
 pub struct DoctorArgs {
     /// Print the whole report as JSON
     #[arg(long)]
@@ -21,17 +21,17 @@ pub struct DoctorArgs {
 }
 
 /// Examines this host, prints the report and returns the exit code.
-pub fn run(args: &DoctorArgs) -> io::Result<u8> {
-    let report = doctor::examine(Path::new("/dev/kvm"));
-    let out = &mut io::stdout().lock();
+pub fn run(args: &DoctorArgs) -> Result<u8, Failure> {
+    let report = doctor::examine(Path::new(DEV_KVM));
+    let mut text = Vec::new();
     if args.json {
-        serde_json::to_writer_pretty(&mut *out, &report)?;
-        writeln!(out)?;
+        serde_json::to_writer_pretty(&mut text, &report)?;
+        text.push(b'\n');
     } else {
-        print(out, &report)?;
+        print(&mut text, &report)?;
     }
-    out.flush()?;
-    Ok(if report.linux_guests { 0 } else { EXIT_HOST })
+    super::print(&text)?;
+    Ok(if report.linux_guests { 0 } else { EXIT_VIREO_FAILED })
 }
 
 fn print(out: &mut dyn Write, report: &Report) -> io::Result<()> {

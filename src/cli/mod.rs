@@ -11,16 +11,19 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
-use crate::outcome::EXIT_VIREO_FAILED;
+use crate::doctor::device::{self, HostFacts};
+use crate::outcome::{EXIT_USAGE, EXIT_VIREO_FAILED};
+use crate::{config, machine};
 
 /// A failure of vireo itself: its chain of causes is printed once, by [`main`].
 pub type Failure = Box<dyn Error + Send + Sync>;
 
 /// A KVM virtual machine monitor that boots stock Linux kernels and tells exactly how they ended.
 #[derive(Parser)]
-#[command(name = "vireo", version = VERSION, propagate_version = true, after_help = EXIT_CODES)]
+#[command(name = "vireo", version = VERSION, propagate_version = true, after_help = AFTER_HELP)]
 struct Cli {
     #[command(flatten)]
     log: LogArgs,
@@ -39,7 +42,10 @@ const VERSION: &str = concat!(
     ")"
 );
 
-const EXIT_CODES: &str = "\
+const AFTER_HELP: &str = "\
+Example:
+  vireo run --kernel /boot/vmlinuz --initrd initrd.img
+
 Exit status: 0 the guest powered off, rebooted or halted; 2 wrong usage; 70 its kernel panicked; 71 it crashed; \
 124 time limit; 125 vireo or the host failed; 128+N stopped by signal N.";
 
@@ -47,10 +53,10 @@ Exit status: 0 the guest powered off, rebooted or halted; 2 wrong usage; 70 its 
 #[derive(Args)]
 struct LogArgs {
     /// How much vireo tells of itself [default: warn, or RUST_LOG]
-    #[arg(long, global = true, value_name = "LEVEL", value_parser = ["off", "error", "warn", "info", "debug", "trace"])]
+    #[arg(long, global = true, display_order = 900, value_name = "LEVEL", value_parser = ["off", "error", "warn", "info", "debug", "trace"])]
     log_level: Option<String>,
     /// Append vireo's own messages to a file rather than print them on stderr
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, display_order = 901, value_name = "FILE")]
     log_file: Option<PathBuf>,
 }
 
@@ -71,23 +77,48 @@ enum Command {
     Man,
 }
 
+/// The machine that the user describes cannot be, whatever the host.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+struct Usage(#[from] config::Error);
+
 /// Runs the command line. `start` is when the process started.
 pub fn main(start: Instant) -> ExitCode {
     crate::terminal::restore_on_panic();
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|error| with_commands(error).exit());
     let result =
         logging::init(cli.log.log_level.as_deref(), cli.log.log_file.as_deref()).and_then(|()| match cli.command {
             Command::Run(args) => run::run(*args, start),
-            Command::Doctor(args) => Ok(doctor::run(&args)?),
+            Command::Doctor(args) => doctor::run(&args),
             Command::Completions { shell } => completions(shell),
             Command::Man => manual(),
         });
     match result {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
-            say(&chain(&*failure));
-            ExitCode::from(EXIT_VIREO_FAILED)
+            say(&format!("{}{}", chain(&*failure), remedy(&*failure)));
+            ExitCode::from(if failure.is::<Usage>() { EXIT_USAGE } else { EXIT_VIREO_FAILED })
         }
+    }
+}
+
+/// Who mistypes a command so much that clap cannot guess it is told what there is.
+fn with_commands(mut error: clap::Error) -> clap::Error {
+    if error.kind() == ErrorKind::InvalidSubcommand && error.get(ContextKind::SuggestedSubcommand).is_none() {
+        let names: Vec<_> = Cli::command().get_subcommands().map(|sub| sub.get_name().to_string()).collect();
+        let tip = format!("the commands are {}", names.join(", ")).into();
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip]));
+    }
+    error
+}
+
+/// What mends a host whose KVM cannot be used.
+fn remedy(failure: &(dyn Error + 'static)) -> String {
+    match failure.downcast_ref() {
+        Some(machine::Error::Kvm(error)) => {
+            format!("; to mend it: {}", device::remedy(error, &HostFacts::read()))
+        }
+        _ => String::new(),
     }
 }
 
@@ -107,11 +138,25 @@ fn say(text: &str) {
     let _ = writeln!(io::stderr(), "vireo: {text}");
 }
 
+/// Prints what the user asked for on stdout.
+fn print(bytes: &[u8]) -> Result<u8, Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        // Who reads only the beginning, like `head`, has what it wanted.
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(0),
+        Err(e) => Err(StdoutError(e).into()),
+        Ok(()) => Ok(0),
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write to stdout")]
+struct StdoutError(#[source] io::Error);
+
 fn completions(shell: clap_complete::Shell) -> Result<u8, Failure> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "vireo", &mut script);
-    io::stdout().write_all(&script)?;
-    Ok(0)
+    print(&script)
 }
 
 fn manual() -> Result<u8, Failure> {
@@ -122,8 +167,7 @@ fn manual() -> Result<u8, Failure> {
     for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
         clap_mangen::Man::new(sub.clone()).render(&mut page)?;
     }
-    io::stdout().write_all(&page)?;
-    Ok(0)
+    print(&page)
 }
 
 #[cfg(test)]

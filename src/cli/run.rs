@@ -1,13 +1,15 @@
 //! `vireo run`: boot a kernel and wait for its end.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
+use serde::Serialize;
 
-use super::{Failure, chain, say};
+use super::{Failure, Usage, chain, print, say};
 use crate::boot::BootMode;
 use crate::config::{Acpi, CpuConfig, MachineConfig};
 use crate::devices::serial::SerialConfig;
@@ -26,8 +28,9 @@ const DEFAULT_CMDLINE: &str = "console=ttyS0";
 /// Flags of `vireo run`.
 #[derive(Args)]
 #[command(
-    after_help = "Example:\n  vireo run --kernel /boot/vmlinuz --initrd initrd.img --cmdline 'console=ttyS0 quiet' \
-                  --memory 512M --cpus 2"
+    override_usage = "vireo run --kernel FILE [OPTIONS]\n       vireo run --config FILE [OPTIONS]",
+    after_help = "Example:\n  vireo run --kernel /boot/vmlinuz --initrd initrd.img --memory 512M --cpus 2 \\\n      \
+                  --cmdline 'console=ttyS0 quiet' --timeout 60s"
 )]
 pub struct RunArgs {
     /// Kernel: bzImage, vmlinux (also gz, zst, xz, lz4, bz2) or PVH ELF, found by content
@@ -43,10 +46,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "MODE", value_parser = parse_boot)]
     boot: Option<BootMode>,
     /// RAM: SIZE[,hugepages=2M|thp|off][,shared=on|off][,prefault=on|off] [default: 256M]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
     memory: Option<MemoryConfig>,
     /// vCPUs: N[,affinity=0-3 or 0:2:4] [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     cpus: Option<CpuConfig>,
     /// CPU features to add or hide: +name,-name, names as in /proc/cpuinfo
     #[arg(long, value_name = "LIST", allow_hyphen_values = true)]
@@ -61,10 +64,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
     /// ACPI tables, or else an MP table and virtio_mmio.device= parameters [default: on]
-    #[arg(long, value_name = "on|off")]
+    #[arg(long, value_name = "on|off", hide_possible_values = true)]
     acpi: Option<Acpi>,
     /// SMBIOS system UUID [default: random]
-    #[arg(long, value_name = "UUID")]
+    #[arg(long, value_name = "UUID", value_parser = parse_uuid)]
     uuid: Option<uuid::Uuid>,
     /// Read the machine from a JSON file; flags override it
     #[arg(long, value_name = "FILE")]
@@ -73,10 +76,10 @@ pub struct RunArgs {
     #[arg(long)]
     print_config: bool,
     /// End the guest after this time, like 60s or 500ms
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, value_name = "TIME", allow_negative_numbers = true)]
     timeout: Option<Span>,
     /// After SIGTERM pressed the power button, how long the guest may take
-    #[arg(long, value_name = "TIME", default_value = "10s")]
+    #[arg(long, value_name = "TIME", default_value = "10s", allow_negative_numbers = true)]
     grace: Span,
     /// Write how the guest ended to a file, as JSON
     #[arg(long, value_name = "FILE")]
@@ -88,6 +91,10 @@ pub struct RunArgs {
 
 fn parse_boot(text: &str) -> Result<BootMode, String> {
     serde_json::from_value(text.into()).map_err(|_| "one of auto, bzimage, direct, pvh is wanted".into())
+}
+
+fn parse_uuid(text: &str) -> Result<uuid::Uuid, String> {
+    text.parse().map_err(|_| "a UUID is wanted, like 123e4567-e89b-12d3-a456-426614174000".into())
 }
 
 /// A file of the user's could not be used.
@@ -142,16 +149,11 @@ fn set<T: Clone>(target: &mut T, flag: &Option<T>) {
 /// Boots, waits, tells; returns the exit status.
 pub fn run(args: RunArgs, start: Instant) -> Result<u8, Failure> {
     let config = args.machine()?;
+    config.validate().map_err(Usage)?;
     if args.print_config {
-        config.validate()?;
-        writeln!(io::stdout(), "{}", serde_json::to_string_pretty(&config)?)?;
-        return Ok(0);
+        return print(format!("{}\n", serde_json::to_string_pretty(&config)?).as_bytes());
     }
-    if let Some(path) = &args.report {
-        // Now rather than when the guest has run for an hour.
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        fs::read_dir(folder).map_err(|e| FileError::Write(path.clone(), e))?;
-    }
+    let report_file = args.report.as_deref().map(ReportFile::new).transpose()?;
     let signals = Signals::new(&SIGNALS)?;
     let options =
         RunOptions { timeout: args.timeout.map(|t| t.0), grace: args.grace.0, signals: Some(signals), paused: false };
@@ -165,18 +167,16 @@ pub fn run(args: RunArgs, start: Instant) -> Result<u8, Failure> {
                 let _ = writeln!(io::stderr(), "{dump}");
             }
             say(&ended.outcome.sentence());
-            if let Some(path) = &args.report {
-                let report = Report::new(&ended.outcome, kernel, &ended.timing, ended.exits);
-                write_report(path, &serde_json::to_string_pretty(&report)?)?;
+            if let Some(file) = &report_file {
+                file.write(&Report::new(&ended.outcome, kernel, &ended.timing, ended.exits))?;
             }
             Ok(ended.outcome.exit_code())
         }
         Err(failure) => {
-            if let Some(path) = &args.report {
-                let report = serde_json::json!({
+            if let Some(file) = &report_file {
+                file.write(&serde_json::json!({
                     "outcome": "failed", "detail": chain(&*failure), "exit_code": EXIT_VIREO_FAILED,
-                });
-                write_report(path, &format!("{report:#}"))?;
+                }))?;
             }
             Err(failure)
         }
@@ -190,19 +190,54 @@ fn boot(config: MachineConfig, options: RunOptions, start: Instant) -> Result<(S
     Ok((kernel, machine.run(options, Mailbox::new()?)?))
 }
 
-/// Written beside and renamed, so that nobody reads half a report; straight into what is no regular file.
-fn write_report(path: &Path, text: &str) -> Result<(), FileError> {
-    let fail = |e| FileError::Write(path.into(), e);
-    let text = format!("{text}\n");
-    if fs::metadata(path).is_ok_and(|m| !m.is_file()) {
-        return fs::write(path, text).map_err(fail);
+/// Where the report goes.
+struct ReportFile {
+    path: PathBuf,
+    /// A FIFO or device, open from the start.
+    special: Option<File>,
+}
+
+impl ReportFile {
+    /// Fails if the report cannot be written: now rather than when the guest has run for an hour.
+    fn new(path: &Path) -> Result<Self, FileError> {
+        let fail = |e| FileError::Write(path.into(), e);
+        let mut report = ReportFile { path: path.into(), special: None };
+        match fs::metadata(path) {
+            Ok(m) if m.is_dir() => return Err(fail(io::ErrorKind::IsADirectory.into())),
+            Ok(m) if !m.is_file() => report.special = Some(open_special(path).map_err(fail)?),
+            _ => {
+                let beside = report.beside();
+                fs::write(&beside, "").and_then(|()| fs::remove_file(beside)).map_err(fail)?;
+            }
+        }
+        Ok(report)
     }
-    let mut name = path.as_os_str().to_os_string();
-    name.push(format!(".{}.tmp", std::process::id()));
-    let beside = PathBuf::from(name);
-    let written = fs::write(&beside, text).and_then(|()| fs::rename(&beside, path));
-    if written.is_err() {
-        let _ = fs::remove_file(&beside);
+
+    /// Written beside and renamed, so that nobody reads half a report; straight into what is no regular file.
+    fn write(&self, report: &impl Serialize) -> Result<(), Failure> {
+        let text = format!("{}\n", serde_json::to_string_pretty(report)?);
+        let written = match self.special.as_ref() {
+            Some(mut file) => file.write_all(text.as_bytes()),
+            None => {
+                let beside = self.beside();
+                let written = fs::write(&beside, text).and_then(|()| fs::rename(&beside, &self.path));
+                written.inspect_err(|_| _ = fs::remove_file(beside))
+            }
+        };
+        Ok(written.map_err(|e| FileError::Write(self.path.clone(), e))?)
     }
-    written.map_err(fail)
+
+    fn beside(&self) -> PathBuf {
+        let mut name = self.path.as_os_str().to_os_string();
+        name.push(format!(".{}.tmp", std::process::id()));
+        name.into()
+    }
+}
+
+/// Opens a FIFO or device without waiting for anybody, whom no signal would end.
+fn open_special(path: &Path) -> io::Result<File> {
+    File::options().write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map_err(|e| match e {
+        e if e.raw_os_error() == Some(libc::ENXIO) => io::Error::other("nobody reads this FIFO"),
+        e => e,
+    })
 }

@@ -1,19 +1,14 @@
-//! The host's side: the KVM device node, the capabilities behind it, and what to do when it cannot be used.
+//! The host's side: the KVM device node, the capabilities behind it, and what to do when they cannot be used.
 
-use std::ffi::CString;
-use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use kvm_bindings::*;
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::VmFd;
 use serde::Serialize;
 
 use super::Problem;
-
-/// The version that every KVM since Linux 2.6.22 has (`Documentation/virt/kvm/api.rst`, 4.1).
-const API_VERSION: i32 = 12;
+use crate::kvm::{Error, Kvm};
 
 /// What this host's processor and kernel are.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -58,43 +53,51 @@ impl HostFacts {
 
 /// Opens the KVM device at `path` and checks its version.
 pub fn open(path: &Path, host: &HostFacts) -> Result<Kvm, Problem> {
-    let name = CString::new(path.as_os_str().as_bytes())
-        .map_err(|_| Problem::new(format!("{path:?} is no file name"), "name the KVM device, /dev/kvm"))?;
-    let kvm = Kvm::new_with_path(name).map_err(|e| explain_open(path, &e.into(), host))?;
-    match kvm.get_api_version() {
-        API_VERSION => Ok(kvm),
-        version if version < 0 => Err(not_the_device(path)),
-        version => Err(Problem::new(
-            format!("{} speaks KVM API version {version}, not {API_VERSION}", path.display()),
-            "run a Linux kernel from after 2007, or one whose KVM is not a development version",
-        )),
-    }
+    Kvm::open(path).map_err(|error| explain(&error, host))
 }
 
-/// What an error of `open` means here, and what mends it.
-fn explain_open(path: &Path, error: &io::Error, host: &HostFacts) -> Problem {
-    let device = path.display();
-    match error.raw_os_error() {
-        Some(libc::ENOENT | libc::ENXIO | libc::ENODEV) => missing(path, host),
-        Some(libc::EACCES | libc::EPERM) => Problem::new(format!("no permission to open {device}"), permission(path)),
-        Some(libc::EISDIR) => not_the_device(path),
-        Some(libc::EBUSY) => busy(&format!("{device} is in use")),
-        Some(libc::EMFILE | libc::ENFILE) => {
-            Problem::new("too many open files".to_string(), "raise the limit: ulimit -n 4096")
+/// Makes a VM, which is where a hypervisor that has the processor for itself shows.
+pub fn create_vm(kvm: &Kvm, host: &HostFacts) -> Result<VmFd, Problem> {
+    kvm.create_vm_fd().map_err(|error| explain(&error, host))
+}
+
+fn explain(error: &Error, host: &HostFacts) -> Problem {
+    let found = match std::error::Error::source(error) {
+        Some(cause) => format!("{error}: {cause}"),
+        None => error.to_string(),
+    };
+    Problem { found, remedy: remedy(error, host) }
+}
+
+/// What mends it, a command where there is one.
+pub fn remedy(error: &Error, host: &HostFacts) -> String {
+    match error {
+        Error::Missing(_) => missing(host).into(),
+        Error::Permission(path) => permission(path),
+        Error::NotKvm(path, _) => {
+            let device = path.display();
+            format!("sudo mv {device} {device}.wrong && sudo mknod -m 660 {device} c 10 232 && sudo chgrp kvm {device}")
         }
-        _ => Problem::new(format!("cannot open {device}: {error}"), "look for kvm in the output of: sudo dmesg"),
+        Error::Version(..) => "run a Linux kernel from after 2007, whose KVM is not a development version".into(),
+        Error::Busy => {
+            "stop its virtual machines; for VirtualBox: sudo modprobe -r vboxnetflt vboxnetadp vboxdrv; for \
+                        VMware: sudo systemctl stop vmware"
+                .into()
+        }
+        Error::Lacks(_) => "run a newer Linux kernel on this host (4.20 or later)".into(),
+        Error::Open(_, cause) | Error::Ioctl(_, cause) => match cause.raw_os_error() {
+            Some(libc::EMFILE | libc::ENFILE) => "raise the limit: ulimit -n 4096".into(),
+            Some(libc::ENOMEM) => "see: free -m; ulimit -v; the cgroup's limit".into(),
+            _ => "look for kvm in the output of: sudo dmesg".into(),
+        },
     }
 }
 
-fn missing(path: &Path, host: &HostFacts) -> Problem {
-    let device = path.display();
-    let remedy = match (&host.kvm_module, host.virtualization) {
-        (Some(module), _) => {
-            return Problem::new(
-                format!("{device} is missing although {module} is loaded"),
-                "in a container: start it with --device /dev/kvm; elsewhere: sudo mknod -m 660 /dev/kvm c 10 232 && \
-                 sudo chgrp kvm /dev/kvm",
-            );
+fn missing(host: &HostFacts) -> &'static str {
+    match (&host.kvm_module, host.virtualization) {
+        (Some(_), _) => {
+            "its module is loaded: in a container start it with --device /dev/kvm; elsewhere: sudo mknod -m 660 /dev/kvm c \
+             10 232 && sudo chgrp kvm /dev/kvm"
         }
         (None, Some("vmx")) => "sudo modprobe kvm_intel (if refused: enable VT-x in the firmware setup)",
         (None, Some(_)) => "sudo modprobe kvm_amd (if refused: enable SVM in the firmware setup)",
@@ -105,8 +108,7 @@ fn missing(path: &Path, host: &HostFacts) -> Problem {
         (None, None) => {
             "enable Intel VT-x or AMD SVM in the firmware setup, then: sudo modprobe kvm_intel || sudo modprobe kvm_amd"
         }
-    };
-    Problem::new(format!("{device} is missing"), remedy)
+    }
 }
 
 /// The command that lets this user open a device that exists.
@@ -130,48 +132,6 @@ fn group_name(gid: u32) -> Option<String> {
         let name = fields.next()?;
         (fields.nth(1)?.parse() == Ok(gid)).then(|| name.to_string())
     })
-}
-
-fn not_the_device(path: &Path) -> Problem {
-    let device = path.display();
-    let found = match std::fs::metadata(path) {
-        Ok(m) if m.is_dir() => "a directory",
-        Ok(m) if m.is_file() => "a plain file",
-        _ => "something else",
-    };
-    let remedy =
-        format!("sudo mv {device} {device}.wrong && sudo mknod -m 660 {device} c 10 232 && sudo chgrp kvm {device}");
-    Problem::new(format!("{device} is {found}, not the KVM device"), remedy)
-}
-
-fn busy(what: &str) -> Problem {
-    Problem::new(
-        format!("{what}: another hypervisor has the processor's virtualization"),
-        "stop its virtual machines; for VirtualBox: sudo modprobe -r vboxnetflt vboxnetadp vboxdrv; for VMware: sudo \
-         systemctl stop vmware",
-    )
-}
-
-/// Makes a VM, which is where a hypervisor that has the processor for itself shows.
-pub fn create_vm(kvm: &Kvm) -> Result<VmFd, Problem> {
-    let mut result = kvm.create_vm();
-    for _ in 0..10 {
-        match &result {
-            Err(e) if e.errno() == libc::EINTR => result = kvm.create_vm(),
-            _ => break,
-        }
-    }
-    result.map_err(|error| explain_create(&error.into()))
-}
-
-fn explain_create(error: &io::Error) -> Problem {
-    match error.raw_os_error() {
-        Some(libc::EBUSY) => busy("KVM cannot make a VM"),
-        Some(libc::ENOMEM) => {
-            Problem::new("no memory to make a VM".into(), "see: free -m; ulimit -v; the cgroup's limit")
-        }
-        _ => Problem::new(format!("KVM cannot make a VM: {error}"), "look for kvm in the output of: sudo dmesg"),
-    }
 }
 
 /// One number that KVM_CHECK_EXTENSION gave.
@@ -221,7 +181,7 @@ const CAPABILITIES: &[(&str, u32, bool, &str)] = &[
 pub fn capabilities(kvm: &Kvm) -> Vec<Capability> {
     let ask = |&(name, number, required, purpose): &(&'static str, u32, bool, &'static str)| Capability {
         name,
-        value: kvm.check_extension_raw(number.into()),
+        value: kvm.inner().check_extension_raw(number.into()),
         required,
         purpose,
     };
@@ -241,11 +201,11 @@ pub struct Limits {
 
 /// Asks for the limits.
 pub fn limits(kvm: &Kvm) -> Limits {
-    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).ok();
+    let cpuid = kvm.inner().get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).ok();
     let leaf = cpuid.as_ref().and_then(|cpuid| cpuid.as_slice().iter().find(|entry| entry.function == 0x8000_0008));
     Limits {
-        vcpus: kvm.check_extension_raw(KVM_CAP_MAX_VCPUS.into()),
-        memory_slots: kvm.check_extension_raw(KVM_CAP_NR_MEMSLOTS.into()),
+        vcpus: kvm.inner().check_extension_raw(KVM_CAP_MAX_VCPUS.into()),
+        memory_slots: kvm.inner().check_extension_raw(KVM_CAP_NR_MEMSLOTS.into()),
         physical_address_bits: leaf.map(|entry| entry.eax & 0xFF),
     }
 }
@@ -253,6 +213,7 @@ pub fn limits(kvm: &Kvm) -> Limits {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io;
 
     fn host() -> HostFacts {
         HostFacts::default()
@@ -281,29 +242,18 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_the_device_is_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("kvm");
-        let found = |path: &Path| open(path, &host()).err().unwrap().found;
-        assert!(found(&path).ends_with("is missing"));
-        assert!(found(dir.path()).ends_with("is a directory, not the KVM device"));
-        std::fs::write(&path, "").unwrap();
-        assert!(found(&path).ends_with("is a plain file, not the KVM device"));
-        assert!(found(Path::new("/dev/null")).ends_with("is something else, not the KVM device"));
-    }
-
-    #[test]
     fn each_error_has_its_command() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("kvm");
-        std::fs::write(&path, "").unwrap();
-        let of = |errno| explain_open(&path, &io::Error::from_raw_os_error(errno), &host());
-        let denied = of(libc::EACCES);
+        let of = |error: Error| explain(&error, &host());
+        let cause = io::Error::from_raw_os_error;
+        let denied = of(Error::Permission("/dev/kvm".into()));
         assert!(denied.found.starts_with("no permission") && denied.remedy.contains("usermod -aG kvm $USER"));
-        assert!(of(libc::EBUSY).remedy.contains("VirtualBox"));
-        assert!(of(libc::EMFILE).remedy.contains("ulimit -n"));
-        assert!(of(libc::EIO).found.contains("Input/output error"));
-        assert!(explain_create(&io::Error::from_raw_os_error(libc::EBUSY)).remedy.contains("VirtualBox"));
-        assert!(explain_create(&io::Error::from_raw_os_error(libc::ENOMEM)).remedy.contains("free -m"));
+        assert!(of(Error::NotKvm("/k".into(), "a directory")).remedy.starts_with("sudo mv /k /k.wrong && "));
+        assert!(of(Error::Busy).remedy.contains("VirtualBox"));
+        assert!(of(Error::Open("/k".into(), cause(libc::EMFILE))).remedy.contains("ulimit -n"));
+        assert_eq!(
+            of(Error::Open("/k".into(), cause(libc::EIO))).found,
+            "cannot open /k: Input/output error (os error 5)"
+        );
+        assert!(of(Error::Ioctl("KVM_CREATE_VM", cause(libc::ENOMEM))).remedy.contains("free -m"));
     }
 }

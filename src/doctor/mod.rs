@@ -99,14 +99,14 @@ impl Report {
     /// Goes as far as this host allows. Every check that passes is noted; the first that does not is the error.
     fn run_checks(&mut self, path: &Path) -> Result<(), (&'static str, Problem)> {
         let kvm = device::open(path, &self.host).map_err(|problem| ("device", problem))?;
-        self.passed("device", format!("{} opens, API version {}", path.display(), kvm.get_api_version()));
+        self.passed("device", format!("{} opens, API version {}", path.display(), kvm.inner().get_api_version()));
         self.capabilities = device::capabilities(&kvm);
         self.limits = Some(device::limits(&kvm));
         self.check_capabilities()?;
         let start = Instant::now();
-        let vm = device::create_vm(&kvm).map_err(|problem| ("virtual machine", problem))?;
+        let vm = device::create_vm(&kvm, &self.host).map_err(|problem| ("virtual machine", problem))?;
         self.passed("virtual machine", format!("made in {:.1} ms", start.elapsed().as_secs_f64() * 1e3));
-        self.note_probe(probe::run(&kvm, vm))
+        self.note_probe(probe::run(kvm.inner(), vm))
     }
 
     fn passed(&mut self, name: &'static str, found: String) {

@@ -8,7 +8,8 @@ pub mod exit;
 pub mod ring;
 
 use std::io;
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use kvm_bindings::{
     KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
@@ -23,26 +24,29 @@ use crate::memory::GuestRam;
 /// Where KVM is.
 pub const DEV_KVM: &str = "/dev/kvm";
 
-/// What goes wrong with the host's KVM.
+/// The version that every KVM since Linux 2.6.22 has (Documentation/virt/kvm/api.rst, 4.1).
+const API_VERSION: i32 = 12;
+
+/// What goes wrong with the host's KVM. [`crate::doctor::device::remedy`] knows what mends it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No device node.
-    #[error(
-        "{0} does not exist: load the module (modprobe kvm-intel or kvm-amd), turn on virtualisation in the firmware, \
-         or, inside a VM, ask for nested virtualisation"
-    )]
-    Missing(String),
+    #[error("{} does not exist", .0.display())]
+    Missing(PathBuf),
     /// The user may not open it.
-    #[error("no permission to open {0}: join its group (sudo usermod -aG kvm $USER, then log in again)")]
-    Permission(String),
+    #[error("no permission to open {}", .0.display())]
+    Permission(PathBuf),
     /// Any other trouble with opening it.
-    #[error("cannot open {0}")]
-    Open(String, #[source] io::Error),
-    /// A file, but not KVM, or one of another age.
-    #[error("{0} is not KVM with API version 12")]
-    NotKvm(String),
+    #[error("cannot open {}", .0.display())]
+    Open(PathBuf, #[source] io::Error),
+    /// The text says what it is instead.
+    #[error("{path} is {1}, not the KVM device", path = .0.display())]
+    NotKvm(PathBuf, &'static str),
+    /// KVM of another age.
+    #[error("{path} speaks KVM API version {1}, not {API_VERSION}", path = .0.display())]
+    Version(PathBuf, i32),
     /// Another hypervisor holds the processor.
-    #[error("KVM is busy: another hypervisor (VirtualBox, VMware) holds the processor; stop it")]
+    #[error("KVM cannot make a VM: another hypervisor (VirtualBox, VMware) has the processor's virtualization")]
     Busy,
     /// The kernel lacks something vireo cannot do without.
     #[error("this host's KVM lacks {0}")]
@@ -62,14 +66,21 @@ pub struct Kvm(kvm_ioctls::Kvm);
 
 impl Kvm {
     /// Opens `path`, normally [`DEV_KVM`].
-    pub fn open(path: &str) -> Result<Self, Error> {
-        let c_path = std::ffi::CString::new(path).map_err(|_| Error::NotKvm(path.into()))?;
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = path.as_ref();
+        let not_kvm = || Error::NotKvm(path.into(), kind(path));
+        let c_path = std::ffi::CString::new(path.as_os_str().as_bytes()).map_err(|_| not_kvm())?;
         let kvm = kvm_ioctls::Kvm::new_with_path(c_path).map_err(|e| match e.errno() {
-            libc::ENOENT | libc::ENODEV | libc::ENXIO if !Path::new(path).is_dir() => Error::Missing(path.into()),
+            libc::ENOENT | libc::ENODEV | libc::ENXIO => Error::Missing(path.into()),
             libc::EACCES | libc::EPERM => Error::Permission(path.into()),
+            libc::EISDIR => not_kvm(),
             errno => Error::Open(path.into(), io::Error::from_raw_os_error(errno)),
         })?;
-        if kvm.get_api_version() != 12 { Err(Error::NotKvm(path.into())) } else { Ok(Kvm(kvm)) }
+        match kvm.get_api_version() {
+            API_VERSION => Ok(Kvm(kvm)),
+            version if version < 0 => Err(not_kvm()),
+            version => Err(Error::Version(path.into(), version)),
+        }
     }
 
     /// The crate's own handle.
@@ -111,7 +122,8 @@ impl Kvm {
         Ok(Vm { fd })
     }
 
-    fn create_vm_fd(&self) -> Result<VmFd, Error> {
+    /// Creates a VM with nothing in it.
+    pub fn create_vm_fd(&self) -> Result<VmFd, Error> {
         loop {
             match self.0.create_vm() {
                 // The kernel gives up on a signal while it sets up its notifiers; ask again.
@@ -120,6 +132,15 @@ impl Kvm {
                 result => return result.map_err(failed("KVM_CREATE_VM")),
             }
         }
+    }
+}
+
+/// What `path` is, being no KVM device.
+fn kind(path: &Path) -> &'static str {
+    match std::fs::metadata(path) {
+        Ok(m) if m.is_dir() => "a directory",
+        Ok(m) if m.is_file() => "a plain file",
+        _ => "something else",
     }
 }
 
@@ -181,8 +202,10 @@ mod tests {
     #[test]
     fn opening_what_is_not_kvm_says_so() {
         let text = |path: &str| Kvm::open(path).err().unwrap().to_string();
-        assert!(text("/nonexistent/kvm").contains("does not exist: load the module"));
-        assert_eq!(text("/dev/null"), "/dev/null is not KVM with API version 12");
-        assert_eq!(text("/"), "cannot open /");
+        assert_eq!(text("/nonexistent/kvm"), "/nonexistent/kvm does not exist");
+        assert_eq!(text("/dev/null"), "/dev/null is something else, not the KVM device");
+        assert_eq!(text("/"), "/ is a directory, not the KVM device");
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(text(file.path().to_str().unwrap()).ends_with(" is a plain file, not the KVM device"));
     }
 }

@@ -5,9 +5,11 @@
 pub mod console;
 pub mod run;
 
-use std::io;
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Instant;
+
+use uuid::Uuid;
 
 use crate::backend::console::{self as host_console, Console};
 use crate::backend::output::Output;
@@ -110,7 +112,7 @@ impl Machine {
         let platform = Platform {
             cpus: config.cpu.count,
             acpi: config.acpi == Acpi::On,
-            uuid: config.uuid.unwrap_or_else(uuid::Uuid::new_v4).into_bytes(),
+            uuid: config.uuid.map_or_else(random_uuid, Ok)?.into_bytes(),
             virtio_slots: (0..devices.len() as u32).collect(),
             serial: true,
         };
@@ -199,6 +201,11 @@ fn with_device_parameters(config: &MachineConfig, platform: &Platform) -> Result
     Ok(boot)
 }
 
+/// Not by the uuid crate, which panics when the host has no random numbers for it.
+fn random_uuid() -> Result<Uuid, Error> {
+    Ok(uuid::Builder::from_random_bytes(boot::kaslr::random()?).into_uuid())
+}
+
 fn open_console(config: &SerialConfig) -> Result<Console, Error> {
     Ok(match config {
         SerialConfig::Stdio => host_console::stdio(),
@@ -207,7 +214,8 @@ fn open_console(config: &SerialConfig) -> Result<Console, Error> {
         SerialConfig::Socket(path) => host_console::socket(path)?,
         SerialConfig::Pty => {
             let (console, path) = host_console::pty()?;
-            eprintln!("vireo: the serial console is on {}", path.display());
+            // Unlike `eprintln!` this takes it if stderr is gone.
+            let _ = writeln!(io::stderr(), "vireo: the serial console is on {}", path.display());
             console
         }
     })

@@ -10,7 +10,7 @@
 //! written: it still hears a second signal, Ctrl-A X and the time limit, so a reader that never reads cannot hold it.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -300,13 +300,8 @@ impl Running {
     }
 
     fn on_signal(&mut self) -> Option<Outcome> {
-        while let Some(signal) = self.options.signals.as_ref().and_then(Signals::take) {
+        while let Some(signal) = self.ending_signal() {
             match signal {
-                libc::SIGTSTP => {
-                    self.raw_mode.iter().for_each(RawMode::suspend);
-                    stop_this_process();
-                }
-                libc::SIGCONT => self.raw_mode.iter().for_each(RawMode::resume),
                 // Asked for a second time, or by somebody who is gone: no more patience.
                 signal if self.grace.is_some() || signal == libc::SIGHUP || signal == libc::SIGQUIT => {
                     return Some(Outcome::Killed(signal));
@@ -319,6 +314,20 @@ impl Running {
             }
         }
         None
+    }
+
+    /// The next signal that wants an end; those that stop and continue the process are done with here.
+    fn ending_signal(&self) -> Option<i32> {
+        loop {
+            match self.options.signals.as_ref()?.take()? {
+                libc::SIGTSTP => {
+                    self.raw_mode.iter().for_each(RawMode::suspend);
+                    stop_this_process();
+                }
+                libc::SIGCONT => self.raw_mode.iter().for_each(RawMode::continued),
+                signal => return Some(signal),
+            }
+        }
     }
 
     fn on_mail(&mut self) -> Option<Outcome> {
@@ -391,6 +400,7 @@ impl Running {
 
     fn on_tick(&mut self) -> Result<Option<Outcome>, Error> {
         let _ = self.ticker.wait();
+        self.raw_mode.iter().for_each(RawMode::refresh);
         // A full buffer leaves the ring to fill up, too, and then vCPUs exit and wait.
         if !self.paused && !self.board.output.is_full() {
             self.exits.coalesced += self.board.drain();
@@ -406,7 +416,7 @@ impl Running {
         let command = self.input.pump(readable, &self.poller, &self.serial).map_err(host("console input"))?;
         match command {
             Some(Escape::Quit) => return Ok(Some(Outcome::Quit)),
-            Some(Escape::Help) => eprint!("{}", terminal::HELP),
+            Some(Escape::Help) => _ = io::stderr().write_all(terminal::HELP.as_bytes()),
             None => {}
         }
         Ok(None)
@@ -477,7 +487,7 @@ impl Running {
             let timeout = limit.map(|d| d.saturating_duration_since(Instant::now()));
             let ready: Vec<u64> = self.poller.wait(timeout).map_err(host("waiting for events"))?.collect();
             let given_up = limit.is_some_and(|d| d <= Instant::now())
-                || ready.contains(&SIGNAL) && self.options.signals.as_ref().is_some_and(|s| s.take().is_some())
+                || ready.contains(&SIGNAL) && self.ending_signal().is_some()
                 || ready.contains(&INPUT) && self.on_input(true)? == Some(Outcome::Quit);
             if ready.contains(&WRITTEN) {
                 return Ok(());
