@@ -24,7 +24,8 @@ shell: setup build ## a shell in a guest
 test: setup build ## run all tests, those with Linux guests where such run
 	tests/host/with-host cargo test
 
-bench: setup build ## measure boots beside QEMU's
+bench: setup build ## measure the inner loops, then whole boots beside QEMU's
+	cargo bench --bench micro
 	tests/host/with-host cargo bench --bench boot
 
 soak: setup build ## boot guests until one fails or SOAK_MINUTES (60) are over

@@ -4,6 +4,8 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use vireo::boot::cache::Cache;
+use vireo::boot::{BootConfig, BootFiles, Platform};
 use vireo::bus::{Bus, BusDevice};
 use vireo::memory::GuestRam;
 use vireo::virtio::RING_FEATURES;
@@ -95,5 +97,30 @@ fn chain(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, bus, queue, chain);
+/// A real kernel, from its file to guest memory: unpacked, then from the cache with and without KASLR.
+fn kernel(c: &mut Criterion) {
+    let image = concat!(env!("CARGO_MANIFEST_DIR"), "/target/host/images/bzImage-cloud");
+    assert!(std::path::Path::new(image).exists(), "{image} is missing: run 'make setup' first");
+    let folder = tempfile::tempdir().unwrap();
+    let cache = Cache::at(folder.path().join("cache")).unwrap();
+    let platform = Platform { cpus: 1, acpi: true, uuid: [7; 16], virtio_slots: vec![0], serial: true };
+    let mut group = c.benchmark_group("kernel");
+    group.sample_size(10);
+    for (name, cmdline, cache) in [
+        ("unpack_and_load", "quiet", None),
+        ("cached_load", "quiet", Some(&cache)),
+        ("cached_load_nokaslr", "quiet nokaslr", Some(&cache)),
+    ] {
+        let config = BootConfig { kernel: image.into(), cmdline: cmdline.into(), ..Default::default() };
+        let load = |ram: GuestRam| {
+            BootFiles::open_with(&config, ram.size(), cache).unwrap().load(&ram, &platform).unwrap();
+            ram
+        };
+        load(GuestRam::anonymous(256 << 20));
+        group
+            .bench_function(name, |b| b.iter_batched(|| GuestRam::anonymous(256 << 20), load, BatchSize::PerIteration));
+    }
+}
+
+criterion_group!(benches, bus, queue, chain, kernel);
 criterion_main!(benches);

@@ -1,5 +1,7 @@
 //! `hvm_start_info`: what a kernel is told at its PVH entry (xen/include/public/arch-x86/hvm/start_info.h).
 
+use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
+
 use super::{Initrd, MemoryRange};
 use crate::layout;
 use crate::memory::{GuestRam, OutOfRam};
@@ -17,25 +19,25 @@ pub fn write(
     rsdp: Option<u64>,
     memory: &[MemoryRange],
 ) -> Result<(), OutOfRam> {
-    let mut info = Vec::new();
-    for word in [MAGIC, VERSION, 0, u32::from(initrd.is_some())] {
-        info.extend(word.to_le_bytes()); // magic, version, flags, nr_modules
-    }
-    let modules = if initrd.is_some() { MODULES } else { 0 };
-    for address in [modules, layout::CMDLINE, rsdp.unwrap_or(0), MEMORY_MAP] {
-        info.extend(address.to_le_bytes());
-    }
-    info.extend((memory.len() as u32).to_le_bytes());
-    info.extend([0; 4]);
-    ram.write(layout::PVH_START_INFO, &info)?;
+    let info = hvm_start_info {
+        magic: MAGIC,
+        version: VERSION,
+        nr_modules: initrd.is_some().into(),
+        modlist_paddr: if initrd.is_some() { MODULES } else { 0 },
+        cmdline_paddr: layout::CMDLINE,
+        rsdp_paddr: rsdp.unwrap_or(0),
+        memmap_paddr: MEMORY_MAP,
+        memmap_entries: memory.len() as u32,
+        ..Default::default()
+    };
+    ram.write_obj(layout::PVH_START_INFO, info)?;
     if let Some(initrd) = initrd {
-        // paddr, size, cmdline_paddr, reserved
-        ram.write_obj(MODULES, [initrd.start, initrd.len, 0, 0])?;
+        let module = hvm_modlist_entry { paddr: initrd.start, size: initrd.len, ..Default::default() };
+        ram.write_obj(MODULES, module)?;
     }
-    for (n, range) in memory.iter().enumerate() {
-        // Type and a reserved word make up the third.
-        let entry = [range.start, range.end - range.start, range.kind.into()];
-        ram.write_obj(MEMORY_MAP + n as u64 * 24, entry)?;
+    for (range, addr) in memory.iter().zip((MEMORY_MAP..).step_by(size_of::<hvm_memmap_table_entry>())) {
+        let (size, type_) = (range.end - range.start, range.kind);
+        ram.write_obj(addr, hvm_memmap_table_entry { addr: range.start, size, type_, reserved: 0 })?;
     }
     Ok(())
 }

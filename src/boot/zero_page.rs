@@ -1,14 +1,14 @@
 //! The zero page, `boot_params`: what a Linux kernel is told at its 64-bit entry (Documentation/arch/x86/boot.rst and
 //! zero-page.rst).
 
-use super::bzimage::{SETUP_HEADER, SetupHeader};
+use linux_loader::loader::bootparam::{boot_params, setup_header};
+use vm_memory::ByteValued;
+
+use super::bzimage::SetupHeader;
 use super::{Initrd, MemoryRange};
 use crate::layout;
 use crate::memory::{GuestRam, OutOfRam};
 
-/// Offset of the e820 table and how many entries it has room for.
-const E820_TABLE: usize = 0x2D0;
-const E820_MAX: usize = 128;
 /// `type_of_loader`: none of the registered ones.
 const LOADER_UNDEFINED: u8 = 0xFF;
 /// `loadflags` bit 0: the kernel was loaded high.
@@ -41,7 +41,7 @@ impl ZeroPage<'_> {
     /// Writes it and the `setup_data` that it points at.
     pub fn write(&self, ram: &GuestRam, memory: &[MemoryRange]) -> Result<(), OutOfRam> {
         ram.write(layout::SETUP_DATA, &self.setup_data())?;
-        ram.write(layout::ZERO_PAGE, &self.bytes(memory))
+        ram.write_obj(layout::ZERO_PAGE, self.boot_params(memory))
     }
 
     fn setup_data(&self) -> Vec<u8> {
@@ -52,41 +52,50 @@ impl ZeroPage<'_> {
         bytes
     }
 
-    fn bytes(&self, memory: &[MemoryRange]) -> [u8; layout::PAGE_SIZE as usize] {
-        let mut page = [0; layout::PAGE_SIZE as usize];
-        let mut put = |offset: usize, bytes: &[u8]| page[offset..offset + bytes.len()].copy_from_slice(bytes);
+    fn boot_params(&self, memory: &[MemoryRange]) -> boot_params {
+        let mut params = boot_params::default();
+        params.hdr = self.setup_header();
+        params.acpi_rsdp_addr = self.rsdp.unwrap_or(0);
+        let initrd = self.initrd.unwrap_or_default();
+        params.ext_ramdisk_image = (initrd.start >> 32) as u32;
+        params.ext_ramdisk_size = (initrd.len >> 32) as u32;
+        params.ext_cmd_line_ptr = (layout::CMDLINE >> 32) as u32;
+        // The map has a handful of entries, the table room for 128.
+        for (entry, range) in params.e820_table.iter_mut().zip(memory) {
+            (entry.addr, entry.size, entry.r#type) = (range.start, range.end - range.start, range.kind);
+            params.e820_entries += 1;
+        }
+        params
+    }
+
+    /// The file's header, or one for a kernel that came without, with what the loader has to fill in.
+    fn setup_header(&self) -> setup_header {
+        let mut header = setup_header::default();
+        let initrd = self.initrd.unwrap_or_default();
         match self.setup {
-            Some(setup) => put(SETUP_HEADER, setup.bytes()),
+            Some(setup) => header.as_mut_slice().iter_mut().zip(setup.bytes()).for_each(|(to, from)| *to = *from),
             None => {
-                put(0x1FE, &0xAA55u16.to_le_bytes());
-                put(0x202, b"HdrS");
-                put(0x206, &PROTOCOL.to_le_bytes());
-                put(0x22C, &u32::MAX.to_le_bytes()); // initrd_addr_max
-                put(0x230, &(2u32 << 20).to_le_bytes()); // kernel_alignment
-                put(0x238, &(super::CMDLINE_DEFAULT as u32).to_le_bytes()); // cmdline_size
+                header = setup_header {
+                    boot_flag: 0xAA55,
+                    header: u32::from_le_bytes(*b"HdrS"),
+                    version: PROTOCOL,
+                    initrd_addr_max: u32::MAX,
+                    kernel_alignment: 2 << 20,
+                    cmdline_size: super::CMDLINE_DEFAULT as u32,
+                    ..Default::default()
+                };
             }
         }
-        put(0x070, &self.rsdp.unwrap_or(0).to_le_bytes()); // acpi_rsdp_addr
-        put(0x210, &[LOADER_UNDEFINED]); // type_of_loader
-        put(0x211, &[LOADED_HIGH | if self.kaslr { KASLR_FLAG } else { 0 }]); // loadflags
-        put(0x214, &(self.kernel as u32).to_le_bytes()); // code32_start
-        let initrd = self.initrd.unwrap_or_default();
-        put(0x218, &(initrd.start as u32).to_le_bytes()); // ramdisk_image
-        put(0x0C0, &((initrd.start >> 32) as u32).to_le_bytes()); // ext_ramdisk_image
-        put(0x21C, &(initrd.len as u32).to_le_bytes()); // ramdisk_size
-        put(0x0C4, &((initrd.len >> 32) as u32).to_le_bytes()); // ext_ramdisk_size
-        put(0x228, &(layout::CMDLINE as u32).to_le_bytes()); // cmd_line_ptr
-        put(0x0C8, &((layout::CMDLINE >> 32) as u32).to_le_bytes()); // ext_cmd_line_ptr
-        put(0x250, &layout::SETUP_DATA.to_le_bytes()); // setup_data
-        let entries = memory.iter().take(E820_MAX);
-        for (n, range) in entries.clone().enumerate() {
-            let entry = E820_TABLE + n * 20;
-            put(entry, &range.start.to_le_bytes());
-            put(entry + 8, &(range.end - range.start).to_le_bytes());
-            put(entry + 16, &range.kind.to_le_bytes());
+        setup_header {
+            type_of_loader: LOADER_UNDEFINED,
+            loadflags: LOADED_HIGH | if self.kaslr { KASLR_FLAG } else { 0 },
+            code32_start: self.kernel as u32,
+            ramdisk_image: initrd.start as u32,
+            ramdisk_size: initrd.len as u32,
+            cmd_line_ptr: layout::CMDLINE as u32,
+            setup_data: layout::SETUP_DATA,
+            ..header
         }
-        put(0x1E8, &[entries.len() as u8]); // e820_entries
-        page
     }
 }
 
