@@ -20,13 +20,28 @@ const RUNS: usize = 6;
 /// `begin`, then `<fact> <monitor> <kernel> <number>`, or `failed ...`.
 const SCRIPT: &str = r#"
 vireo=$1 images=$2 runs=$3
-dir=$(mktemp -d /tmp/boot.XXXXXX) && cd "$dir" || exit
-trap 'rm -rf "$dir"' EXIT
-# 9p is slow, and not at the same speed each time: everything is read from memory
-cp "$images"/vmlinux-cloud "$images"/bzImage-cloud "$images"/initrd-min.cpio .
+dir=$(mktemp -d /tmp/boot.XXXXXX) || exit
+trap 'cd /; umount "$dir"/dev "$dir"/proc "$dir"/sys/kernel/tracing; rm -rf "$dir"' EXIT
+# Waiting for a file of the machine outside would leap the clock of a host that counts instructions. So everything,
+# QEMU's libraries and this shell too, is first copied to memory, and runs in there.
+mkdir -p "$dir"/bin "$dir"/dev "$dir"/proc "$dir"/sys/kernel/tracing "$dir"/tmp "$dir"/usr/share
+cp "$(command -v busybox)" "$dir/bin/busybox"
+for applet in sh grep tail awk cat; do ln -s busybox "$dir/bin/$applet"; done
+cp -L "$(command -v date)" "$dir/bin" # busybox knows no nanoseconds, and without the path its shell takes its own
+qemu=$(command -v qemu-system-x86_64)
+mkdir -p "$dir${qemu%/*}" && cp -L "$qemu" "$dir$qemu" # QEMU looks for its firmware from where it stands
+cp -rL /usr/share/qemu /usr/share/seabios "$dir/usr/share"
+ldd "$qemu" | grep -o '/[^ ]*' | while read -r library; do
+    mkdir -p "$dir${library%/*}" && cp -L "$library" "$dir$library"
+done
+cp "$images"/vmlinux-cloud "$images"/bzImage-cloud "$images"/initrd-min.cpio "$dir"
 monitors=qemu
-[ -z "$vireo" ] || { cp "$vireo" vireo; monitors='qemu vireo'; }
-export XDG_CACHE_HOME=$dir/cache
+[ -z "$vireo" ] || { cp "$vireo" "$dir/bin/vireo"; monitors='qemu vireo'; }
+for mount in dev proc sys/kernel/tracing; do mount --bind /$mount "$dir/$mount"; done
+cat >"$dir/measure" <<'MEASURE'
+export XDG_CACHE_HOME=/tmp PATH=/bin:/usr/bin:/usr/local/bin
+monitors=$1 runs=$2
+trace=/sys/kernel/tracing
 
 cmdline='console=ttyS0 reboot=t panic=-1 quiet'
 boot() {
@@ -34,12 +49,12 @@ boot() {
         qemu) set -- qemu-system-x86_64 -enable-kvm -M microvm,rtc=on,x-option-roms=off,auto-kernel-cmdline=on \
             -cpu host -m 256 -smp 1 -nodefaults -no-user-config -display none -serial stdio -no-reboot \
             -kernel "$2" -initrd initrd-min.cpio -append "$cmdline" ;;
-        vireo) set -- ./vireo run --kernel "$2" --initrd initrd-min.cpio --memory 256M --cmdline "$cmdline" ;;
+        vireo) set -- vireo run --kernel "$2" --initrd initrd-min.cpio --memory 256M --cmdline "$cmdline" ;;
     esac
-    start=$(date +%s%N)
+    start=$(/bin/date +%s%N)
     "$@" >console 2>&1 </dev/null
     status=$?
-    end=$(date +%s%N)
+    end=$(/bin/date +%s%N)
     if [ $status != 0 ] || ! grep -q 'init running' console; then
         echo "failed with status $status: $*"
         tail -n 20 console
@@ -59,8 +74,8 @@ for kernel in vmlinux-cloud bzImage-cloud; do
     done
 done
 
-cd /sys/kernel/tracing && echo 65536 >buffer_size_kb && echo 0 >options/overwrite && cd "$dir" || exit
-trace=/sys/kernel/tracing
+echo 65536 >$trace/buffer_size_kb
+echo 0 >$trace/options/overwrite # the first entry is among the first events
 traced() {
     for event in $3; do echo 1 >$trace/events/$event/enable; done
     echo >$trace/trace
@@ -80,25 +95,30 @@ for kernel in vmlinux-cloud bzImage-cloud; do
             / kvm_entry:/ { printf "first-entry %s %d\n", who, (time - exec) * 1e9; exit }' events
     done
 done
+MEASURE
+chroot "$dir" sh measure "$monitors" "$runs"
 "#;
 
 /// Runs in the other emulated host, whose clock is the machine's: Pss in KiB of everything but guest
-/// RAM, the only mappings as large as this, once a 128 MiB guest waits at its shell.
+/// RAM, once a 128 MiB guest waits at its shell.
 const MEMORY_SCRIPT: &str = r#"
 export XDG_CACHE_HOME=$(mktemp -d /tmp/boot.XXXXXX)
 cd "$XDG_CACHE_HOME" || exit
-mkfifo input && sleep 1000 >input &
+mkfifo input
+sleep 1000 >input & # a guest's console that says nothing
 "$1" run --kernel "$2/bzImage-cloud" --initrd "$2/initrd-busybox.cpio" --memory 128M \
     --cmdline 'console=ttyS0 quiet' <input >console 2>&1 &
 vireo=$!
 tries=0
-until grep -q '/ #' console; do
+until grep -q BusyBox console; do
     tries=$((tries + 1))
     [ $tries -lt 600 ] && kill -0 $vireo || { echo "failed: no shell in the guest"; tail console; exit 1; }
     sleep 0.1
 done
-awk '/^[0-9a-f]+-/ { size = 0 } /^Size:/ { size = $2 } /^Pss:/ && size < 32768 { pss += $2 }
-    END { print "pss vireo bzImage-cloud", pss }' /proc/$vireo/smaps
+# Guest RAM may be several mappings; they touch each other and are 131072 KiB together.
+awk '/^[0-9a-f]+-/ { split($1, range, "-"); if (range[1] != end || $2 != mode) close_run(); end = range[2]; mode = $2 }
+    /^Size:/ { size += $2 } /^Pss:/ { pss += $2 } END { close_run(); print "pss vireo bzImage-cloud", sum }
+    function close_run() { if (size != 131072) sum += pss; size = pss = 0 }' /proc/$vireo/smaps
 rm -r "$XDG_CACHE_HOME"
 "#;
 

@@ -120,7 +120,101 @@ impl RamRegion {
 
 /// The guest's RAM. Cloning shares it.
 #[derive(Clone, Debug)]
-pub struct GuestRam(Arc<GuestMemoryMmap<Dirty>>);
+pub struct GuestRam(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    memory: GuestMemoryMmap<Dirty>,
+    // Behind `memory`, which points into them: fields are dropped in order.
+    _mappings: Vec<Mapping>,
+}
+
+/// Where RAM regions begin in this process: on a huge page. KVM maps a huge page into the guest only where guest and
+/// host address agree in their lower bits, and without huge pages a boot takes ten times as many page faults.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Pages of ours, unmapped when dropped.
+#[derive(Debug)]
+struct Mapping {
+    addr: usize,
+    len: usize,
+    flags: i32,
+}
+
+impl Mapping {
+    /// Maps `len` bytes of `file` from an offset on, or anonymous memory, at a multiple of [`HUGE_PAGE`].
+    #[allow(unsafe_code)]
+    fn new(len: usize, file: Option<(&File, u64)>, config: &MemoryConfig) -> io::Result<Self> {
+        let mut flags = if config.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+        // The pool of huge pages is a hard limit: ask for them now rather than die of SIGBUS later.
+        if config.hugepages != HugePages::TwoMib {
+            flags |= libc::MAP_NORESERVE;
+        }
+        let (fd, offset) = match file {
+            Some((file, offset)) => (file.as_raw_fd(), libc::off_t::try_from(offset).map_err(io::Error::other)?),
+            None => (-1, 0),
+        };
+        if file.is_none() {
+            flags |= libc::MAP_ANONYMOUS;
+        }
+        let room = len.checked_add(HUGE_PAGE).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let reserve = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: the first mapping is new, at an address of the kernel's choice. The second replaces a part of it,
+        // and what is left of it on both sides, which nothing uses, is unmapped. Each result is checked.
+        unsafe {
+            let reserved = libc::mmap(std::ptr::null_mut(), room, libc::PROT_NONE, reserve, -1, 0);
+            if reserved == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+            let start = reserved as usize;
+            let addr = start.next_multiple_of(HUGE_PAGE);
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let mapped = libc::mmap(addr as *mut libc::c_void, len, protection, flags | libc::MAP_FIXED, fd, offset);
+            if mapped == libc::MAP_FAILED {
+                let error = io::Error::last_os_error();
+                libc::munmap(reserved, room);
+                return Err(error);
+            }
+            let end = addr + len.next_multiple_of(layout::PAGE_SIZE as usize);
+            for (from, to) in [(start, addr), (end, start + room)] {
+                if from < to {
+                    libc::munmap(from as *mut libc::c_void, to - from);
+                }
+            }
+            Ok(Mapping { addr, len, flags })
+        }
+    }
+
+    /// The RAM region at `start` that these pages back.
+    #[allow(unsafe_code)]
+    fn region(
+        &self,
+        start: u64,
+        file: Option<(&File, u64)>,
+        config: &MemoryConfig,
+    ) -> io::Result<GuestRegionMmap<Dirty>> {
+        let mut builder = MmapRegionBuilder::new_with_bitmap(self.len, None)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(self.flags)
+            .with_hugetlbfs(config.hugepages == HugePages::TwoMib);
+        if let Some((file, offset)) = file {
+            builder = builder.with_file_offset(FileOffset::new(file.try_clone()?, offset));
+        }
+        // SAFETY: the pointer and the size are those of this mapping, which `Inner` keeps longer than the region.
+        let region =
+            unsafe { builder.with_raw_mmap_pointer(self.addr as *mut u8) }.build().map_err(io::Error::other)?;
+        GuestRegionMmap::new(region, GuestAddress(start))
+            .ok_or_else(|| io::Error::other("region overflows the address space"))
+    }
+}
+
+impl Drop for Mapping {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        // SAFETY: the range is ours alone, and what pointed into it was dropped before.
+        unsafe { libc::munmap(self.addr as *mut libc::c_void, self.len) };
+    }
+}
 
 /// `(start, length)` of each RAM region of a machine with `size` bytes: at most one below the MMIO hole and one above.
 pub fn split(size: u64) -> Vec<(u64, u64)> {
@@ -151,37 +245,17 @@ impl GuestRam {
             (_, true) => Some(memfd(config.size.0, 0)?),
             _ => None,
         };
-        let mut offset = 0;
-        let mut regions = Vec::new();
+        let (mut offset, mut regions, mut mappings) = (0, Vec::new(), Vec::new());
         for (start, len) in split(config.size.0) {
-            let mut flags = libc::MAP_NORESERVE;
-            flags |= if config.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-            // The pool is a hard limit, so ask for its pages now rather than die of SIGBUS later.
-            if config.hugepages == HugePages::TwoMib {
-                flags &= !libc::MAP_NORESERVE;
-            }
             let len = usize::try_from(len).map_err(io::Error::other)?;
-            let mut builder = MmapRegionBuilder::new_with_bitmap(len, None)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_hugetlbfs(config.hugepages == HugePages::TwoMib);
-            builder = match &file {
-                Some(file) => builder.with_file_offset(FileOffset::new(file.try_clone()?, offset)),
-                None => {
-                    flags |= libc::MAP_ANONYMOUS;
-                    builder
-                }
-            };
+            let mapping = Mapping::new(len, file.as_ref().map(|f| (f, offset)), config)?;
+            advise(&mapping, config)?;
+            regions.push(mapping.region(start, file.as_ref().map(|f| (f, offset)), config)?);
+            mappings.push(mapping);
             offset += len as u64;
-            let mapping = builder.with_mmap_flags(flags).build().map_err(|e| match e {
-                vm_memory::mmap::MmapRegionError::Mmap(e) => e,
-                e => io::Error::other(e),
-            })?;
-            advise(mapping.as_ptr(), len, config)?;
-            let region = GuestRegionMmap::new(mapping, GuestAddress(start));
-            regions.push(region.ok_or_else(|| io::Error::other("region overflows the address space"))?);
         }
-        let ram = GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)?;
-        Ok(GuestRam(Arc::new(ram)))
+        let memory = GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)?;
+        Ok(GuestRam(Arc::new(Inner { memory, _mappings: mappings })))
     }
 
     /// `size` bytes of ordinary RAM from address 0, for tests and benches.
@@ -192,12 +266,12 @@ impl GuestRam {
 
     /// Total bytes of RAM.
     pub fn size(&self) -> u64 {
-        self.0.iter().map(|r| r.len()).sum()
+        self.0.memory.iter().map(|r| r.len()).sum()
     }
 
     /// The regions in address order.
     pub fn regions(&self) -> impl Iterator<Item = RamRegion> + '_ {
-        self.0.iter().map(|r| RamRegion { start: r.start_addr().0, len: r.len(), host_addr: r.as_ptr() as u64 })
+        self.0.memory.iter().map(|r| RamRegion { start: r.start_addr().0, len: r.len(), host_addr: r.as_ptr() as u64 })
     }
 
     /// Whether `len` bytes at `addr` are all RAM (in one region).
@@ -208,7 +282,7 @@ impl GuestRam {
     /// A view of `len` bytes at `addr`, which must lie in one region.
     pub fn slice(&self, addr: u64, len: u64) -> Result<RamSlice<'_>, OutOfRam> {
         let size = usize::try_from(len).map_err(|_| OutOfRam { addr, len })?;
-        let region = self.0.find_region(GuestAddress(addr)).ok_or(OutOfRam { addr, len })?;
+        let region = self.0.memory.find_region(GuestAddress(addr)).ok_or(OutOfRam { addr, len })?;
         let offset = vm_memory::MemoryRegionAddress(addr - region.start_addr().0);
         region.get_slice(offset, size).map_err(|_| OutOfRam { addr, len })
     }
@@ -255,7 +329,7 @@ impl GuestRam {
     /// Whether [`GuestRam::map_file`] fits the way this RAM is backed: not when other processes share it, and not
     /// when it is made of huge pages.
     pub fn can_map_files(&self) -> bool {
-        self.0.iter().all(|r| r.file_offset().is_none())
+        self.0.memory.iter().all(|r| r.file_offset().is_none())
     }
 
     /// Replaces `len` bytes of RAM at `addr` by a private copy-on-write mapping of `file` from `offset` on. All three
@@ -289,7 +363,7 @@ impl GuestRam {
 
     /// The vm-memory object, for crates that take one.
     pub fn inner(&self) -> &GuestMemoryMmap<Dirty> {
-        &self.0
+        &self.0.memory
     }
 }
 
@@ -316,10 +390,14 @@ fn memfd(size: u64, flags: libc::c_uint) -> io::Result<File> {
 
 /// Tells the kernel which pages we want, and touches them when asked to.
 #[allow(unsafe_code)]
-fn advise(ptr: *mut u8, len: usize, config: &MemoryConfig) -> io::Result<()> {
+fn advise(mapping: &Mapping, config: &MemoryConfig) -> io::Result<()> {
     let madvise = |advice| {
         // SAFETY: the range is a fresh mapping of ours; none of the advice used here changes its contents.
-        if unsafe { libc::madvise(ptr.cast(), len, advice) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+        if unsafe { libc::madvise(mapping.addr as *mut libc::c_void, mapping.len, advice) } == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     };
     // A kernel without transparent huge pages refuses the advice, and there is nothing to do about it.
     let _ = match config.hugepages {

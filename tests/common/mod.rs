@@ -1,0 +1,321 @@
+//! Guests for the tests: runs the real release binary where Linux guests run (`tests/host/run`), with a script of the
+//! test's as what the guest does, and waits for what it says and how it ends. A test that cannot run fails and says
+//! why. Every wait has a deadline; what was seen until then is in the message.
+
+#![allow(dead_code)] // each test file uses its part
+
+use std::fs::{self, File};
+use std::io::{self, Cursor, Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+const REPO: &str = env!("CARGO_MANIFEST_DIR");
+/// For a boot with everything a test does in it. A quiet boot takes a few seconds in the emulated host, more when the
+/// machine is busy; this is for the case that nothing happens any more.
+const DEADLINE: Duration = Duration::from_secs(180);
+
+/// A path below the checkout.
+pub fn repo(path: &str) -> PathBuf {
+    Path::new(REPO).join(path)
+}
+
+/// A kernel or initramfs that `tests/host/setup` made.
+pub fn image(name: &str) -> PathBuf {
+    let path = repo("target/host/images").join(name);
+    assert!(path.exists(), "{} is missing: run 'make setup'", path.display());
+    path
+}
+
+/// A folder of the test's own that guests' monitors can write to, wherever they run.
+pub fn scratch() -> TempDir {
+    let share = repo("target/host/share");
+    fs::create_dir_all(&share).unwrap();
+    tempfile::Builder::new().prefix("test.").tempdir_in(share).unwrap()
+}
+
+fn vireo() -> PathBuf {
+    let default = || repo("target/x86_64-unknown-linux-gnu/release/vireo");
+    let path = std::env::var_os("VIREO_BIN").map_or_else(default, PathBuf::from);
+    assert!(path.exists(), "there is no vireo at {}: run 'make build', or set VIREO_BIN", path.display());
+    path
+}
+
+/// `tests/host/run`, about to run something else than vireo.
+pub fn on_host() -> Command {
+    let mut command = Command::new(repo("tests/host/run"));
+    command.args(["--env", "XDG_CACHE_HOME=/tmp/vireo-test-cache", "--"]);
+    command
+}
+
+/// The test guest's initramfs, and behind it a second cpio with the test's files.
+fn initrd(path: &Path, files: &[(&str, &[u8])]) {
+    let mut file = File::create(path).unwrap();
+    io::copy(&mut File::open(image("initrd-busybox.cpio")).unwrap(), &mut file).unwrap();
+    let entries =
+        files.iter().map(|(name, content)| (cpio::NewcBuilder::new(name).mode(0o100_755), Cursor::new(content)));
+    cpio::write_cpio(entries, file).unwrap();
+}
+
+/// `vireo run`, about to be started.
+pub struct Run {
+    /// Everything of this run's; the report will be in `report.json`.
+    pub dir: TempDir,
+    args: Vec<String>,
+    wrapper: Vec<String>,
+    env: Vec<String>,
+    cmdline: String,
+}
+
+impl Run {
+    /// A run of `kernel` (an image's name, or a path) with a guest that runs `script` and powers off.
+    pub fn new(kernel: &str, script: &str) -> Self {
+        let dir = scratch();
+        initrd(&dir.path().join("initrd"), &[("test.sh", script.as_bytes())]);
+        let kernel = if kernel.starts_with('/') { PathBuf::from(kernel) } else { image(kernel) };
+        let run = Run { dir, args: vec![], wrapper: vec![], env: vec![], cmdline: "console=ttyS0 quiet".into() };
+        let (initrd, report) = (run.path("initrd"), run.path("report.json"));
+        run.args(&["--kernel", &kernel.display().to_string(), "--initrd", &initrd, "--report", &report])
+    }
+
+    /// A path in the run's own folder.
+    pub fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+
+    pub fn args(mut self, args: &[&str]) -> Self {
+        self.args.extend(args.iter().map(ToString::to_string));
+        self
+    }
+
+    /// Instead of `console=ttyS0 quiet`.
+    pub fn cmdline(mut self, cmdline: &str) -> Self {
+        self.cmdline = cmdline.into();
+        self
+    }
+
+    /// Runs vireo by `bash -c SCRIPT`, which finds it with its arguments in `"$@"`.
+    pub fn through(mut self, script: &str) -> Self {
+        self.wrapper = ["bash", "-c", script, "bash"].map(String::from).into();
+        self
+    }
+
+    pub fn env(mut self, pair: &str) -> Self {
+        self.env.extend(["--env".to_string(), pair.to_string()]);
+        self
+    }
+
+    fn command(&self, options: &[&str]) -> Command {
+        let mut command = Command::new(repo("tests/host/run"));
+        command.args(options).args(["--env", "XDG_CACHE_HOME=/tmp/vireo-test-cache"]).args(&self.env).arg("--");
+        command.args(&self.wrapper).arg(vireo()).arg("run").args(&self.args).args(["--cmdline", &self.cmdline]);
+        command
+    }
+
+    /// Starts it with pipes for all its streams.
+    pub fn start(self) -> Guest {
+        let command = self.command(&[]);
+        Guest::spawn(command, self.dir, Streams::Pipes)
+    }
+
+    /// Starts it on a terminal: the command as `prepare` changed it, and what the terminal's other side is.
+    pub fn start_on_terminal(self, prepare: impl FnOnce(&mut Command) -> File) -> Guest {
+        let mut command = self.command(&["--tty"]);
+        let master = prepare(&mut command);
+        Guest::spawn(command, self.dir, Streams::Terminal(master))
+    }
+
+    /// Starts it and waits for its end.
+    pub fn to_end(self) -> Ended {
+        self.start().end()
+    }
+}
+
+enum Streams {
+    Pipes,
+    Terminal(File),
+}
+
+/// What came out of a stream so far.
+#[derive(Clone, Default)]
+struct Seen(Arc<(Mutex<(Vec<u8>, bool)>, Condvar)>);
+
+impl Seen {
+    fn collect(mut stream: impl Read + Send + 'static) -> Seen {
+        let seen = Seen::default();
+        let collected = seen.clone();
+        thread::spawn(move || {
+            let mut buffer = vec![0; 64 << 10];
+            loop {
+                let n = stream.read(&mut buffer).unwrap_or(0); // a terminal ends with EIO
+                let mut state = collected.0.0.lock().unwrap();
+                state.0.extend_from_slice(&buffer[..n]);
+                state.1 = n == 0;
+                collected.0.1.notify_all();
+                if n == 0 {
+                    return;
+                }
+            }
+        });
+        seen
+    }
+
+    /// Waits until `found` says true of what was seen, or the stream ended; then gives it.
+    fn wait(&self, deadline: Instant, found: impl Fn(&[u8]) -> bool) -> (Vec<u8>, bool) {
+        let mut state = self.0.0.lock().unwrap();
+        while !found(&state.0) && !state.1 && Instant::now() < deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            state = self.0.1.wait_timeout(state, left).unwrap().0;
+        }
+        (state.0.clone(), found(&state.0))
+    }
+}
+
+/// A running vireo; killed when dropped.
+pub struct Guest {
+    child: Child,
+    input: Option<Box<dyn Write + Send>>,
+    stdout: Seen,
+    stderr: Seen,
+    /// The run's folder.
+    pub dir: TempDir,
+}
+
+impl Guest {
+    fn spawn(mut command: Command, dir: TempDir, streams: Streams) -> Guest {
+        if let Streams::Pipes = streams {
+            command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        }
+        let mut child = command.stderr(Stdio::piped()).spawn().expect("tests/host/run does not start");
+        drop(command); // its copies of a terminal would keep that open
+        let stderr = Seen::collect(child.stderr.take().unwrap());
+        let (input, stdout): (Box<dyn Write + Send>, _) = match streams {
+            Streams::Pipes => (Box::new(child.stdin.take().unwrap()), Seen::collect(child.stdout.take().unwrap())),
+            Streams::Terminal(master) => (Box::new(master.try_clone().unwrap()), Seen::collect(master)),
+        };
+        Guest { child, input: Some(input), stdout, stderr, dir }
+    }
+
+    /// Waits until stdout (the guest's console, unless told otherwise) has shown `text`.
+    pub fn wait_for(&self, text: &str) -> String {
+        self.wait("stdout", &self.stdout, text)
+    }
+
+    /// Waits until vireo's stderr has shown `text`.
+    pub fn wait_for_stderr(&self, text: &str) -> String {
+        self.wait("stderr", &self.stderr, text)
+    }
+
+    fn wait(&self, name: &str, stream: &Seen, text: &str) -> String {
+        let found = |bytes: &[u8]| bytes.windows(text.len()).any(|w| w == text.as_bytes());
+        let (bytes, found) = stream.wait(Instant::now() + DEADLINE, found);
+        assert!(found, "waited for '{text}' on {name} in vain; {}", self.tails());
+        lines(&bytes)
+    }
+
+    fn tails(&self) -> String {
+        let tail = |stream: &Seen| {
+            let bytes = stream.0.0.lock().unwrap().0.clone();
+            lines(&bytes[bytes.len().saturating_sub(3000)..])
+        };
+        format!("the end of stdout:\n{}\nthe end of stderr:\n{}", tail(&self.stdout), tail(&self.stderr))
+    }
+
+    /// Sends input.
+    pub fn send(&mut self, bytes: &[u8]) {
+        let input = self.input.as_mut().expect("input was closed");
+        input.write_all(bytes).and_then(|()| input.flush()).expect("vireo takes no input");
+    }
+
+    /// Ends the input.
+    pub fn close_input(&mut self) {
+        self.input = None;
+    }
+
+    /// Sends a signal to vireo, by way of whatever runs it.
+    pub fn signal(&self, signal: i32) {
+        let pid = self.child.id().to_string();
+        let status = Command::new("kill").args([format!("-{signal}"), pid]).status().unwrap();
+        assert!(status.success(), "kill failed");
+    }
+
+    /// Waits for the end of vireo. Input stays open until then, unless it was closed.
+    pub fn end(mut self) -> Ended {
+        let deadline = Instant::now() + DEADLINE;
+        let (stdout, _) = self.stdout.wait(deadline, |_| false);
+        let (stderr, _) = self.stderr.wait(deadline, |_| false);
+        let status = loop {
+            match self.child.try_wait().unwrap() {
+                Some(status) => break status,
+                None => assert!(Instant::now() < deadline, "vireo did not end; {}", self.tails()),
+            }
+            thread::sleep(Duration::from_millis(10)); // its streams have ended: it is about to
+        };
+        let report = fs::read(self.dir.path().join("report.json")).ok();
+        let report = report.map_or(Value::Null, |json| serde_json::from_slice(&json).expect("a report is JSON"));
+        Ended { status, bytes: stdout.clone(), stdout: lines(&stdout), stderr: lines(&stderr), report }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What is left of a run.
+#[derive(Debug)]
+pub struct Ended {
+    status: ExitStatus,
+    /// stdout as it came.
+    pub bytes: Vec<u8>,
+    /// stdout with the terminal's CR LF as plain newlines.
+    pub stdout: String,
+    pub stderr: String,
+    pub report: Value,
+}
+
+impl Ended {
+    pub fn code(&self) -> i32 {
+        self.status.code().unwrap_or_else(|| 128 + self.status.signal().unwrap_or(0))
+    }
+
+    /// Checks exit status and report.
+    pub fn expect(self, code: i32, outcome: &str) -> Ended {
+        let reported = (self.report["exit_code"].as_i64(), self.report["outcome"].as_str());
+        assert_eq!((self.code(), reported), (code, (Some(code.into()), Some(outcome))), "{self}");
+        self
+    }
+
+    /// Checks that the guest ran its script to the end, successfully, and powered off.
+    pub fn success(self) -> Ended {
+        let ended = self.expect(0, "powered-off");
+        assert!(ended.stdout.contains("/test.sh ended with status 0"), "{ended}");
+        ended
+    }
+
+    /// The rest of the console's line that begins with `name` and a colon.
+    pub fn fact(&self, name: &str) -> &str {
+        let found = self.stdout.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        found.unwrap_or_else(|| panic!("the guest did not say '{name}: '; {self}"))
+    }
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let start = self.stdout.len().saturating_sub(4000);
+        let stdout = self.stdout.get(start..).unwrap_or(&self.stdout);
+        write!(f, "{}; report {}\nstdout:\n{stdout}\nstderr:\n{}", self.status, self.report, self.stderr)
+    }
+}
+
+fn lines(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).replace('\r', "")
+}
