@@ -235,7 +235,8 @@ impl Vcpu {
         let kicked = Arc::new(AtomicBool::new(false));
         let (id, immediate_exit) = (self.id, self.immediate_exit.clone());
         let output = board.output.clone();
-        let state = Running { vcpu: self, board, commands: command_rx, replies: reply_tx, kicked: kicked.clone() };
+        let state =
+            Running { vcpu: self, board, commands: command_rx, replies: reply_tx, kicked: kicked.clone(), refusals: 0 };
         let thread = thread::Builder::new().name(format!("vcpu{id}")).stack_size(256 << 10).spawn(move || {
             if let Some(cpu) = pin
                 && let Err(e) = pin_to(cpu)
@@ -255,6 +256,8 @@ struct Running {
     commands: Receiver<Command>,
     replies: Sender<Reply>,
     kicked: Arc<AtomicBool>,
+    /// How often in a row KVM wanted to be entered again.
+    refusals: u32,
 }
 
 impl Running {
@@ -305,10 +308,24 @@ impl Running {
 
     /// Into the guest and back, with the exit dispatched.
     fn enter(&mut self) -> Result<(), End> {
-        let exit = exit::enter(&mut self.vcpu.fd).map_err(End::Kvm)?;
+        let exit = match exit::enter(&mut self.vcpu.fd) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.enter_again(e),
+            result => result.map_err(End::Kvm)?,
+        };
+        self.refusals = 0;
         // What the guest wrote before the access that made it exit comes first.
         self.vcpu.exits.coalesced += self.board.drain();
         self.board.dispatch(exit, &mut self.vcpu.exits)
+    }
+
+    /// KVM wants to be entered again: once when the vCPU was started, for ever if the host refuses it a thread.
+    fn enter_again(&mut self, refusal: io::Error) -> Result<(), End> {
+        const LIMIT: u32 = 3;
+        self.refusals = if is_unstarted(&self.vcpu.fd) { 0 } else { self.refusals + 1 };
+        if self.refusals > LIMIT {
+            return Err(End::Kvm(refusal));
+        }
+        self.board.dispatch(Exit::Interrupted, &mut self.vcpu.exits)
     }
 
     /// Completes a port or MMIO access that KVM has handed out: the registers are not final before.
@@ -343,11 +360,9 @@ impl Running {
 
     fn asleep(&self) -> bool {
         const INTERRUPT_FLAG: u64 = 1 << 9;
-        match self.vcpu.fd.get_mp_state().map(|s| s.mp_state) {
-            Ok(KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED | KVM_MP_STATE_STOPPED) => true,
-            Ok(KVM_MP_STATE_HALTED) => self.vcpu.fd.get_regs().is_ok_and(|r| r.rflags & INTERRUPT_FLAG == 0),
-            _ => false,
-        }
+        let fd = &self.vcpu.fd;
+        let halted = || fd.get_mp_state().is_ok_and(|s| s.mp_state == KVM_MP_STATE_HALTED);
+        is_unstarted(fd) || halted() && fd.get_regs().is_ok_and(|r| r.rflags & INTERRUPT_FLAG == 0)
     }
 
     fn with_dump(&self, end: End) -> End {
@@ -422,6 +437,12 @@ impl Running {
             id = self.vcpu.id,
         )
     }
+}
+
+/// Whether a vCPU waits for INIT and SIPI.
+fn is_unstarted(vcpu: &VcpuFd) -> bool {
+    let state = vcpu.get_mp_state().map(|state| state.mp_state);
+    matches!(state, Ok(KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED | KVM_MP_STATE_STOPPED))
 }
 
 /// A running vCPU, as the machine sees it.

@@ -87,6 +87,7 @@ pub fn remedy(error: &Error, host: &HostFacts) -> String {
         Error::Lacks(_) => "run a newer Linux kernel on this host (4.20 or later)".into(),
         Error::Open(_, cause) | Error::Ioctl(_, cause) => match cause.raw_os_error() {
             Some(libc::EMFILE | libc::ENFILE) => "raise the limit: ulimit -n 4096".into(),
+            Some(libc::EAGAIN) => "raise the limit of processes, which threads count for, too: ulimit -u".into(),
             Some(libc::ENOMEM) => "see: free -m; ulimit -v; the cgroup's limit".into(),
             _ => "look for kvm in the output of: sudo dmesg".into(),
         },

@@ -67,11 +67,12 @@ pub enum Exit<'a> {
     Other(u32),
 }
 
-/// Runs the guest until it needs something.
+/// Runs the guest until it needs something. `EAGAIN` is an error here: a vCPU that waits to be started gives it now and
+/// then, and KVM gives it where the host refused it a thread.
 pub fn enter(vcpu: &mut VcpuFd) -> io::Result<Exit<'_>> {
     if let Err(e) = vcpu.run().map(|_| ()) {
         return match e.errno() {
-            libc::EINTR | libc::EAGAIN => Ok(Exit::Interrupted),
+            libc::EINTR => Ok(Exit::Interrupted),
             errno => Err(io::Error::from_raw_os_error(errno)),
         };
     }

@@ -24,6 +24,7 @@ use super::{Error, Machine, host};
 use crate::devices::power_button::PowerButton;
 use crate::devices::serial::{SerialConfig, SerialPort};
 use crate::event::{self, GuestEvent, Interest, PanicSource, Poller, Signals};
+use crate::kvm;
 use crate::outcome::{BootTiming, Exits, Mark, Outcome};
 use crate::terminal::{self, Command as Escape, RawMode};
 use crate::vcpu::{Board, Command, End, Reply, VcpuThread};
@@ -253,7 +254,7 @@ impl Running {
             for token in ready.drain(..) {
                 let outcome = match token {
                     SIGNAL => self.on_signal(),
-                    MAIL => self.on_mail(),
+                    MAIL => self.on_mail()?,
                     GUEST => self.on_guest_events(),
                     TICKED => self.on_tick()?,
                     INPUT => self.on_input(true)?,
@@ -330,7 +331,7 @@ impl Running {
         }
     }
 
-    fn on_mail(&mut self) -> Option<Outcome> {
+    fn on_mail(&mut self) -> Result<Option<Outcome>, Error> {
         let _ = self.mailbox.fd.read();
         while let Some(request) = self.mailbox.take_request() {
             match request {
@@ -343,15 +344,15 @@ impl Running {
                     let _ = done.send(());
                 }
                 Request::PressPowerButton => self.power_button.press(),
-                Request::Stop(outcome) => return Some(outcome),
+                Request::Stop(outcome) => return Ok(Some(outcome)),
             }
         }
-        let (id, end) = self.mailbox.take_end()?;
+        let Some((id, end)) = self.mailbox.take_end() else { return Ok(None) };
         // What a device or the console said before comes first.
         if let Some(outcome) = self.on_guest_events() {
-            return Some(outcome);
+            return Ok(Some(outcome));
         }
-        match end {
+        Ok(match end {
             End::GuestEnded | End::Stopped => None,
             End::TripleFault { idt_emptied, .. } if idt_emptied || self.restarting => {
                 Some(Outcome::Rebooted("triple fault"))
@@ -364,8 +365,8 @@ impl Running {
                 self.dump = Some(dump);
                 Some(Outcome::Crashed(what))
             }
-            End::Kvm(e) => Some(Outcome::Crashed(format!("KVM_RUN failed on vCPU {id}: {e}"))),
-        }
+            End::Kvm(e) => return Err(kvm::Error::Ioctl("KVM_RUN", e).into()),
+        })
     }
 
     fn on_guest_events(&mut self) -> Option<Outcome> {
