@@ -93,10 +93,10 @@ enum Control {
     WindowSize(u16, u16),
 }
 
-/// Agent to client, last of all.
+/// Agent to client: one when it has seen the request, one last of all.
 #[derive(Serialize, Deserialize)]
 enum Reply {
-    Pong,
+    Here,
     /// The command could not be started; the exit status a shell would give, and why.
     NotStarted(i32, String),
     Exited(i32),
@@ -334,8 +334,9 @@ impl Agent {
         let hello = link.next_note(&mut Ends::default())?;
         link.reader.set_read_timeout(None)?;
         self.last_use.store(wall_seconds(), Ordering::SeqCst);
+        link.note(&Reply::Here)?;
         match hello {
-            Hello::Ping => link.note(&Reply::Pong),
+            Hello::Ping => Ok(()),
             Hello::Run(request) => {
                 self.running.fetch_add(1, Ordering::SeqCst);
                 let result = self.command(&link, &request);
@@ -665,7 +666,15 @@ impl Options {
     /// The forwarded port drops connections that come too close together, and the kernel would try again only after a
     /// second. So we try again ourselves.
     fn connect(&self, hello: &Hello) -> io::Result<Arc<Link>> {
-        let lost = |error: io::Error| io::Error::other(format!("the emulated host does not answer: {error}"));
+        let lost = |error: io::Error| {
+            let again = "`tests/host/up` starts it anew";
+            io::Error::other(match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                    format!("the emulated host has not answered for {DEADLINE:?}; {again}")
+                }
+                _ => format!("the emulated host does not answer: {error}; {again}"),
+            })
+        };
         let address = (Ipv4Addr::LOCALHOST, self.port).into();
         let start = Instant::now();
         let mut socket = loop {
@@ -677,14 +686,23 @@ impl Options {
         socket.write_all(&self.token)?;
         let link = Arc::new(Link::new(socket)?);
         link.note(hello)?;
+        link.reader.set_read_timeout(Some(DEADLINE))?;
+        match link.next_note(&mut Ends::default()) {
+            Ok(Reply::Here) => {}
+            Ok(_) => {
+                return Err(io::Error::other(
+                    "the emulated host speaks another language",
+                ));
+            }
+            Err(error) => return Err(lost(error)),
+        }
+        link.reader.set_read_timeout(None)?;
         Ok(link)
     }
 }
 
 fn ping(options: &Options) -> io::Result<i32> {
-    let link = options.connect(&Hello::Ping)?;
-    link.reader.set_read_timeout(Some(Duration::from_secs(2)))?;
-    link.next_note::<Reply>(&mut Ends::default()).map(|_| 0)
+    options.connect(&Hello::Ping).map(|_| 0)
 }
 
 fn run(options: &Options) -> io::Result<i32> {

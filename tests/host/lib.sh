@@ -20,6 +20,19 @@ is_up() {
     [ -e "$state/$1/alive" ] && ! flock -ns "$state/$1/alive" true
 }
 
+# Stops the emulated host "$1", which is up. Nothing on it is worth a clean shutdown.
+stop() {
+    local pid
+    pid=$(cat "$state/$1/pid")
+    rm -f "$state/$1/port"
+    kill "$pid"
+    for _ in {1..100}; do
+        is_up "$1" || return 0
+        sleep 0.1
+    done
+    kill -KILL "$pid"
+}
+
 # direct or emulated: where Linux guests run. VIREO_HOST decides; `auto` (the default) asks vireo whether this
 # machine's /dev/kvm can run a Linux guest, and remembers the answer until the machine reboots.
 host_kind() {
