@@ -22,8 +22,9 @@ const SCRIPT: &str = r#"
 vireo=$1 images=$2 runs=$3
 dir=$(mktemp -d /tmp/boot.XXXXXX) || exit
 trap 'cd /; umount "$dir"/dev "$dir"/proc "$dir"/sys/kernel/tracing; rm -rf "$dir"' EXIT
-# Waiting for a file of the machine outside would leap the clock of a host that counts instructions. So everything,
-# QEMU's libraries and this shell too, is first copied to memory, and runs in there.
+# Each monitor is measured twice: as it is installed, on the root that the host shares with the machine outside, and
+# from a root of its own in memory. Waiting for a file of the machine outside leaps the clock of a host that counts
+# instructions, and QEMU with its hundred libraries opens many more files than a static binary.
 mkdir -p "$dir"/bin "$dir"/dev "$dir"/proc "$dir"/sys/kernel/tracing "$dir"/tmp "$dir"/usr/share
 cp "$(command -v busybox)" "$dir/bin/busybox"
 for applet in sh grep tail awk cat; do ln -s busybox "$dir/bin/$applet"; done
@@ -34,13 +35,14 @@ cp -rL /usr/share/qemu /usr/share/seabios "$dir/usr/share"
 ldd "$qemu" | grep -o '/[^ ]*' | while read -r library; do
     mkdir -p "$dir${library%/*}" && cp -L "$library" "$dir$library"
 done
-cp "$images"/vmlinux-cloud "$images"/bzImage-cloud "$images"/initrd-min.cpio "$dir"
+mkdir -p "$dir/work" && cp "$images"/vmlinux-cloud "$images"/bzImage-cloud "$images"/initrd-min.cpio "$dir/work"
 monitors=qemu
 [ -z "$vireo" ] || { cp "$vireo" "$dir/bin/vireo"; monitors='qemu vireo'; }
+mkdir "$dir/bin.vireo" && ln -s "$vireo" "$dir/bin.vireo/vireo"
 for mount in dev proc sys/kernel/tracing; do mount --bind /$mount "$dir/$mount"; done
-cat >"$dir/measure" <<'MEASURE'
-export XDG_CACHE_HOME=/tmp PATH=/bin:/usr/bin:/usr/local/bin
-monitors=$1 runs=$2
+cat >"$dir/work/measure" <<'MEASURE'
+export XDG_CACHE_HOME=$PWD
+monitors=$1 runs=$2 where=$3
 trace=/sys/kernel/tracing
 
 cmdline='console=ttyS0 reboot=t panic=-1 quiet'
@@ -50,6 +52,7 @@ boot() {
             -cpu host -m 256 -smp 1 -nodefaults -no-user-config -display none -serial stdio -no-reboot \
             -kernel "$2" -initrd initrd-min.cpio -append "$cmdline" ;;
         vireo) set -- vireo run --kernel "$2" --initrd initrd-min.cpio --memory 256M --cmdline "$cmdline" ;;
+        nokaslr) set -- vireo run --kernel "$2" --initrd initrd-min.cpio --memory 256M --cmdline "$cmdline nokaslr" ;;
     esac
     start=$(/bin/date +%s%N)
     "$@" >console 2>&1 </dev/null
@@ -68,12 +71,14 @@ for kernel in vmlinux-cloud bzImage-cloud; do
         for monitor in $monitors; do
             echo begin
             boot $monitor $kernel
-            echo "instructions $monitor $kernel $((end - start))"
+            echo "instructions $monitor$where $kernel $((end - start))"
         done
         n=$((n + 1))
     done
 done
 
+[ -z "$where" ] || exit 0
+case $monitors in *vireo*) more=nokaslr ;; esac
 echo 65536 >$trace/buffer_size_kb
 echo 0 >$trace/options/overwrite # the first entry is among the first events
 traced() {
@@ -85,8 +90,9 @@ traced() {
     echo >$trace/trace
 }
 for kernel in vmlinux-cloud bzImage-cloud; do
-    for monitor in $monitors; do
-        echo "exits $monitor $kernel $(traced $monitor $kernel kvm/kvm_userspace_exit | grep -c 'kvm_userspace_exit:')"
+    for monitor in $monitors $more; do
+        [ $monitor = nokaslr ] ||
+            echo "exits $monitor $kernel $(traced $monitor $kernel kvm/kvm_userspace_exit | grep -c 'kvm_userspace_exit:')"
         # microseconds of this host's clock: thousands of instructions
         traced $monitor $kernel 'sched/sched_process_exec kvm/kvm_entry' >events
         awk -v who="$monitor $kernel" '
@@ -96,7 +102,8 @@ for kernel in vmlinux-cloud bzImage-cloud; do
     done
 done
 MEASURE
-chroot "$dir" sh measure "$monitors" "$runs"
+(cd "$dir/work" && PATH=$dir/bin.vireo:$PATH sh measure "$monitors" "$runs" "") &&
+    chroot "$dir" sh -c 'cd work && PATH=/bin:/usr/bin:/usr/local/bin exec sh measure "$@"' sh "$monitors" "$runs" -in-memory
 "#;
 
 /// Runs in the other emulated host, whose clock is the machine's: Pss in KiB of everything but guest
@@ -144,22 +151,24 @@ fn bench() -> Result<(), String> {
     let mut facts = Facts::new();
     in_host(&["--icount"], SCRIPT, &[&path, &images, &RUNS.to_string()], &mut facts)?;
 
-    println!("\nBest of {}, instructions from exec to exit (billions); wall seconds", RUNS - 1);
-    println!("{:<15}{:>8}{:>8}{:>8}   {:>6}{:>7}", "", "QEMU", "vireo", "ratio", "QEMU", "vireo");
-    for kernel in KERNELS {
-        let best = |fact, monitor| best(&facts, fact, monitor, kernel);
-        let (qemu, ours) = (best("instructions", "qemu"), best("instructions", "vireo"));
-        let ratio = qemu.zip(ours).map(|(qemu, ours)| ours / qemu);
-        let giga = |value: Option<f64>| text(value.map(|value| value / 1e9), 2);
-        let wall = |monitor| text(best("wall", monitor), 1);
-        println!(
-            "{kernel:<15}{:>8}{:>8}{:>8}   {:>6}{:>7}",
-            giga(qemu),
-            giga(ours),
-            text(ratio, 3),
-            wall("qemu"),
-            wall("vireo")
-        );
+    for (place, suffix) in [("as installed", ""), ("everything in memory", "-in-memory")] {
+        println!("\nBest of {}, {place}: instructions from exec to exit (billions); wall seconds", RUNS - 1);
+        println!("{:<15}{:>8}{:>8}{:>8}   {:>6}{:>7}", "", "QEMU", "vireo", "ratio", "QEMU", "vireo");
+        for kernel in KERNELS {
+            let best = |fact, monitor: &str| best(&facts, fact, &format!("{monitor}{suffix}"), kernel);
+            let (qemu, ours) = (best("instructions", "qemu"), best("instructions", "vireo"));
+            let ratio = qemu.zip(ours).map(|(qemu, ours)| ours / qemu);
+            let giga = |value: Option<f64>| text(value.map(|value| value / 1e9), 3);
+            let wall = |monitor| text(best("wall", monitor), 1);
+            println!(
+                "{kernel:<15}{:>8}{:>8}{:>8}   {:>6}{:>7}",
+                giga(qemu),
+                giga(ours),
+                text(ratio, 3),
+                wall("qemu"),
+                wall("vireo")
+            );
+        }
     }
     println!("\n{:<15}{:>22}{:>34}", "", "exits to user space", "exec to first KVM_RUN (millions)");
     for kernel in KERNELS {
@@ -190,8 +199,10 @@ fn bench() -> Result<(), String> {
     target("bzImage, share of QEMU's instructions", ratio(bzimage), 0.66, 3);
     target("vmlinux, exits to user space", ours("exits", vmlinux), 250.0, 0);
     target("bzImage, exits to user space", ours("exits", bzimage), 250.0, 0);
-    target("vmlinux, exec to KVM_RUN, M instructions", mega(ours("first-entry", vmlinux)), 20.0, 1);
-    target("bzImage, exec to KVM_RUN, M instructions", mega(ours("first-entry", bzimage)), 70.0, 1);
+    let nokaslr = |kernel| mega(best(&facts, "first-entry", "nokaslr", kernel));
+    target("bzImage with KASLR, exec to KVM_RUN, M instructions", mega(ours("first-entry", bzimage)), 70.0, 1);
+    target("bzImage with nokaslr, exec to KVM_RUN, M instructions", nokaslr(bzimage), 20.0, 1);
+    target("vmlinux with nokaslr, exec to KVM_RUN, M instructions", nokaslr(vmlinux), 20.0, 1);
     let pss = ours("pss", bzimage).map(|value| value / 1024.0);
     target("memory beside a 128 MiB guest's RAM (Pss), MiB", pss, 4.0, 2);
     target("size of the binary, MiB", Some(binary.len() as f64 / 1048576.0), 4.0, 2);

@@ -53,13 +53,15 @@ impl ZeroPage<'_> {
     }
 
     fn boot_params(&self, memory: &[MemoryRange]) -> boot_params {
-        let mut params = boot_params::default();
-        params.hdr = self.setup_header();
-        params.acpi_rsdp_addr = self.rsdp.unwrap_or(0);
         let initrd = self.initrd.unwrap_or_default();
-        params.ext_ramdisk_image = (initrd.start >> 32) as u32;
-        params.ext_ramdisk_size = (initrd.len >> 32) as u32;
-        params.ext_cmd_line_ptr = (layout::CMDLINE >> 32) as u32;
+        let mut params = boot_params {
+            hdr: self.setup_header(),
+            acpi_rsdp_addr: self.rsdp.unwrap_or(0),
+            ext_ramdisk_image: (initrd.start >> 32) as u32,
+            ext_ramdisk_size: (initrd.len >> 32) as u32,
+            ext_cmd_line_ptr: (layout::CMDLINE >> 32) as u32,
+            ..Default::default()
+        };
         // The map has a handful of entries, the table room for 128.
         for (entry, range) in params.e820_table.iter_mut().zip(memory) {
             (entry.addr, entry.size, entry.r#type) = (range.start, range.end - range.start, range.kind);

@@ -690,9 +690,7 @@ impl Options {
         match link.next_note(&mut Ends::default()) {
             Ok(Reply::Here) => {}
             Ok(_) => {
-                return Err(io::Error::other(
-                    "the emulated host speaks another language",
-                ));
+                return Err(io::Error::other("the emulated host speaks another language"));
             }
             Err(error) => return Err(lost(error)),
         }
