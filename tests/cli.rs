@@ -10,7 +10,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
@@ -723,7 +723,9 @@ fn a_pseudo_terminal_console_can_be_opened_and_does_not_hold_up_vireo() {
     running.stderr.wait_for("\n");
     let line = String::from_utf8(running.stderr.wait("a line", |_| true)).unwrap();
     let path = line.trim_end().strip_prefix("vireo: the serial console is on ").unwrap();
-    let mut console = File::options().read(true).write(true).open(path).unwrap();
+    // Not as a controlling terminal, for then its end would be the test's.
+    let open = || File::options().read(true).write(true).custom_flags(libc::O_NOCTTY).open(path).unwrap();
+    let mut console = open();
     // Open, but nobody has typed: vireo still hears its signals, and what is typed later.
     thread::sleep(Duration::from_millis(100));
     console.write_all(b"1").unwrap();
@@ -734,7 +736,7 @@ fn a_pseudo_terminal_console_can_be_opened_and_does_not_hold_up_vireo() {
         answer.extend(byte);
     }
     drop(console);
-    let _console = File::options().read(true).write(true).open(path).unwrap();
+    let _console = open();
     thread::sleep(Duration::from_millis(100));
     running.signal(libc::SIGTERM);
     running.end().expect(143);
