@@ -22,9 +22,8 @@ const SCRIPT: &str = r#"
 vireo=$1 images=$2 runs=$3
 dir=$(mktemp -d /tmp/boot.XXXXXX) || exit
 trap 'cd /; umount "$dir"/dev "$dir"/proc "$dir"/sys/kernel/tracing; rm -rf "$dir"' EXIT
-# Each monitor is measured twice: as it is installed, on the root that the host shares with the machine outside, and
-# from a root of its own in memory. Waiting for a file of the machine outside leaps the clock of a host that counts
-# instructions, and QEMU with its hundred libraries opens many more files than a static binary.
+# Waiting for a file of the machine outside would leap the clock of a host that counts instructions, and QEMU with its
+# hundred libraries opens many. So everything, this shell too, is first copied to memory, and runs in there.
 mkdir -p "$dir"/bin "$dir"/dev "$dir"/proc "$dir"/sys/kernel/tracing "$dir"/tmp "$dir"/usr/share
 cp "$(command -v busybox)" "$dir/bin/busybox"
 for applet in sh grep tail awk cat; do ln -s busybox "$dir/bin/$applet"; done
@@ -38,11 +37,10 @@ done
 mkdir -p "$dir/work" && cp "$images"/vmlinux-cloud "$images"/bzImage-cloud "$images"/initrd-min.cpio "$dir/work"
 monitors=qemu
 [ -z "$vireo" ] || { cp "$vireo" "$dir/bin/vireo"; monitors='qemu vireo'; }
-mkdir "$dir/bin.vireo" && ln -s "$vireo" "$dir/bin.vireo/vireo"
 for mount in dev proc sys/kernel/tracing; do mount --bind /$mount "$dir/$mount"; done
 cat >"$dir/work/measure" <<'MEASURE'
 export XDG_CACHE_HOME=$PWD
-monitors=$1 runs=$2 where=$3
+monitors=$1 runs=$2
 trace=/sys/kernel/tracing
 
 cmdline='console=ttyS0 reboot=t panic=-1 quiet'
@@ -71,13 +69,12 @@ for kernel in vmlinux-cloud bzImage-cloud; do
         for monitor in $monitors; do
             echo begin
             boot $monitor $kernel
-            echo "instructions $monitor$where $kernel $((end - start))"
+            echo "instructions $monitor $kernel $((end - start))"
         done
         n=$((n + 1))
     done
 done
 
-[ -z "$where" ] || exit 0
 case $monitors in *vireo*) more=nokaslr ;; esac
 echo 65536 >$trace/buffer_size_kb
 echo 0 >$trace/options/overwrite # the first entry is among the first events
@@ -102,8 +99,7 @@ for kernel in vmlinux-cloud bzImage-cloud; do
     done
 done
 MEASURE
-(cd "$dir/work" && PATH=$dir/bin.vireo:$PATH sh measure "$monitors" "$runs" "") &&
-    chroot "$dir" sh -c 'cd work && PATH=/bin:/usr/bin:/usr/local/bin exec sh measure "$@"' sh "$monitors" "$runs" -in-memory
+chroot "$dir" sh -c 'cd work && PATH=/bin:/usr/bin:/usr/local/bin exec sh measure "$@"' sh "$monitors" "$runs"
 "#;
 
 /// Runs in the other emulated host, whose clock is the machine's: Pss in KiB of everything but guest
@@ -151,24 +147,22 @@ fn bench() -> Result<(), String> {
     let mut facts = Facts::new();
     in_host(&["--icount"], SCRIPT, &[&path, &images, &RUNS.to_string()], &mut facts)?;
 
-    for (place, suffix) in [("as installed", ""), ("everything in memory", "-in-memory")] {
-        println!("\nBest of {}, {place}: instructions from exec to exit (billions); wall seconds", RUNS - 1);
-        println!("{:<15}{:>8}{:>8}{:>8}   {:>6}{:>7}", "", "QEMU", "vireo", "ratio", "QEMU", "vireo");
-        for kernel in KERNELS {
-            let best = |fact, monitor: &str| best(&facts, fact, &format!("{monitor}{suffix}"), kernel);
-            let (qemu, ours) = (best("instructions", "qemu"), best("instructions", "vireo"));
-            let ratio = qemu.zip(ours).map(|(qemu, ours)| ours / qemu);
-            let giga = |value: Option<f64>| text(value.map(|value| value / 1e9), 3);
-            let wall = |monitor| text(best("wall", monitor), 1);
-            println!(
-                "{kernel:<15}{:>8}{:>8}{:>8}   {:>6}{:>7}",
-                giga(qemu),
-                giga(ours),
-                text(ratio, 3),
-                wall("qemu"),
-                wall("vireo")
-            );
-        }
+    println!("\nBest of {}, instructions from exec to exit (billions); wall seconds", RUNS - 1);
+    println!("{:<15}{:>8}{:>8}{:>8}   {:>6}{:>7}", "", "QEMU", "vireo", "ratio", "QEMU", "vireo");
+    for kernel in KERNELS {
+        let best = |fact, monitor| best(&facts, fact, monitor, kernel);
+        let (qemu, ours) = (best("instructions", "qemu"), best("instructions", "vireo"));
+        let ratio = qemu.zip(ours).map(|(qemu, ours)| ours / qemu);
+        let giga = |value: Option<f64>| text(value.map(|value| value / 1e9), 3);
+        let wall = |monitor| text(best("wall", monitor), 1);
+        println!(
+            "{kernel:<15}{:>8}{:>8}{:>8}   {:>6}{:>7}",
+            giga(qemu),
+            giga(ours),
+            text(ratio, 3),
+            wall("qemu"),
+            wall("vireo")
+        );
     }
     println!("\n{:<15}{:>22}{:>34}", "", "exits to user space", "exec to first KVM_RUN (millions)");
     for kernel in KERNELS {
