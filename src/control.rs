@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::machine::run::{Mailbox, Request, answer};
+use crate::machine::mailbox::{Mailbox, Request, answer};
 use crate::outcome::Outcome;
 
 /// Sends messages to the machine's event loop. Cloning is cheap; the machine may end at any time, and then messages go

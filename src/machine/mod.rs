@@ -3,6 +3,7 @@
 //! while the guest runs is in [`run`].
 
 pub mod console;
+pub mod mailbox;
 pub mod run;
 
 use std::io::{self, Write};

@@ -9,21 +9,19 @@
 //! When the outcome stands, the vCPUs and devices are stopped and the loop goes on until the console's last byte is
 //! written: it still hears a second signal, Ctrl-A X and the time limit, so a reader that never reads cannot hold it.
 
-use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::console::ConsoleInput;
+use super::mailbox::{Mailbox, Request};
 use super::{Error, Machine, host};
 use crate::devices::power_button::PowerButton;
 use crate::devices::serial::{SerialConfig, SerialPort};
-use crate::event::{self, GuestEvent, Interest, PanicSource, Poller, Signals};
+use crate::event::{GuestEvent, Interest, PanicSource, Poller, Signals};
 use crate::kvm;
 use crate::outcome::{BootTiming, Exits, Mark, Outcome};
 use crate::terminal::{self, Command as Escape, RawMode};
@@ -56,62 +54,6 @@ pub struct Ended {
     pub exits: Exits,
     /// When what happened.
     pub timing: BootTiming,
-}
-
-/// What a running machine can be asked for, through its [`Mailbox`].
-pub enum Request {
-    /// Stop the vCPUs and devices with nothing half done; answered when it is so.
-    Pause(Sender<()>),
-    /// Go on.
-    Resume(Sender<()>),
-    /// Press the ACPI power button.
-    PressPowerButton,
-    /// End the guest now, with this outcome.
-    Stop(Outcome),
-}
-
-/// Where requests and the ends of vCPUs arrive.
-pub struct Mailbox {
-    fd: EventFd,
-    /// `None` once the machine has ended: what is asked then is dropped, which whoever waits for an answer notices.
-    requests: Mutex<Option<VecDeque<Request>>>,
-    ends: Mutex<VecDeque<(u32, End)>>,
-}
-
-impl Mailbox {
-    /// An empty mailbox.
-    pub fn new() -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Mailbox {
-            fd: event::eventfd()?,
-            requests: Mutex::new(Some(VecDeque::new())),
-            ends: Mutex::default(),
-        }))
-    }
-
-    /// Asks for something.
-    pub fn send(&self, request: Request) {
-        if let Some(requests) = self.requests.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-            requests.push_back(request);
-            let _ = self.fd.write(1);
-        }
-    }
-
-    fn close(&self) {
-        *self.requests.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    }
-
-    fn vcpu_ended(&self, id: u32, end: End) {
-        self.ends.lock().unwrap_or_else(PoisonError::into_inner).push_back((id, end));
-        let _ = self.fd.write(1);
-    }
-
-    fn take_request(&self) -> Option<Request> {
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner).as_mut()?.pop_front()
-    }
-
-    fn take_end(&self) -> Option<(u32, End)> {
-        self.ends.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
-    }
 }
 
 /// Coalesced output waits no longer than this.
@@ -514,9 +456,4 @@ impl Running {
 fn stop_this_process() {
     // SAFETY: raise has no memory effects; SIGSTOP cannot be blocked.
     unsafe { libc::raise(libc::SIGSTOP) };
-}
-
-/// A one-shot answer channel for [`Request`]s.
-pub fn answer() -> (Sender<()>, Receiver<()>) {
-    channel()
 }
