@@ -171,6 +171,8 @@ impl Loop {
             }
         }
         let positions = self.share.queues.iter().filter(|q| q.is_enabled()).map(|q| (q.index(), q.state())).collect();
+        // Gone before anybody hears of it: who stops a device and then drops it may open its locked file again.
+        drop(self);
         let _ = done.send(positions);
     }
 
