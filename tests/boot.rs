@@ -20,7 +20,7 @@ echo "segments: $(head -c 4096 /proc/kcore | od -An -v -tx8 -w56 -j64 | cut -d '
 
 /// Boots `run` to user space, where it must find so many CPUs.
 fn boots(run: Run, cpus: u32) -> Ended {
-    let ended = run.args(&["--cpus", &cpus.to_string()]).to_end().success();
+    let ended = run.args(&["--cpus", &cpus.to_string()]).run_to_end().success();
     assert_eq!(ended.fact("cpus"), cpus.to_string(), "{ended}");
     ended
 }
@@ -164,7 +164,6 @@ fn legacy_lz4_in_shared_memory() {
 
 #[test]
 fn bzip2_in_little_memory() {
-    // With this initramfs, stock Debian kernels need SMALLEST.
     let ended = boots(Run::new(&packed("bzip2", "bzip2 -1"), FACTS).args(&["--memory", "96M"]), 1);
     memory_is(&ended, 96);
 }
@@ -175,7 +174,7 @@ fn without_acpi() {
     let run = Run::new("bzImage-full", FACTS).args(&["--acpi", "off"]);
     fs::write(run.path("disk"), [b'x'; 4096]).unwrap();
     let disk = run.path("disk");
-    let ended = run.args(&["--disk", &disk, "--cpus", "2"]).to_end();
+    let ended = run.args(&["--disk", &disk, "--cpus", "2"]).run_to_end();
     assert!(ended.stdout.contains("/test.sh ended with status 0"), "{ended}");
     assert_eq!(ended.fact("cpus"), "2", "{ended}");
     assert!(ended.fact("cmdline").starts_with("console=ttyS0 quiet virtio_mmio.device="), "{ended}");

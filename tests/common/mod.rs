@@ -4,6 +4,7 @@
 
 #![allow(dead_code)] // each test file uses its part
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{self, Cursor, Read, Write};
 use std::os::unix::process::ExitStatusExt;
@@ -40,18 +41,27 @@ pub fn scratch() -> TempDir {
     tempfile::Builder::new().prefix("test.").tempdir_in(share).unwrap()
 }
 
-fn vireo() -> PathBuf {
+/// The binary under test.
+pub fn vireo() -> PathBuf {
     let default = || repo("target/x86_64-unknown-linux-gnu/release/vireo");
     let path = std::env::var_os("VIREO_BIN").map_or_else(default, PathBuf::from);
     assert!(path.exists(), "there is no vireo at {}: run 'make build', or set VIREO_BIN", path.display());
     path
 }
 
-/// `tests/host/run`, about to run something else than vireo.
-pub fn on_host() -> Command {
+/// Runs another program than vireo where vireo runs, with pipes for its streams.
+pub fn on_host(args: &[&str]) -> Guest {
     let mut command = Command::new(repo("tests/host/run"));
-    command.args(["--env", "XDG_CACHE_HOME=/tmp/vireo-test-cache", "--"]);
-    command
+    command.arg("--").args(args);
+    Guest::spawn(command, scratch(), Streams::Pipes)
+}
+
+/// An example that cargo builds for the tests.
+pub fn example(name: &str) -> String {
+    let deps = std::env::current_exe().unwrap();
+    let path = deps.ancestors().nth(2).unwrap().join("examples").join(name);
+    assert!(path.exists(), "{} is missing: 'cargo test' without '--test' builds it", path.display());
+    path.display().to_string()
 }
 
 /// The test guest's initramfs, and behind it a second cpio with the test's files.
@@ -101,8 +111,14 @@ impl Run {
     }
 
     /// Runs vireo by `bash -c SCRIPT`, which finds it with its arguments in `"$@"`.
-    pub fn through(mut self, script: &str) -> Self {
-        self.wrapper = ["bash", "-c", script, "bash"].map(String::from).into();
+    pub fn through(self, script: &str) -> Self {
+        self.through_with(script, "bash")
+    }
+
+    /// The same, with another program in `$0`. (The emulated host makes sure of running a program as it is now only if
+    /// that is a word of the command line.)
+    pub fn through_with(mut self, script: &str, program: &str) -> Self {
+        self.wrapper = ["bash", "-c", script, program].map(String::from).into();
         self
     }
 
@@ -132,7 +148,7 @@ impl Run {
     }
 
     /// Starts it and waits for its end.
-    pub fn to_end(self) -> Ended {
+    pub fn run_to_end(self) -> Ended {
         self.start().end()
     }
 }
@@ -144,7 +160,13 @@ enum Streams {
 
 /// What came out of a stream so far.
 #[derive(Clone, Default)]
-struct Seen(Arc<(Mutex<(Vec<u8>, bool)>, Condvar)>);
+struct Seen(Arc<(Mutex<Stream>, Condvar)>);
+
+#[derive(Default)]
+struct Stream {
+    bytes: Vec<u8>,
+    ended: bool,
+}
 
 impl Seen {
     fn collect(mut stream: impl Read + Send + 'static) -> Seen {
@@ -155,8 +177,8 @@ impl Seen {
             loop {
                 let n = stream.read(&mut buffer).unwrap_or(0); // a terminal ends with EIO
                 let mut state = collected.0.0.lock().unwrap();
-                state.0.extend_from_slice(&buffer[..n]);
-                state.1 = n == 0;
+                state.bytes.extend_from_slice(&buffer[..n]);
+                state.ended = n == 0;
                 collected.0.1.notify_all();
                 if n == 0 {
                     return;
@@ -169,11 +191,11 @@ impl Seen {
     /// Waits until `found` says true of what was seen, or the stream ended; then gives it.
     fn wait(&self, deadline: Instant, found: impl Fn(&[u8]) -> bool) -> (Vec<u8>, bool) {
         let mut state = self.0.0.lock().unwrap();
-        while !found(&state.0) && !state.1 && Instant::now() < deadline {
+        while !found(&state.bytes) && !state.ended && Instant::now() < deadline {
             let left = deadline.saturating_duration_since(Instant::now());
             state = self.0.1.wait_timeout(state, left).unwrap().0;
         }
-        (state.0.clone(), found(&state.0))
+        (state.bytes.clone(), found(&state.bytes))
     }
 }
 
@@ -212,17 +234,34 @@ impl Guest {
         self.wait("stderr", &self.stderr, text)
     }
 
+    /// Waits until either has shown `text`: on a terminal of the emulated host both are one stream.
+    pub fn wait_for_either(&self, text: &str) {
+        let deadline = Instant::now() + DEADLINE;
+        let shown = |stream: &Seen| String::from_utf8_lossy(&stream.0.0.lock().unwrap().bytes).contains(text);
+        while !shown(&self.stdout) && !shown(&self.stderr) {
+            assert!(Instant::now() < deadline, "waited for '{text}' in vain; {}", self.tails());
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     fn wait(&self, name: &str, stream: &Seen, text: &str) -> String {
-        let found = |bytes: &[u8]| bytes.windows(text.len()).any(|w| w == text.as_bytes());
+        let searched = Cell::new(0usize);
+        let found = |bytes: &[u8]| {
+            let from = searched.get().saturating_sub(text.len());
+            let found = bytes[from..].windows(text.len()).any(|w| w == text.as_bytes());
+            searched.set(if found { 0 } else { bytes.len() });
+            found
+        };
         let (bytes, found) = stream.wait(Instant::now() + DEADLINE, found);
         assert!(found, "waited for '{text}' on {name} in vain; {}", self.tails());
         lines(&bytes)
     }
 
-    fn tails(&self) -> String {
+    /// The end of what it said, for messages.
+    pub fn tails(&self) -> String {
         let tail = |stream: &Seen| {
-            let bytes = stream.0.0.lock().unwrap().0.clone();
-            lines(&bytes[bytes.len().saturating_sub(3000)..])
+            let bytes = stream.0.0.lock().unwrap().bytes.clone();
+            lines(&bytes[bytes.len().saturating_sub(1500)..])
         };
         format!("the end of stdout:\n{}\nthe end of stderr:\n{}", tail(&self.stdout), tail(&self.stderr))
     }

@@ -1,0 +1,70 @@
+//! What takes too long for `make test`; `make soak` runs it.
+
+mod common;
+
+use common::{Run, image, on_host, vireo};
+
+/// Prints a line for each boot, so that somebody who waits sees it getting on.
+const BOOTS: &str = r#"
+left() { ls /tmp; ls -R "$XDG_CACHE_HOME"; ls /proc/self/fd | wc -l; }
+export XDG_CACHE_HOME=$(mktemp -d /tmp/soak.XXXXXX) TMPDIR=/tmp
+boot() {
+    timeout 120 "$1" run --kernel "$2" --initrd "$3" --cpus $4 --cmdline "console=ttyS0 quiet reboot=t panic=-1" \
+        </dev/null >"$XDG_CACHE_HOME/console" 2>&1 && grep -q 'init running' "$XDG_CACHE_HOME/console" ||
+        { cat "$XDG_CACHE_HOME/console"; exit 1; }
+}
+boot "$1" "$2" "$3" 1
+before=$(left)
+for n in $(seq "$4"); do
+    boot "$1" "$2" "$3" $((1 << n % 3))
+    echo "boot $n"
+done
+[ "$before" = "$(left)" ] || { echo "something was left behind: $before; $(left)"; exit 1; }
+[ -z "$(jobs)" ]
+rm -r "$XDG_CACHE_HOME"
+echo clean
+"#;
+
+/// Boots with one, two and four CPUs in turn leave nothing behind: no temporary file, no process.
+#[test]
+fn fifty_boots_leave_nothing_behind() {
+    let path = |path: std::path::PathBuf| path.display().to_string();
+    let (vireo, kernel, initrd) = (path(vireo()), path(image("bzImage-cloud")), path(image("initrd-min.cpio")));
+    let host = on_host(&["bash", "-c", BOOTS, "bash", &vireo, &kernel, &initrd, "50"]);
+    for n in (5..=50).step_by(5) {
+        host.wait_for(&format!("boot {n}\n"));
+    }
+    let ended = host.end();
+    assert!(ended.code() == 0 && ended.stdout.ends_with("clean\n"), "{ended}");
+}
+
+#[test]
+fn four_cpus_reboot_and_halt_ten_times() {
+    for script in ["reboot -f", "halt -f", "poweroff -f"].repeat(10) {
+        let run = Run::new("bzImage-cloud", script).cmdline("console=ttyS0 quiet vireo.modules=none");
+        let ended = run.args(&["--cpus", "4"]).run_to_end();
+        assert_eq!(ended.code(), 0, "{script}: {ended}");
+    }
+}
+
+/// SOAK_MIB mebibytes (1) of input, and all of it back again: minutes in the emulated host, seconds outside.
+#[test]
+fn mebibytes_in_and_out() {
+    let mib: usize = std::env::var("SOAK_MIB").map_or(1, |mib| mib.parse().expect("SOAK_MIB is a number"));
+    // A line without flow control loses what is more than the guest's driver has buffers for, 64 KiB. So in pieces.
+    let pieces = mib * 16;
+    let script = format!(
+        "stty raw -echo\nfor n in $(seq {pieces}); do echo ready $n; head -c 65536 >/in; cat /in; echo end $n; done"
+    );
+    let mut guest = Run::new("bzImage-cloud", &script).cmdline("console=ttyS0 quiet vireo.modules=none").start();
+    let mut expected = Vec::new();
+    for n in 1..=pieces {
+        let piece: Vec<u8> = (0..1u32 << 16).map(|i| (i % 251) as u8 ^ (i >> 8) as u8 ^ n as u8).collect();
+        guest.wait_for(&format!("ready {n}\n"));
+        guest.send(&piece);
+        expected.extend([format!("ready {n}\n").as_bytes(), &piece, format!("end {n}\n").as_bytes()].concat());
+    }
+    let ended = guest.end().success();
+    let start = ended.bytes.windows(8).position(|w| w == b"ready 1\n").unwrap();
+    assert!(ended.bytes[start..].starts_with(&expected), "it came back different");
+}
