@@ -170,19 +170,15 @@ fn bzip2_in_little_memory() {
     memory_is(&ended, 96);
 }
 
-/// The full kernel reads MP tables; the cloud kernel is built without.
+/// The full kernel reads MP tables; the cloud kernel is built without. Neither takes `virtio_mmio.device=`, so the disk
+/// only shows on the command line.
 #[test]
 fn without_acpi() {
-    let run = Run::new(
-        "bzImage-full",
-        &format!("{FACTS}\nls -l /sys/bus/virtio/devices; echo \"disk: $(head -n 1 /dev/vda)\""),
-    );
-    let run = run.args(&["--acpi", "off"]);
-    fs::write(run.path("disk"), format!("content\n{:4088}", "")).unwrap();
+    let run = Run::new("bzImage-full", FACTS).args(&["--acpi", "off"]);
+    fs::write(run.path("disk"), [b'x'; 4096]).unwrap();
     let disk = run.path("disk");
     let ended = run.args(&["--disk", &disk, "--cpus", "2"]).run_to_end();
     assert!(ended.stdout.contains("/test.sh ended with status 0"), "{ended}");
     assert_eq!(ended.fact("cpus"), "2", "{ended}");
-    assert_eq!(ended.fact("disk"), "content", "{ended}");
     assert!(ended.fact("cmdline").starts_with("console=ttyS0 quiet virtio_mmio.device="), "{ended}");
 }
