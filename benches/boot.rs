@@ -121,10 +121,20 @@ until grep -q BusyBox console; do
     [ $tries -lt 600 ] && kill -0 $vireo || { echo "failed: no shell in the guest"; tail console; exit 1; }
     sleep 0.1
 done
-# Guest RAM may be several mappings; they touch each other and are 131072 KiB together.
-awk '/^[0-9a-f]+-/ { split($1, range, "-"); if (range[1] != end || $2 != mode) close_run(); end = range[2]; mode = $2 }
-    /^Size:/ { size += $2 } /^Pss:/ { pss += $2 } END { close_run(); print "pss vireo bzImage-cloud", sum }
-    function close_run() { if (size != 131072) sum += pss; size = pss = 0 }' /proc/$vireo/smaps
+# Guest RAM is 131072 KiB of mappings that touch each other.
+awk '/^[0-9a-f]+-/ { n++; split($1, range, "-"); start[n] = range[1]; end[n] = range[2] }
+    /^Size:/ { size[n] = $2 } /^Pss:/ { pss[n] = $2; total += $2 }
+    END {
+        for (i = 1; i <= n; i++) {
+            sum = ram = 0
+            for (j = i; j <= n && sum < 131072 && (j == i || start[j] == end[j - 1]); j++) {
+                sum += size[j]
+                ram += pss[j]
+            }
+            if (sum == 131072) { print "pss vireo bzImage-cloud", total - ram; exit }
+        }
+        print "failed: which mappings are guest RAM?"
+    }' /proc/$vireo/smaps
 rm -r "$XDG_CACHE_HOME"
 "#;
 
