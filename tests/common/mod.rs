@@ -10,7 +10,7 @@ use std::io::{self, Cursor, Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, LazyLock, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -49,9 +49,42 @@ pub fn vireo() -> PathBuf {
     path
 }
 
+/// The emulated hosts (`$hosts` in tests/host/lib.sh) that no test uses now.
+static FREE_HOSTS: (LazyLock<Mutex<Vec<&str>>>, Condvar) =
+    (LazyLock::new(|| Mutex::new(vec!["b", "a"])), Condvar::new());
+
+/// The emulated host of the test in this thread, from its first guest until it ends: all its guests meet there, and no
+/// other test's, however many run at a time. (It ends, so others wait for it without a deadline of their own.)
+struct HostOfTest(&'static str);
+
+thread_local! {
+    static HOST: HostOfTest = HostOfTest::take();
+}
+
+impl HostOfTest {
+    fn take() -> Self {
+        let mut free = FREE_HOSTS.1.wait_while(FREE_HOSTS.0.lock().unwrap(), |free| free.is_empty()).unwrap();
+        HostOfTest(free.pop().unwrap())
+    }
+}
+
+impl Drop for HostOfTest {
+    fn drop(&mut self) {
+        FREE_HOSTS.0.lock().unwrap().push(self.0);
+        FREE_HOSTS.1.notify_one();
+    }
+}
+
+/// `tests/host/run` on this test's host, about to get its options.
+fn run_on_host() -> Command {
+    let mut command = Command::new(repo("tests/host/run"));
+    HOST.with(|host| command.args(["--on", host.0]));
+    command
+}
+
 /// Runs another program than vireo where vireo runs, with pipes for its streams.
 pub fn on_host(args: &[&str]) -> Guest {
-    let mut command = Command::new(repo("tests/host/run"));
+    let mut command = run_on_host();
     command.arg("--").args(args);
     Guest::spawn(command, scratch(), Streams::Pipes)
 }
@@ -128,7 +161,7 @@ impl Run {
     }
 
     fn command(&self, options: &[&str]) -> Command {
-        let mut command = Command::new(repo("tests/host/run"));
+        let mut command = run_on_host();
         command.args(options).args(["--env", "XDG_CACHE_HOME=/tmp/vireo-test-cache"]).args(&self.env).arg("--");
         command.args(&self.wrapper).arg(vireo()).arg("run").args(&self.args).args(["--cmdline", &self.cmdline]);
         command

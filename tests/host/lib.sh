@@ -9,13 +9,26 @@ images=$state/images             # kernels and initramfs for guests
 share=$state/share               # the one place the emulated host may write to, same path on both sides
 agent=$state/host-agent
 
+hosts="a b"                      # the emulated hosts: two, so that two processors are used (see `up`)
+
+is_host() { case " $hosts " in *" $1 "*) ;; *) return 1 ;; esac; }
+
+# Is any of them up, or the instruction-counting one?
+any_up() {
+    local name
+    for name in $hosts icount; do
+        if is_up $name; then return; fi
+    done
+    return 1
+}
+
 die() {
     echo "$(basename "$0"): $*" >&2
     exit 255
 }
 
-# Is the emulated host "$1" (shared or icount) up? QEMU inherits a lock on this file and keeps it for as long as it
-# lives, so the answer survives crashes and reused process ids.
+# Is the emulated host "$1" up? QEMU inherits a lock on this file and keeps it for as long as it lives, so the answer
+# survives crashes and reused process ids.
 is_up() {
     [ -e "$state/$1/alive" ] && ! flock -ns "$state/$1/alive" true
 }
