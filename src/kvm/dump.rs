@@ -20,6 +20,13 @@ pub fn text(id: u32, vcpu: &VcpuFd, ram: &GuestRam) -> String {
         }
         _ => "not mapped".into(),
     };
+    // After a shutdown AMD leaves the processor's state undefined, so KVM resets it (svm.c, shutdown_interception).
+    let reset = (r.rip, s.cs.base, s.cr0 & 1) == (0xFFF0, 0xFFFF_0000, 0);
+    let note = if reset {
+        "\nthese are reset values: this processor keeps none of the guest's when it shuts down"
+    } else {
+        ""
+    };
     format!(
         "vCPU {id}:\n\
          rip {:016x} rflags {:016x} cs {:04x} base {:x}\n\
@@ -29,7 +36,7 @@ pub fn text(id: u32, vcpu: &VcpuFd, ram: &GuestRam) -> String {
          r12 {:016x} r13 {:016x} r14 {:016x} r15 {:016x}\n\
          cr0 {:x} cr2 {:x} cr3 {:x} cr4 {:x} efer {:x}\n\
          gdt {:x}+{:x} idt {:x}+{:x} tr {:04x} ss {:04x} ds {:04x}\n\
-         instruction bytes: {code}",
+         instruction bytes: {code}{note}",
         r.rip,
         r.rflags,
         s.cs.selector,
