@@ -14,8 +14,8 @@
 //! # Layers
 //!
 //! Each imports only what stands to its right:
-//! `cli > control, doctor > machine > config > boot, vcpu > virtio, devices > backend > terminal, bus, irq, event,
-//! memory, kvm, layout, options, outcome`. A device imports neither `kvm` nor the virtio transport nor `std::thread`.
+//! `cli > control, doctor > machine > config > boot, vcpu > virtio, devices > backend, rate_limiter > terminal, bus,
+//! irq, event, memory, kvm, layout, options, outcome`. A device imports neither `kvm` nor the virtio transport nor `std::thread`.
 //! `unsafe` is denied crate-wide and opened only in the few modules that talk to the kernel.
 
 pub mod cli;
@@ -28,6 +28,7 @@ pub mod vcpu;
 pub mod virtio;
 pub mod devices;
 pub mod backend;
+pub mod rate_limiter;
 pub mod terminal;
 pub mod bus;
 pub mod irq;

@@ -1,12 +1,18 @@
 //! The host's side of devices: files, block devices, terminals, sockets. Nothing here knows of virtio or of the guest.
 
 pub mod console;
+pub mod image;
 pub mod output;
+pub mod qcow2;
 pub mod raw;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use crate::memory::RamSlice;
+
+/// The unit of a disk's size.
+pub const SECTOR: u64 = 512;
 
 /// What a block device stands on. Shared by the workers of a device, so every function takes `&self`.
 pub trait Disk: Send + Sync {
@@ -21,4 +27,41 @@ pub trait Disk: Send + Sync {
 
     /// Returns when all that was written before would survive a power failure.
     fn flush(&self) -> io::Result<()>;
+
+    /// Gives up the contents of a range: it may read as anything afterwards, best as zeros that take no space.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Makes a range read as zeros; with `may_unmap` its space may be given up.
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()>;
+
+    /// The file that has every byte of the disk at the same offset, if there is one: reads, writes and flushes may then
+    /// be left to the kernel (io_uring).
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Whether the file behind [`Disk::fd`] takes these buffers at this offset; else they must go through
+    /// [`Disk::read`] and [`Disk::write`], which take everything.
+    fn takes(&self, _buffers: &[RamSlice<'_>], _offset: u64) -> bool {
+        true
+    }
+}
+
+/// Zeros at an address that direct input and output takes on any device.
+struct AlignedBuffer {
+    bytes: Vec<u8>,
+    len: usize,
+}
+
+impl AlignedBuffer {
+    const ALIGN: usize = 4096;
+
+    fn new(len: usize) -> Self {
+        AlignedBuffer { bytes: vec![0; len + Self::ALIGN], len }
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [u8] {
+        let start = self.bytes.as_ptr().align_offset(Self::ALIGN).min(Self::ALIGN);
+        self.bytes.get_mut(start..start + self.len).unwrap_or_default()
+    }
 }

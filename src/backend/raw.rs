@@ -1,139 +1,113 @@
 //! A file or block device as a disk, byte for byte.
+//!
+//! With `direct=on` the host's page cache is gone around, and then the kernel wants whole blocks. What the guest asks for
+//! in smaller pieces goes through a buffer: the blocks around it are read, changed and written, one such write at a
+//! time.
 
-use std::fs::{File, Metadata, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use log::warn;
+use rustix::fs::FallocateFlags;
 use vm_memory::bitmap::Bitmap;
 
-use super::Disk;
+use super::{AlignedBuffer, Disk};
 use crate::memory::RamSlice;
 
-const SECTOR: u64 = 512;
+/// What offsets and lengths of direct requests are multiples of; no disk has larger blocks.
+pub(super) const DIRECT_BLOCK: u64 = 4096;
+/// What addresses of direct requests are multiples of; no disk needs more.
+const DIRECT_ADDRESS: usize = 512;
+
+/// Bytes that go through a buffer at once.
+const MAX_PIECE: usize = 1 << 20;
+
 /// How many buffers one system call takes (`UIO_MAXIOV`).
 const MAX_BUFFERS: usize = 1024;
-
-/// Why a disk cannot be used. Displays as one sentence with the path.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The file cannot be opened or examined.
-    #[error("cannot open disk {}{hint}", path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// What would help; may be empty.
-        hint: &'static str,
-        /// The OS error.
-        source: io::Error,
-    },
-    /// It is no file and no block device.
-    #[error("disk {} is a {kind}; a regular file or a block device is needed", path.display())]
-    Kind {
-        /// The file.
-        path: PathBuf,
-        /// What it is.
-        kind: &'static str,
-    },
-    /// Not even one sector.
-    #[error("disk {} has {size} bytes, which is less than one sector of 512", path.display())]
-    TooSmall {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        size: u64,
-    },
-    /// Another process holds a lock that excludes ours.
-    #[error("disk {} is in use by another VM{hint}", path.display())]
-    InUse {
-        /// The file.
-        path: PathBuf,
-        /// What would be possible; may be empty.
-        hint: &'static str,
-    },
-}
 
 /// An open and locked disk.
 #[derive(Debug)]
 pub struct RawDisk {
     file: File,
-    size: u64,
+    /// Block devices have their own ways to discard and to write zeros.
+    block_device: bool,
+    size: AtomicU64,
+    /// For direct disks: held while blocks are read, changed and written.
+    direct: Option<Mutex<()>>,
 }
 
 impl RawDisk {
-    /// Opens and locks `path`. A writable disk excludes every other user, readers share. The lock goes with the file:
-    /// it needs no cleaning up, however this process ends.
-    pub fn open(path: &Path, readonly: bool) -> Result<Self, Error> {
-        let hint = if readonly { "" } else { " for writing (readonly shares it)" };
-        let failed = |source: io::Error| {
-            let denied = matches!(source.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem);
-            Error::Open { path: path.into(), hint: if denied { hint } else { "" }, source }
-        };
-        // Before it is opened: opening a FIFO would wait for its other end, and some devices act on being opened.
-        check_kind(path, &path.metadata().map_err(failed)?)?;
-        let mut options = OpenOptions::new();
-        options.read(true).write(!readonly).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-        let mut file = options.open(path).map_err(failed)?;
-        // And again, on what was really opened.
-        check_kind(path, &file.metadata().map_err(failed)?)?;
-        match lock(&file, readonly) {
-            Ok(()) => {}
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-                let hint = if readonly { ", which writes to it" } else { "" };
-                return Err(Error::InUse { path: path.into(), hint });
-            }
-            Err(e) => warn!("disk {} cannot be locked and is used unlocked: {e}", path.display()),
-        }
-        let bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
-        let size = bytes - bytes % SECTOR;
-        if size == 0 {
-            return Err(Error::TooSmall { path: path.into(), size: bytes });
-        }
-        if size != bytes {
-            let path = path.display();
-            warn!(
-                "disk {path} has {bytes} bytes; the guest does not see the last {}, which are no sector",
-                bytes - size
-            );
-        }
-        Ok(RawDisk { file, size })
+    /// A disk on an open, locked file or block device, of which the guest sees `size` bytes: whole blocks, if it is
+    /// open for `direct` input and output.
+    pub(super) fn new(file: File, block_device: bool, direct: bool, size: u64) -> Self {
+        RawDisk { file, block_device, size: AtomicU64::new(size), direct: direct.then(Mutex::default) }
     }
-}
 
-fn check_kind(path: &Path, metadata: &Metadata) -> Result<(), Error> {
-    let kind = metadata.file_type();
-    let kind = match () {
-        () if kind.is_file() || kind.is_block_device() => return Ok(()),
-        () if kind.is_dir() => "directory",
-        () if kind.is_fifo() => "FIFO",
-        () if kind.is_char_device() => "character device",
-        () if kind.is_socket() => "socket",
-        () => "special file",
-    };
-    Err(Error::Kind { path: path.into(), kind })
-}
+    /// A request that is not in whole blocks, by way of a buffer that is: `copy` moves between the guest's buffers and
+    /// the piece of it that they are about.
+    fn through_blocks(
+        &self,
+        len: u64,
+        offset: u64,
+        write: bool,
+        copy: impl FnOnce(&mut [u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let _alone =
+            self.direct.as_ref().filter(|_| write).map(|lock| lock.lock().unwrap_or_else(PoisonError::into_inner));
+        let start = offset - offset % DIRECT_BLOCK;
+        let end = (offset + len).next_multiple_of(DIRECT_BLOCK);
+        let mut buffer = AlignedBuffer::new((end - start) as usize);
+        let blocks = buffer.as_mut_slice();
+        self.file.read_exact_at(blocks, start)?;
+        let piece = blocks.get_mut((offset - start) as usize..(offset - start + len) as usize);
+        copy(piece.ok_or(io::ErrorKind::InvalidInput)?)?;
+        if write { self.file.write_all_at(blocks, start) } else { Ok(()) }
+    }
 
-/// Locks all bytes, however many there will be. The lock belongs to the open file, not to the process (F_OFD_SETLK),
-/// so that closing another descriptor of the same file does not lose it; QEMU's locks collide with it as they should.
-#[allow(unsafe_code)]
-fn lock(file: &File, readonly: bool) -> io::Result<()> {
-    let l_type = if readonly { libc::F_RDLCK } else { libc::F_WRLCK } as libc::c_short;
-    let lock = libc::flock { l_type, l_whence: libc::SEEK_SET as libc::c_short, l_start: 0, l_len: 0, l_pid: 0 };
-    // SAFETY: the descriptor is open and `lock` is a valid flock for the duration of the call.
-    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } {
-        -1 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
+    /// The same in pieces, so that a request's size is not that of our memory.
+    fn piecewise(&self, buffers: &[RamSlice<'_>], mut offset: u64, write: bool) -> io::Result<()> {
+        for buffer in buffers {
+            let mut at = 0;
+            while at < buffer.len() {
+                let len = (buffer.len() - at).min(MAX_PIECE);
+                let piece = buffer.subslice(at, len).map_err(io::Error::other)?;
+                self.through_blocks(len as u64, offset, write, |bytes| {
+                    if write {
+                        piece.copy_to(bytes);
+                    } else {
+                        piece.copy_from(bytes);
+                    }
+                    Ok(())
+                })?;
+                at += len;
+                offset += len as u64;
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn open(path: &std::path::Path, readonly: bool) -> Result<Self, super::image::Error> {
+        super::image::open_raw(path, readonly, false)
     }
 }
 
 impl Disk for RawDisk {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Relaxed)
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
     }
 
     fn read(&self, buffers: &[RamSlice<'_>], offset: u64) -> io::Result<()> {
+        if !self.takes(buffers, offset) {
+            return self.piecewise(buffers, offset, false);
+        }
         let result = transfer(&self.file, buffers, offset, Direction::Read);
         // Also after an error: some of it may have arrived.
         for buffer in buffers {
@@ -143,11 +117,42 @@ impl Disk for RawDisk {
     }
 
     fn write(&self, buffers: &[RamSlice<'_>], offset: u64) -> io::Result<()> {
+        if !self.takes(buffers, offset) {
+            return self.piecewise(buffers, offset, true);
+        }
         transfer(&self.file, buffers, offset, Direction::Write)
+    }
+
+    fn takes(&self, buffers: &[RamSlice<'_>], offset: u64) -> bool {
+        let len: u64 = buffers.iter().map(|b| b.len() as u64).sum();
+        let fits = |b: &RamSlice<'_>| (b.ptr_guard().as_ptr().addr() | b.len()).is_multiple_of(DIRECT_ADDRESS);
+        self.direct.is_none() || (offset | len).is_multiple_of(DIRECT_BLOCK) && buffers.iter().all(fits)
     }
 
     fn flush(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.block_device {
+            return block_range(&self.file, BLKDISCARD, offset, len);
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&self.file, flags, offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+        let quick = if self.block_device {
+            block_range(&self.file, BLKZEROOUT, offset, len)
+        } else if may_unmap {
+            self.discard(offset, len)
+        } else {
+            fallocate(&self.file, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, len)
+        };
+        match quick {
+            Err(e) if is_unsupported(&e) => write_zeros(&self.file, offset, len),
+            result => result,
+        }
     }
 }
 
@@ -203,11 +208,55 @@ fn vectored(file: &File, iov: &[libc::iovec], offset: u64, direction: Direction)
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
+/// `_IO(0x12, 119)` and `_IO(0x12, 127)` of linux/fs.h; they take an offset and a length in bytes.
+const BLKDISCARD: libc::Ioctl = 0x1277;
+const BLKZEROOUT: libc::Ioctl = 0x127F;
+
+#[allow(unsafe_code)]
+fn block_range(file: &File, request: libc::Ioctl, offset: u64, len: u64) -> io::Result<()> {
+    let range = [offset, len];
+    // SAFETY: the descriptor is open; both requests read two u64 from `range` and nothing else.
+    match unsafe { libc::ioctl(file.as_raw_fd(), request, range.as_ptr()) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+fn fallocate(file: &File, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+    if len == 0 {
+        return Ok(());
+    }
+    loop {
+        match rustix::fs::fallocate(file, flags, offset, len) {
+            Err(rustix::io::Errno::INTR) => {}
+            result => return Ok(result?),
+        }
+    }
+}
+
+/// Whether the file system, or the device, cannot do this at all.
+pub(crate) fn is_unsupported(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::EINVAL))
+}
+
+/// The slow way: really writes them.
+fn write_zeros(file: &File, mut offset: u64, mut len: u64) -> io::Result<()> {
+    let mut zeros = AlignedBuffer::new((64 << 10).min(len) as usize);
+    let zeros = zeros.as_mut_slice();
+    while len > 0 {
+        let piece = &zeros[..len.min(zeros.len() as u64) as usize];
+        file.write_all_at(piece, offset)?;
+        offset += piece.len() as u64;
+        len -= piece.len() as u64;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::memory::GuestRam;
-    use std::os::unix::fs::FileExt;
+    use std::path::{Path, PathBuf};
 
     fn image(dir: &tempfile::TempDir, name: &str, size: u64) -> PathBuf {
         let path = dir.path().join(name);
@@ -312,5 +361,69 @@ mod tests {
         assert!(in_use(false).contains("in use"));
         drop(readers);
         RawDisk::open(&path, false).unwrap();
+    }
+
+    #[test]
+    fn direct_disks_take_every_piece() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = image(&dir, "a", 1 << 20);
+        let disk = match super::super::image::open_raw(&path, false, true) {
+            Ok(disk) => disk,
+            Err(e) => panic!("{e}: the checkout must be on a file system with O_DIRECT"),
+        };
+        let ram = GuestRam::anonymous(1 << 20);
+        let data: Vec<u8> = (0..40_960u32).map(|i| (i % 247) as u8).collect();
+        ram.write(0, &data).unwrap();
+        let slices =
+            |pieces: &[(u64, u64)]| pieces.iter().map(|(at, len)| ram.slice(*at, *len).unwrap()).collect::<Vec<_>>();
+        for (pieces, offset) in [
+            (vec![(0, 4096), (4096, 8192)], 8192),
+            (vec![(512, 512)], 100 * 512),
+            (vec![(1, 511), (512, 1), (513, 2048)], 15 * 512),
+            (vec![(3, 40_000), (7, 960)], 512),
+        ] {
+            let before = std::fs::read(&path).unwrap();
+            let buffers = slices(&pieces);
+            disk.write(&buffers, offset).unwrap();
+            let mut expected = before;
+            let bytes: Vec<u8> =
+                pieces.iter().flat_map(|(at, len)| data[*at as usize..(at + len) as usize].to_vec()).collect();
+            expected[offset as usize..offset as usize + bytes.len()].copy_from_slice(&bytes);
+            assert!(std::fs::read(&path).unwrap() == expected, "{pieces:?} at {offset}");
+            disk.read(&slices(&[(0x8_0001, bytes.len() as u64)]), offset).unwrap();
+            let mut back = vec![0; bytes.len()];
+            ram.read(0x8_0001, &mut back).unwrap();
+            assert!(back == bytes, "{pieces:?} at {offset}");
+        }
+        disk.write_zeroes(512, 512, false).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap()[512..1024], [0; 512]);
+        image(&dir, "odd", 4096 + 512);
+        let odd = super::super::image::open_raw(&dir.path().join("odd"), false, true).unwrap_err().to_string();
+        assert!(odd.contains("4608 bytes") && odd.contains("direct"), "{odd}");
+    }
+
+    #[test]
+    fn ranges_become_holes_and_zeros() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = image(&dir, "a", 1 << 20);
+        std::fs::write(&path, vec![7; 1 << 20]).unwrap();
+        let disk = RawDisk::open(&path, false).unwrap();
+        let read = || std::fs::read(&path).unwrap();
+        disk.write_zeroes(512, 1024, false).unwrap();
+        let bytes = read();
+        assert!(bytes[..512].iter().all(|&b| b == 7) && bytes[512..1536].iter().all(|&b| b == 0) && bytes[1536] == 7);
+        let before = path.metadata().unwrap().blocks();
+        disk.write_zeroes(64 << 10, 256 << 10, true).unwrap();
+        assert!(read()[64 << 10..320 << 10].iter().all(|&b| b == 0));
+        match disk.discard(512 << 10, 512 << 10) {
+            Ok(()) => assert!(path.metadata().unwrap().blocks() <= before - 1000, "its space was given up"),
+            Err(e) => assert!(is_unsupported(&e), "{e}"),
+        }
+        assert_eq!(read().len(), 1 << 20);
+        // What the file system does not know is done by hand.
+        write_zeros(&disk.file, 100, 200_000).unwrap();
+        assert!(read()[100..200_100].iter().all(|&b| b == 0));
+        disk.discard(0, 0).unwrap();
     }
 }

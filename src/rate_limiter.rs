@@ -1,0 +1,212 @@
+//! Token buckets: how much a device may do in a second.
+//!
+//! A bucket holds at most its burst and fills at its rate. Something larger than the burst waits for a full bucket and
+//! then takes it into debt, so that large requests are slow but not stuck.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::timerfd::TimerFd;
+
+/// What is limited: per second, and at once (a second's worth if not given).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes.
+    pub bytes: Option<(u64, Option<u64>)>,
+    /// Requests.
+    pub ops: Option<(u64, Option<u64>)>,
+}
+
+impl Limits {
+    /// Whether anything is limited.
+    pub fn any(&self) -> bool {
+        self.bytes.is_some() || self.ops.is_some()
+    }
+
+    /// Whether a limit would let nothing through, ever.
+    pub fn is_zero(&self) -> bool {
+        [self.bytes, self.ops].iter().flatten().any(|(rate, burst)| *rate == 0 || *burst == Some(0))
+    }
+}
+
+/// Lets requests through as fast as its limits allow. Shared by the workers of a device.
+#[derive(Debug)]
+pub struct RateLimiter(Mutex<Buckets>);
+
+#[derive(Debug)]
+struct Buckets {
+    bytes: Option<Bucket>,
+    ops: Option<Bucket>,
+}
+
+#[derive(Debug)]
+struct Bucket {
+    /// Tokens a second.
+    rate: u64,
+    burst: u64,
+    /// Below zero after something that was larger than the burst.
+    level: f64,
+    filled: Instant,
+}
+
+impl Bucket {
+    fn new((rate, burst): (u64, Option<u64>), now: Instant) -> Self {
+        let burst = burst.unwrap_or(rate);
+        Bucket { rate, burst, level: burst as f64, filled: now }
+    }
+
+    fn fill(&mut self, now: Instant) {
+        let time = now.saturating_duration_since(self.filled).as_secs_f64();
+        self.level = (self.level + time * self.rate as f64).min(self.burst as f64);
+        self.filled = now;
+    }
+
+    /// How long until `amount` may be taken.
+    fn wait(&self, amount: u64) -> Duration {
+        let missing = amount.min(self.burst) as f64 - self.level;
+        if missing <= 0.0 {
+            return Duration::ZERO;
+        }
+        // Bounded, so that a debt can be waited for but a rounding cannot stop a device for good.
+        Duration::from_secs_f64((missing / self.rate.max(1) as f64).min(3600.0)).max(Duration::from_micros(1))
+    }
+}
+
+impl RateLimiter {
+    /// Full buckets.
+    pub fn new(limits: Limits) -> Self {
+        let now = Instant::now();
+        let bucket = |limit: Option<_>| limit.map(|limit| Bucket::new(limit, now));
+        RateLimiter(Mutex::new(Buckets { bytes: bucket(limits.bytes), ops: bucket(limits.ops) }))
+    }
+
+    /// Takes the tokens for one request of so many bytes, or says after how long to ask again.
+    pub fn take(&self, bytes: u64) -> Result<(), Duration> {
+        self.take_at(bytes, Instant::now())
+    }
+
+    fn take_at(&self, bytes: u64, now: Instant) -> Result<(), Duration> {
+        let mut buckets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Buckets { bytes: for_bytes, ops } = &mut *buckets;
+        let mut wait = Duration::ZERO;
+        for (bucket, amount) in [(&mut *for_bytes, bytes), (&mut *ops, 1)] {
+            if let Some(bucket) = bucket {
+                bucket.fill(now);
+                wait = wait.max(bucket.wait(amount));
+            }
+        }
+        if wait > Duration::ZERO {
+            return Err(wait);
+        }
+        for (bucket, amount) in [(for_bytes, bytes), (ops, 1)] {
+            if let Some(bucket) = bucket {
+                bucket.level -= amount as f64;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A timer that a handler watches until the next request may go.
+pub struct Alarm {
+    timer: TimerFd,
+    set: bool,
+}
+
+impl Alarm {
+    /// Not set.
+    pub fn new() -> io::Result<Self> {
+        Ok(Alarm { timer: TimerFd::new().map_err(io::Error::from)?, set: false })
+    }
+
+    /// Makes it readable after `wait`.
+    pub fn set(&mut self, wait: Duration) -> io::Result<()> {
+        self.timer.reset(wait, None).map_err(io::Error::from)?;
+        self.set = true;
+        Ok(())
+    }
+
+    /// Whether it was set and not cleared since.
+    pub fn is_set(&self) -> bool {
+        self.set
+    }
+
+    /// It has rung.
+    pub fn clear(&mut self) {
+        let _ = self.timer.wait();
+        self.set = false;
+    }
+}
+
+impl AsRawFd for Alarm {
+    fn as_raw_fd(&self) -> RawFd {
+        self.timer.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_burst_and_then_the_rate() {
+        let limits = Limits { bytes: Some((1000, Some(500))), ops: None };
+        let (limiter, start) = (RateLimiter::new(limits), Instant::now());
+        limiter.take_at(500, start).unwrap();
+        let wait = limiter.take_at(100, start).unwrap_err();
+        assert!(wait > 90 * MS && wait < 101 * MS, "{wait:?}");
+        limiter.take_at(100, start + 101 * MS).unwrap();
+        // No more than the burst is saved up.
+        limiter.take_at(500, start + 10_000 * MS).unwrap();
+        assert!(limiter.take_at(10, start + 10_000 * MS).is_err());
+    }
+
+    #[test]
+    fn larger_than_the_burst_is_slow_but_not_stuck() {
+        let limiter = RateLimiter::new(Limits { bytes: Some((1000, Some(100))), ops: Some((1_000_000, None)) });
+        let start = Instant::now() + MS;
+        limiter.take_at(1100, start).unwrap();
+        let wait = limiter.take_at(1100, start).unwrap_err();
+        assert!(wait > 1090 * MS && wait < 1110 * MS, "{wait:?}");
+        limiter.take_at(1100, start + wait).unwrap();
+    }
+
+    #[test]
+    fn both_limits_hold() {
+        let limiter = RateLimiter::new(Limits { bytes: Some((1_000_000, None)), ops: Some((10, Some(2))) });
+        let start = Instant::now();
+        limiter.take_at(1, start).unwrap();
+        limiter.take_at(1, start).unwrap();
+        let wait = limiter.take_at(1, start).unwrap_err();
+        assert!(wait > 90 * MS && wait <= 100 * MS, "{wait:?}");
+        assert!(Limits { ops: Some((0, None)), ..Limits::default() }.is_zero());
+        assert!(Limits { ops: Some((5, Some(0))), ..Limits::default() }.is_zero());
+    }
+
+    proptest! {
+        /// Over any time no more gets through than the burst, the rate and one request beyond them.
+        #[test]
+        fn never_more_than_the_limit(
+            rate in 1u64..10_000, burst in 1u64..10_000,
+            steps in proptest::collection::vec((0u64..3000, 0u64..500), 1..100),
+        ) {
+            let limiter = RateLimiter::new(Limits { bytes: Some((rate, Some(burst))), ops: None });
+            let start = Instant::now();
+            let (mut now, mut total, mut largest) = (start, 0, 0);
+            for (bytes, ms) in steps {
+                now += Duration::from_millis(ms);
+                if limiter.take_at(bytes, now).is_ok() {
+                    total += bytes;
+                    largest = largest.max(bytes);
+                }
+            }
+            let allowed = burst as f64 + (now - start).as_secs_f64() * rate as f64 + largest as f64 + 1.0;
+            prop_assert!(total as f64 <= allowed, "{total} of {allowed}");
+        }
+    }
+}

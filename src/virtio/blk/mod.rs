@@ -1,0 +1,380 @@
+//! Block device (5.2).
+//!
+//! [`Blk`] is the device with its configuration; [`request`] decodes a chain and does what it asks for; [`ring`] has the
+//! kernel do it meanwhile (io_uring), where the disk is a plain file and the host allows it.
+
+mod queue_handler;
+mod request;
+mod ring;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use log::{debug, warn};
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
+};
+
+use super::{Activated, Activation, DeviceId, DeviceInfo, RING_FEATURES, Share, StateError, VirtioDevice};
+use crate::backend::image::{self, Format, ImageOptions, Overlay};
+use crate::backend::{Disk, SECTOR};
+use crate::options::{self, Size};
+use crate::rate_limiter::{Limits, RateLimiter};
+use queue_handler::QueueHandler;
+use ring::Ring;
+
+const QUEUE_SIZE: u16 = 256;
+/// The most queues a disk may have: one per vCPU is what a driver uses.
+const MAX_QUEUES: u16 = 16;
+const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+/// Bytes of configuration space up to and including `write_zeroes_may_unmap` and its padding (5.2.4).
+const CONFIG_BYTES: usize = 60;
+/// Where `writeback` is in configuration space.
+const WRITEBACK: usize = 32;
+/// Ranges of one discard or write-zeroes request.
+const MAX_RANGES: u32 = 64;
+/// Sectors of one such range: 1 GiB, which bounds the time a request takes.
+const MAX_RANGE_SECTORS: u32 = 1 << 21;
+
+/// How requests are carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Engine {
+    /// io_uring where disk and host have it, else one system call after the other.
+    #[default]
+    Auto,
+    /// io_uring, or an error.
+    IoUring,
+    /// One system call after the other.
+    Sync,
+}
+
+/// `--disk`: a block device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlkConfig {
+    /// The image: a regular file or a block device.
+    pub path: PathBuf,
+    /// Refuse writes, and share the image with other readers.
+    #[serde(default)]
+    pub readonly: bool,
+    /// What the guest sees in `/sys/block/vdX/serial`: at most 20 bytes of printable ASCII.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// What is in the image: `raw` or `qcow2`. Found by content when not given, but then a qcow2 image may not refer to
+    /// other files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// Where writes go instead of to the image: `tmp`, or a qcow2 file that is made if need be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<Overlay>,
+    /// Go around the host's page cache.
+    #[serde(default)]
+    pub direct: bool,
+    /// Request queues, 1 (the default) to 16, each with a thread.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+    /// `auto`, `io_uring` or `sync`.
+    #[serde(default)]
+    pub engine: Engine,
+    /// Bytes per second, read and written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<Size>,
+    /// Bytes that may be moved at once after a quiet time; a second's worth by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth_burst: Option<Size>,
+    /// Requests per second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops: Option<u64>,
+    /// Requests that may be made at once after a quiet time; a second's worth by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops_burst: Option<u64>,
+}
+
+impl FromStr for BlkConfig {
+    type Err = options::Error;
+
+    fn from_str(text: &str) -> Result<Self, options::Error> {
+        options::from_str(text, Some("path"))
+    }
+}
+
+/// Why a block device cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The image.
+    #[error(transparent)]
+    Disk(#[from] image::Error),
+    /// The id.
+    #[error("disk id '{0}' is not 1 to 20 printable ASCII characters")]
+    Id(String),
+    /// The number of queues.
+    #[error("{0} queues are not 1 to {MAX_QUEUES}, which a disk can have")]
+    Queues(u16),
+    /// A limit of nothing, or a burst without its limit.
+    #[error("disk {}: {why}", path.display())]
+    Limit {
+        /// The image.
+        path: PathBuf,
+        /// Which.
+        why: &'static str,
+    },
+    /// `engine=io_uring` was asked for.
+    #[error("disk {} cannot be used by io_uring", path.display())]
+    IoUring {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl BlkConfig {
+    /// Checks what needs no file to be opened.
+    pub fn validate(&self) -> Result<(), Error> {
+        match &self.id {
+            Some(id) if id.is_empty() || id.len() > ID_BYTES || !id.bytes().all(|b| b.is_ascii_graphic()) => {
+                return Err(Error::Id(id.clone()));
+            }
+            _ => {}
+        }
+        if let Some(queues) = self.queues.filter(|n| !(1..=MAX_QUEUES).contains(n)) {
+            return Err(Error::Queues(queues));
+        }
+        let limit = |why| Err(Error::Limit { path: self.path.clone(), why });
+        match self.limits() {
+            limits if limits.is_zero() => limit("a limit or burst of 0 would let nothing through"),
+            Limits { bytes: None, .. } if self.bandwidth_burst.is_some() => limit("bandwidth_burst needs bandwidth"),
+            Limits { ops: None, .. } if self.ops_burst.is_some() => limit("ops_burst needs ops"),
+            _ => Ok(()),
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            bytes: self.bandwidth.map(|rate| (rate.0, self.bandwidth_burst.map(|burst| burst.0))),
+            ops: self.ops.map(|rate| (rate, self.ops_burst)),
+        }
+    }
+
+    fn image(&self) -> ImageOptions {
+        let BlkConfig { path, readonly, format, overlay, direct, .. } = self.clone();
+        ImageOptions { path, readonly, direct, format, overlay }
+    }
+}
+
+/// What is saved of a block device: its contents are the image's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlkState {
+    /// Capacity in sectors of 512 bytes that the guest was told.
+    pub sectors: u64,
+    /// Whether writes may stay in the host's cache until a flush (5.2.6.2).
+    pub writeback: bool,
+}
+
+/// The device.
+pub struct Blk {
+    info: DeviceInfo,
+    config: [u8; CONFIG_BYTES],
+    shared: Arc<Shared>,
+}
+
+/// What all workers of the device use.
+struct Shared {
+    disk: Box<dyn Disk>,
+    /// For warnings.
+    path: PathBuf,
+    sectors: u64,
+    readonly: bool,
+    engine: Engine,
+    id: [u8; ID_BYTES],
+    /// How much may be done when; none: as much as there is.
+    limiter: Option<RateLimiter>,
+    /// Each write is on the disk before it counts as done.
+    write_through: AtomicBool,
+    /// Something was written since the last flush.
+    dirty: AtomicBool,
+    /// An error of the image was told already.
+    warned: AtomicBool,
+}
+
+impl Blk {
+    /// Opens the image. `name` is for threads and warnings.
+    pub fn new(name: impl Into<String>, config: &BlkConfig) -> Result<Self, Error> {
+        config.validate()?;
+        let disk = image::open(&config.image())?;
+        if config.engine == Engine::IoUring {
+            ring::probe(&*disk).map_err(|source| Error::IoUring { path: config.path.clone(), source })?;
+        }
+        Ok(Self::with_disk(name, config, disk))
+    }
+
+    /// A device on any disk; of `config` the path is only named in warnings.
+    pub fn with_disk(name: impl Into<String>, config: &BlkConfig, disk: Box<dyn Disk>) -> Self {
+        let name = name.into();
+        let sectors = disk.size() / SECTOR;
+        let queues = config.queues.unwrap_or(1);
+        let mut id = [0; ID_BYTES];
+        let text = config.id.as_ref().unwrap_or(&name);
+        id.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from);
+        let limits = config.limits();
+        Blk {
+            config: config_space(sectors, queues),
+            info: DeviceInfo {
+                id: DeviceId::Block,
+                name,
+                features: features(config.readonly, queues),
+                queue_sizes: vec![QUEUE_SIZE; queues.into()],
+                shared_memory: vec![],
+            },
+            shared: Arc::new(Shared {
+                disk,
+                path: config.path.clone(),
+                sectors,
+                readonly: config.readonly,
+                engine: config.engine,
+                id,
+                limiter: limits.any().then(|| RateLimiter::new(limits)),
+                write_through: AtomicBool::new(false),
+                dirty: AtomicBool::new(false),
+                warned: AtomicBool::new(false),
+            }),
+        }
+    }
+}
+
+fn features(readonly: bool, queues: u16) -> u64 {
+    let mut bits = vec![VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_TOPOLOGY];
+    bits.push(VIRTIO_BLK_F_CONFIG_WCE);
+    if readonly {
+        bits.push(VIRTIO_BLK_F_RO);
+    } else {
+        bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]);
+    }
+    if queues > 1 {
+        bits.push(VIRTIO_BLK_F_MQ);
+    }
+    bits.into_iter().fold(RING_FEATURES, |all, bit| all | 1 << bit)
+}
+
+/// `struct virtio_blk_config` (5.2.4); what belongs to features that are not offered stays zero.
+fn config_space(sectors: u64, queues: u16) -> [u8; CONFIG_BYTES] {
+    let mut config = [0; CONFIG_BYTES];
+    let mut put = |at: usize, bytes: &[u8]| super::read_config_bytes(bytes, 0, &mut config[at..]);
+    put(0, &sectors.to_le_bytes());
+    // seg_max: header and status are segments too.
+    put(12, &u32::from(QUEUE_SIZE - 2).to_le_bytes());
+    put(20, &(SECTOR as u32).to_le_bytes());
+    // Topology: physical blocks of 2^3 sectors, as page caches and disks have them; the best size is 64 KiB.
+    put(24, &[3, 0]);
+    put(26, &8u16.to_le_bytes());
+    put(28, &128u32.to_le_bytes());
+    put(WRITEBACK, &[1]);
+    put(34, &queues.to_le_bytes());
+    // max_discard_sectors, max_discard_seg, discard_sector_alignment; the same for write_zeroes, and may_unmap.
+    for (at, value) in [(36, MAX_RANGE_SECTORS), (40, MAX_RANGES), (44, 8), (48, MAX_RANGE_SECTORS), (52, MAX_RANGES)] {
+        put(at, &value.to_le_bytes());
+    }
+    put(56, &[1]);
+    config
+}
+
+impl Blk {
+    fn writeback(&self) -> bool {
+        self.config.get(WRITEBACK) != Some(&0)
+    }
+
+    fn set_writeback(&mut self, on: bool) {
+        if let Some(byte) = self.config.get_mut(WRITEBACK) {
+            *byte = on.into();
+        }
+        self.shared.write_through.store(!on, Ordering::Release);
+    }
+}
+
+impl VirtioDevice for Blk {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        super::read_config_bytes(&self.config, offset, data);
+    }
+
+    /// Only `writeback` can be written (5.2.5, 5.2.6.2).
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if let ([value], true) = (data, offset == WRITEBACK as u64) {
+            self.set_writeback(*value != 0);
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
+        // Without FLUSH the driver takes us for a write-through cache, and cannot ask for another (5.2.6.2).
+        let flush = activation.features & 1 << VIRTIO_BLK_F_FLUSH != 0;
+        let toggle = activation.features & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0;
+        let writeback = if toggle { self.writeback() } else { flush };
+        self.shared.write_through.store(!writeback, Ordering::Release);
+        let mut shares = Vec::with_capacity(activation.queues.len());
+        for queue in activation.queues {
+            let ring = match self.shared.engine {
+                Engine::Sync => None,
+                _ if !queue.is_enabled() => None,
+                Engine::IoUring => Some(Ring::new(&*self.shared.disk, &activation.ram)?),
+                Engine::Auto => Ring::new(&*self.shared.disk, &activation.ram)
+                    .inspect_err(|e| debug!("{}: no io_uring: {e}", self.info.name))
+                    .ok(),
+            };
+            let handler = Box::new(QueueHandler::new(self.shared.clone(), ring)?);
+            shares.push(Share { queues: vec![queue], handler });
+        }
+        Ok(Activated::Here(shares))
+    }
+
+    fn reset(&mut self) {
+        self.set_writeback(true);
+    }
+
+    fn save(&self) -> Result<serde_json::Value, StateError> {
+        let state = BlkState { sectors: self.shared.sectors, writeback: self.writeback() };
+        serde_json::to_value(state).map_err(|e| StateError(e.to_string()))
+    }
+
+    fn restore(&mut self, state: &serde_json::Value) -> Result<(), StateError> {
+        let name = &self.info.name;
+        let BlkState { sectors, writeback } = BlkState::deserialize(state)
+            .map_err(|e| StateError(format!("the saved state of {name} is broken: {e}")))?;
+        let Shared { sectors: now, path, .. } = &*self.shared;
+        if sectors != *now {
+            let path = path.display();
+            return Err(StateError(format!("disk {path} has {now} sectors now and had {sectors} when it was saved")));
+        }
+        self.set_writeback(writeback);
+        Ok(())
+    }
+}
+
+impl Shared {
+    /// Clears the mark before the flush, so that a write that comes in between sets it again.
+    fn flush(&self) -> io::Result<()> {
+        self.dirty.store(false, Ordering::Release);
+        self.disk.flush().inspect_err(|_| self.dirty.store(true, Ordering::Release))
+    }
+
+    /// The guest gets to know of every error, the log of the first.
+    fn warn(&self, e: &io::Error) {
+        let path = self.path.display();
+        if !self.warned.swap(true, Ordering::Relaxed) {
+            warn!("disk {path}: {e}; the guest sees I/O errors");
+        } else {
+            debug!("disk {path}: {e}");
+        }
+    }
+}

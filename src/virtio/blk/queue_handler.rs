@@ -1,0 +1,151 @@
+//! One request queue: takes requests as fast as the rate limit lets it, and does them or has the kernel do them.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::Shared;
+use super::request::{self, Request};
+use super::ring::{Done, Ring};
+use crate::event::Interest;
+use crate::rate_limiter::Alarm;
+use crate::virtio::chain::Chain;
+use crate::virtio::queue::{BATCH, Queue};
+use crate::virtio::{Context, Event, Fault, Handler, Progress};
+
+const COMPLETIONS: u64 = 0;
+const ALARM: u64 = 1;
+
+/// Serves one queue.
+pub(super) struct QueueHandler {
+    shared: Arc<Shared>,
+    ring: Option<Ring>,
+    /// Rings when the rate limit lets more through.
+    alarm: Option<Alarm>,
+}
+
+impl QueueHandler {
+    pub(super) fn new(shared: Arc<Shared>, ring: Option<Ring>) -> io::Result<Self> {
+        let alarm = shared.limiter.is_some().then(Alarm::new).transpose()?;
+        Ok(QueueHandler { shared, ring, alarm })
+    }
+
+    fn serve(&mut self, queue: &mut Queue, cx: &Context<'_>) -> Result<Progress, Fault> {
+        if self.alarm.as_ref().is_some_and(Alarm::is_set) {
+            return Ok(Progress::Done);
+        }
+        queue.disable_notifications(cx.ram)?;
+        for _ in 0..BATCH {
+            let Some(chain) = queue.pop(cx.ram)? else {
+                if queue.enable_notifications(cx.ram)? {
+                    continue;
+                }
+                return Ok(Progress::Done);
+            };
+            if !self.allowed(&chain, cx)? {
+                queue.unpop(chain);
+                return Ok(Progress::Done);
+            }
+            self.begin(chain, queue, cx)?;
+        }
+        Ok(Progress::More)
+    }
+
+    /// Whether the rate limit lets a request through now; if not, it sets the alarm.
+    fn allowed(&mut self, chain: &Chain, cx: &Context<'_>) -> io::Result<bool> {
+        let (Some(limiter), Some(alarm)) = (&self.shared.limiter, &mut self.alarm) else { return Ok(true) };
+        match limiter.take(request::cost(chain, cx.ram)) {
+            Ok(()) => Ok(true),
+            Err(wait) => alarm.set(wait).map(|()| false),
+        }
+    }
+
+    fn begin(&mut self, chain: Chain, queue: &mut Queue, cx: &Context<'_>) -> Result<(), Fault> {
+        let disk = &*self.shared.disk;
+        let result = match request::decode(&self.shared, &chain, cx.ram)? {
+            Err(failed) => Err(failed),
+            Ok(request) => match (&mut self.ring, request) {
+                (Some(ring), Request::Read(buffers, offset)) if ring.takes(disk, &buffers, offset) => {
+                    let (iov, len) = ring.vector(&buffers);
+                    drop(buffers);
+                    ring.read(chain, iov, len, offset);
+                    return Ok(());
+                }
+                (Some(ring), Request::Write(buffers, offset)) if ring.takes(disk, &buffers, offset) => {
+                    self.shared.dirty.store(true, Ordering::Release);
+                    let (iov, len) = ring.vector(&buffers);
+                    drop(buffers);
+                    ring.write(chain, iov, len, offset, self.shared.write_through.load(Ordering::Acquire));
+                    return Ok(());
+                }
+                (Some(ring), Request::Flush) if ring.has_room() => {
+                    self.shared.dirty.store(false, Ordering::Release);
+                    ring.flush(chain);
+                    return Ok(());
+                }
+                (_, request) => self.shared.execute(request),
+            },
+        };
+        let written = self.shared.answer(&chain, cx.ram, result)?;
+        Ok(queue.push_used(cx.ram, chain, written)?)
+    }
+
+    /// Has the kernel begin what was collected, and answers what it has finished.
+    fn turn(&mut self, queue: &mut Queue, cx: &Context<'_>) -> Result<(), Fault> {
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        ring.submit()?;
+        while let Some(Done { chain, result, flush }) = ring.next_done() {
+            if flush && result.is_err() {
+                self.shared.dirty.store(true, Ordering::Release);
+            }
+            let written = self.shared.answer(&chain, cx.ram, result.map_err(Into::into))?;
+            queue.push_used(cx.ram, chain, written)?;
+        }
+        Ok(())
+    }
+}
+
+impl Handler for QueueHandler {
+    fn event(&mut self, event: Event, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
+        let [queue] = queues else { return Ok(Progress::Done) };
+        match event {
+            Event::Start => {
+                if let Some(ring) = &self.ring {
+                    cx.watch(ring.as_raw_fd(), COMPLETIONS, Interest::Read)?;
+                }
+                if let Some(alarm) = &self.alarm {
+                    cx.watch(alarm.as_raw_fd(), ALARM, Interest::Read)?;
+                }
+                return Ok(Progress::Done);
+            }
+            Event::Ready(COMPLETIONS) => {
+                self.turn(queue, cx)?;
+                return Ok(Progress::Done);
+            }
+            Event::Ready(_) => self.alarm.iter_mut().for_each(Alarm::clear),
+            Event::Kick(_) => {}
+        }
+        let progress = self.serve(queue, cx);
+        // Also when the guest broke a rule: what it asked for before that goes on.
+        self.turn(queue, cx)?;
+        progress
+    }
+
+    /// What is in flight is finished, and what was written must not get lost with the host when the VM is paused, saved
+    /// or ends.
+    fn drain(&mut self, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
+        if let [queue] = queues {
+            self.turn(queue, cx)?;
+        }
+        if self.ring.as_ref().is_some_and(|ring| ring.in_flight() > 0) {
+            return Ok(Progress::More);
+        }
+        if self.shared.dirty.load(Ordering::Acquire)
+            && let Err(e) = self.shared.flush()
+        {
+            self.shared.warn(&e);
+        }
+        Ok(Progress::Done)
+    }
+}

@@ -1,0 +1,217 @@
+//! Requests (5.2.6): what a chain asks for, and its answer.
+
+use std::io;
+use std::sync::atomic::Ordering;
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+
+use super::{ID_BYTES, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR, Shared};
+use crate::backend::raw::is_unsupported;
+use crate::memory::{GuestRam, OutOfRam, RamSlice};
+use crate::virtio::Fault;
+use crate::virtio::chain::{self, Chain, Reader, Writer};
+
+/// Bytes of the request header.
+const HEADER: usize = 16;
+/// Bytes of a range of a discard or write-zeroes request.
+const RANGE: usize = 16;
+
+/// What a chain asks for. Every number in it has been checked against the disk.
+pub(super) enum Request<'a> {
+    /// Fill these buffers from this byte on.
+    Read(Vec<RamSlice<'a>>, u64),
+    /// Write these buffers from this byte on.
+    Write(Vec<RamSlice<'a>>, u64),
+    /// Have on the disk what was written.
+    Flush,
+    /// Give ranges up.
+    Discard(Vec<Range>),
+    /// Make ranges zero.
+    WriteZeroes(Vec<Range>),
+    /// Tell the id.
+    GetId(Writer<'a>),
+}
+
+/// A piece of the disk, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Range {
+    offset: u64,
+    len: u64,
+    unmap: bool,
+}
+
+/// Why a request gets an error status.
+pub(super) enum Failed {
+    /// `VIRTIO_BLK_S_IOERR`; the guest's mistake.
+    Request,
+    /// `VIRTIO_BLK_S_UNSUPP`.
+    Unsupported,
+    /// `VIRTIO_BLK_S_IOERR`; the image's.
+    Disk(io::Error),
+}
+
+impl From<chain::Error> for Failed {
+    fn from(_: chain::Error) -> Self {
+        Failed::Request
+    }
+}
+
+impl From<OutOfRam> for Failed {
+    fn from(_: OutOfRam) -> Self {
+        Failed::Request
+    }
+}
+
+impl From<io::Error> for Failed {
+    fn from(e: io::Error) -> Self {
+        Failed::Disk(e)
+    }
+}
+
+/// The writable part of a chain: the data, and behind it the writer of the status byte.
+fn parts<'a>(chain: &'a Chain, ram: &'a GuestRam) -> Result<(Writer<'a>, Writer<'a>), Fault> {
+    let mut writer = chain.writer(ram);
+    let no_status = Fault::Device("a block request has no room for its status byte");
+    let data = writer.take(writer.len().checked_sub(1).ok_or(no_status)?)?;
+    Ok((data, writer))
+}
+
+/// How many bytes a request moves, for its rate limit.
+pub(super) fn cost(chain: &Chain, ram: &GuestRam) -> u64 {
+    (chain.reader(ram).len() + chain.writer(ram).len()).saturating_sub(HEADER as u64 + 1)
+}
+
+/// Decodes a chain. `Err` of the outer result: not even a status can be written.
+pub(super) fn decode<'a>(
+    shared: &Shared,
+    chain: &'a Chain,
+    ram: &'a GuestRam,
+) -> Result<Result<Request<'a>, Failed>, Fault> {
+    let (data, _) = parts(chain, ram)?;
+    Ok(decode_parts(shared, chain.reader(ram), data))
+}
+
+/// What a file system cannot do is no error of the disk: the driver stops to ask for it.
+fn lacking(failed: Failed) -> Failed {
+    match failed {
+        Failed::Disk(e) if is_unsupported(&e) => Failed::Unsupported,
+        failed => failed,
+    }
+}
+
+fn decode_parts<'a>(shared: &Shared, mut reader: Reader<'a>, data: Writer<'a>) -> Result<Request<'a>, Failed> {
+    let mut header = [0; HEADER];
+    reader.read(&mut header)?;
+    let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+    let sector = u64::from_le_bytes(sector);
+    let kind = u32::from_le_bytes([t0, t1, t2, t3]);
+    let writes = matches!(kind, VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES);
+    if writes && shared.readonly {
+        return Err(Failed::Request);
+    }
+    Ok(match kind {
+        VIRTIO_BLK_T_IN => {
+            let offset = shared.offset(sector, data.len())?;
+            Request::Read(data.slices().collect::<Result<_, _>>()?, offset)
+        }
+        VIRTIO_BLK_T_OUT => {
+            let offset = shared.offset(sector, reader.len())?;
+            Request::Write(reader.slices().collect::<Result<_, _>>()?, offset)
+        }
+        VIRTIO_BLK_T_FLUSH => Request::Flush,
+        VIRTIO_BLK_T_DISCARD => Request::Discard(shared.ranges(reader, 0)?),
+        VIRTIO_BLK_T_WRITE_ZEROES => Request::WriteZeroes(shared.ranges(reader, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)?),
+        VIRTIO_BLK_T_GET_ID => Request::GetId(data),
+        _ => return Err(Failed::Unsupported),
+    })
+}
+
+impl Shared {
+    /// Where in the image `len` bytes at `sector` are: whole sectors within the capacity.
+    fn offset(&self, sector: u64, len: u64) -> Result<u64, Failed> {
+        let free = self.sectors.checked_sub(sector).ok_or(Failed::Request)?;
+        if !len.is_multiple_of(SECTOR) || len / SECTOR > free {
+            return Err(Failed::Request);
+        }
+        // Not beyond the image's end, so no overflow.
+        Ok(sector * SECTOR)
+    }
+
+    /// `struct virtio_blk_discard_write_zeroes`, one behind the other; other flags than `allowed` are unsupported
+    /// (5.2.6.2).
+    fn ranges(&self, mut reader: Reader<'_>, allowed: u32) -> Result<Vec<Range>, Failed> {
+        let len = reader.len();
+        if !len.is_multiple_of(RANGE as u64) || len / RANGE as u64 > MAX_RANGES.into() {
+            return Err(Failed::Request);
+        }
+        let mut ranges = Vec::new();
+        for _ in 0..len / RANGE as u64 {
+            let mut range = [0; RANGE];
+            reader.read(&mut range)?;
+            let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, f0, f1, f2, f3] = range;
+            let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+            let count = u32::from_le_bytes([n0, n1, n2, n3]);
+            let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+            if flags & !allowed != 0 {
+                return Err(Failed::Unsupported);
+            }
+            if count > MAX_RANGE_SECTORS {
+                return Err(Failed::Request);
+            }
+            let len = u64::from(count) * SECTOR;
+            ranges.push(Range { offset: self.offset(sector, len)?, len, unmap: flags != 0 });
+        }
+        Ok(ranges)
+    }
+
+    /// Does a request, here and now.
+    pub(super) fn execute(&self, request: Request<'_>) -> Result<(), Failed> {
+        match request {
+            Request::Read(buffers, offset) => self.disk.read(&buffers, offset)?,
+            Request::Write(buffers, offset) => self.change(|| self.disk.write(&buffers, offset))?,
+            Request::Flush => self.flush()?,
+            Request::Discard(ranges) => {
+                self.change(|| ranges.iter().try_for_each(|r| self.disk.discard(r.offset, r.len))).map_err(lacking)?;
+            }
+            Request::WriteZeroes(ranges) => {
+                let zero = |r: &Range| self.disk.write_zeroes(r.offset, r.len, r.unmap);
+                self.change(|| ranges.iter().try_for_each(zero)).map_err(lacking)?;
+            }
+            Request::GetId(mut data) => {
+                let len = data.len().min(ID_BYTES as u64) as usize;
+                data.write(self.id.get(..len).unwrap_or(&[]))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn change(&self, change: impl FnOnce() -> io::Result<()>) -> Result<(), Failed> {
+        self.dirty.store(true, Ordering::Release);
+        change()?;
+        if self.write_through.load(Ordering::Acquire) {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Writes the status byte of a request: last, when everything else has happened. Returns how much of the writable
+    /// part is valid: all of it, for the status is at its end.
+    pub(super) fn answer(&self, chain: &Chain, ram: &GuestRam, result: Result<(), Failed>) -> Result<u32, Fault> {
+        let (data, mut status) = parts(chain, ram)?;
+        let code = match result {
+            Ok(()) => VIRTIO_BLK_S_OK,
+            Err(Failed::Request) => VIRTIO_BLK_S_IOERR,
+            Err(Failed::Unsupported) => VIRTIO_BLK_S_UNSUPP,
+            Err(Failed::Disk(e)) => {
+                self.warn(&e);
+                VIRTIO_BLK_S_IOERR
+            }
+        };
+        status.write(&[code as u8])?;
+        Ok(u32::try_from(data.len() + 1).unwrap_or(u32::MAX))
+    }
+}

@@ -1,0 +1,277 @@
+//! Requests that the kernel carries out while the guest goes on (io_uring).
+//!
+//! A request in flight keeps its chain and the vector of pieces of guest memory that the kernel uses. Guest memory is
+//! held until the last one is finished, also when everything else is gone.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+use io_uring::{IoUring, Probe, opcode, squeue, types};
+use vm_memory::bitmap::Bitmap;
+
+use super::QUEUE_SIZE;
+use crate::backend::Disk;
+use crate::memory::{GuestRam, RamSlice};
+use crate::virtio::chain::Chain;
+
+/// Requests of a queue that the kernel has, or is about to get.
+pub(super) struct Ring {
+    uring: IoUring,
+    file: RawFd,
+    slots: Vec<Option<InFlight>>,
+    free: Vec<u16>,
+    /// Entries that wait for [`Ring::submit`].
+    collected: usize,
+    /// Vectors of finished requests, for the next ones.
+    spare: Vec<Vec<libc::iovec>>,
+    /// What the vectors point into.
+    ram: GuestRam,
+}
+
+// SAFETY: the vectors' pointers are into guest memory, which any thread may use and `ram` keeps.
+#[allow(unsafe_code)]
+unsafe impl Send for Ring {}
+
+struct InFlight {
+    chain: Chain,
+    /// At this address until the kernel is finished with it: the Vec may move, its contents do not.
+    iov: Vec<libc::iovec>,
+    kind: Kind,
+    /// Bytes to move, and how many have been.
+    len: u64,
+    done: u64,
+    offset: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write { through: bool },
+    Flush,
+}
+
+/// A finished request.
+pub(super) struct Done {
+    pub(super) chain: Chain,
+    pub(super) result: io::Result<()>,
+    pub(super) flush: bool,
+}
+
+/// Whether requests to `disk` can be made this way.
+pub(super) fn probe(disk: &dyn Disk) -> io::Result<()> {
+    if disk.fd().is_none() {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "its format is read and written piece by piece"));
+    }
+    checked(1).map(|_| ())
+}
+
+/// A ring that knows all the operations that are needed.
+fn checked(entries: u16) -> io::Result<IoUring> {
+    // Completions are looked for anyway; nobody needs to be interrupted to run them. Linux 5.19, so not insisted on.
+    let uring = IoUring::builder().setup_coop_taskrun().build(entries.into());
+    let uring = uring.or_else(|_| IoUring::new(entries.into()))?;
+    let mut known = Probe::new();
+    uring.submitter().register_probe(&mut known)?;
+    let needed = [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE];
+    if !needed.iter().all(|code| known.is_supported(*code)) {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel's io_uring lacks an operation"));
+    }
+    Ok(uring)
+}
+
+impl Ring {
+    /// A ring for one queue of a device on `disk`.
+    pub(super) fn new(disk: &dyn Disk, ram: &GuestRam) -> io::Result<Self> {
+        let fd = disk.fd().ok_or(io::ErrorKind::Unsupported)?;
+        let uring = checked(QUEUE_SIZE)?;
+        Ok(Ring {
+            uring,
+            file: fd.as_raw_fd(),
+            slots: (0..QUEUE_SIZE).map(|_| None).collect(),
+            free: (0..QUEUE_SIZE).rev().collect(),
+            collected: 0,
+            spare: Vec::new(),
+            ram: ram.clone(),
+        })
+    }
+
+    /// Whether one more request fits.
+    pub(super) fn has_room(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    /// Whether a request to `disk` with these buffers can be begun.
+    pub(super) fn takes(&self, disk: &dyn Disk, buffers: &[RamSlice<'_>], offset: u64) -> bool {
+        self.has_room() && disk.takes(buffers, offset)
+    }
+
+    /// Requests that were begun and not yet taken from [`Ring::next_done`].
+    pub(super) fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// The kernel's form of some buffers, and how many bytes they are.
+    pub(super) fn vector(&mut self, buffers: &[RamSlice<'_>]) -> (Vec<libc::iovec>, u64) {
+        let mut iov = self.spare.pop().unwrap_or_default();
+        iov.extend(
+            buffers
+                .iter()
+                .filter(|b| !b.is_empty())
+                .map(|b| libc::iovec { iov_base: b.ptr_guard_mut().as_ptr().cast(), iov_len: b.len() }),
+        );
+        (iov, buffers.iter().map(|b| b.len() as u64).sum())
+    }
+
+    /// Begins to fill the buffers of `iov`, which are those of `chain`.
+    pub(super) fn read(&mut self, chain: Chain, iov: Vec<libc::iovec>, len: u64, offset: u64) {
+        self.begin(InFlight { chain, iov, kind: Kind::Read, len, done: 0, offset });
+    }
+
+    /// Begins to write the buffers of `iov`, which are those of `chain`; `through` to the disk.
+    pub(super) fn write(&mut self, chain: Chain, iov: Vec<libc::iovec>, len: u64, offset: u64, through: bool) {
+        self.begin(InFlight { chain, iov, kind: Kind::Write { through }, len, done: 0, offset });
+    }
+
+    /// Begins to have on the disk what was finished before.
+    pub(super) fn flush(&mut self, chain: Chain) {
+        self.begin(InFlight { chain, iov: Vec::new(), kind: Kind::Flush, len: 0, done: 0, offset: 0 });
+    }
+
+    fn begin(&mut self, request: InFlight) {
+        let Some(slot) = self.free.pop() else { return };
+        let entry = entry(self.file, &request).user_data(slot.into());
+        if let Some(place) = self.slots.get_mut(usize::from(slot)) {
+            *place = Some(request);
+        }
+        self.push(&entry);
+    }
+
+    #[allow(unsafe_code)]
+    fn push(&mut self, entry: &squeue::Entry) {
+        // SAFETY: the entry's vector is in `slots` until its completion was taken, and so is its length; it points to
+        // mapped guest memory, which `ram` keeps at least as long; nothing holds a reference into that. The file is the
+        // disk's, which the handler that owns this ring keeps.
+        let full = unsafe { self.uring.submission().push(entry) };
+        // There is a place for each slot; but a request that is continued meets others that wait.
+        if full.is_err() {
+            let _ = self.submit();
+            // SAFETY: as above.
+            let _ = unsafe { self.uring.submission().push(entry) };
+        }
+        self.collected += 1;
+    }
+
+    /// Hands the kernel what was collected.
+    pub(super) fn submit(&mut self) -> io::Result<()> {
+        while self.collected > 0 {
+            match self.uring.submit() {
+                Ok(n) => self.collected = self.collected.saturating_sub(n.max(1)),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // The kernel wants its completions taken first; what is left is submitted then.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => return Ok(()),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// The next request that is finished, wholly.
+    pub(super) fn next_done(&mut self) -> Option<Done> {
+        loop {
+            let completion = self.uring.completion().next()?;
+            let (slot, result) = (completion.user_data() as usize, completion.result());
+            let Some(mut request) = self.slots.get_mut(slot).and_then(Option::take) else { continue };
+            match request.advance(result) {
+                Some(result) => {
+                    self.free.push(slot as u16);
+                    if request.kind == Kind::Read {
+                        self.mark_dirty(&request.chain);
+                    }
+                    request.iov.clear();
+                    self.spare.push(request.iov);
+                    return Some(Done { chain: request.chain, result, flush: request.kind == Kind::Flush });
+                }
+                // Only a part was moved: go on behind it.
+                None => {
+                    let entry = entry(self.file, &request).user_data(slot as u64);
+                    if let Some(place) = self.slots.get_mut(slot) {
+                        *place = Some(request);
+                    }
+                    self.push(&entry);
+                    let _ = self.submit();
+                }
+            }
+        }
+    }
+
+    /// The kernel wrote to these pages of guest memory, also if it failed in the end.
+    fn mark_dirty(&self, chain: &Chain) {
+        for slice in chain.writer(&self.ram).slices().flatten() {
+            slice.bitmap().mark_dirty(0, slice.len());
+        }
+    }
+}
+
+impl AsRawFd for Ring {
+    /// Readable while something that is finished was not taken yet: what is finished when it is submitted, as most
+    /// requests to a page cache are, wakes nobody up.
+    fn as_raw_fd(&self) -> RawFd {
+        self.uring.as_raw_fd()
+    }
+}
+
+impl InFlight {
+    /// Notes what the kernel says; `None`: there is more to do.
+    fn advance(&mut self, result: i32) -> Option<io::Result<()>> {
+        let moved = match u64::try_from(result) {
+            Err(_) if -result == libc::EINTR => return None,
+            Err(_) => return Some(Err(io::Error::from_raw_os_error(-result))),
+            Ok(moved) => moved,
+        };
+        self.done += moved;
+        if self.kind == Kind::Flush || self.done >= self.len {
+            return Some(Ok(()));
+        }
+        if moved == 0 {
+            return Some(Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file has become shorter")));
+        }
+        let mut moved = moved as usize;
+        for piece in &mut self.iov {
+            let here = moved.min(piece.iov_len);
+            piece.iov_base = piece.iov_base.wrapping_byte_add(here);
+            piece.iov_len -= here;
+            moved -= here;
+        }
+        self.iov.retain(|piece| piece.iov_len > 0);
+        None
+    }
+}
+
+fn entry(file: RawFd, request: &InFlight) -> squeue::Entry {
+    let (file, iov, count) = (types::Fd(file), request.iov.as_ptr(), request.iov.len() as u32);
+    let offset = request.offset + request.done;
+    match request.kind {
+        Kind::Read => opcode::Readv::new(file, iov, count).offset(offset).build(),
+        Kind::Write { through } => {
+            let flags = if through { libc::RWF_DSYNC } else { 0 };
+            opcode::Writev::new(file, iov, count).offset(offset).rw_flags(flags).build()
+        }
+        Kind::Flush => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
+    }
+}
+
+impl Drop for Ring {
+    /// The kernel must be finished with guest memory, and with the vectors, before they go.
+    fn drop(&mut self) {
+        let _ = self.submit();
+        while self.in_flight() > 0 {
+            if self.uring.submit_and_wait(1).is_err_and(|e| e.kind() != io::ErrorKind::Interrupted) {
+                // Never seen; better lost than freed under the kernel's hands.
+                std::mem::forget(std::mem::take(&mut self.slots));
+                std::mem::forget(self.ram.clone());
+                return;
+            }
+            while self.next_done().is_some() {}
+        }
+    }
+}

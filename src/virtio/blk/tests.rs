@@ -1,0 +1,454 @@
+//! The block device through the fake driver.
+
+use super::queue_handler::QueueHandler;
+use super::*;
+use crate::memory::{GuestRam, RamSlice};
+use crate::virtio::queue::Queue;
+use crate::virtio::testing::{Buf, FakeQueue, Loopback, inn, out};
+use crate::virtio::{Context, Event, Fault, Handler, Progress};
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+use virtio_bindings::virtio_blk::*;
+
+const HDR: u64 = 0x4_0000;
+const DATA: u64 = 0x8_0000;
+const STATUS: u64 = 0xF_0000;
+const OK: u8 = VIRTIO_BLK_S_OK as u8;
+const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
+const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
+const UNTOUCHED: u8 = 0xAA;
+
+/// A disk of 8 sectors that keeps a diary and can fail.
+#[derive(Default)]
+struct Diary {
+    calls: Mutex<Vec<String>>,
+    fail: AtomicBool,
+    /// Looks at the status byte while a request is under way.
+    ram: Option<GuestRam>,
+}
+
+impl Diary {
+    fn note(&self, what: String) -> io::Result<()> {
+        if let Some(ram) = &self.ram {
+            assert_eq!(ram.read_obj::<u8>(STATUS).unwrap(), UNTOUCHED, "the status is written last");
+        }
+        self.calls.lock().unwrap().push(what);
+        if self.fail.load(Ordering::Relaxed) { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
+    }
+}
+
+impl Disk for Arc<Diary> {
+    fn size(&self) -> u64 {
+        4096
+    }
+    fn read(&self, buffers: &[RamSlice<'_>], offset: u64) -> io::Result<()> {
+        self.note(format!("read {}@{offset}", buffers.iter().map(|b| b.len()).sum::<usize>()))
+    }
+    fn write(&self, buffers: &[RamSlice<'_>], offset: u64) -> io::Result<()> {
+        self.note(format!("write {}@{offset}", buffers.iter().map(|b| b.len()).sum::<usize>()))
+    }
+    fn flush(&self) -> io::Result<()> {
+        self.note("flush".into())
+    }
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.note(format!("discard {len}@{offset}"))
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+        self.note(format!("zero {len}@{offset} {may_unmap}"))
+    }
+}
+
+struct Setup {
+    ram: GuestRam,
+    driver: FakeQueue,
+    queues: [Queue; 1],
+    loopback: Loopback,
+    handler: QueueHandler,
+    shared: Arc<Shared>,
+    diary: Arc<Diary>,
+}
+
+impl Setup {
+    fn new(readonly: bool) -> Self {
+        let ram = GuestRam::anonymous(1 << 20);
+        let diary = Arc::new(Diary { ram: Some(ram.clone()), ..Diary::default() });
+        let config = BlkConfig { path: "a.img".into(), readonly, id: Some("serial7".into()), ..BlkConfig::default() };
+        let blk = Blk::with_disk("blk0", &config, Box::new(diary.clone()));
+        Self::with(ram, blk, diary)
+    }
+
+    fn with(ram: GuestRam, blk: Blk, diary: Arc<Diary>) -> Self {
+        let driver = FakeQueue::new(&ram, 0x1000, 16);
+        let queues = [driver.device(RING_FEATURES)];
+        let shared = blk.shared.clone();
+        let ring = (blk.shared.engine != Engine::Sync).then(|| Ring::new(&*blk.shared.disk, &ram).ok()).flatten();
+        assert!(ring.is_some() || blk.shared.engine != Engine::IoUring);
+        let mut handler = QueueHandler::new(shared.clone(), ring).unwrap();
+        let mut queues = queues;
+        let loopback = Loopback::new(&ram);
+        loopback.deliver(&mut handler, &mut queues, Event::Start).unwrap();
+        Setup { ram, driver, queues, loopback, handler, shared, diary }
+    }
+
+    fn header(&self, kind: u32, sector: u64) {
+        self.ram.write_obj(HDR, kind.to_le()).unwrap();
+        self.ram.write_obj(HDR + 4, 0u32).unwrap();
+        self.ram.write_obj(HDR + 8, sector.to_le()).unwrap();
+        self.ram.write_obj(STATUS, UNTOUCHED).unwrap();
+    }
+
+    fn submit(&mut self, bufs: &[Buf]) -> Result<u8, Fault> {
+        self.driver.add(bufs).unwrap();
+        self.loopback.deliver(&mut self.handler, &mut self.queues, Event::Kick(0))?;
+        let (_, written) = loop {
+            match self.driver.take_used() {
+                Some(used) => break used,
+                None => self.loopback.deliver_ready(&mut self.handler, &mut self.queues)?,
+            }
+        };
+        assert_eq!(written, bufs.iter().filter(|b| b.write).map(|b| b.len).sum::<u32>());
+        Ok(self.ram.read_obj(STATUS).unwrap())
+    }
+
+    /// A request in the usual shape.
+    fn request(&mut self, kind: u32, sector: u64, data: &[Buf]) -> u8 {
+        self.header(kind, sector);
+        let bufs = [&[out(HDR, 16)], data, &[inn(STATUS, 1)]].concat();
+        self.submit(&bufs).unwrap()
+    }
+
+    fn calls(&self) -> Vec<String> {
+        std::mem::take(&mut self.diary.calls.lock().unwrap())
+    }
+}
+
+#[test]
+fn writes_reads_and_flushes_a_file() {
+    for engine in [Engine::Sync, Engine::IoUring] {
+        file_is_written_read_and_flushed(engine);
+    }
+}
+
+fn file_is_written_read_and_flushed(engine: Engine) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(64 << 10).unwrap();
+    let mut config: BlkConfig = format!("{},id=root", file.path().display()).parse().unwrap();
+    config.engine = engine;
+    let ram = GuestRam::anonymous(1 << 20);
+    let mut setup = Setup::with(ram.clone(), Blk::new("blk0", &config).unwrap(), Arc::default());
+    let data: Vec<u8> = (0..1536u32).map(|i| (i % 253) as u8).collect();
+    ram.write(DATA, &data).unwrap();
+    // However it is cut.
+    assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 3, &[out(DATA, 511), out(DATA + 511, 2), out(DATA + 513, 1023)]), OK);
+    assert_eq!(setup.request(VIRTIO_BLK_T_FLUSH, 0, &[]), OK);
+    let mut back = vec![0; 1536];
+    file.as_file().read_exact_at(&mut back, 3 * 512).unwrap();
+    assert_eq!(back, data);
+    assert_eq!(setup.request(VIRTIO_BLK_T_IN, 3, &[inn(DATA + 0x8000, 1000), inn(DATA + 0x8000 + 1000, 536)]), OK);
+    ram.read(DATA + 0x8000, &mut back).unwrap();
+    assert_eq!(back, data);
+    // The image gets shorter under the guest: an error for it, none for us.
+    file.as_file().set_len(512).unwrap();
+    assert_eq!(setup.request(VIRTIO_BLK_T_IN, 3, &[inn(DATA, 512)]), IOERR);
+}
+
+#[test]
+fn header_data_and_status_may_be_cut_anywhere() {
+    let mut setup = Setup::new(false);
+    setup.header(VIRTIO_BLK_T_OUT, 1);
+    ramwrite_header_next_to_data(&setup);
+    let cut = [out(DATA - 16, 5), out(DATA - 11, 1), out(DATA - 10, 510 + 10), out(DATA + 510, 2), inn(STATUS, 1)];
+    assert_eq!(setup.submit(&cut).unwrap(), OK);
+    assert_eq!(setup.calls(), ["write 512@512"]);
+    // Data and status in one buffer.
+    setup.header(VIRTIO_BLK_T_IN, 7);
+    assert_eq!(setup.submit(&[out(HDR, 16), inn(STATUS - 512, 513)]).unwrap(), OK);
+    assert_eq!(setup.calls(), ["read 512@3584"]);
+}
+
+fn ramwrite_header_next_to_data(setup: &Setup) {
+    let header: [u8; 16] = setup.ram.read_obj(HDR).unwrap();
+    setup.ram.write(DATA - 16, &header).unwrap();
+}
+
+#[test]
+fn sectors_stay_on_the_disk() {
+    let mut setup = Setup::new(false);
+    for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
+        let buf = |len| if kind == VIRTIO_BLK_T_IN { inn(DATA, len) } else { out(DATA, len) };
+        for (sector, len) in [
+            (8, 512),
+            (7, 1024),
+            (0, 8 * 512 + 512),
+            (u64::MAX, 512),
+            (u64::MAX / 512, 512),
+            (u64::MAX / 512 + 1, 512),
+            (9, 0),
+            (0, 1),
+            (0, 511),
+            (0, 513),
+        ] {
+            assert_eq!(setup.request(kind, sector, &[buf(len)]), IOERR, "{sector} {len}");
+        }
+        assert_eq!(setup.calls(), [""; 0]);
+        assert_eq!(setup.request(kind, 0, &[buf(4096)]), OK);
+        assert_eq!(setup.request(kind, 7, &[buf(512)]), OK);
+        assert_eq!(setup.request(kind, 8, &[]), OK, "nothing, at the very end");
+        setup.calls();
+    }
+}
+
+#[test]
+fn short_headers_and_missing_status() {
+    let mut setup = Setup::new(false);
+    setup.header(VIRTIO_BLK_T_IN, 0);
+    assert_eq!(setup.submit(&[out(HDR, 15), inn(STATUS, 1)]).unwrap(), IOERR);
+    setup.header(VIRTIO_BLK_T_IN, 0);
+    assert_eq!(setup.submit(&[inn(STATUS, 1)]).unwrap(), IOERR);
+    for bufs in [&[out(HDR, 16)][..], &[out(HDR, 16), inn(STATUS, 0)]] {
+        let mut setup = Setup::new(false);
+        setup.header(VIRTIO_BLK_T_IN, 0);
+        let fault = setup.submit(bufs).unwrap_err().to_string();
+        assert_eq!(fault, "a block request has no room for its status byte");
+    }
+}
+
+#[test]
+fn unknown_requests_are_unsupported() {
+    let mut setup = Setup::new(false);
+    for kind in [2, 3, 5, 9, 10, 14, 0x8000_0000, u32::MAX] {
+        assert_eq!(setup.request(kind, 0, &[inn(DATA, 512)]), UNSUPP, "{kind}");
+    }
+    assert_eq!(setup.calls(), [""; 0]);
+}
+
+#[test]
+fn a_read_only_disk_is_never_written() {
+    let mut setup = Setup::new(true);
+    assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 0, &[out(DATA, 512)]), IOERR);
+    assert_eq!(setup.calls(), [""; 0]);
+    assert_eq!(setup.request(VIRTIO_BLK_T_IN, 0, &[inn(DATA, 512)]), OK);
+}
+
+#[test]
+fn the_id_is_told() {
+    let mut setup = Setup::new(false);
+    assert_eq!(setup.request(VIRTIO_BLK_T_GET_ID, 0, &[inn(DATA, 20)]), OK);
+    assert_eq!(setup.ram.read_obj::<[u8; 20]>(DATA).unwrap(), *b"serial7\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    assert_eq!(setup.request(VIRTIO_BLK_T_GET_ID, 0, &[inn(DATA + 32, 3), inn(DATA + 40, 100)]), OK);
+    assert_eq!(setup.ram.read_obj::<[u8; 3]>(DATA + 32).unwrap(), *b"ser");
+}
+
+#[test]
+fn flushes_reach_the_disk() {
+    let mut setup = Setup::new(false);
+    assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 0, &[out(DATA, 512)]), OK);
+    assert_eq!(setup.request(VIRTIO_BLK_T_FLUSH, 0, &[]), OK);
+    assert_eq!(setup.calls(), ["write 512@0", "flush"]);
+    // Clean already: nothing to do at the end.
+    let ram = setup.ram.clone();
+    let drain = |setup: &mut Setup| {
+        let (line, poller) = (crate::irq::IrqLine::new(5).unwrap(), crate::event::Poller::new().unwrap());
+        let interrupt = crate::virtio::Interrupt::new(line);
+        let cx = Context::new(&ram, &interrupt, &poller);
+        assert_eq!(setup.handler.drain(&mut setup.queues, &cx).unwrap(), Progress::Done);
+    };
+    setup.ram.write_obj(STATUS, UNTOUCHED).unwrap();
+    drain(&mut setup);
+    assert_eq!(setup.calls(), [""; 0]);
+    assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 1, &[out(DATA, 512)]), OK);
+    setup.ram.write_obj(STATUS, UNTOUCHED).unwrap();
+    drain(&mut setup);
+    assert_eq!(setup.calls(), ["write 512@512", "flush"]);
+    // A driver without FLUSH expects every write to be on the disk.
+    setup.shared.write_through.store(true, Ordering::Release);
+    assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 2, &[out(DATA, 512)]), OK);
+    assert_eq!(setup.calls(), ["write 512@1024", "flush"]);
+}
+
+#[test]
+fn disk_errors_are_the_guests() {
+    let mut setup = Setup::new(false);
+    setup.diary.fail.store(true, Ordering::Relaxed);
+    assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 0, &[out(DATA, 512)]), IOERR);
+    assert_eq!(setup.request(VIRTIO_BLK_T_IN, 0, &[inn(DATA, 512)]), IOERR);
+    assert_eq!(setup.request(VIRTIO_BLK_T_FLUSH, 0, &[]), IOERR);
+    setup.diary.fail.store(false, Ordering::Relaxed);
+    assert_eq!(setup.request(VIRTIO_BLK_T_IN, 0, &[inn(DATA, 512)]), OK);
+}
+
+#[test]
+fn configuration() {
+    let config: BlkConfig = "path=root.img,readonly,id=x".parse().unwrap();
+    assert_eq!(
+        config,
+        BlkConfig { path: "root.img".into(), readonly: true, id: Some("x".into()), ..BlkConfig::default() }
+    );
+    let error = "root.img,size=3".parse::<BlkConfig>().unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "unknown key 'size'; valid keys are path, readonly, id, format, overlay, direct, queues, engine, bandwidth, \
+         bandwidth_burst, ops, ops_burst"
+    );
+    for id in ["", "a b", "123456789012345678901", "ä"] {
+        let config = BlkConfig { path: "x".into(), id: Some(id.into()), ..BlkConfig::default() };
+        assert!(config.validate().is_err(), "{id}");
+    }
+    let blk = Blk::with_disk("blk0", &config, Box::new(Arc::<Diary>::default()));
+    let features = blk.info().features;
+    assert_ne!(features & 1 << VIRTIO_BLK_F_RO, 0);
+    let mut bytes = [0xEE; 64];
+    blk.read_config(0, &mut bytes);
+    assert_eq!(bytes[..24], [8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 254, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0]);
+    assert_eq!(bytes[60..], [0xEE; 4]);
+    for offset in [59, 60, 100, u64::MAX] {
+        blk.read_config(offset, &mut [0; 8]);
+    }
+}
+
+#[test]
+fn a_saved_disk_keeps_its_size() {
+    let config: BlkConfig = "a.img".parse().unwrap();
+    let mut blk = Blk::with_disk("blk0", &config, Box::new(Arc::<Diary>::default()));
+    let state = blk.save().unwrap();
+    blk.restore(&state).unwrap();
+    let error = blk.restore(&serde_json::json!({"sectors": 9, "writeback": true})).unwrap_err().to_string();
+    assert_eq!(error, "disk a.img has 8 sectors now and had 9 when it was saved");
+    for broken in
+        [serde_json::Value::Null, serde_json::json!({"sectors": -1, "writeback": true}), serde_json::json!({"x": 1})]
+    {
+        assert!(blk.restore(&broken).unwrap_err().to_string().starts_with("the saved state of blk0 is broken"));
+    }
+}
+
+fn range(sector: u64, count: u32, flags: u32) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&sector.to_le_bytes());
+    bytes[8..12].copy_from_slice(&count.to_le_bytes());
+    bytes[12..].copy_from_slice(&flags.to_le_bytes());
+    bytes
+}
+
+#[test]
+fn ranges_are_given_up_and_zeroed() {
+    let mut setup = Setup::new(false);
+    setup.ram.write(DATA, &[range(1, 2, 0), range(4, 4, 0)].concat()).unwrap();
+    assert_eq!(setup.request(VIRTIO_BLK_T_DISCARD, 99, &[out(DATA, 20), out(DATA + 20, 12)]), OK);
+    assert_eq!(setup.calls(), ["discard 1024@512", "discard 2048@2048"]);
+    setup.ram.write(DATA, &[range(0, 8, 1), range(8, 0, 0)].concat()).unwrap();
+    assert_eq!(setup.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[out(DATA, 32)]), OK);
+    assert_eq!(setup.calls(), ["zero 4096@0 true", "zero 0@4096 false"]);
+    // Flags that there are not, for one of two ranges: nothing is done.
+    for (kind, flags, status) in [
+        (VIRTIO_BLK_T_DISCARD, 1, UNSUPP),
+        (VIRTIO_BLK_T_DISCARD, 2, UNSUPP),
+        (VIRTIO_BLK_T_WRITE_ZEROES, 3, UNSUPP),
+        (VIRTIO_BLK_T_WRITE_ZEROES, u32::MAX, UNSUPP),
+    ] {
+        setup.ram.write(DATA, &[range(0, 1, 0), range(0, 1, flags)].concat()).unwrap();
+        assert_eq!(setup.request(kind, 0, &[out(DATA, 32)]), status, "{kind} {flags}");
+    }
+    for bad in
+        [range(8, 1, 0), range(u64::MAX, 1, 0), range(0, 9, 0), range(0, u32::MAX, 0), range(u64::MAX / 512, 8, 0)]
+    {
+        setup.ram.write(DATA, &bad).unwrap();
+        for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+            assert_eq!(setup.request(kind, 0, &[out(DATA, 16)]), IOERR);
+        }
+    }
+    for len in [1, 15, 17, 16 * (MAX_RANGES + 1)] {
+        assert_eq!(setup.request(VIRTIO_BLK_T_DISCARD, 0, &[out(DATA, len)]), IOERR, "{len} bytes of ranges");
+    }
+    assert_eq!(setup.calls(), [""; 0]);
+    let mut readonly = Setup::new(true);
+    readonly.ram.write(DATA, &range(0, 1, 0)).unwrap();
+    assert_eq!(readonly.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[out(DATA, 16)]), IOERR);
+}
+
+/// What the driver may write to configuration space is one byte.
+#[test]
+fn the_cache_can_be_turned_off() {
+    let config: BlkConfig = "a.img".parse().unwrap();
+    let mut blk = Blk::with_disk("blk0", &config, Box::new(Arc::<Diary>::default()));
+    for (offset, data) in [(0, &[9][..]), (31, &[0]), (32, &[0, 0]), (33, &[0]), (u64::MAX, &[0])] {
+        blk.write_config(offset, data);
+        assert!(blk.writeback() && blk.config[0] == 8);
+    }
+    blk.write_config(32, &[0]);
+    let mut byte = [9];
+    blk.read_config(32, &mut byte);
+    assert!(byte == [0] && blk.shared.write_through.load(Ordering::Acquire));
+    let state = blk.save().unwrap();
+    blk.reset();
+    assert!(blk.writeback());
+    blk.restore(&state).unwrap();
+    assert!(!blk.writeback());
+}
+
+#[test]
+fn limits_are_kept_and_nothing_is_lost() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(64 << 10).unwrap();
+    let config: BlkConfig = format!("{},ops=100,ops_burst=1", file.path().display()).parse().unwrap();
+    let ram = GuestRam::anonymous(1 << 20);
+    let mut setup = Setup::with(ram, Blk::new("blk0", &config).unwrap(), Arc::default());
+    let start = std::time::Instant::now();
+    for sector in 0..6 {
+        assert_eq!(setup.request(VIRTIO_BLK_T_OUT, sector, &[out(DATA, 512)]), OK);
+    }
+    assert!(start.elapsed() >= std::time::Duration::from_millis(50), "five of six had to wait for 10 ms");
+}
+
+#[test]
+fn keys_that_make_no_sense_are_refused() {
+    let refused = |text: &str| text.parse::<BlkConfig>().unwrap().validate().unwrap_err().to_string();
+    assert_eq!(refused("a,queues=0"), "0 queues are not 1 to 16, which a disk can have");
+    assert_eq!(refused("a,queues=17"), "17 queues are not 1 to 16, which a disk can have");
+    assert_eq!(refused("a,ops=0"), "disk a: a limit or burst of 0 would let nothing through");
+    assert_eq!(refused("a,ops_burst=5"), "disk a: ops_burst needs ops");
+    assert_eq!(refused("a,bandwidth_burst=5M"), "disk a: bandwidth_burst needs bandwidth");
+    assert!("a,format=vmdk".parse::<BlkConfig>().unwrap_err().to_string().contains("valid values are raw, qcow2"));
+    let both: BlkConfig = "/nowhere,readonly,overlay=tmp".parse().unwrap();
+    let error = Blk::new("blk0", &both).err().unwrap().to_string();
+    assert!(error.contains("readonly and overlay exclude each other"), "{error}");
+    let json =
+        serde_json::to_value("a,overlay=tmp,engine=io_uring,queues=4,bandwidth=10M".parse::<BlkConfig>().unwrap());
+    let config: BlkConfig = serde_json::from_value(json.unwrap()).unwrap();
+    assert_eq!((config.overlay, config.engine, config.queues), (Some(Overlay::Tmp), Engine::IoUring, Some(4)));
+}
+
+#[test]
+fn many_requests_in_flight_come_back_each_with_its_own_data() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let content: Vec<u8> = (0..64u32 << 10).map(|i| (i / 512 * 7 + i % 251) as u8).collect();
+    std::fs::write(file.path(), &content).unwrap();
+    let config: BlkConfig = format!("{},engine=io_uring", file.path().display()).parse().unwrap();
+    let ram = GuestRam::anonymous(4 << 20);
+    let mut setup = Setup::with(ram, Blk::new("blk0", &config).unwrap(), Arc::default());
+    for round in 0..50u64 {
+        for i in 0..4u64 {
+            let sector = (round * 5 + i) * 13 % 120;
+            setup.ram.write_obj(HDR + 32 * i, VIRTIO_BLK_T_IN.to_le()).unwrap();
+            setup.ram.write_obj(HDR + 32 * i + 8, sector.to_le()).unwrap();
+            setup.ram.write_obj(STATUS + i, UNTOUCHED).unwrap();
+            let data = 0x10_0000 + 0x1_0000 * i;
+            let bufs = [out(HDR + 32 * i, 16), inn(data, 100), inn(data + 100, 4096 - 100), inn(STATUS + i, 1)];
+            setup.driver.add(&bufs).unwrap();
+        }
+        setup.loopback.deliver(&mut setup.handler, &mut setup.queues, Event::Kick(0)).unwrap();
+        let mut used = 0;
+        while used < 4 {
+            match setup.driver.take_used() {
+                Some(_) => used += 1,
+                None => setup.loopback.deliver_ready(&mut setup.handler, &mut setup.queues).unwrap(),
+            }
+        }
+        for i in 0..4u64 {
+            let sector = ((round * 5 + i) * 13 % 120) as usize;
+            let mut got = vec![0; 4096];
+            setup.ram.read(0x10_0000 + 0x1_0000 * i, &mut got).unwrap();
+            assert_eq!(setup.ram.read_obj::<u8>(STATUS + i).unwrap(), OK);
+            assert!(got == content[sector * 512..sector * 512 + 4096], "round {round}, request {i}");
+        }
+    }
+}
