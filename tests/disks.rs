@@ -5,21 +5,10 @@ mod common;
 
 use std::fs::{self, File};
 use std::path::Path;
-use std::process::Command;
 
-use common::Run;
+use common::{Run, tool};
 
 const SIZE: u64 = 64 << 20;
-
-fn tool(args: &[&str]) -> String {
-    // Tools of e2fsprogs may live where users have no path to.
-    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
-    let output = Command::new(args[0]).args(&args[1..]).env("PATH", path).output();
-    let output = output.unwrap_or_else(|e| panic!("{}: {e}: run 'make setup'", args[0]));
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{args:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
-    text
-}
 
 fn sparse(path: &str) -> String {
     File::create(path).unwrap().set_len(SIZE).unwrap();
@@ -36,6 +25,7 @@ fn check_ext4(raw: &str, n: usize) {
     assert_eq!(tool(&["debugfs", "-R", "cat /sum", raw]).split(' ').next(), sum.split(' ').next());
 }
 
+/// A checked qcow2 image as a raw one.
 fn to_raw(image: &str) -> String {
     tool(&["qemu-img", "check", "-q", image]);
     let raw = format!("{image}.raw");

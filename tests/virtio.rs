@@ -5,20 +5,11 @@ mod common;
 use std::fs::{self, File};
 use std::process::Command;
 
-use common::{Run, on_host};
+use common::{Run, on_host, tool};
 
 fn sparse(path: &str, size: u64) -> String {
     File::create(path).unwrap().set_len(size).unwrap();
     path.to_string()
-}
-
-/// A tool of e2fsprogs, which may live where users have no path to.
-fn e2fs(args: &[&str]) -> String {
-    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
-    let output = Command::new(args[0]).args(&args[1..]).env("PATH", path).output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{args:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
-    text
 }
 
 /// A file system made and filled in the guest is sound outside; a flush is there while the guest still runs; and a
@@ -57,12 +48,12 @@ echo \"answer: $answer\"";
     fs::hard_link(&disk, &copy).unwrap();
     let ended = guest.end().success();
     assert_eq!(ended.fact("answer"), "go");
-    e2fs(&["e2fsck", "-fn", &copy]);
-    assert_eq!(e2fs(&["debugfs", "-R", "cat /many/200", &copy]), "200\n");
+    tool(&["e2fsck", "-fn", &copy]);
+    assert_eq!(tool(&["debugfs", "-R", "cat /many/200", &copy]), "200\n");
     let random = kept.path().join("random").display().to_string();
-    e2fs(&["debugfs", "-R", &format!("dump /random {random}"), &copy]);
+    tool(&["debugfs", "-R", &format!("dump /random {random}"), &copy]);
     let sum = Command::new("md5sum").stdin(File::open(random).unwrap()).output().unwrap();
-    assert_eq!(e2fs(&["debugfs", "-R", "cat /sum", &copy]), String::from_utf8(sum.stdout).unwrap());
+    assert_eq!(tool(&["debugfs", "-R", "cat /sum", &copy]), String::from_utf8(sum.stdout).unwrap());
 }
 
 /// Every slot taken: 17 disks, one of them read-only, and a random number generator; one more is refused.

@@ -89,6 +89,17 @@ pub fn on_host(args: &[&str]) -> Guest {
     Guest::spawn(command, scratch(), Streams::Pipes)
 }
 
+/// What a program of this machine prints; it must succeed.
+pub fn tool(args: &[&str]) -> String {
+    // Tools of e2fsprogs may live where users have no path to.
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let output = Command::new(args[0]).args(&args[1..]).env("PATH", path).output();
+    let output = output.unwrap_or_else(|e| panic!("{}: {e}: run 'make setup'", args[0]));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{args:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
 /// An example that cargo builds for the tests.
 pub fn example(name: &str) -> String {
     let deps = std::env::current_exe().unwrap();
