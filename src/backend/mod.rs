@@ -3,6 +3,7 @@
 pub mod console;
 pub mod output;
 pub mod raw;
+pub mod unix;
 
 use std::io;
 
