@@ -33,11 +33,16 @@ const MAX_DATA: u32 = 64 << 10;
 /// Longest first line of a client, with its newline.
 const MAX_LINE: usize = 32;
 /// How long a client of the host may take to say which port it wants.
-pub const GREETING_TIME: Duration = Duration::from_secs(5);
+pub const GREETING_TIME: Duration = seconds(5);
 /// How long the guest may take to answer a request to connect, and a listener on the host to take a client.
-pub const CONNECT_TIME: Duration = Duration::from_secs(10);
+pub const CONNECT_TIME: Duration = seconds(10);
 /// How long the guest may take to let go of a connection that the host has closed; Linux gives the host as long.
-pub const CLOSE_TIME: Duration = Duration::from_secs(8);
+pub const CLOSE_TIME: Duration = seconds(8);
+
+/// Tests have less time.
+const fn seconds(n: u64) -> Duration {
+    if cfg!(test) { Duration::from_millis(100 * n) } else { Duration::from_secs(n) }
+}
 
 /// The two ports that tell the connections of a device apart: hosts and guests are always the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -252,6 +257,8 @@ impl Connection {
     /// The client has said what it wants: the guest is to be asked.
     pub fn request(&mut self, key: Key) {
         self.key = key;
+        // What came behind the first line has been told of already.
+        self.readable = true;
         self.enter(Phase::Requested);
     }
 
