@@ -6,30 +6,19 @@
 //!                                                                            └────────► Draining: the guest has ended
 //! ```
 //!
-//! From host to guest the socket is the buffer: it is read straight into the guest's memory, when the guest has room.
-//! From guest to host [`BUF_ALLOC`] bytes are promised, so that what the host does not take at once never holds up the
-//! queue that all connections share.
+//! How the data flows is in [`super::flow`].
 
-use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use vm_memory::{ReadVolatile, VolatileMemoryError, WriteVolatile};
-
+use super::flow::{Deaf, Got, ToGuest, ToHost};
 use super::packet::{HOST_CID, Header, NO_RECEIVE, NO_SEND, NOTHING, Op, STREAM};
 use crate::backend::unix;
-use crate::memory::RamSlice;
 use crate::virtio::Fault;
 use crate::virtio::chain::{Reader, Writer};
 
-/// Bytes of the guest's that a connection has room for (5.10.6.3).
-pub const BUF_ALLOC: u32 = 128 << 10;
-/// The guest hears of room at the latest when this much is new.
-const UPDATE: u32 = BUF_ALLOC / 4;
-/// Bytes of data in one packet to the guest, at most: then the next connection has its turn.
-const MAX_DATA: u32 = 64 << 10;
 /// Longest first line of a client, with its newline.
 const MAX_LINE: usize = 32;
 /// How long a client of the host may take to say which port it wants.
@@ -136,22 +125,8 @@ pub struct Connection {
     stream: Option<UnixStream>,
     /// A request or its answer is due.
     greet: bool,
-    /// There may be something to read.
-    readable: bool,
-    /// Taken from the guest and not yet by the host.
-    buffer: VecDeque<u8>,
-    /// Bytes from the guest, free-running.
-    received: u32,
-    /// Bytes to the host, free-running: our `fwd_cnt`.
-    forwarded: u32,
-    /// `forwarded` as the guest knows it.
-    told_forwarded: u32,
-    update_wanted: bool,
-    /// Bytes to the guest, free-running.
-    sent: u32,
-    guest_alloc: u32,
-    guest_forwarded: u32,
-    credit_requested: bool,
+    to_host: ToHost,
+    to_guest: ToGuest,
     /// What the host's side has ended, as in [`Header::flags`].
     ended: u32,
     /// `ended` as the guest knows it.
@@ -170,16 +145,8 @@ impl Connection {
             watching_room: false,
             stream,
             greet: true,
-            readable: false,
-            buffer: VecDeque::new(),
-            received: 0,
-            forwarded: 0,
-            told_forwarded: 0,
-            update_wanted: false,
-            sent: 0,
-            guest_alloc: 0,
-            guest_forwarded: 0,
-            credit_requested: false,
+            to_host: ToHost::default(),
+            to_guest: ToGuest::default(),
             ended: 0,
             told_ended: 0,
             guest_ended: 0,
@@ -196,7 +163,7 @@ impl Connection {
     pub fn from_guest(key: Key, request: &Header, stream: Option<UnixStream>) -> Self {
         let phase = if stream.is_some() { Phase::Established } else { Phase::Dialing };
         let mut connection = Self::new(key, phase, stream);
-        connection.learn_credit(request);
+        connection.to_guest.learn(request);
         connection
     }
 
@@ -258,7 +225,7 @@ impl Connection {
     pub fn request(&mut self, key: Key) {
         self.key = key;
         // What came behind the first line has been told of already.
-        self.readable = true;
+        self.to_guest.readable = true;
         self.enter(Phase::Requested);
     }
 
@@ -270,7 +237,7 @@ impl Connection {
 
     /// Something happened at the socket.
     pub fn ready(&mut self) -> Verdict {
-        self.readable = true;
+        self.to_guest.readable = true;
         let verdict = self.flush();
         let deaf = self.ended & NO_SEND != 0 || self.guest_ended & NO_RECEIVE != 0;
         if self.phase == Phase::Established && deaf && self.stream.as_ref().is_some_and(unix::hung_up) {
@@ -281,12 +248,12 @@ impl Connection {
 
     /// Whether the socket must be watched for room.
     pub fn wants_room(&self) -> bool {
-        !self.buffer.is_empty()
+        !self.to_host.is_empty()
     }
 
     /// A packet of the guest's with its data.
     pub fn handle(&mut self, header: &Header, data: Reader<'_>) -> Result<Verdict, Fault> {
-        self.learn_credit(header);
+        self.to_guest.learn(header);
         let flows = matches!(self.phase, Phase::Established | Phase::Closing);
         match header.op {
             Op::Reset => Ok(self.guest_is_gone()),
@@ -295,23 +262,11 @@ impl Connection {
             Op::Shutdown if flows => Ok(self.guest_ends(header.flags & NOTHING)),
             Op::CreditUpdate if flows => Ok(Verdict::Keep),
             Op::CreditRequest if flows => {
-                self.update_wanted = true;
+                self.to_host.want_update();
                 Ok(Verdict::Keep)
             }
             _ => Ok(Verdict::Reset),
         }
-    }
-
-    fn learn_credit(&mut self, header: &Header) {
-        (self.guest_alloc, self.guest_forwarded) = (header.buf_alloc, header.fwd_cnt);
-        if self.credit() > 0 {
-            self.credit_requested = false;
-        }
-    }
-
-    /// Bytes that the guest has room for; none if its numbers make no sense.
-    fn credit(&self) -> u32 {
-        self.guest_alloc.saturating_sub(self.sent.wrapping_sub(self.guest_forwarded))
     }
 
     /// Tells the client that somebody in the guest is there. The socket is empty, so there is room for the line.
@@ -326,7 +281,7 @@ impl Connection {
 
     /// What the guest had sent before it said that it was done belongs to the host.
     fn guest_is_gone(&mut self) -> Verdict {
-        if self.guest_ended & NO_SEND != 0 && !self.buffer.is_empty() {
+        if self.guest_ended & NO_SEND != 0 && !self.to_host.is_empty() {
             self.enter(Phase::Draining);
             return Verdict::Keep;
         }
@@ -336,7 +291,7 @@ impl Connection {
     fn guest_ends(&mut self, flags: u32) -> Verdict {
         self.guest_ended |= flags;
         if self.guest_ended == NOTHING {
-            if !self.buffer.is_empty() {
+            if !self.to_host.is_empty() {
                 self.enter(Phase::Draining);
             }
             // 5.10.6.6: this confirms it.
@@ -350,89 +305,35 @@ impl Connection {
         self.flush()
     }
 
-    /// Data from the guest: to the host as far as that takes it, else into the buffer.
     fn receive(&mut self, data: Reader<'_>) -> Result<Verdict, Fault> {
-        let free = BUF_ALLOC.saturating_sub(self.received.wrapping_sub(self.forwarded));
-        let len = match u32::try_from(data.len()) {
-            Ok(len) if len <= free && self.guest_ended & NO_SEND == 0 => len,
-            _ => return Ok(Verdict::Reset),
-        };
-        self.received = self.received.wrapping_add(len);
-        for slice in data.slices() {
-            let slice = slice?;
-            let done = if self.buffer.is_empty() { self.write(&slice) } else { 0 };
-            if self.ended & NO_RECEIVE != 0 {
-                break;
-            }
-            self.keep(&slice.offset(done).map_err(io::Error::other)?)?;
+        if data.len() > self.to_host.room().into() || self.guest_ended & NO_SEND != 0 {
+            return Ok(Verdict::Reset);
         }
-        if self.ended & NO_RECEIVE != 0 {
-            self.forwarded = self.received;
+        match &mut self.stream {
+            Some(stream) if self.ended & NO_RECEIVE == 0 => {
+                if let Err(Deaf) = self.to_host.receive(stream, data)? {
+                    self.host_is_deaf();
+                }
+            }
+            _ => self.to_host.discard(data.len()),
         }
         Ok(Verdict::Keep)
-    }
-
-    /// Writes what the host takes right now; returns how much that was.
-    fn write(&mut self, slice: &RamSlice<'_>) -> usize {
-        let Some(stream) = &mut self.stream else { return 0 };
-        let written = loop {
-            match stream.write_volatile(slice) {
-                Err(VolatileMemoryError::IOError(e)) if e.kind() == io::ErrorKind::Interrupted => {}
-                result => break result,
-            }
-        };
-        match written {
-            Ok(n) => {
-                self.forwarded = self.forwarded.wrapping_add(n as u32);
-                n
-            }
-            Err(VolatileMemoryError::IOError(e)) if e.kind() == io::ErrorKind::WouldBlock => 0,
-            Err(_) => {
-                self.host_is_deaf();
-                0
-            }
-        }
-    }
-
-    fn keep(&mut self, slice: &RamSlice<'_>) -> Result<(), Fault> {
-        let mut done = 0;
-        while done < slice.len() {
-            let mut piece = [0; 4096];
-            let n = slice.offset(done).map_err(io::Error::other)?.copy_to(&mut piece);
-            self.buffer.extend(piece.iter().take(n));
-            done += n;
-        }
-        Ok(())
     }
 
     /// Nobody will take the guest's data any more: it is gone, and so is any that comes.
     fn host_is_deaf(&mut self) {
         self.ended |= NO_RECEIVE;
-        self.buffer = VecDeque::new();
-        self.forwarded = self.received;
+        self.to_host.discard(0);
     }
 
-    /// Writes from the buffer what the host takes right now. What the guest has ended is passed on behind the last byte.
+    /// Writes what the host takes right now. What the guest has ended is passed on behind the last byte.
     fn flush(&mut self) -> Verdict {
         let Some(stream) = &mut self.stream else { return Verdict::Keep };
-        let had_some = !self.buffer.is_empty();
-        while !self.buffer.is_empty() {
-            match stream.write(self.buffer.as_slices().0) {
-                Ok(n) if n > 0 => {
-                    self.buffer.drain(..n);
-                    self.forwarded = self.forwarded.wrapping_add(n as u32);
-                }
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Verdict::Keep,
-                _ => {
-                    self.host_is_deaf();
-                    break;
-                }
-            }
+        if let Err(Deaf) = self.to_host.flush(stream) {
+            self.host_is_deaf();
         }
-        if had_some {
-            // Its memory is not kept: there may be many that are idle.
-            self.buffer = VecDeque::new();
+        if !self.to_host.is_empty() {
+            return Verdict::Keep;
         }
         if self.phase == Phase::Draining {
             return Verdict::Gone;
@@ -447,16 +348,15 @@ impl Connection {
 
     /// Whether there is something that the host may still send and the guest wants.
     fn has_data(&self) -> bool {
-        self.readable && self.ended & NO_SEND == 0 && self.guest_ended & NO_RECEIVE == 0
+        self.to_guest.readable && self.ended & NO_SEND == 0 && self.guest_ended & NO_RECEIVE == 0
     }
 
     fn owes_update(&self) -> bool {
-        let news = self.forwarded.wrapping_sub(self.told_forwarded);
-        self.update_wanted || news >= UPDATE && self.guest_ended & NO_SEND == 0 && self.ended & NO_RECEIVE == 0
+        self.to_host.owes_update(self.guest_ended & NO_SEND == 0 && self.ended & NO_RECEIVE == 0)
     }
 
     fn needs_credit(&self) -> bool {
-        self.has_data() && self.credit() == 0 && !self.credit_requested
+        self.has_data() && self.to_guest.credit() == 0 && !self.to_guest.asked
     }
 
     /// Whether [`Connection::turn`] has something to do.
@@ -465,7 +365,7 @@ impl Connection {
             Phase::Greeting | Phase::Dialing | Phase::Draining | Phase::Closing => false,
             Phase::Requested => self.greet,
             Phase::Established => {
-                let data = self.has_data() && self.credit() > 0;
+                let data = self.has_data() && self.to_guest.credit() > 0;
                 self.greet || self.ended != self.told_ended || data || self.owes_update() || self.needs_credit()
             }
         }
@@ -484,11 +384,11 @@ impl Connection {
             let op = if self.phase == Phase::Requested { Op::Request } else { Op::Response };
             return Ok(self.stamp(packet(op, 0, 0)));
         }
-        if self.ended == self.told_ended && self.has_data() && self.credit() > 0 {
+        if self.ended == self.told_ended && self.has_data() && self.to_guest.credit() > 0 {
             match self.read(room)? {
-                Ok(0) => {}
-                Ok(len) => return Ok(self.stamp(packet(Op::Data, 0, len))),
-                Err(_) => return Ok(Turn::Reset),
+                Got::Data(len) => return Ok(self.stamp(packet(Op::Data, 0, len))),
+                Got::Failed => return Ok(Turn::Reset),
+                Got::Nothing | Got::End => {}
             }
         }
         if self.ended != self.told_ended {
@@ -505,50 +405,23 @@ impl Connection {
             return Ok(self.stamp(packet(Op::CreditUpdate, 0, 0)));
         }
         if self.needs_credit() {
-            self.credit_requested = true;
+            self.to_guest.asked = true;
             return Ok(self.stamp(packet(Op::CreditRequest, 0, 0)));
         }
         Ok(Turn::Nothing)
     }
 
-    /// Reads from the socket as much as there is, has room and may be sent. None may be the end.
-    fn read(&mut self, mut room: Writer<'_>) -> Result<io::Result<u32>, Fault> {
-        let len = room.len().min(self.credit().min(MAX_DATA).into());
-        if len == 0 {
-            return Err(Fault::Device("a vsock receive buffer has no room for data"));
+    fn read(&mut self, room: Writer<'_>) -> Result<Got, Fault> {
+        let Some(stream) = &mut self.stream else { return Ok(Got::Failed) };
+        let got = self.to_guest.read(stream, room)?;
+        if got == Got::End {
+            self.ended |= if unix::hung_up(stream) { NOTHING } else { NO_SEND };
         }
-        let Some(stream) = &mut self.stream else { return Ok(Ok(0)) };
-        let mut read = 0;
-        for slice in room.take(len)?.slices() {
-            let mut slice = slice?;
-            let n = match stream.read_volatile(&mut slice) {
-                Ok(n) => n,
-                Err(VolatileMemoryError::IOError(e)) if e.kind() == io::ErrorKind::Interrupted => break,
-                Err(VolatileMemoryError::IOError(e)) if e.kind() == io::ErrorKind::WouldBlock => {
-                    self.readable = false;
-                    break;
-                }
-                // What came before it is sent first; the next turn fails again.
-                Err(_) if read > 0 => break,
-                Err(e) => return Ok(Err(io::Error::other(e))),
-            };
-            if n == 0 && read == 0 {
-                self.ended |= if unix::hung_up(stream) { NOTHING } else { NO_SEND };
-            }
-            read += n;
-            if n < slice.len() {
-                break;
-            }
-        }
-        self.sent = self.sent.wrapping_add(read as u32);
-        Ok(Ok(read as u32))
+        Ok(got)
     }
 
-    /// Every packet of a connection tells of its credit.
     fn stamp(&mut self, header: Header) -> Turn {
-        self.told_forwarded = self.forwarded;
-        self.update_wanted = false;
-        Turn::Packet(Header { buf_alloc: BUF_ALLOC, fwd_cnt: self.forwarded, ..header })
+        Turn::Packet(self.to_host.stamp(header))
     }
 }
 

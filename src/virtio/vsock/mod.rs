@@ -4,9 +4,10 @@
 //! somebody in the guest has accepted; from then on it talks to that port. What the guest connects to, port P of
 //! context 2, is who listens at `path_P`. Both as Firecracker has it.
 //!
-//! [`packet`] is the wire, `connection` one connection with its credit, `muxer` all of them.
+//! [`packet`] is the wire, `connection` one connection, `flow` its data and credit, `muxer` all of them.
 
 mod connection;
+mod flow;
 mod muxer;
 pub mod packet;
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::connection::BUF_ALLOC;
+use super::flow::BUF_ALLOC;
 use super::packet::{HEADER, HOST_CID, Header, NO_RECEIVE, NO_SEND, NOTHING, Op, STREAM};
 use super::*;
 use crate::memory::GuestRam;
