@@ -133,6 +133,8 @@ pub struct Connection {
     told_ended: u32,
     /// What the guest has ended.
     guest_ended: u32,
+    /// The end of the guest's data was passed on. Doing it again would wake us again.
+    end_passed: bool,
 }
 
 impl Connection {
@@ -150,6 +152,7 @@ impl Connection {
             ended: 0,
             told_ended: 0,
             guest_ended: 0,
+            end_passed: false,
         }
         .renewed()
     }
@@ -339,8 +342,10 @@ impl Connection {
             return Verdict::Gone;
         }
         if self.guest_ended & NO_SEND != 0
+            && !self.end_passed
             && let Some(stream) = &self.stream
         {
+            self.end_passed = true;
             let _ = stream.shutdown(Shutdown::Write);
         }
         Verdict::Keep

@@ -229,7 +229,7 @@ impl Muxer {
         }
         let watched =
             connection.stream().map(|s| cx.rewatch(s.as_raw_fd(), FIRST_SLOT + slot as u64, interest(connection)));
-        if !watched.is_some_and(|watched| watched.is_ok()) {
+        if watched.is_none_or(|watched| watched.is_err()) {
             self.settle(slot, Verdict::Gone, cx);
         }
     }
