@@ -55,14 +55,13 @@ impl Listener {
 
     /// The next client, non-blocking; `None` when there is none now.
     pub fn accept(&self) -> io::Result<Option<UnixStream>> {
-        match self.socket.accept() {
-            Ok((client, _)) => client.set_nonblocking(true).map(|()| Some(client)),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            // It went away again while it waited, or a signal came: look for the next.
-            Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) => {
-                self.accept()
+        loop {
+            match self.socket.accept() {
+                Ok((client, _)) => return client.set_nonblocking(true).map(|()| Some(client)),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(e) => return Err(e),
             }
-            Err(e) => Err(e),
         }
     }
 }

@@ -6,6 +6,7 @@
 //!
 //! Says `serving` when it listens for the guest, a line for each thing that went well, and fails at the first other.
 
+use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -64,6 +65,28 @@ fn stuff(mut stream: &UnixStream) -> Result<usize> {
     Ok(sent)
 }
 
+/// Hundredths of a second of processor time that the device's thread in the vireo with this socket has used.
+fn device_ticks(path: &str) -> Result<u64> {
+    for process in fs::read_dir("/proc")? {
+        let process = process?.path();
+        let command = fs::read(process.join("cmdline")).unwrap_or_default();
+        // Its own name, too, may be in what other programs are told to run.
+        let mut words = command.split(|&byte| byte == 0);
+        if !words.next().is_some_and(|program| program.ends_with(b"vireo"))
+            || !words.any(|word| word.ends_with(format!("path={path}").as_bytes()))
+        {
+            continue;
+        }
+        for thread in fs::read_dir(process.join("task"))? {
+            let stat = fs::read_to_string(thread?.path().join("stat"))?;
+            if let Some((_, fields)) = stat.split_once(" (vsock) ") {
+                return Ok(fields.split(' ').skip(11).take(2).map(|ticks| ticks.parse().unwrap_or(0)).sum());
+            }
+        }
+    }
+    Err("there is no vireo with a thread for sockets".into())
+}
+
 fn bulk(path: &str) -> Result<()> {
     let numbers = numbers();
     let listener = UnixListener::bind(format!("{path}_81"))?;
@@ -82,6 +105,9 @@ fn bulk(path: &str) -> Result<()> {
     let mut endless = connect(path, 3)?;
     let stuffed = stuff(&deaf)?;
     println!("stuffed: {}", stuffed > 128 << 10);
+    let before = device_ticks(path)?;
+    thread::sleep(Duration::from_secs(1));
+    println!("at rest: {}", device_ticks(path)? - before < 10);
     let echo = connect(path, 1)?;
     for n in 0..50 {
         ping(&echo, &format!("ping {n}\n"))?;

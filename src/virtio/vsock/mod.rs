@@ -2,7 +2,8 @@
 //!
 //! A program on the host connects to the socket at `path`, writes `CONNECT <port>\n`, and reads `OK <host port>\n` once
 //! somebody in the guest has accepted; from then on it talks to that port. What the guest connects to, port P of
-//! context 2, is who listens at `path_P`. Both as Firecracker has it.
+//! context 2, is who listens at `path_P`. Both as Firecracker has it. Clients that come before the guest has loaded its
+//! driver wait for that; a connection that is refused, or that nobody answers, is closed.
 //!
 //! [`packet`] is the wire, `connection` one connection, `flow` its data and credit, `muxer` all of them.
 
