@@ -14,6 +14,7 @@ use crate::memory::{HugePages, MemoryConfig};
 use crate::options::{self, Size};
 use crate::virtio::blk::BlkConfig;
 use crate::virtio::rng::RngConfig;
+use crate::virtio::vsock::VsockConfig;
 
 /// A whole machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +37,9 @@ pub struct MachineConfig {
     /// Random number generator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<RngConfig>,
+    /// Sockets between host and guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
     /// ACPI tables, or else an MP table and `virtio_mmio.device=` parameters.
     #[serde(default)]
     pub acpi: Acpi,
@@ -149,6 +153,9 @@ pub enum Error {
     /// A disk that cannot be.
     #[error("--disk: {0}")]
     Disk(String),
+    /// A socket device that cannot be.
+    #[error("--vsock: {0}")]
+    Vsock(String),
     /// No kernel.
     #[error("no kernel: give --kernel FILE (or boot.kernel in the config file)")]
     NoKernel,
@@ -181,6 +188,7 @@ impl MachineConfig {
         }
         self.cpu.pins()?;
         self.disks.iter().try_for_each(BlkConfig::validate).map_err(|e| Error::Disk(e.to_string()))?;
+        self.vsock.iter().try_for_each(VsockConfig::validate).map_err(|e| Error::Vsock(e.to_string()))?;
         self.cpu.features.parse::<Features>().map_err(|e| Error::Features(e.to_string()))?;
         Ok(())
     }
@@ -228,6 +236,10 @@ mod tests {
         assert!(check(|c| c.cpu.count = 9).contains("KVM on this host gives a guest at most 8"));
         assert!(check(|c| c.cpu.features = "avx".into()).contains("must begin with + or -"));
         assert!(check(|c| c.boot.kernel = "".into()).contains("--kernel FILE"));
+        assert_eq!(
+            check(|c| c.vsock = Some(VsockConfig { cid: 2, path: "v".into() })),
+            "--vsock: context id 2 is not one of a guest: those are 3 to 4294967294"
+        );
     }
 
     #[test]

@@ -17,7 +17,8 @@ pub struct Poller {
     ready: Vec<EpollEvent>,
 }
 
-/// Which readiness of a descriptor is waited for. Level-triggered.
+/// Which readiness of a descriptor is waited for. It is told for as long as it lasts, except where an edge is named: then
+/// once when waiting begins or is changed, and once whenever more comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Interest {
     /// Readable, or the other side is gone.
@@ -26,6 +27,10 @@ pub enum Interest {
     Write,
     /// Registered, but only errors are reported.
     None,
+    /// Readable or the other side is gone; the edge.
+    ReadEdge,
+    /// Readable, writable or the other side is gone; the edge.
+    ReadWriteEdge,
 }
 
 impl Interest {
@@ -34,6 +39,8 @@ impl Interest {
             Interest::Read => EventSet::IN,
             Interest::Write => EventSet::OUT,
             Interest::None => EventSet::empty(),
+            Interest::ReadEdge => EventSet::IN | EventSet::EDGE_TRIGGERED,
+            Interest::ReadWriteEdge => EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Run, image, on_host, tool, vireo};
+use common::{Run, example, image, on_host, tool, vireo};
 
 /// Prints a line for each boot, so that somebody who waits sees it getting on.
 const BOOTS: &str = r#"
@@ -117,4 +117,23 @@ done";
             assert!(count >= last, "{disk}: {count} is there, {last} was flushed");
         }
     }
+}
+
+/// A thousand connections at once from the guest, and then a thousand to it.
+#[test]
+fn a_thousand_sockets() {
+    let path = format!("/tmp/vireo-soak-{}.vsock", std::process::id());
+    let script = "vsock echo 1 & read go; vsock many 2 82 1000; read end";
+    let run = Run::new("bzImage-cloud", script).with_program("vsock");
+    let run = run.cmdline("console=ttyS0 quiet vireo.modules=virtio_mmio,vmw_vsock_virtio_transport");
+    let mut guest = run.args(&["--vsock", &format!("cid=3,path={path}")]).start();
+    guest.wait_for("listening 1");
+    let peer = on_host(&[&example("vsock-peer"), &path, "many", "1000"]);
+    peer.wait_for("serving");
+    guest.send(b"go\n");
+    let peer = peer.end();
+    assert_eq!(peer.code(), 0, "{peer}");
+    assert_eq!((peer.fact("served"), peer.fact("clients")), ("1000", "1000"), "{peer}");
+    guest.send(b"end\n");
+    assert_eq!(guest.end().success().fact("answers"), "1000");
 }

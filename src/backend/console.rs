@@ -5,12 +5,13 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::output::Destination;
+use super::unix::{self, Listener};
 use crate::terminal;
 
 /// A console could not be opened.
@@ -19,9 +20,9 @@ pub enum Error {
     /// File or socket.
     #[error("cannot open {0} for the console")]
     Open(PathBuf, #[source] io::Error),
-    /// Something else is at the socket's path.
-    #[error("cannot listen on {0}: {1}")]
-    Socket(PathBuf, &'static str),
+    /// A socket to listen on.
+    #[error(transparent)]
+    Socket(#[from] unix::Error),
     /// No pseudo-terminal.
     #[error("cannot make a pseudo-terminal for the console")]
     Pty(#[source] io::Error),
@@ -163,17 +164,10 @@ impl Write for PtyWriter {
 
 type Client = Arc<Mutex<Option<UnixStream>>>;
 
-/// The listening socket of a console. Removes its file when dropped.
+/// The listening socket of a console.
 pub struct SocketInput {
-    listener: UnixListener,
+    listener: Listener,
     client: Client,
-    path: PathBuf,
-}
-
-impl Drop for SocketInput {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
 }
 
 struct SocketWriter(Client);
@@ -196,22 +190,11 @@ impl Write for SocketWriter {
 
 /// A unix socket that listens at `path`. A socket that a dead process left there is replaced.
 pub fn socket(path: &Path) -> Result<Console, Error> {
-    let open = |e| Error::Open(path.into(), e);
-    if let Ok(meta) = std::fs::symlink_metadata(path) {
-        if !meta.file_type().is_socket() {
-            return Err(Error::Socket(path.into(), "a file that is no socket is already there"));
-        }
-        if UnixStream::connect(path).is_ok() {
-            return Err(Error::Socket(path.into(), "another process listens there"));
-        }
-        std::fs::remove_file(path).map_err(open)?;
-    }
-    let listener = UnixListener::bind(path).map_err(open)?;
-    listener.set_nonblocking(true).map_err(open)?;
+    let listener = Listener::bind(path)?;
     let client = Client::default();
     let output =
         Destination { name: path.display().to_string(), writer: Box::new(SocketWriter(client.clone())), eager: true };
-    let input = Input::Socket(SocketInput { listener, client, path: path.into() });
+    let input = Input::Socket(SocketInput { listener, client });
     Ok(Console { output: Some(output), input })
 }
 
@@ -264,7 +247,10 @@ impl SocketInput {
         let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
         match client.as_mut().map(|c| c.read(buffer)) {
             None => {
-                if let Ok((new, _)) = self.listener.accept() {
+                // Writing to it may wait: output has a thread of its own.
+                if let Ok(Some(new)) = self.listener.accept()
+                    && new.set_nonblocking(false).is_ok()
+                {
                     *client = Some(new);
                 }
                 Got::Nothing

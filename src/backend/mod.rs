@@ -5,6 +5,7 @@ pub mod image;
 pub mod output;
 pub mod qcow2;
 pub mod raw;
+pub mod unix;
 
 use std::io;
 use std::os::fd::BorrowedFd;

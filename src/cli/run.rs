@@ -22,6 +22,7 @@ use crate::options::Span;
 use crate::outcome::{EXIT_VIREO_FAILED, Report};
 use crate::virtio::blk::BlkConfig;
 use crate::virtio::rng::RngConfig;
+use crate::virtio::vsock::VsockConfig;
 
 /// What the guest is told when nothing is said.
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
@@ -63,6 +64,9 @@ pub struct RunArgs {
     /// Give the guest a virtio random number generator
     #[arg(long)]
     rng: bool,
+    /// Sockets between host and guest: cid=N,path=SOCKET; the guest's port P of CID 2 is SOCKET_P
+    #[arg(long, value_name = "cid=N,path=SOCKET")]
+    vsock: Option<VsockConfig>,
     /// First serial port: stdio, file:PATH, pty, socket:PATH or null [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
@@ -139,6 +143,7 @@ impl RunArgs {
         if self.rng {
             config.rng.get_or_insert_with(RngConfig::default);
         }
+        config.vsock = self.vsock.clone().or(config.vsock);
         Ok(config)
     }
 }

@@ -34,6 +34,7 @@ use crate::vcpu::{self, Board, Vcpu};
 use crate::virtio::blk::{self, Blk};
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{self, Vsock};
 use crate::virtio::{self, VirtioDevice};
 
 /// A machine could not be put together.
@@ -63,6 +64,9 @@ pub enum Error {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] blk::Error),
+    /// The socket device.
+    #[error(transparent)]
+    Vsock(#[from] vsock::Error),
     /// The virtio transport.
     #[error(transparent)]
     Virtio(#[from] virtio::mmio::Error),
@@ -185,6 +189,9 @@ fn open_devices(config: &MachineConfig) -> Result<Vec<Box<dyn VirtioDevice>>, Er
     }
     if let Some(rng) = &config.rng {
         devices.push(Box::new(Rng::new("rng", rng)));
+    }
+    if let Some(vsock) = &config.vsock {
+        devices.push(Box::new(Vsock::new("vsock", vsock)?));
     }
     if devices.len() > layout::VIRTIO_SLOTS as usize {
         return Err(Error::TooManyDevices(devices.len()));

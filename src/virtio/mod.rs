@@ -14,6 +14,7 @@ pub mod rng;
 mod running;
 #[doc(hidden)]
 pub mod testing;
+pub mod vsock;
 pub mod worker;
 
 use std::io;

@@ -215,6 +215,18 @@ impl Loopback {
         Loopback { ram: ram.clone(), interrupt, poller: Poller::new().unwrap() }
     }
 
+    /// Delivers what watched descriptors become ready for within `timeout`; returns how much that was.
+    pub fn deliver_ready(
+        &mut self,
+        handler: &mut dyn Handler,
+        queues: &mut [Queue],
+        timeout: Duration,
+    ) -> Result<usize, Fault> {
+        let tokens: Vec<u64> = self.poller.wait(Some(timeout))?.collect();
+        tokens.iter().try_for_each(|&token| self.deliver(handler, queues, Event::Ready(token)))?;
+        Ok(tokens.len())
+    }
+
     /// Delivers an event until it is done.
     pub fn deliver(&self, handler: &mut dyn Handler, queues: &mut [Queue], event: Event) -> Result<(), Fault> {
         let cx = Context::new(&self.ram, &self.interrupt, &self.poller);

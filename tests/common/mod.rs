@@ -138,6 +138,15 @@ impl Run {
         run.args(&["--kernel", &kernel.display().to_string(), "--initrd", &initrd, "--report", &report])
     }
 
+    /// Adds a program that `tests/host/setup` made to the guest's `/bin`.
+    pub fn with_program(self, name: &str) -> Self {
+        let file = File::options().append(true).open(self.dir.path().join("initrd")).unwrap();
+        let program = File::open(image(name)).unwrap();
+        cpio::write_cpio([(cpio::NewcBuilder::new(&format!("bin/{name}")).mode(0o100_755), program)].into_iter(), file)
+            .unwrap();
+        self
+    }
+
     /// A path in the run's own folder.
     pub fn path(&self, name: &str) -> String {
         self.dir.path().join(name).display().to_string()
