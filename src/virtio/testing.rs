@@ -243,13 +243,6 @@ impl Loopback {
             std::thread::yield_now();
         }
     }
-
-    /// Waits until something that the handler watches is ready, and delivers that. Panics after ten seconds.
-    pub fn deliver_ready(&mut self, handler: &mut dyn Handler, queues: &mut [Queue]) -> Result<(), Fault> {
-        let tokens: Vec<u64> = self.poller.wait(Some(Duration::from_secs(10)))?.collect();
-        assert!(!tokens.is_empty(), "nothing became ready in ten seconds");
-        tokens.into_iter().try_for_each(|token| self.deliver(handler, queues, Event::Ready(token)))
-    }
 }
 
 /// A driver that knows only registers.

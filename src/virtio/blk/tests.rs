@@ -58,6 +58,13 @@ impl Disk for Arc<Diary> {
     }
 }
 
+/// Waits for something that the handler waits for.
+fn settle(loopback: &mut Loopback, handler: &mut QueueHandler, queues: &mut [Queue]) -> Result<(), Fault> {
+    let ready = loopback.deliver_ready(handler, queues, std::time::Duration::from_secs(10))?;
+    assert!(ready > 0, "nothing became ready in ten seconds");
+    Ok(())
+}
+
 struct Setup {
     ram: GuestRam,
     driver: FakeQueue,
@@ -103,7 +110,7 @@ impl Setup {
         let (_, written) = loop {
             match self.driver.take_used() {
                 Some(used) => break used,
-                None => self.loopback.deliver_ready(&mut self.handler, &mut self.queues)?,
+                None => settle(&mut self.loopback, &mut self.handler, &mut self.queues)?,
             }
         };
         assert_eq!(written, bufs.iter().filter(|b| b.write).map(|b| b.len).sum::<u32>());
@@ -440,7 +447,7 @@ fn many_requests_in_flight_come_back_each_with_its_own_data() {
         while used < 4 {
             match setup.driver.take_used() {
                 Some(_) => used += 1,
-                None => setup.loopback.deliver_ready(&mut setup.handler, &mut setup.queues).unwrap(),
+                None => settle(&mut setup.loopback, &mut setup.handler, &mut setup.queues).unwrap(),
             }
         }
         for i in 0..4u64 {
