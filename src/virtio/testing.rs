@@ -221,6 +221,13 @@ impl Loopback {
         while handler.event(event, queues, &cx)? == Progress::More {}
         Ok(())
     }
+
+    /// Drains a handler until it is done.
+    pub fn drain(&self, handler: &mut dyn Handler, queues: &mut [Queue]) -> Result<(), Fault> {
+        let cx = Context::new(&self.ram, &self.interrupt, &self.poller);
+        while handler.drain(queues, &cx)? == Progress::More {}
+        Ok(())
+    }
 }
 
 /// A driver that knows only registers.
