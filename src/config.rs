@@ -12,6 +12,7 @@ use crate::kvm::cpuid::Features;
 use crate::layout;
 use crate::memory::{HugePages, MemoryConfig};
 use crate::options::{self, Size};
+use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
 use crate::virtio::rng::RngConfig;
 use crate::virtio::vsock::VsockConfig;
@@ -40,6 +41,9 @@ pub struct MachineConfig {
     /// Sockets between host and guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
+    /// Memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
     /// ACPI tables, or else an MP table and `virtio_mmio.device=` parameters.
     #[serde(default)]
     pub acpi: Acpi,
@@ -156,6 +160,9 @@ pub enum Error {
     /// A socket device that cannot be.
     #[error("--vsock: {0}")]
     Vsock(String),
+    /// A balloon that cannot be.
+    #[error("--balloon {0}")]
+    Balloon(String),
     /// No kernel.
     #[error("no kernel: give --kernel FILE (or boot.kernel in the config file)")]
     NoKernel,
@@ -189,6 +196,7 @@ impl MachineConfig {
         self.cpu.pins()?;
         self.disks.iter().try_for_each(BlkConfig::validate).map_err(|e| Error::Disk(e.to_string()))?;
         self.vsock.iter().try_for_each(VsockConfig::validate).map_err(|e| Error::Vsock(e.to_string()))?;
+        self.balloon.iter().try_for_each(|balloon| balloon.validate(size)).map_err(Error::Balloon)?;
         self.cpu.features.parse::<Features>().map_err(|e| Error::Features(e.to_string()))?;
         Ok(())
     }
@@ -232,6 +240,11 @@ mod tests {
             "--memory 100T: the guest can address at most 511G on this host"
         );
         assert_eq!(check(|c| c.cpu.count = 0), "--cpus 0: a guest needs at least one vCPU");
+        let balloon = |text: &str| text.parse::<BalloonConfig>().unwrap().validate(Size::mib(256)).unwrap_err();
+        assert_eq!(balloon("257M"), "257M: the guest has only 256M of memory");
+        assert_eq!(balloon("5000"), "5000: not a multiple of 4K");
+        assert!(balloon("stats=1ms").starts_with("stats=1ms: neither less than 100ms"));
+        assert!(check(|c| c.balloon = "1G".parse().ok()).starts_with("--balloon 1G: "));
         assert!(check(|c| c.cpu.count = 100_000).contains("at most 254 vCPUs"));
         assert!(check(|c| c.cpu.count = 9).contains("KVM on this host gives a guest at most 8"));
         assert!(check(|c| c.cpu.features = "avx".into()).contains("must begin with + or -"));

@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
+use crate::machine::BALLOON;
 use crate::machine::mailbox::{Mailbox, Request, answer};
 use crate::outcome::Outcome;
+use crate::virtio::balloon::BalloonStats;
+use crate::virtio::control::{Control, ControlError, Reply};
 
 /// Sends messages to the machine's event loop. Cloning is cheap; the machine may end at any time, and then messages go
 /// nowhere.
@@ -28,6 +31,27 @@ impl Controller {
         let (done, wait) = answer();
         self.0.send(Request::Resume(done));
         wait.recv().is_ok()
+    }
+
+    /// Asks a device, by its name, for something; waits for the answer.
+    pub fn device(&self, name: &str, control: Control) -> Result<Reply, ControlError> {
+        let (done, wait) = answer();
+        self.0.send(Request::Device(name.into(), control, done));
+        wait.recv().unwrap_or(Err(ControlError::Ended))
+    }
+
+    /// Asks the guest to give up `bytes` of its memory in all, in pages of 4 KiB. It does so in its own time, and not
+    /// further than it can: [`Controller::balloon_stats`] tells how far it is.
+    pub fn set_balloon(&self, bytes: u64) -> Result<(), ControlError> {
+        self.device(BALLOON, Control::SetBalloon(bytes)).map(drop)
+    }
+
+    /// How large the balloon is, and what the guest tells of its memory.
+    pub fn balloon_stats(&self) -> Result<BalloonStats, ControlError> {
+        match self.device(BALLOON, Control::BalloonStats)? {
+            Reply::BalloonStats(stats) => Ok(stats),
+            _ => Err(ControlError::Unsupported(BALLOON.into())),
+        }
     }
 
     /// Presses the ACPI power button.

@@ -6,11 +6,14 @@
 //!
 //! Dirty pages: KVM's log sees the guest's writes, the bitmap here (when a region has one) sees ours.
 
+mod release;
+
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::AtomicBitmap;
@@ -126,7 +129,11 @@ pub struct GuestRam(Arc<Inner>);
 struct Inner {
     memory: GuestMemoryMmap<Dirty>,
     // Behind `memory`, which points into them: fields are dropped in order.
-    _mappings: Vec<Mapping>,
+    /// One for each region.
+    mappings: Vec<Mapping>,
+    config: MemoryConfig,
+    /// Guest addresses that [`GuestRam::map_file`] put a file at.
+    images: Mutex<Vec<Range<u64>>>,
 }
 
 /// Where RAM regions begin in this process: on a huge page. KVM maps a huge page into the guest only where guest and
@@ -255,7 +262,7 @@ impl GuestRam {
             offset += len as u64;
         }
         let memory = GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)?;
-        Ok(GuestRam(Arc::new(Inner { memory, _mappings: mappings })))
+        Ok(GuestRam(Arc::new(Inner { memory, mappings, config: config.clone(), images: Mutex::default() })))
     }
 
     /// `size` bytes of ordinary RAM from address 0, for tests and benches.
@@ -343,6 +350,7 @@ impl GuestRam {
         }
         let slice = self.slice(addr, len).map_err(|e| fail(&e.to_string()))?;
         let offset = libc::off_t::try_from(offset).map_err(|_| fail("offset too large"))?;
+        let mut images = self.0.images.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the range was just checked to lie inside one of our RAM mappings, which outlives the call; MAP_FIXED
         // replaces only pages of it, by pages of the same size and protection that nothing holds a reference into.
         let mapped = unsafe {
@@ -358,6 +366,7 @@ impl GuestRam {
         if mapped == libc::MAP_FAILED {
             return Err(Error::MapFile(io::Error::last_os_error()));
         }
+        images.push(addr..addr + len);
         Ok(())
     }
 
@@ -389,24 +398,10 @@ fn memfd(size: u64, flags: libc::c_uint) -> io::Result<File> {
 }
 
 /// Tells the kernel which pages we want, and touches them when asked to.
-#[allow(unsafe_code)]
 fn advise(mapping: &Mapping, config: &MemoryConfig) -> io::Result<()> {
-    let madvise = |advice| {
-        // SAFETY: the range is a fresh mapping of ours; none of the advice used here changes its contents.
-        if unsafe { libc::madvise(mapping.addr as *mut libc::c_void, mapping.len, advice) } == 0 {
-            Ok(())
-        } else {
-            Err(io::Error::last_os_error())
-        }
-    };
-    // A kernel without transparent huge pages refuses the advice, and there is nothing to do about it.
-    let _ = match config.hugepages {
-        HugePages::Thp => madvise(libc::MADV_HUGEPAGE),
-        HugePages::Off => madvise(libc::MADV_NOHUGEPAGE),
-        HugePages::TwoMib => Ok(()),
-    };
-    let _ = madvise(libc::MADV_DONTDUMP);
-    if config.prefault { madvise(libc::MADV_POPULATE_WRITE) } else { Ok(()) }
+    let all = 0..mapping.len as u64;
+    let _ = mapping.advise_pages(all.clone(), config.hugepages);
+    if config.prefault { mapping.advise(all, libc::MADV_POPULATE_WRITE) } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -175,7 +175,7 @@ impl<'de> Deserializer<'de> for Value {
 }
 
 /// A number of bytes: `4096`, `512K`, `256M`, `2G`, `1T` (powers of 1024; `KiB`, `KB` and lower case mean the same).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
 impl Size {

@@ -23,6 +23,8 @@ use ::vireo::machine::mailbox::Mailbox;
 use ::vireo::machine::run::{self as machine_run, RunOptions};
 use ::vireo::options::Size;
 use ::vireo::outcome::Outcome;
+use ::vireo::virtio::balloon::BalloonConfig;
+use ::vireo::virtio::control::{Control, ControlError};
 use guests::vireo::{Collected, DEADLINE, Ended, Kernel, Running, folder, run, vireo};
 use guests::{CRASH, NOWHERE, Op, POWER_OFF, elf, pvh, script, text, with_words, writes};
 
@@ -504,6 +506,7 @@ impl Local {
         let mut config = MachineConfig::default();
         config.boot.kernel = kernel.path().into();
         config.memory.size = Size::mib(16);
+        config.balloon = Some(BalloonConfig::default());
         config.serial = SerialConfig::File(format!("/proc/self/fd/{}", writer.as_raw_fd()).into());
         let mut machine = Machine::new(config, Instant::now()).unwrap();
         drop(writer);
@@ -557,6 +560,24 @@ fn a_paused_guest_does_nothing_and_a_resumed_one_goes_on() {
     assert_eq!(local.end(), Outcome::Quit);
     assert_sequence(&output.all());
     assert!(!controller.pause() && !controller.resume(), "there is nothing to pause any more");
+}
+
+#[test]
+fn devices_are_reached_while_the_guest_runs_and_only_those_that_exist() {
+    let (local, _reader) = Local::start(&elf(guests::say_and_spin()), false);
+    let controller = local.controller.clone();
+    assert_eq!(controller.set_balloon(8 << 20), Ok(()));
+    let stats = controller.balloon_stats().unwrap();
+    assert_eq!((stats.target, stats.actual, stats.age_ms), (8 << 20, 0, None));
+    assert!(matches!(controller.set_balloon(17 << 20), Err(ControlError::Refused(_))));
+    assert_eq!(controller.balloon_stats().unwrap().target, 8 << 20);
+    assert!(controller.pause());
+    assert_eq!(controller.set_balloon(0), Ok(()));
+    let missing = controller.device("disk7", Control::SetBalloon(0)).unwrap_err();
+    assert_eq!(missing.to_string(), "the machine has no device disk7");
+    controller.stop(Outcome::Quit);
+    assert_eq!(local.end(), Outcome::Quit);
+    assert_eq!(controller.set_balloon(0), Err(ControlError::Ended));
 }
 
 #[test]

@@ -20,6 +20,7 @@ use crate::machine::run::{Ended, RunOptions, SIGNALS};
 use crate::memory::MemoryConfig;
 use crate::options::Span;
 use crate::outcome::{EXIT_VIREO_FAILED, Report};
+use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
 use crate::virtio::rng::RngConfig;
 use crate::virtio::vsock::VsockConfig;
@@ -67,6 +68,9 @@ pub struct RunArgs {
     /// Sockets between host and guest: cid=N,path=SOCKET; the guest's port P of CID 2 is SOCKET_P
     #[arg(long, value_name = "cid=N,path=SOCKET")]
     vsock: Option<VsockConfig>,
+    /// Memory balloon: [SIZE][,deflate_on_oom][,stats=TIME][,free_page_reporting]
+    #[arg(long, value_name = "SIZE", num_args = 0..=1, default_missing_value = "0", require_equals = false)]
+    balloon: Option<BalloonConfig>,
     /// First serial port: stdio, file:PATH, pty, socket:PATH or null [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
@@ -140,6 +144,7 @@ impl RunArgs {
         config.boot.initrd = self.initrd.clone().or(config.boot.initrd);
         config.uuid = self.uuid.or(config.uuid);
         config.disks.extend_from_slice(&self.disk);
+        config.balloon = self.balloon.clone().or(config.balloon);
         if self.rng {
             config.rng.get_or_insert_with(RngConfig::default);
         }

@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::event;
 use crate::outcome::Outcome;
 use crate::vcpu::End;
+use crate::virtio::control::{Control, ControlError, Reply};
 
 /// What a running machine can be asked for, through its [`Mailbox`].
 pub enum Request {
@@ -17,6 +18,8 @@ pub enum Request {
     Pause(Sender<()>),
     /// Go on.
     Resume(Sender<()>),
+    /// Ask the device of that name for something; answered with what it says.
+    Device(String, Control, Sender<Result<Reply, ControlError>>),
     /// Press the ACPI power button.
     PressPowerButton,
     /// End the guest now, with this outcome.
@@ -68,6 +71,6 @@ impl Mailbox {
 }
 
 /// A one-shot answer channel for [`Request`]s.
-pub fn answer() -> (Sender<()>, Receiver<()>) {
+pub fn answer<T>() -> (Sender<T>, Receiver<T>) {
     channel()
 }

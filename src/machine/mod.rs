@@ -31,6 +31,7 @@ use crate::layout;
 use crate::memory::{self, GuestRam};
 use crate::outcome::{BootTiming, Mark};
 use crate::vcpu::{self, Board, Vcpu};
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{self, Blk};
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::rng::Rng;
@@ -80,6 +81,9 @@ pub enum Error {
     #[error("cannot set up {0}")]
     Host(&'static str, #[source] io::Error),
 }
+
+/// The balloon, as [`crate::control::Controller::device`] knows it.
+pub const BALLOON: &str = "balloon";
 
 /// For `map_err`: names what the host refused.
 fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
@@ -192,6 +196,9 @@ fn open_devices(config: &MachineConfig) -> Result<Vec<Box<dyn VirtioDevice>>, Er
     }
     if let Some(vsock) = &config.vsock {
         devices.push(Box::new(Vsock::new("vsock", vsock)?));
+    }
+    if let Some(balloon) = &config.balloon {
+        devices.push(Box::new(Balloon::new(BALLOON, balloon, config.memory.size)));
     }
     if devices.len() > layout::VIRTIO_SLOTS as usize {
         return Err(Error::TooManyDevices(devices.len()));

@@ -26,6 +26,7 @@ use crate::kvm;
 use crate::outcome::{BootTiming, Exits, Mark, Outcome};
 use crate::terminal::{self, Command as Escape, RawMode};
 use crate::vcpu::{Board, Command, End, Reply, VcpuThread};
+use crate::virtio::control::ControlError;
 use crate::virtio::mmio::MmioTransport;
 
 /// How a run is bounded.
@@ -284,6 +285,10 @@ impl Running {
                 Request::Resume(done) => {
                     self.resume();
                     let _ = done.send(());
+                }
+                Request::Device(name, control, done) => {
+                    let device = self.devices.iter().find(|device| device.info().name == name);
+                    let _ = done.send(device.map_or(Err(ControlError::NoDevice(name)), |d| d.control(&control)));
                 }
                 Request::PressPowerButton => self.power_button.press(),
                 Request::Stop(outcome) => return Ok(Some(outcome)),

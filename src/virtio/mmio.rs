@@ -22,6 +22,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio::*;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::control::{Control, ControlError, Reply};
 use super::queue::{Queue, QueueState, SetupError};
 use super::running::{self, Run};
 use super::worker::{self, DRAIN_DEADLINE, Stuck};
@@ -160,6 +161,20 @@ impl MmioTransport {
         if self.interrupt.0.status.load(Ordering::SeqCst) != 0 {
             self.interrupt.line().trigger();
         }
+    }
+
+    /// Asks the device for something, and tells its driver if that changed configuration space.
+    pub fn control(&self, control: &Control) -> Result<Reply, ControlError> {
+        let mut inner = self.lock();
+        let reply = inner.device.control(control)?;
+        if reply != Reply::ConfigChanged {
+            return Ok(reply);
+        }
+        // 3.1.2: not before the driver is ready; until then it reads what it finds.
+        if inner.registers.status & DRIVER_OK != 0 {
+            self.interrupt.config_changed();
+        }
+        Ok(Reply::Done)
     }
 
     /// The end: like [`MmioTransport::pause`], and nothing starts it again.

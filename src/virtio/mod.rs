@@ -6,8 +6,10 @@
 //!
 //! Section numbers are those of "Virtual I/O Device (VIRTIO) Version 1.2".
 
+pub mod balloon;
 pub mod blk;
 pub mod chain;
+pub mod control;
 pub mod mmio;
 pub mod queue;
 pub mod rng;
@@ -29,6 +31,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::event::{Interest, Poller};
 use crate::irq::IrqLine;
 use crate::memory::{GuestRam, OutOfRam};
+use control::{Control, ControlError, Reply};
 use queue::{Queue, QueueState};
 
 /// Device types (5, "Device Types").
@@ -112,6 +115,11 @@ pub trait VirtioDevice: Send {
 
     /// Writes configuration space. What is read-only or does not exist is ignored.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Does what a user asks for while the machine exists, running or not; never waits.
+    fn control(&mut self, _control: &Control) -> Result<Reply, ControlError> {
+        Err(ControlError::Unsupported(self.info().name.clone()))
+    }
 
     /// Starts on the given queues with the negotiated features.
     fn activate(&mut self, activation: Activation) -> io::Result<Activated>;

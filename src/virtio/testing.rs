@@ -235,13 +235,14 @@ impl Loopback {
     }
 
     /// Has the handler finish what is in flight, as before a stop. Panics after ten seconds.
-    pub fn drain(&self, handler: &mut dyn Handler, queues: &mut [Queue]) {
+    pub fn drain(&self, handler: &mut dyn Handler, queues: &mut [Queue]) -> Result<(), Fault> {
         let deadline = Instant::now() + Duration::from_secs(10);
         let cx = Context::new(&self.ram, &self.interrupt, &self.poller);
-        while handler.drain(queues, &cx).unwrap() == Progress::More {
+        while handler.drain(queues, &cx)? == Progress::More {
             assert!(Instant::now() < deadline, "requests are still in flight after ten seconds");
             std::thread::yield_now();
         }
+        Ok(())
     }
 }
 
@@ -453,7 +454,7 @@ mod tests {
         let mut before = vec![0; RAM as usize];
         ram.read(0, &mut before).unwrap();
         let result = wire.deliver(&mut *share.handler, &mut share.queues, Event::Kick(0));
-        wire.drain(&mut *share.handler, &mut share.queues);
+        wire.drain(&mut *share.handler, &mut share.queues).unwrap();
 
         // All of it is used unless a rule was broken.
         let end = share.queues[0].state();

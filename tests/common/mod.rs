@@ -282,6 +282,14 @@ impl Guest {
         self.wait("stdout", &self.stdout, text)
     }
 
+    /// Waits until stdout is as `wanted` has it.
+    pub fn wait_until(&self, wanted: impl Fn(&str) -> bool) -> String {
+        let (bytes, found) =
+            self.stdout.wait(Instant::now() + DEADLINE, |bytes| wanted(&String::from_utf8_lossy(bytes)));
+        assert!(found, "waited in vain; {}", self.tails());
+        lines(&bytes)
+    }
+
     /// Waits until vireo's stderr has shown `text`.
     pub fn wait_for_stderr(&self, text: &str) -> String {
         self.wait("stderr", &self.stderr, text)

@@ -1,0 +1,48 @@
+//! What a user may ask of a device while its machine exists: sizes, links, what it knows.
+//!
+//! ```text
+//! Controller ──▶ mailbox ──▶ machine loop ──▶ transport, under its lock ──▶ VirtioDevice::control
+//!                                             └─ configuration space changed: interrupts the driver
+//! ```
+//!
+//! The device is called like a register write: it changes what its configuration space says, and what its handlers
+//! share with it, and never waits.
+
+use super::balloon::BalloonStats;
+
+/// Something that can be asked of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// Of a balloon: have the guest give up this many bytes of memory in all, in whole pages of 4 KiB.
+    SetBalloon(u64),
+    /// Of a balloon: what it knows of the guest's memory.
+    BalloonStats,
+}
+
+/// What a device answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// It is done, and the driver need not know.
+    Done,
+    /// Configuration space has changed; the transport tells the driver.
+    ConfigChanged,
+    /// For [`Control::BalloonStats`].
+    BalloonStats(BalloonStats),
+}
+
+/// Why nothing came of it. Displays as one sentence.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// The machine has no such device.
+    #[error("the machine has no device {0}")]
+    NoDevice(String),
+    /// The device cannot do that.
+    #[error("device {0} cannot do that")]
+    Unsupported(String),
+    /// The device can do it, but not so.
+    #[error("{0}")]
+    Refused(String),
+    /// Nobody is there to ask.
+    #[error("the machine has ended")]
+    Ended,
+}

@@ -1,0 +1,46 @@
+//! A machine that is talked to while it runs, as there is no other way to reach a [`Controller`] from a shell.
+//!
+//! `live CONFIG` runs the machine that a JSON file describes. Lines of its standard input are requests, which it answers
+//! by a line each: `balloon SIZE`, `stats`, `pause`, `resume`. (So the guest's console must be elsewhere.)
+
+use std::error::Error;
+use std::io;
+use std::thread;
+use std::time::Instant;
+
+use vireo::config::MachineConfig;
+use vireo::control::Controller;
+use vireo::machine::Machine;
+use vireo::machine::mailbox::Mailbox;
+use vireo::machine::run::RunOptions;
+use vireo::options::Size;
+
+fn answer(controller: &Controller, request: &str) -> Result<String, Box<dyn Error>> {
+    Ok(match request.split_once(' ').unwrap_or((request, "")) {
+        ("balloon", size) => {
+            controller.set_balloon(size.parse::<Size>()?.0)?;
+            format!("balloon: {size}")
+        }
+        ("stats", "") => format!("stats: {}", serde_json::to_string(&controller.balloon_stats()?)?),
+        ("pause", "") => format!("paused: {}", controller.pause()),
+        ("resume", "") => format!("resumed: {}", controller.resume()),
+        _ => return Err(format!("'{request}' is no request").into()),
+    })
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let path = std::env::args().nth(1).ok_or("usage: live CONFIG")?;
+    let config: MachineConfig = serde_json::from_str(&std::fs::read_to_string(path)?)?;
+    let mut machine = Machine::new(config, Instant::now())?;
+    machine.load()?;
+    let mailbox = Mailbox::new()?;
+    let controller = Controller::new(mailbox.clone());
+    thread::spawn(move || {
+        for request in io::stdin().lines().map_while(Result::ok) {
+            println!("{}", answer(&controller, &request).unwrap_or_else(|e| format!("refused: {e}")));
+        }
+    });
+    let ended = machine.run(RunOptions::default(), mailbox)?;
+    println!("{}", ended.outcome.sentence());
+    Ok(())
+}
