@@ -13,6 +13,7 @@ use crate::layout;
 use crate::memory::{HugePages, MemoryConfig};
 use crate::options::{self, Size};
 use crate::virtio::blk::BlkConfig;
+use crate::virtio::net::NetConfig;
 use crate::virtio::rng::RngConfig;
 
 /// A whole machine.
@@ -33,6 +34,9 @@ pub struct MachineConfig {
     /// Block devices, in slot order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<BlkConfig>,
+    /// Network cards, in slot order behind the disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<NetConfig>,
     /// Random number generator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<RngConfig>,
@@ -149,6 +153,9 @@ pub enum Error {
     /// A disk that cannot be.
     #[error("--disk: {0}")]
     Disk(String),
+    /// A network card that cannot be.
+    #[error("--net: {0}")]
+    Net(String),
     /// No kernel.
     #[error("no kernel: give --kernel FILE (or boot.kernel in the config file)")]
     NoKernel,
@@ -181,6 +188,7 @@ impl MachineConfig {
         }
         self.cpu.pins()?;
         self.disks.iter().try_for_each(BlkConfig::validate).map_err(|e| Error::Disk(e.to_string()))?;
+        self.nets.iter().try_for_each(NetConfig::validate).map_err(|e| Error::Net(e.to_string()))?;
         self.cpu.features.parse::<Features>().map_err(|e| Error::Features(e.to_string()))?;
         Ok(())
     }

@@ -24,6 +24,8 @@ pub enum Interest {
     Read,
     /// Writable.
     Write,
+    /// Either.
+    Both,
     /// Registered, but only errors are reported.
     None,
 }
@@ -33,6 +35,7 @@ impl Interest {
         match self {
             Interest::Read => EventSet::IN,
             Interest::Write => EventSet::OUT,
+            Interest::Both => EventSet::IN | EventSet::OUT,
             Interest::None => EventSet::empty(),
         }
     }

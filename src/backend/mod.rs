@@ -2,7 +2,10 @@
 
 pub mod console;
 pub mod output;
+pub mod packet;
+pub mod passt;
 pub mod raw;
+pub mod tap;
 
 use std::io;
 

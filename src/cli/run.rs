@@ -21,6 +21,7 @@ use crate::memory::MemoryConfig;
 use crate::options::Span;
 use crate::outcome::{EXIT_VIREO_FAILED, Report};
 use crate::virtio::blk::BlkConfig;
+use crate::virtio::net::NetConfig;
 use crate::virtio::rng::RngConfig;
 
 /// What the guest is told when nothing is said.
@@ -58,6 +59,10 @@ pub struct RunArgs {
     /// Disk: PATH[,readonly][,id=NAME]; may be given several times
     #[arg(long, value_name = "PATH")]
     disk: Vec<BlkConfig>,
+    /// Network card: tap=NAME[,queues=N][,offload=off] or user[,hostfwd=tcp:8080:80]..., both [,mac=MAC][,mtu=N]; may be
+    /// given several times
+    #[arg(long, value_name = "HOW")]
+    net: Vec<NetConfig>,
     /// Give the guest a virtio random number generator
     #[arg(long)]
     rng: bool,
@@ -134,6 +139,7 @@ impl RunArgs {
         config.boot.initrd = self.initrd.clone().or(config.boot.initrd);
         config.uuid = self.uuid.or(config.uuid);
         config.disks.extend_from_slice(&self.disk);
+        config.nets.extend_from_slice(&self.net);
         if self.rng {
             config.rng.get_or_insert_with(RngConfig::default);
         }

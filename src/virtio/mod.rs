@@ -9,6 +9,7 @@
 pub mod blk;
 pub mod chain;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 mod running;
