@@ -14,6 +14,7 @@ use crate::memory::{HugePages, MemoryConfig};
 use crate::options::{self, Size};
 use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
+use crate::virtio::net::NetConfig;
 use crate::virtio::rng::RngConfig;
 use crate::virtio::vsock::VsockConfig;
 
@@ -35,6 +36,9 @@ pub struct MachineConfig {
     /// Block devices, in slot order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<BlkConfig>,
+    /// Network cards, in slot order behind the disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<NetConfig>,
     /// Random number generator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<RngConfig>,
@@ -163,6 +167,9 @@ pub enum Error {
     /// A balloon that cannot be.
     #[error("--balloon {0}")]
     Balloon(String),
+    /// A network card that cannot be.
+    #[error("--net: {0}")]
+    Net(String),
     /// No kernel.
     #[error("no kernel: give --kernel FILE (or boot.kernel in the config file)")]
     NoKernel,
@@ -197,6 +204,7 @@ impl MachineConfig {
         self.disks.iter().try_for_each(BlkConfig::validate).map_err(|e| Error::Disk(e.to_string()))?;
         self.vsock.iter().try_for_each(VsockConfig::validate).map_err(|e| Error::Vsock(e.to_string()))?;
         self.balloon.iter().try_for_each(|balloon| balloon.validate(size)).map_err(Error::Balloon)?;
+        self.nets.iter().try_for_each(NetConfig::validate).map_err(|e| Error::Net(e.to_string()))?;
         self.cpu.features.parse::<Features>().map_err(|e| Error::Features(e.to_string()))?;
         Ok(())
     }

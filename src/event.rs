@@ -25,6 +25,8 @@ pub enum Interest {
     Read,
     /// Writable.
     Write,
+    /// Either.
+    Both,
     /// Registered, but only errors are reported.
     None,
     /// Readable or the other side is gone; the edge.
@@ -38,6 +40,7 @@ impl Interest {
         match self {
             Interest::Read => EventSet::IN,
             Interest::Write => EventSet::OUT,
+            Interest::Both => EventSet::IN | EventSet::OUT,
             Interest::None => EventSet::empty(),
             Interest::ReadEdge => EventSet::IN | EventSet::EDGE_TRIGGERED,
             Interest::ReadWriteEdge => EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED,

@@ -3,6 +3,7 @@
 //! A device's configuration is one serde struct. The same struct is read from JSON (config file, API) and,
 //! through [`from_str`], from a command-line value, so both know the same keys and refuse the same ones.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
@@ -38,7 +39,8 @@ impl de::Error for Error {
 }
 
 /// Parses `key=value,key,...` into `T`. A first item without `=` is the value of `first`, when there is such a key;
-/// any other item without `=` is a switch that is turned on. A comma inside a value is written twice.
+/// any other item without `=` is a switch that is turned on. A comma inside a value is written twice. A key that
+/// takes a list is given once for each of its values.
 pub fn from_str<T: DeserializeOwned>(text: &str, first: Option<&'static str>) -> Result<T, Error> {
     let mut items = Vec::new();
     for (i, item) in split(text).into_iter().enumerate() {
@@ -54,7 +56,7 @@ pub fn from_str<T: DeserializeOwned>(text: &str, first: Option<&'static str>) ->
         }
         items.push(pair);
     }
-    T::deserialize(Pairs { items: items.into_iter(), value: None })
+    T::deserialize(Pairs { items: items.into(), value: None })
 }
 
 /// Splits at single commas; `,,` stands for a comma.
@@ -74,8 +76,10 @@ fn split(text: &str) -> Vec<String> {
     items
 }
 
+type Item = (String, Option<String>);
+
 struct Pairs {
-    items: std::vec::IntoIter<(String, Option<String>)>,
+    items: VecDeque<Item>,
     value: Option<(String, Option<String>)>,
 }
 
@@ -96,21 +100,44 @@ impl<'de> MapAccess<'de> for Pairs {
     type Error = Error;
 
     fn next_key_seed<K: de::DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Error> {
-        let Some((key, value)) = self.items.next() else { return Ok(None) };
+        let Some((key, value)) = self.items.pop_front() else { return Ok(None) };
         self.value = Some((key.clone(), value));
         seed.deserialize(key.into_deserializer()).map(Some)
     }
 
     fn next_value_seed<V: de::DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Error> {
         let (key, value) = self.value.take().ok_or_else(|| Error("value without key".into()))?;
-        seed.deserialize(Value(value)).map_err(|e| Error(format!("{key}: {e}")))
+        let more = More { key: &key, items: &mut self.items };
+        seed.deserialize(Value(value, Some(more))).map_err(|e| Error(format!("{key}: {e}")))
     }
 }
 
-/// One value of a pair; `None` is a bare switch.
-struct Value(Option<String>);
+/// One value of a pair, where `None` is a bare switch, and where more values of the same key may be.
+struct Value<'a>(Option<String>, Option<More<'a>>);
 
-impl Value {
+struct More<'a> {
+    key: &'a str,
+    items: &'a mut VecDeque<Item>,
+}
+
+impl More<'_> {
+    /// Takes the values of the key that are left.
+    fn take(self) -> Vec<Value<'static>> {
+        let (same, others) = self.items.drain(..).partition::<VecDeque<_>, _>(|(key, _)| key == self.key);
+        *self.items = others;
+        same.into_iter().map(|(_, value)| Value(value, None)).collect()
+    }
+}
+
+impl<'de> IntoDeserializer<'de, Error> for Value<'static> {
+    type Deserializer = Self;
+
+    fn into_deserializer(self) -> Self {
+        self
+    }
+}
+
+impl Value<'_> {
     fn text(self) -> Result<String, Error> {
         self.0.ok_or_else(|| Error("needs a value".into()))
     }
@@ -129,7 +156,7 @@ macro_rules! numbers {
     )*};
 }
 
-impl<'de> Deserializer<'de> for Value {
+impl<'de> Deserializer<'de> for Value<'_> {
     type Error = Error;
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
@@ -168,8 +195,14 @@ impl<'de> Deserializer<'de> for Value {
         visitor.visit_newtype_struct(self)
     }
 
+    fn deserialize_seq<V: Visitor<'de>>(mut self, visitor: V) -> Result<V::Value, Error> {
+        let more = self.1.take().map(More::take).unwrap_or_default();
+        let values = std::iter::once(Value(self.0, None)).chain(more);
+        visitor.visit_seq(de::value::SeqDeserializer::new(values))
+    }
+
     serde::forward_to_deserialize_any! {
-        i128 u128 f32 char str string bytes byte_buf unit unit_struct seq tuple tuple_struct map struct
+        i128 u128 f32 char str string bytes byte_buf unit unit_struct tuple tuple_struct map struct
         identifier ignored_any
     }
 }

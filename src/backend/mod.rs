@@ -3,8 +3,11 @@
 pub mod console;
 pub mod image;
 pub mod output;
+pub mod packet;
+pub mod passt;
 pub mod qcow2;
 pub mod raw;
+pub mod tap;
 pub mod unix;
 
 use std::io;

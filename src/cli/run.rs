@@ -22,6 +22,7 @@ use crate::options::Span;
 use crate::outcome::{EXIT_VIREO_FAILED, Report};
 use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
+use crate::virtio::net::NetConfig;
 use crate::virtio::rng::RngConfig;
 use crate::virtio::vsock::VsockConfig;
 
@@ -62,6 +63,10 @@ pub struct RunArgs {
     /// given several times
     #[arg(long, value_name = "PATH")]
     disk: Vec<BlkConfig>,
+    /// Network card: tap=NAME[,queues=N][,offload=off] or user[,hostfwd=tcp:8080:80]..., both [,mac=MAC][,mtu=N]; may be
+    /// given several times
+    #[arg(long, value_name = "HOW")]
+    net: Vec<NetConfig>,
     /// Give the guest a virtio random number generator
     #[arg(long)]
     rng: bool,
@@ -145,6 +150,7 @@ impl RunArgs {
         config.uuid = self.uuid.or(config.uuid);
         config.disks.extend_from_slice(&self.disk);
         config.balloon = self.balloon.clone().or(config.balloon);
+        config.nets.extend_from_slice(&self.net);
         if self.rng {
             config.rng.get_or_insert_with(RngConfig::default);
         }

@@ -34,6 +34,7 @@ use crate::vcpu::{self, Board, Vcpu};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{self, Blk};
 use crate::virtio::mmio::MmioTransport;
+use crate::virtio::net::{self, Net};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{self, Vsock};
 use crate::virtio::{self, VirtioDevice};
@@ -68,6 +69,9 @@ pub enum Error {
     /// The socket device.
     #[error(transparent)]
     Vsock(#[from] vsock::Error),
+    /// A network card.
+    #[error(transparent)]
+    Net(#[from] net::Error),
     /// The virtio transport.
     #[error(transparent)]
     Virtio(#[from] virtio::mmio::Error),
@@ -190,6 +194,9 @@ fn open_devices(config: &MachineConfig) -> Result<Vec<Box<dyn VirtioDevice>>, Er
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for (i, disk) in config.disks.iter().enumerate() {
         devices.push(Box::new(Blk::new(format!("disk{i}"), disk)?));
+    }
+    for (i, net) in config.nets.iter().enumerate() {
+        devices.push(Box::new(Net::new(format!("net{i}"), net)?));
     }
     if let Some(rng) = &config.rng {
         devices.push(Box::new(Rng::new("rng", rng)));

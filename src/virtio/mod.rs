@@ -11,6 +11,7 @@ pub mod blk;
 pub mod chain;
 pub mod control;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 mod running;

@@ -210,16 +210,27 @@ impl Queue {
 
     /// Gives a chain back to the driver with the number of bytes written to it (2.7.8), in any order.
     pub fn push_used(&mut self, ram: &GuestRam, chain: Chain, written: u32) -> Result<(), Error> {
+        self.push_used_together(ram, [(chain, written)])
+    }
+
+    /// Gives back several chains that the driver must not see one by one.
+    pub fn push_used_together(
+        &mut self,
+        ram: &GuestRam,
+        chains: impl IntoIterator<Item = (Chain, u32)>,
+    ) -> Result<(), Error> {
         if !self.is_enabled() {
             return Ok(());
         }
-        let slot = u64::from(self.state.next_used % self.state.size);
-        let element = u64::from(chain.head()) | u64::from(written) << 32;
-        ram.write_obj(self.state.used + 4 + 8 * slot, element.to_le())?;
-        self.state.next_used = self.state.next_used.wrapping_add(1);
-        // Release: the element, and the data before it, are there when the index says so.
+        for (chain, written) in chains {
+            let slot = u64::from(self.state.next_used % self.state.size);
+            let element = u64::from(chain.head()) | u64::from(written) << 32;
+            ram.write_obj(self.state.used + 4 + 8 * slot, element.to_le())?;
+            self.state.next_used = self.state.next_used.wrapping_add(1);
+            self.spare.push(chain.into_segments());
+        }
+        // Release: the elements, and the data before them, are there when the index says so.
         ram.store_u16(self.state.used + 2, self.state.next_used, Ordering::Release)?;
-        self.spare.push(chain.into_segments());
         Ok(())
     }
 

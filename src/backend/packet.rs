@@ -1,0 +1,129 @@
+//! Network packets, whichever way they leave: what a port is, and the two system calls that move a packet between
+//! guest memory and a descriptor.
+
+use std::io;
+use std::os::fd::{BorrowedFd, RawFd};
+
+use vm_memory::bitmap::Bitmap;
+
+use crate::memory::RamSlice;
+use std::os::fd::AsRawFd;
+
+/// Bytes before each frame: `struct virtio_net_hdr_v1` of Linux's taps, little-endian.
+pub const HEADER: usize = 12;
+/// A frame at least has addresses and a type.
+pub const MIN_FRAME: usize = 14;
+/// The largest IP packet with an Ethernet header and a VLAN tag.
+pub const MAX_FRAME: usize = 65_535 + 14 + 4;
+/// How many buffers one system call takes (`UIO_MAXIOV`).
+const MAX_BUFFERS: usize = 1024;
+/// How many buffers of guest memory a packet may have: one is for our own.
+pub const MAX_SLICES: usize = MAX_BUFFERS - 1;
+
+/// Which work may be left to the receiver of a packet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offloads {
+    /// Checksums.
+    pub csum: bool,
+    /// Segments of IPv4 TCP that are yet to be cut.
+    pub tso4: bool,
+    /// The same for IPv6.
+    pub tso6: bool,
+    /// Cutting them with ECN.
+    pub ecn: bool,
+}
+
+/// What came of receiving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// A packet of so many bytes, header included.
+    Packet(usize),
+    /// The next packet has so many bytes, more than there was room for. It stays in the port until it is received or
+    /// skipped. The room's contents are undefined.
+    NoRoom(usize),
+}
+
+/// Where a network card is plugged in: one pair of directions, never blocking. An error other than
+/// [`io::ErrorKind::WouldBlock`] from `receive` means that the other side is gone.
+pub trait Port: Send {
+    /// To wait on: readable when there are packets, writable when there is room for some.
+    fn fd(&self) -> RawFd;
+
+    /// Takes the next packet, beginning with a header of [`HEADER`] bytes whose last two are undefined.
+    fn receive(&mut self, room: &[RamSlice<'_>]) -> io::Result<Received>;
+
+    /// Forgets the packet that there was no room for.
+    fn skip(&mut self);
+
+    /// Takes a packet for sending, or nothing of it. [`Port::flush`] must follow.
+    fn send(&mut self, header: &[u8; HEADER], frame: &[RamSlice<'_>]) -> io::Result<()>;
+
+    /// Sends what is left of the packets before, [`io::ErrorKind::WouldBlock`] if some of it remains.
+    fn flush(&mut self) -> io::Result<()>;
+
+    /// Sets what may be left to the receiver.
+    fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()>;
+
+    /// Takes part in the network or not, as one of several ports to the same.
+    fn set_active(&mut self, active: bool) -> io::Result<()>;
+}
+
+/// Total bytes.
+pub fn len(slices: &[RamSlice<'_>]) -> usize {
+    slices.iter().map(|s| s.len()).sum()
+}
+
+/// Reads once into guest memory, and what has no room there into `overflow`. At most [`MAX_SLICES`] slices.
+#[allow(unsafe_code)]
+pub fn read(fd: BorrowedFd<'_>, room: &[RamSlice<'_>], overflow: &mut [u8]) -> io::Result<usize> {
+    let room = room.get(..MAX_SLICES).unwrap_or(room);
+    let mut iov = Vec::with_capacity(room.len() + 1);
+    iov.extend(room.iter().map(iovec));
+    iov.push(libc::iovec { iov_base: overflow.as_mut_ptr().cast(), iov_len: overflow.len() });
+    // SAFETY: every iovec is a RamSlice, hence mapped guest memory that outlives the call and that nothing holds a
+    // reference into, or `overflow`, which is borrowed exclusively.
+    let n = unsafe { libc::readv(fd.as_raw_fd(), iov.as_ptr(), iov.len() as libc::c_int) };
+    let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
+    let mut left = n;
+    for slice in room {
+        let here = slice.len().min(left);
+        slice.bitmap().mark_dirty(0, here);
+        left -= here;
+    }
+    Ok(n)
+}
+
+/// Writes once: `head`, then guest memory. At most [`MAX_SLICES`] slices.
+#[allow(unsafe_code)]
+pub fn write(fd: BorrowedFd<'_>, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<usize> {
+    if slices.len() > MAX_SLICES {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut iov = Vec::with_capacity(slices.len() + 1);
+    iov.push(libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() });
+    iov.extend(slices.iter().map(iovec));
+    // SAFETY: every iovec is `head`, which is only read, or a RamSlice, hence mapped guest memory that outlives the call.
+    let n = unsafe { libc::writev(fd.as_raw_fd(), iov.as_ptr(), iov.len() as libc::c_int) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+fn iovec(slice: &RamSlice<'_>) -> libc::iovec {
+    libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() }
+}
+
+/// Copies the first bytes of guest memory, as many as there are in `to`.
+pub fn copy_from_guest(slices: &[RamSlice<'_>], mut to: &mut [u8]) {
+    for slice in slices {
+        let n = slice.copy_to(to);
+        to = to.get_mut(n..).unwrap_or_default();
+    }
+}
+
+/// Copies to guest memory, as much as there is room.
+pub fn copy_to_guest(mut from: &[u8], slices: &[RamSlice<'_>]) {
+    for slice in slices {
+        let (now, later) = from.split_at(from.len().min(slice.len()));
+        slice.copy_from(now);
+        from = later;
+    }
+}

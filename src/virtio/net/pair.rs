@@ -1,0 +1,358 @@
+//! A pair of a receive and a transmit queue, between guest memory and a port.
+//!
+//! Nothing is held from one event to the next: what was popped to receive into and not needed is put back, and a
+//! packet that the port does not take now stays in the ring. Whoever has no work waits: for buffers by a kick, for
+//! packets and room by the port's descriptor.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use log::{debug, warn};
+use virtio_bindings::virtio_net::*;
+
+use super::{Shared, control};
+use crate::backend::packet::{HEADER, MAX_FRAME, MAX_SLICES, MIN_FRAME, Port, Received};
+use crate::event::Interest;
+use crate::memory::{GuestRam, RamSlice};
+use crate::virtio::chain::Chain;
+use crate::virtio::queue::{BATCH, Queue};
+use crate::virtio::{Context, Event, Fault, Handler, Progress};
+
+const PORT: u64 = 0;
+const PAIRS_CHANGED: u64 = 1;
+/// For how large a packet room is made before any was seen: a frame of the usual MTU.
+const USUAL: usize = 2048;
+
+/// Serves one pair of queues, and the control queue if it comes with them.
+pub(super) struct Pair {
+    shared: Arc<Shared>,
+    number: usize,
+    features: u64,
+    /// Whether the driver uses this pair, as far as we and the port know.
+    active: bool,
+    /// What the port is watched for now.
+    watched: Option<Interest>,
+    /// The guest has no receive buffers: a kick will tell.
+    starved: bool,
+    /// The port takes no packets: its descriptor will tell.
+    blocked: bool,
+    /// Buffers that were popped and not used yet, with their writable bytes.
+    held: Vec<(Chain, usize)>,
+    /// Room to have ready: the largest packet of late.
+    usual: usize,
+    /// Bytes of the packet that waits in the port for more room.
+    waiting: usize,
+}
+
+impl Pair {
+    pub(super) fn new(shared: Arc<Shared>, number: usize, features: u64) -> Self {
+        Pair {
+            shared,
+            number,
+            features,
+            active: false,
+            watched: None,
+            starved: false,
+            blocked: false,
+            held: Vec::new(),
+            usual: USUAL,
+            waiting: 0,
+        }
+    }
+
+    fn has(&self, feature: u32) -> bool {
+        self.features & 1 << feature != 0
+    }
+
+    /// Whether packets go in and out.
+    fn is_up(&self) -> bool {
+        self.active && self.shared.link_up.load(Ordering::SeqCst)
+    }
+}
+
+impl Handler for Pair {
+    fn event(&mut self, event: Event, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
+        let shared = self.shared.clone();
+        let (Some(mut port), [rx, tx, rest @ ..]) = (shared.port(self.number), queues) else {
+            return Ok(Progress::Done);
+        };
+        let port = &mut **port;
+        self.follow(port, cx);
+        let progress = match event {
+            Event::Start => {
+                if let Some(changed) = self.shared.pairs_changed.get(self.number) {
+                    cx.watch(changed.as_raw_fd(), PAIRS_CHANGED, Interest::Read)?;
+                }
+                Progress::Done
+            }
+            Event::Kick(0) => {
+                self.starved = false;
+                self.receive(port, rx, cx)?
+            }
+            Event::Kick(1) if self.blocked => Progress::Done,
+            Event::Kick(1) => self.transmit(port, tx, cx)?,
+            Event::Kick(_) => match rest {
+                [control, ..] if event == Event::Kick(2) && self.has(VIRTIO_NET_F_CTRL_VQ) => {
+                    control.serve(cx.ram, |chain| control::request(&self.shared, chain, self.features, cx.ram))?
+                }
+                _ => Progress::Done,
+            },
+            Event::Ready(PORT) => {
+                let sent = if self.blocked { self.transmit(port, tx, cx)? } else { Progress::Done };
+                let received = if self.starved { Progress::Done } else { self.receive(port, rx, cx)? };
+                if sent == Progress::More { sent } else { received }
+            }
+            Event::Ready(_) => {
+                let _ = self.shared.pairs_changed.get(self.number).map(|changed| changed.read());
+                self.transmit(port, tx, cx)?
+            }
+        };
+        self.watch(port, cx)?;
+        Ok(progress)
+    }
+
+    /// Nothing is in flight between events.
+    fn drain(&mut self, _queues: &mut [Queue], _cx: &Context<'_>) -> Result<Progress, Fault> {
+        Ok(Progress::Done)
+    }
+}
+
+/// Receiving (5.1.6.4).
+impl Pair {
+    fn receive(&mut self, port: &mut dyn Port, rx: &mut Queue, cx: &Context<'_>) -> Result<Progress, Fault> {
+        let result = self.receive_batch(port, rx, cx);
+        while let Some((chain, _)) = self.held.pop() {
+            rx.unpop(chain);
+        }
+        result
+    }
+
+    fn receive_batch(&mut self, port: &mut dyn Port, rx: &mut Queue, cx: &Context<'_>) -> Result<Progress, Fault> {
+        rx.disable_notifications(cx.ram)?;
+        let mut largest = USUAL;
+        for _ in 0..BATCH {
+            if !self.is_up() {
+                return Ok(Progress::Done);
+            }
+            let (room, full) = self.hold(rx, self.usual.max(self.waiting), cx.ram)?;
+            if room < self.waiting.max(1) {
+                if full || self.held.len() >= usize::from(rx.size().max(1)) {
+                    // There will never be room for this one.
+                    port.skip();
+                    self.waiting = 0;
+                } else if !rx.enable_notifications(cx.ram)? {
+                    self.starved = true;
+                    return Ok(Progress::Done);
+                }
+                continue;
+            }
+            match port.receive(&slices(&self.held, cx.ram)?) {
+                Ok(Received::Packet(len)) => {
+                    (self.waiting, largest) = (0, largest.max(len));
+                    self.deliver(rx, len, cx.ram)?;
+                }
+                Ok(Received::NoRoom(len)) => (self.waiting, largest) = (len, largest.max(len)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.usual = largest;
+                    return Ok(Progress::Done);
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => {
+                    self.lost(&e, cx);
+                    return Ok(Progress::Done);
+                }
+            }
+        }
+        self.usual = largest;
+        Ok(Progress::More)
+    }
+
+    /// Pops buffers until there is room for `need` bytes: one without MRG_RXBUF (5.1.6.3.1), else as many as it takes
+    /// and one packet may have. Returns the room, and whether there can be no more.
+    fn hold(&mut self, rx: &mut Queue, need: usize, ram: &GuestRam) -> Result<(usize, bool), Fault> {
+        let mergeable = self.has(VIRTIO_NET_F_MRG_RXBUF);
+        let mut room: usize = self.held.iter().map(|(_, len)| *len).sum();
+        let mut segments: usize = self.held.iter().map(|(chain, _)| chain.writable().len()).sum();
+        while room < need {
+            if !mergeable && !self.held.is_empty() {
+                return Ok((room, true));
+            }
+            let Some(chain) = rx.pop(ram)? else { return Ok((room, false)) };
+            segments += chain.writable().len();
+            if segments > MAX_SLICES && !self.held.is_empty() {
+                rx.unpop(chain);
+                return Ok((room, true));
+            }
+            let len = chain.writable().iter().map(|s| s.len as usize).sum();
+            if len < HEADER {
+                return Err(Fault::Device("a network receive buffer is smaller than the header"));
+            }
+            room += len;
+            self.held.push((chain, len));
+        }
+        Ok((room, false))
+    }
+
+    /// Gives the first buffers back with a packet of `len` bytes in them, all at once (5.1.6.4.1).
+    fn deliver(&mut self, rx: &mut Queue, len: usize, ram: &GuestRam) -> Result<(), Fault> {
+        let mut left = len;
+        let mut used: u16 = 0;
+        for (_, room) in &mut self.held {
+            if left == 0 {
+                break;
+            }
+            *room = left.min(*room);
+            left -= *room;
+            used += 1;
+        }
+        if let Some((first, _)) = self.held.first() {
+            let mut header = first.writer(ram);
+            header.take(HEADER as u64 - 2)?;
+            header.write(&used.to_le_bytes())?;
+        }
+        let used = self.held.drain(..usize::from(used).min(self.held.len()));
+        rx.push_used_together(ram, used.map(|(chain, len)| (chain, len as u32)))?;
+        Ok(())
+    }
+}
+
+/// Transmitting (5.1.6.2).
+impl Pair {
+    fn transmit(&mut self, port: &mut dyn Port, tx: &mut Queue, cx: &Context<'_>) -> Result<Progress, Fault> {
+        self.blocked = false;
+        let result = self.transmit_batch(port, tx, cx);
+        self.blocked |= matches!(port.flush(), Err(e) if e.kind() == io::ErrorKind::WouldBlock);
+        result
+    }
+
+    fn transmit_batch(&mut self, port: &mut dyn Port, tx: &mut Queue, cx: &Context<'_>) -> Result<Progress, Fault> {
+        tx.disable_notifications(cx.ram)?;
+        for _ in 0..BATCH {
+            let Some(chain) = tx.pop(cx.ram)? else {
+                if tx.enable_notifications(cx.ram)? {
+                    continue;
+                }
+                return Ok(Progress::Done);
+            };
+            match self.send(port, &chain, cx.ram)? {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    tx.unpop(chain);
+                    self.blocked = true;
+                    return Ok(Progress::Done);
+                }
+                Err(e) => self.dropped(&e),
+                Ok(()) => {}
+            }
+            tx.push_used(cx.ram, chain, 0)?;
+        }
+        Ok(Progress::More)
+    }
+
+    /// The inner result is the packet's, the outer one the device's.
+    fn send(&self, port: &mut dyn Port, chain: &Chain, ram: &GuestRam) -> Result<io::Result<()>, Fault> {
+        let mut reader = chain.reader(ram);
+        let mut header = [0; HEADER];
+        if reader.read(&mut header).is_err() {
+            return Err(Fault::Device("a network packet is shorter than its header"));
+        }
+        let len = reader.len();
+        let fits = (MIN_FRAME as u64..=MAX_FRAME as u64).contains(&len) && chain.readable().len() <= MAX_SLICES;
+        let invalid = |what| Ok(Err(io::Error::new(io::ErrorKind::InvalidData, what)));
+        if !self.is_up() {
+            return Ok(Ok(()));
+        }
+        if !fits {
+            return invalid("its size is none that a packet has");
+        }
+        let Some(header) = checked(header, self.features, len) else {
+            return invalid("its header asks for what was not negotiated or makes no sense");
+        };
+        let frame = reader.slices().collect::<Result<Vec<_>, _>>()?;
+        Ok(match port.send(&header, &frame) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => port.send(&header, &frame),
+            result => result,
+        })
+    }
+
+    /// A lost packet is nothing special on a network; the first is told.
+    fn dropped(&self, e: &io::Error) {
+        if self.shared.warned.swap(true, Ordering::Relaxed) {
+            debug!("{}: a packet of the guest's was dropped: {e}", self.shared.name);
+        } else {
+            warn!("{}: a packet of the guest's was dropped: {e}", self.shared.name);
+        }
+    }
+}
+
+/// Both.
+impl Pair {
+    /// Notices whether the driver uses this pair now: only between events, so that the port does too.
+    fn follow(&mut self, port: &mut dyn Port, cx: &Context<'_>) {
+        let active = self.shared.is_active(self.number);
+        if active == self.active || !self.shared.link_up.load(Ordering::SeqCst) {
+            return;
+        }
+        (self.active, self.waiting, self.blocked) = (active, 0, false);
+        if let Err(e) = port.set_active(active) {
+            self.lost(&e, cx);
+        }
+    }
+
+    /// The other side is gone: the guest sees the cable unplugged (5.1.4).
+    fn lost(&mut self, e: &io::Error, cx: &Context<'_>) {
+        if self.shared.link_up.swap(false, Ordering::SeqCst) {
+            warn!("{}: the network is gone, the guest has no link: {e}", self.shared.name);
+            cx.interrupt.config_changed();
+        }
+    }
+
+    /// Waits for what the port has to give or take; not at all for one that is gone, which would always be ready.
+    fn watch(&mut self, port: &dyn Port, cx: &Context<'_>) -> io::Result<()> {
+        let wanted = match (self.is_up(), !self.starved, self.blocked) {
+            (false, _, _) | (true, false, false) => None,
+            (true, true, false) => Some(Interest::Read),
+            (true, false, true) => Some(Interest::Write),
+            (true, true, true) => Some(Interest::Both),
+        };
+        match (self.watched, wanted) {
+            (was, now) if was == now => {}
+            (None, Some(now)) => cx.watch(port.fd(), PORT, now)?,
+            (Some(_), Some(now)) => cx.rewatch(port.fd(), PORT, now)?,
+            (_, None) => cx.unwatch(port.fd())?,
+        }
+        self.watched = wanted;
+        Ok(())
+    }
+}
+
+/// The memory of buffers, in order.
+fn slices<'a>(held: &'a [(Chain, usize)], ram: &'a GuestRam) -> Result<Vec<RamSlice<'a>>, Fault> {
+    let mut slices = Vec::with_capacity(held.len());
+    for (chain, _) in held {
+        for slice in chain.writer(ram).slices() {
+            slices.push(slice?);
+        }
+    }
+    Ok(slices)
+}
+
+/// The header of a packet as it may leave (5.1.6.2.2): flags that are not ours to know are cleared, and what was not
+/// negotiated or points out of the packet is refused.
+fn checked(header: [u8; HEADER], features: u64, len: u64) -> Option<[u8; HEADER]> {
+    let [flags, gso, h0, h1, s0, s1, c0, c1, o0, o1, _, _] = header;
+    let has = |bit: u32| features & 1 << bit != 0;
+    let flags = flags & VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
+    let [start, offset] = [[c0, c1], [o0, o1]].map(|bytes| u64::from(u16::from_le_bytes(bytes)));
+    let csum = if flags != 0 { has(VIRTIO_NET_F_CSUM) && start + offset + 2 <= len } else { true };
+    let segmented = match u32::from(gso) & !VIRTIO_NET_HDR_GSO_ECN {
+        VIRTIO_NET_HDR_GSO_NONE => gso == 0,
+        VIRTIO_NET_HDR_GSO_TCPV4 => has(VIRTIO_NET_F_HOST_TSO4) && flags != 0,
+        VIRTIO_NET_HDR_GSO_TCPV6 => has(VIRTIO_NET_F_HOST_TSO6) && flags != 0,
+        _ => false,
+    };
+    let ecn = u32::from(gso) & VIRTIO_NET_HDR_GSO_ECN == 0 || has(VIRTIO_NET_F_HOST_ECN);
+    let size = gso == 0 || [s0, s1] != [0, 0];
+    (csum && segmented && ecn && size).then_some([flags, gso, h0, h1, s0, s1, c0, c1, o0, o1, 0, 0])
+}

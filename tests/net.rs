@@ -1,0 +1,242 @@
+//! Network cards as a stock driver uses them. Each test has the host's half, around vireo, and the guest's half.
+
+mod common;
+
+use common::{Run, image, on_host, vireo};
+
+/// What both sides serve and check. `$1` is how many MiB.
+const HOST: &str = r#"
+set -e
+trap '' PIPE # of a connection that comes to nothing
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf /tmp/www' EXIT
+rm -rf /tmp/www
+mkdir -p /tmp/www
+head -c ${MIB}M /dev/urandom >/tmp/www/data
+echo "sum: $(md5sum </tmp/www/data)"
+busybox httpd -f -p 8000 -h /tmp/www &
+"#;
+
+/// Fetches what the guest serves at `$1`, port `$2`, and tells it that this is done. (A static busybox's wget and the
+/// host's name service do not go together.)
+const FETCH: &str = r#"
+get() {
+    exec 3<>/dev/tcp/$1/$2 || return 1
+    printf 'GET /data HTTP/1.0\r\n\r\n' >&3
+    read -r -t 5 _ answer _ <&3 || return 1
+    while read -r line <&3 && [ "$line" != $'\r' ]; do :; done
+    cat <&3 >/tmp/www/back
+    [ "$answer" = 200 ]
+}
+fetch() {
+    until get $1 $2 2>/dev/null; do sleep 0.2; done
+    echo "fetched: $(md5sum </tmp/www/back)"
+    echo >/tmp/www/finished
+}
+"#;
+
+const GUEST: &str = r#"
+set -e
+modprobe virtio_net
+modprobe af_packet || true # some kernels have it built in
+ifconfig lo up
+mkdir /www
+# While the host, at $1, fetches.
+serve() { httpd -p 80 -h /www; until wget -q -O /dev/null http://$1:8000/finished 2>/dev/null; do sleep 0.2; done; }
+"#;
+
+fn host_half(setup: &str) -> String {
+    format!("{HOST}{FETCH}{setup}")
+}
+
+/// On a tap that is there: pings, NET_MIB mebibytes (20) both ways in large segments, and the driver may be unloaded.
+#[test]
+fn a_tap_with_offloads() {
+    let host = host_half(
+        r#"
+ip link del vm0 2>/dev/null || true
+ip tuntap add vm0 mode tap vnet_hdr
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf /tmp/www; ip link del vm0' EXIT
+ip addr add 192.168.77.1/24 dev vm0
+ip link set vm0 up
+(until busybox ping -c 1 -W 1 192.168.77.2 >/dev/null; do :; done
+ echo "ping in: ok"; fetch 192.168.77.2 80) &
+status=0
+"$@" || status=$?
+set -- $(sed -n 's/^ *vm0: *//p' /proc/net/dev)
+echo "packets from the guest: $2"
+echo "packets to the guest: ${10}"
+exit $status
+"#,
+    );
+    let guest = [
+        GUEST,
+        r#"
+echo "address: $(cat /sys/class/net/eth0/address)"
+ifconfig eth0 192.168.77.2 netmask 255.255.255.0 up
+ping -c 2 -W 5 192.168.77.1 >/dev/null && echo "ping out: ok"
+wget -q -O /www/data http://192.168.77.1:8000/data
+echo "loaded: $(md5sum </www/data)"
+serve 192.168.77.1
+rmmod virtio_net
+modprobe virtio_net
+ifconfig eth0 192.168.77.2 netmask 255.255.255.0 up
+wget -q -O - http://192.168.77.1:8000/data | cmp - /www/data && echo "again: ok"
+"#,
+    ]
+    .concat();
+    let mib: u32 = std::env::var("NET_MIB").map_or(20, |mib| mib.parse().expect("NET_MIB is a number"));
+    let run = Run::new("bzImage-cloud", &guest).through(&host).env(&format!("MIB={mib}"));
+    let ended = run.args(&["--net", "tap=vm0,mac=02:11:22:33:44:55", "--memory", "512M"]).run_to_end().success();
+    assert_eq!(ended.fact("address"), "02:11:22:33:44:55");
+    assert_eq!((ended.fact("ping in"), ended.fact("ping out"), ended.fact("again")), ("ok", "ok", "ok"), "{ended}");
+    assert_eq!((ended.fact("loaded"), ended.fact("fetched")), (ended.fact("sum"), ended.fact("sum")), "{ended}");
+    // What went through once from and twice to the guest is 700 packets of 1500 bytes in each MiB.
+    let packets = |name| ended.fact(name).parse::<u32>().unwrap();
+    let (from, to) = (packets("packets from the guest"), packets("packets to the guest"));
+    assert!(from < 400 * mib && to < 400 * mib, "{from} packets from the guest, {to} to it: no large segments");
+}
+
+/// On taps that vireo makes: one with two queues and a smaller MTU, one without offloads. They go with it.
+#[test]
+fn taps_that_vireo_makes() {
+    let host = host_half(
+        r#"
+for n in 1 2; do ip link del vm$n 2>/dev/null || true; done
+(for n in 1 2; do until ip addr add 192.168.8$n.1/24 dev vm$n 2>/dev/null; do sleep 0.05; done; done
+ fetch 192.168.81.2 80) &
+status=0
+"$@" || status=$?
+ls -d /sys/class/net/vm? 2>/dev/null || echo "taps: gone"
+exit $status
+"#,
+    );
+    let guest = [
+        GUEST,
+        r#"
+for n in 1 2; do ifconfig eth$((n - 1)) 192.168.8$n.2 netmask 255.255.255.0 up; done
+echo "mtu: $(cat /sys/class/net/eth0/mtu) $(cat /sys/class/net/eth1/mtu)"
+echo "queues: $(ls -d /sys/class/net/eth0/queues/* | wc -l) $(ls -d /sys/class/net/eth1/queues/* | wc -l)"
+wget -q -O /www/data http://192.168.82.1:8000/data
+echo "loaded: $(md5sum </www/data)"
+for n in 1 2 3 4; do
+    (wget -q -O - http://192.168.81.1:8000/data | cmp - /www/data && echo "stream $n: ok") &
+done
+wait
+serve 192.168.81.1
+"#,
+    ]
+    .concat();
+    let run = Run::new("bzImage-cloud", &guest).through(&host).env("MIB=5");
+    let nets = ["--net", "tap=vm1,queues=2,mtu=1400", "--net", "tap=vm2,offload=off"];
+    let ended = run.args(&nets).args(&["--cpus", "2"]).run_to_end().success();
+    assert_eq!((ended.fact("mtu"), ended.fact("queues")), ("1400 1500", "4 2"), "{ended}");
+    assert_eq!((ended.fact("loaded"), ended.fact("fetched")), (ended.fact("sum"), ended.fact("sum")), "{ended}");
+    (1..=4).for_each(|n| assert_eq!(ended.fact(&format!("stream {n}")), "ok"));
+    assert_eq!(ended.fact("taps"), "gone", "{ended}");
+}
+
+/// Without any privilege: an address by DHCP, connections out and in; then passt dies, and the guest has no link.
+#[test]
+fn user_networking() {
+    let host = host_half(
+        r#"
+chmod 777 "$RUN"
+chmod 666 "$RUN"/*
+setpriv --reuid=4242 --regid=4242 --clear-groups "$@" <&0 &
+vireo=$!
+children() { cat /proc/$vireo/task/*/children; }
+fetch 127.0.0.1 8080
+passt=$(children)
+echo "passt runs: $(ls -d $(printf '/proc/%s ' $passt) | wc -l)"
+kill $passt
+until [ -z "$(children)" ]; do sleep 0.1; done
+echo "passt reaped: ok"
+status=0
+wait $vireo || status=$?
+exit $status
+"#,
+    );
+    let guest = [
+        GUEST,
+        r#"
+cat >/tmp/dhcp <<'EOF'
+[ "$1" = bound ] || exit 0
+ifconfig eth0 $ip netmask $subnet
+route add default gw $router
+echo $router >/tmp/gateway
+echo "address: $ip"
+EOF
+chmod +x /tmp/dhcp
+sed -i '1i #!/bin/sh' /tmp/dhcp
+ifconfig eth0 up
+udhcpc -q -n -f -i eth0 -s /tmp/dhcp >/dev/console 2>&1
+echo "link: $(cat /sys/class/net/eth0/carrier)"
+wget -q -O /www/data http://$(cat /tmp/gateway):8000/data
+echo "loaded: $(md5sum </www/data)"
+serve $(cat /tmp/gateway)
+until [ "$(cat /sys/class/net/eth0/carrier)" = 0 ]; do sleep 0.1; done
+echo "link then: 0"
+"#,
+    ]
+    .concat();
+    let run = Run::new("bzImage-cloud", &guest).through(&host).env("MIB=5");
+    let folder = format!("RUN={}", run.dir.path().display());
+    let net = ["--net", "user,hostfwd=tcp:8080:80"];
+    let ended = run.env(&folder).args(&net).run_to_end().success();
+    assert_eq!((ended.fact("address"), ended.fact("link")), ("10.0.2.15", "1"), "{ended}");
+    assert_eq!((ended.fact("loaded"), ended.fact("fetched")), (ended.fact("sum"), ended.fact("sum")), "{ended}");
+    let passt = (ended.fact("passt runs"), ended.fact("passt reaped"), ended.fact("link then"));
+    assert_eq!(passt, ("1", "ok", "0"), "{ended}");
+    assert!(ended.stderr.contains("net0: the network is gone, the guest has no link: passt is gone"), "{ended}");
+}
+
+/// What a user may get wrong, and what passt does when vireo is killed.
+#[test]
+fn what_cannot_be_is_said() {
+    let (vireo, kernel) = (vireo().display().to_string(), image("bzImage-cloud").display().to_string());
+    let script = r#"
+as_user() { setpriv --reuid=4242 --regid=4242 --clear-groups "$@"; }
+ip link del vm5 2>/dev/null; ip link del vm6 2>/dev/null; ip link del vm7 2>/dev/null
+ip tuntap add vm5 mode tap user 1
+ip tuntap add vm6 mode tap user 4242 multi_queue
+ip tuntap add vm7 mode tun
+run() { "$@" run --kernel "$kernel" --net "$net" </dev/null 2>&1; echo "status $?"; }
+vireo=$1 kernel=$2
+net=tap=nosuch run as_user "$vireo"
+net=tap=vm5 run as_user "$vireo"
+net=tap=vm5,queues=2 run "$vireo"
+net=tap=vm7 run "$vireo"
+net=tap=eth0 run "$vireo"
+net=user,hostfwd=tcp:7777:80 run "$vireo"
+net=user PATH=/nowhere run /usr/bin/env "$vireo"
+net=user,queues=2 run "$vireo"
+setpriv --reuid=4242 --regid=4242 --clear-groups "$vireo" run --kernel "$kernel" --net tap=vm6,queues=2 --net user --cmdline reboot=t </dev/null >/dev/null 2>&1 &
+until [ -n "$(cat /proc/$!/task/*/children)" ]; do sleep 0.1; done
+sleep 1
+net=tap=vm6 run "$vireo" | head -n 1
+passt=$(cat /proc/$!/task/*/children)
+echo "passt there: $(ls -d /proc/$passt | wc -l)"
+kill -9 $!
+for n in $(seq 100); do [ -e /proc/$passt ] || break; sleep 0.1; done
+echo "passt left: $(ls -d /proc/$passt 2>/dev/null | wc -l)"
+ip link del vm5; ip link del vm6; ip link del vm7
+"#;
+    let ended = on_host(&["bash", "-c", script, "bash", &vireo, &kernel]).end();
+    for text in [
+        "vireo: there is no tap nosuch, and making one needs CAP_NET_ADMIN; as root, this makes it: \
+         ip tuntap add nosuch mode tap user $USER vnet_hdr && ip link set nosuch up\nstatus 125\n",
+        "vireo: cannot open tap vm5 (it belongs to somebody else; 'user $USER' when it is made would give it to you): \
+         Operation not permitted (os error 1)\nstatus 125\n",
+        "vireo: tap vm5 has a single queue; one with several is made by: \
+         ip tuntap add vm5 mode tap user $USER vnet_hdr multi_queue\nstatus 125\n",
+        "vireo: vm7 is a network interface but no tap\nstatus 125\n",
+        "vireo: eth0 is a network interface but no tap\nstatus 125\n",
+        "vireo: cannot forward tcp:7777:80: port 7777 of the host cannot be bound: Address already in use (os error 98)\
+         \nstatus 125\n",
+        "vireo: passt, which user networking needs, is not installed (package passt)\nstatus 125\n",
+        "vireo: --net: 'queues' is for tap only\n",
+        "passt there: 1\npasst left: 0\n",
+    ] {
+        assert!(ended.stdout.contains(text), "{text}\n---\n{ended}");
+    }
+}
