@@ -18,7 +18,7 @@ fn gone(path: &str) {
     assert_eq!(on_host(&["test", "-e", path]).end().code(), 1, "the socket's file is still there");
 }
 
-/// Eleven megabytes each way at the same time, beside connections that are full in both directions. Those alone keep
+/// Ten mebibytes each way at the same time, beside connections that are full in both directions. Those alone keep
 /// nobody awake.
 #[test]
 fn both_ways() {
@@ -28,7 +28,7 @@ vsock listen 2 sha256sum &
 vsock listen 3 yes &
 vsock listen 4 sleep 1000 &
 read go
-vsock connect 2 81 seq 1000000 2400000 || echo failed
+vsock connect 2 81 seq 1000000 2320000 || echo failed
 vsock connect 2 99 true
 vsock connect 5 81 true
 read end";

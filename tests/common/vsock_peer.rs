@@ -17,9 +17,9 @@ use sha2::{Digest, Sha256};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// What `seq 1000000 2400000` prints: 11 MB.
+/// What `seq 1000000 2320000` prints: 10 MiB.
 fn numbers() -> Vec<u8> {
-    (1_000_000..=2_400_000u32).flat_map(|n| format!("{n}\n").into_bytes()).collect()
+    (1_000_000..=2_320_000u32).flat_map(|n| format!("{n}\n").into_bytes()).collect()
 }
 
 fn sum(bytes: &[u8]) -> String {

@@ -369,6 +369,25 @@ fn each_half_closes_by_itself() {
 }
 
 #[test]
+fn closed_halves_keep_nobody_awake_while_the_guest_has_no_buffer() {
+    let mut guest = Guest::new(2);
+    let (client, to) = guest.connection(1);
+    while guest.queues[RX].pop(&guest.ram).unwrap().is_some() {}
+    client.shutdown(Shutdown::Write).unwrap();
+    guest.reply(&to, Op::Shutdown, NO_SEND, &[]);
+    let wakes = |guest: &mut Guest| {
+        let mut wake = || guest.wire.deliver_ready(&mut *guest.handler, &mut guest.queues, Duration::ZERO).unwrap();
+        (0..100).map(|_| wake()).sum::<usize>()
+    };
+    assert!(wakes(&mut guest) < 10);
+    drop(client);
+    assert!(wakes(&mut guest) < 10);
+    guest.offer(RX_BUFFERS + 0x10_0000);
+    guest.deliver(Event::Kick(RX));
+    assert_eq!(guest.packet().header.flags, NOTHING);
+}
+
+#[test]
 fn a_guest_that_does_not_confirm_the_end_is_reset() {
     let mut guest = Guest::new(16);
     let (client, to) = guest.connection(1);
