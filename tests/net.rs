@@ -13,7 +13,7 @@ rm -rf /tmp/www
 mkdir -p /tmp/www
 head -c ${MIB}M /dev/urandom >/tmp/www/data
 echo "sum: $(md5sum </tmp/www/data)"
-busybox httpd -f -p 8000 -h /tmp/www &
+busybox httpd -f -vv -p 8000 -h /tmp/www 2>/tmp/www/log &
 "#;
 
 /// Fetches what the guest serves at `$1`, port `$2`, and tells it that this is done. (A static busybox's wget and the
@@ -28,6 +28,8 @@ get() {
     [ "$answer" = 200 ]
 }
 fetch() {
+    # Whom nobody answers, some versions of passt remember for ever.
+    until grep -q listening /tmp/www/log; do sleep 0.2; done
     until get $1 $2 2>/dev/null; do sleep 0.2; done
     echo "fetched: $(md5sum </tmp/www/back)"
     echo >/tmp/www/finished
@@ -41,7 +43,11 @@ modprobe af_packet || true # some kernels have it built in
 ifconfig lo up
 mkdir /www
 # While the host, at $1, fetches.
-serve() { httpd -p 80 -h /www; until wget -q -O /dev/null http://$1:8000/finished 2>/dev/null; do sleep 0.2; done; }
+serve() {
+    httpd -p 80 -h /www
+    wget -q -O /dev/null http://$1:8000/listening 2>/dev/null || true
+    until wget -q -O /dev/null http://$1:8000/finished 2>/dev/null; do sleep 0.2; done
+}
 "#;
 
 fn host_half(setup: &str) -> String {

@@ -38,6 +38,8 @@ pub(super) struct Pair {
     starved: bool,
     /// The port takes no packets: its descriptor will tell.
     blocked: bool,
+    /// The last event that sent packets left some in the ring.
+    sending: bool,
     /// Buffers that were popped and not used yet, with their writable bytes.
     held: Vec<(Chain, usize)>,
     /// Room to have ready: the largest packet of late.
@@ -56,6 +58,7 @@ impl Pair {
             watched: None,
             starved: false,
             blocked: false,
+            sending: false,
             held: Vec::new(),
             usual: USUAL,
             waiting: 0,
@@ -100,7 +103,7 @@ impl Handler for Pair {
                 _ => Progress::Done,
             },
             Event::Ready(PORT) => {
-                let sent = if self.blocked { self.transmit(port, tx, cx)? } else { Progress::Done };
+                let sent = if self.blocked || self.sending { self.transmit(port, tx, cx)? } else { Progress::Done };
                 let received = if self.starved { Progress::Done } else { self.receive(port, rx, cx)? };
                 if sent == Progress::More { sent } else { received }
             }
@@ -223,6 +226,7 @@ impl Pair {
     fn transmit(&mut self, port: &mut dyn Port, tx: &mut Queue, cx: &Context<'_>) -> Result<Progress, Fault> {
         self.blocked = false;
         let result = self.transmit_batch(port, tx, cx);
+        self.sending = matches!(result, Ok(Progress::More));
         self.blocked |= matches!(port.flush(), Err(e) if e.kind() == io::ErrorKind::WouldBlock);
         result
     }

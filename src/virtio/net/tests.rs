@@ -347,6 +347,24 @@ fn a_full_port_stops_sending_until_it_has_room() {
 }
 
 #[test]
+fn a_full_ring_is_sent_once_there_is_room() {
+    let mut s = Setup::with(EVENT_IDX, 1, 256);
+    s.wires[0].lock().unwrap().room = Some(0);
+    s.ram.write(TX, &[0; 64]).unwrap();
+    for _ in 0..256 {
+        s.tx.add(&[out(TX, 64)]).unwrap();
+    }
+    s.event(Event::Kick(1)).unwrap();
+    s.wires[0].lock().unwrap().room = None;
+    s.event(Event::Ready(0)).unwrap();
+    assert_eq!(s.sent().len(), 256);
+    let before = s.tx.avail_idx;
+    s.tx.take_used().unwrap();
+    s.tx.add(&[out(TX, 64)]).unwrap();
+    assert!(s.tx.must_kick(before, EVENT_IDX));
+}
+
+#[test]
 fn an_event_is_bounded_work() {
     let mut s = Setup::with(MRG, 1, 256);
     for i in 0..256 {
