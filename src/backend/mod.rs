@@ -1,6 +1,7 @@
 //! The host's side of devices: files, block devices, terminals, sockets. Nothing here knows of virtio or of the guest.
 
 pub mod console;
+pub mod console_watch;
 pub mod output;
 pub mod raw;
 
