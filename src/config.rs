@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::backend::console::ConsoleEnd;
 use crate::boot::BootConfig;
 use crate::devices::serial::SerialConfig;
 use crate::kvm::cpuid::Features;
@@ -14,6 +15,7 @@ use crate::memory::{HugePages, MemoryConfig};
 use crate::options::{self, Size};
 use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
+use crate::virtio::console::PortConfig;
 use crate::virtio::net::NetConfig;
 use crate::virtio::rng::RngConfig;
 use crate::virtio::vsock::VsockConfig;
@@ -33,6 +35,12 @@ pub struct MachineConfig {
     /// First serial port.
     #[serde(default)]
     pub serial: SerialConfig,
+    /// Virtio console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsoleEnd>,
+    /// Ports of the virtio console for data.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub console_ports: Vec<PortConfig>,
     /// Block devices, in slot order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<BlkConfig>,
@@ -170,6 +178,12 @@ pub enum Error {
     /// A network card that cannot be.
     #[error("--net: {0}")]
     Net(String),
+    /// A console port that cannot be.
+    #[error("--console-port: {0}")]
+    ConsolePort(String),
+    /// More than one console on the standard streams.
+    #[error("only one of the serial port, the console and its ports can have the standard streams")]
+    TwoOnStdio,
     /// No kernel.
     #[error("no kernel: give --kernel FILE (or boot.kernel in the config file)")]
     NoKernel,
@@ -205,6 +219,11 @@ impl MachineConfig {
         self.vsock.iter().try_for_each(VsockConfig::validate).map_err(|e| Error::Vsock(e.to_string()))?;
         self.balloon.iter().try_for_each(|balloon| balloon.validate(size)).map_err(Error::Balloon)?;
         self.nets.iter().try_for_each(NetConfig::validate).map_err(|e| Error::Net(e.to_string()))?;
+        PortConfig::validate(&self.console_ports).map_err(Error::ConsolePort)?;
+        let ends = self.console.iter().chain(self.console_ports.iter().map(|port| &port.to));
+        if ends.chain([&self.serial]).filter(|end| **end == ConsoleEnd::Stdio).count() > 1 {
+            return Err(Error::TwoOnStdio);
+        }
         self.cpu.features.parse::<Features>().map_err(|e| Error::Features(e.to_string()))?;
         Ok(())
     }
@@ -253,6 +272,16 @@ mod tests {
         assert_eq!(balloon("5000"), "5000: not a multiple of 4K");
         assert!(balloon("stats=1ms").starts_with("stats=1ms: neither less than 100ms"));
         assert!(check(|c| c.balloon = "1G".parse().ok()).starts_with("--balloon 1G: "));
+        assert!(check(|c| c.console = Some(ConsoleEnd::Stdio)).starts_with("only one of the serial port, the console"));
+        let port = |c: &mut MachineConfig, text: &str| c.console_ports.push(text.parse().unwrap());
+        let twice = |c: &mut MachineConfig| ["a,to=null", "a,to=pty"].iter().for_each(|text| port(c, text));
+        let mut ports = config();
+        twice(&mut ports);
+        assert_eq!(ports.validate().unwrap_err().to_string(), "--console-port: the name 'a' is given twice");
+        ports.console_ports.truncate(1);
+        assert_eq!(ports.validate(), Ok(()));
+        port(&mut ports, "a/b,to=null");
+        assert!(ports.validate().unwrap_err().to_string().contains("'a/b' is no name"));
         assert!(check(|c| c.cpu.count = 100_000).contains("at most 254 vCPUs"));
         assert!(check(|c| c.cpu.count = 9).contains("KVM on this host gives a guest at most 8"));
         assert!(check(|c| c.cpu.features = "avx".into()).contains("must begin with + or -"));

@@ -23,6 +23,16 @@ pub fn is_terminal(fd: RawFd) -> bool {
     unsafe { libc::isatty(fd) == 1 }
 }
 
+/// Columns and rows of the terminal `fd`, if it is one and knows them.
+pub fn window_size(fd: RawFd) -> Option<(u16, u16)> {
+    // SAFETY: the structure is plain numbers, for which zeros are valid, and the kernel writes no more than it.
+    unsafe {
+        let mut size: libc::winsize = mem::zeroed();
+        let known = libc::ioctl(fd, libc::TIOCGWINSZ, &mut size) == 0 && size.ws_col > 0 && size.ws_row > 0;
+        known.then_some((size.ws_col, size.ws_row))
+    }
+}
+
 /// Whether `fd` is the terminal that controls this process, and another job has it right now: reading from it or
 /// changing it would stop us.
 pub fn in_background(fd: RawFd) -> bool {

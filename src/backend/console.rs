@@ -2,13 +2,17 @@
 
 #![allow(unsafe_code)]
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
 
 use super::output::Destination;
 use super::unix::{self, Listener};
@@ -26,6 +30,78 @@ pub enum Error {
     /// No pseudo-terminal.
     #[error("cannot make a pseudo-terminal for the console")]
     Pty(#[source] io::Error),
+}
+
+/// Where a console or a port leads, as `stdio`, `null`, `pty`, `file:PATH` or `socket:PATH`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum ConsoleEnd {
+    /// Standard input and output.
+    #[default]
+    Stdio,
+    /// Output thrown away, no input.
+    Null,
+    /// A new pseudo-terminal, whose name is told on stderr.
+    Pty,
+    /// Output written to a file, which is created or truncated; no input.
+    File(PathBuf),
+    /// A listening unix socket; one client at a time, output without one is thrown away.
+    Socket(PathBuf),
+}
+
+impl FromStr for ConsoleEnd {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, path) = text.split_once(':').map_or((text, None), |(kind, path)| (kind, Some(path)));
+        match (kind, path) {
+            ("stdio", None) => Ok(ConsoleEnd::Stdio),
+            ("null", None) => Ok(ConsoleEnd::Null),
+            ("pty", None) => Ok(ConsoleEnd::Pty),
+            ("file", Some(path)) if !path.is_empty() => Ok(ConsoleEnd::File(path.into())),
+            ("socket", Some(path)) if !path.is_empty() => Ok(ConsoleEnd::Socket(path.into())),
+            _ => Err(format!("'{text}' is none of stdio, null, pty, file:PATH and socket:PATH")),
+        }
+    }
+}
+
+impl TryFrom<String> for ConsoleEnd {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<ConsoleEnd> for String {
+    fn from(config: ConsoleEnd) -> String {
+        config.to_string()
+    }
+}
+
+impl fmt::Display for ConsoleEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ConsoleEnd::Stdio => f.write_str("stdio"),
+            ConsoleEnd::Null => f.write_str("null"),
+            ConsoleEnd::Pty => f.write_str("pty"),
+            ConsoleEnd::File(path) => write!(f, "file:{}", path.display()),
+            ConsoleEnd::Socket(path) => write!(f, "socket:{}", path.display()),
+        }
+    }
+}
+
+/// What takes a console's input: a serial port, a port of a virtio console.
+pub trait Receiver: Send + Sync {
+    /// Gives the guest input and returns how many bytes it had room for. When it was not all,
+    /// [`crate::event::GuestEvent::ConsoleInputRoom`] tells when to try again.
+    fn receive(&self, bytes: &[u8]) -> usize;
+
+    /// Whether somebody is at the host's end now.
+    fn connected(&self, _connected: bool) {}
+
+    /// The window that shows the console has so many columns and rows.
+    fn resize(&self, _columns: u16, _rows: u16) {}
 }
 
 /// Both directions of a console.
@@ -216,6 +292,15 @@ impl Input {
         matches!(self, Input::Stdin(file) if terminal::is_terminal(file.as_raw_fd()))
     }
 
+    /// Whether somebody is at the other end, as far as that can be known: a file or a standard stream always counts.
+    pub fn connected(&self) -> bool {
+        match self {
+            Input::None | Input::Stdin(_) => true,
+            Input::Pty(master) => !hung_up(master.as_raw_fd()),
+            Input::Socket(socket) => socket.client.lock().unwrap_or_else(PoisonError::into_inner).is_some(),
+        }
+    }
+
     /// Reads what is there, without waiting for more.
     pub fn read(&mut self, buffer: &mut [u8]) -> Got {
         let result = match self {
@@ -324,5 +409,15 @@ mod tests {
         assert_eq!(&got, b"hi\n");
         user.write_all(b"a").unwrap();
         assert_eq!(console.input.read(&mut [0; 8]), Got::Bytes(1));
+    }
+
+    #[test]
+    fn destinations() {
+        for text in ["stdio", "null", "pty", "file:/tmp/a:b", "socket:x"] {
+            assert_eq!(text.parse::<ConsoleEnd>().unwrap().to_string(), text);
+        }
+        for text in ["", "file", "file:", "stdio:x", "tcp:1"] {
+            assert!(text.parse::<ConsoleEnd>().is_err(), "{text}");
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod console;
 pub mod image;
+pub mod console_watch;
 pub mod output;
 pub mod packet;
 pub mod passt;

@@ -39,6 +39,8 @@ struct Shared {
     filled: Condvar,
     /// vCPUs wait here for room.
     drained: Condvar,
+    /// Signalled when there is room for who asked for it.
+    room: EventFd,
     /// Signalled when the buffer is empty after [`Output::close`].
     done: EventFd,
 }
@@ -53,6 +55,8 @@ struct State {
     broken: bool,
     /// The thread sleeps and must be woken.
     idle: bool,
+    /// [`Output::has_room`] said no.
+    room_wanted: bool,
     /// Wake the thread for every byte.
     eager: bool,
 }
@@ -70,6 +74,7 @@ impl Output {
             state: Mutex::new(State { eager: destination.eager, ..State::default() }),
             filled: Condvar::new(),
             drained: Condvar::new(),
+            room: event::eventfd()?,
             done: event::eventfd()?,
         }));
         let thread_output = output.clone();
@@ -86,6 +91,7 @@ impl Output {
             state: Mutex::new(State { broken: true, ..State::default() }),
             filled: Condvar::new(),
             drained: Condvar::new(),
+            room: event::eventfd()?,
             done: event::eventfd()?,
         })))
     }
@@ -127,6 +133,27 @@ impl Output {
         self.lock().pending() > LIMIT
     }
 
+    /// Whether the buffer has no more than `limit` bytes. If it has, [`Output::room`] will be signalled when it is
+    /// within [`LIMIT`].
+    pub fn has_room(&self, limit: usize) -> bool {
+        let mut state = self.lock();
+        state.room_wanted = state.pending() > limit;
+        !state.room_wanted
+    }
+
+    /// Readable when [`Output::has_room`] said no and would say yes now.
+    pub fn room(&self) -> &EventFd {
+        &self.0.room
+    }
+
+    fn tell_room(&self, state: &mut State) {
+        self.0.drained.notify_all();
+        if state.room_wanted && state.pending() <= LIMIT {
+            state.room_wanted = false;
+            let _ = self.0.room.write(1);
+        }
+    }
+
     /// Waits until there is room, or until `interrupted` says true after a [`Output::wake`].
     pub fn wait_room(&self, interrupted: impl Fn() -> bool) {
         let mut state = self.lock();
@@ -162,7 +189,7 @@ impl Output {
         loop {
             let mut state = self.lock();
             state.in_flight = 0;
-            self.0.drained.notify_all();
+            self.tell_room(&mut state);
             // Sleep until woken; what came in while the last chunk was written goes out at once.
             state.idle = state.buffer.is_empty();
             while state.idle && !state.closing {
@@ -180,8 +207,9 @@ impl Output {
             if let Err(e) = write_all(&mut *destination.writer, &chunk) {
                 log::warn!("{}: cannot write console output ({e}); it is thrown away from here on", destination.name);
                 let mut state = self.lock();
-                *state = State { broken: true, closing: state.closing, ..State::default() };
-                self.0.drained.notify_all();
+                let State { closing, room_wanted, .. } = *state;
+                *state = State { broken: true, closing, room_wanted, ..State::default() };
+                self.tell_room(&mut state);
                 if state.closing {
                     let _ = self.0.done.write(1);
                 }
@@ -257,6 +285,29 @@ mod tests {
         stop.store(true, Ordering::SeqCst);
         output.wake();
         waiter.join().unwrap();
+    }
+
+    #[test]
+    fn room_is_told_to_who_asked_for_it() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let output = Output::new(Destination { name: "pipe".into(), writer: Box::new(writer), eager: false }).unwrap();
+        assert!(output.has_room(LIMIT));
+        output.push(&vec![b'x'; 1 << 20]);
+        assert!(!output.has_room(LIMIT));
+        assert!(output.room().read().is_err());
+        io::Read::read_exact(&mut reader, &mut vec![0; 1 << 20]).unwrap();
+        let limit = std::time::Instant::now() + Duration::from_secs(10);
+        while output.room().read().is_err() {
+            assert!(std::time::Instant::now() < limit);
+        }
+        assert!(output.has_room(LIMIT));
+        // Who is gone takes everything.
+        output.push(&vec![b'x'; 1 << 20]);
+        assert!(!output.has_room(LIMIT));
+        drop(reader);
+        while output.room().read().is_err() {
+            assert!(std::time::Instant::now() < limit);
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::{Failure, Usage, chain, print, say};
+use crate::backend::console::ConsoleEnd;
 use crate::boot::BootMode;
 use crate::config::{Acpi, CpuConfig, MachineConfig};
 use crate::devices::serial::SerialConfig;
@@ -22,12 +23,15 @@ use crate::options::Span;
 use crate::outcome::{EXIT_VIREO_FAILED, Report};
 use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
+use crate::virtio::console::PortConfig;
 use crate::virtio::net::NetConfig;
 use crate::virtio::rng::RngConfig;
 use crate::virtio::vsock::VsockConfig;
 
 /// What the guest is told when nothing is said.
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
+/// The same with `--console`.
+const VIRTIO_CMDLINE: &str = "console=hvc0";
 
 /// Flags of `vireo run`.
 #[derive(Args)]
@@ -43,7 +47,7 @@ pub struct RunArgs {
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// Kernel command line, passed as it is [default: console=ttyS0]
+    /// Kernel command line, passed as it is [default: console=ttyS0, console=hvc0 with --console]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
     /// How the kernel is entered: bzimage runs its own decompressor, direct is the 64-bit entry
@@ -79,6 +83,12 @@ pub struct RunArgs {
     /// First serial port: stdio, file:PATH, pty, socket:PATH or null [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
+    /// Virtio console (console=hvc0): stdio, file:PATH, pty, socket:PATH or null; stdio is taken from the serial port
+    #[arg(long, value_name = "WHERE")]
+    console: Option<ConsoleEnd>,
+    /// Virtio port for data: NAME,to=WHERE as for --console; may be given several times
+    #[arg(long, value_name = "NAME")]
+    console_port: Vec<PortConfig>,
     /// ACPI tables, or else an MP table and virtio_mmio.device= parameters [default: on]
     #[arg(long, value_name = "on|off", hide_possible_values = true)]
     acpi: Option<Acpi>,
@@ -130,7 +140,7 @@ impl RunArgs {
         let mut config = match &self.config {
             None => {
                 let mut config = MachineConfig::default();
-                config.boot.cmdline = DEFAULT_CMDLINE.into();
+                config.boot.cmdline = if self.console.is_some() { VIRTIO_CMDLINE } else { DEFAULT_CMDLINE }.into();
                 config
             }
             Some(path) => {
@@ -145,6 +155,12 @@ impl RunArgs {
         set(&mut config.cpu, &self.cpus);
         set(&mut config.cpu.features, &self.cpu);
         set(&mut config.serial, &self.serial);
+        config.console = self.console.clone().or(config.console);
+        config.console_ports.extend_from_slice(&self.console_port);
+        let mut ends = config.console.iter().chain(config.console_ports.iter().map(|port| &port.to));
+        if self.serial.is_none() && ends.any(|end| *end == ConsoleEnd::Stdio) {
+            config.serial = ConsoleEnd::Null;
+        }
         set(&mut config.acpi, &self.acpi);
         config.boot.initrd = self.initrd.clone().or(config.boot.initrd);
         config.uuid = self.uuid.or(config.uuid);

@@ -4,80 +4,22 @@
 //! entries into the guest, not here. Received bytes are taken as far as the FIFO has room; when the guest has read
 //! them, [`GuestEvent::ConsoleInputRoom`] asks for more, so nothing is dropped under a flood.
 
-use std::fmt;
 use std::io::{self, Write};
-use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::{Deserialize, Serialize};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 
+use crate::backend::console::Receiver;
+use crate::backend::console_watch::ConsoleWatch;
 use crate::backend::output::Output;
 use crate::bus::BusDevice;
-use crate::event::{GuestEvent, GuestEvents, PanicSource};
+use crate::event::{GuestEvent, GuestEvents};
 use crate::irq::IrqLine;
 
 /// `--serial`: where the first serial port leads.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum SerialConfig {
-    /// Standard input and output.
-    #[default]
-    Stdio,
-    /// Output thrown away, no input.
-    Null,
-    /// A new pseudo-terminal, whose name is told on stderr.
-    Pty,
-    /// Output written to a file, which is created or truncated; no input.
-    File(PathBuf),
-    /// A listening unix socket; one client at a time, output without one is thrown away.
-    Socket(PathBuf),
-}
-
-impl FromStr for SerialConfig {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (kind, path) = text.split_once(':').map_or((text, None), |(kind, path)| (kind, Some(path)));
-        match (kind, path) {
-            ("stdio", None) => Ok(SerialConfig::Stdio),
-            ("null", None) => Ok(SerialConfig::Null),
-            ("pty", None) => Ok(SerialConfig::Pty),
-            ("file", Some(path)) if !path.is_empty() => Ok(SerialConfig::File(path.into())),
-            ("socket", Some(path)) if !path.is_empty() => Ok(SerialConfig::Socket(path.into())),
-            _ => Err(format!("'{text}' is none of stdio, null, pty, file:PATH and socket:PATH")),
-        }
-    }
-}
-
-impl TryFrom<String> for SerialConfig {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-impl From<SerialConfig> for String {
-    fn from(config: SerialConfig) -> String {
-        config.to_string()
-    }
-}
-
-impl fmt::Display for SerialConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            SerialConfig::Stdio => f.write_str("stdio"),
-            SerialConfig::Null => f.write_str("null"),
-            SerialConfig::Pty => f.write_str("pty"),
-            SerialConfig::File(path) => write!(f, "file:{}", path.display()),
-            SerialConfig::Socket(path) => write!(f, "socket:{}", path.display()),
-        }
-    }
-}
+pub use crate::backend::console::ConsoleEnd as SerialConfig;
 
 /// The serial port as a device.
 pub struct SerialPort {
@@ -97,10 +39,10 @@ impl SerialPort {
     fn lock(&self) -> MutexGuard<'_, Serial<Irq, InputRoom, Transmitter>> {
         self.uart.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    /// Gives the guest input and returns how many bytes it had room for. When it was not all,
-    /// [`GuestEvent::ConsoleInputRoom`] tells when to try again.
-    pub fn receive(&self, bytes: &[u8]) -> usize {
+impl Receiver for SerialPort {
+    fn receive(&self, bytes: &[u8]) -> usize {
         let mut uart = self.lock();
         let taken = uart.enqueue_raw_bytes(bytes).unwrap_or(0);
         self.room_wanted.store(taken < bytes.len(), Ordering::Release);
@@ -168,67 +110,6 @@ impl Write for Transmitter {
     }
 }
 
-/// Reads along with the console for the few lines of a Linux kernel that tell what nothing else does. A program in
-/// the guest can print them too, so what comes from here is called what it is: judged by the console.
-struct ConsoleWatch {
-    line: Vec<u8>,
-    seen_byte: bool,
-    events: GuestEvents,
-}
-
-/// Longest line that is looked at; all texts of interest stand at the beginning of theirs.
-const LINE_MAX: usize = 128;
-
-impl ConsoleWatch {
-    fn new(events: GuestEvents) -> Self {
-        ConsoleWatch { line: Vec::with_capacity(LINE_MAX), seen_byte: false, events }
-    }
-
-    fn scan(&mut self, bytes: &[u8]) {
-        if !self.seen_byte && !bytes.is_empty() {
-            self.seen_byte = true;
-            self.events.post(GuestEvent::ConsoleFirstByte);
-        }
-        for byte in bytes {
-            match byte {
-                b'\r' => {}
-                b'\n' => {
-                    self.judge();
-                    self.line.clear();
-                }
-                byte if self.line.len() < LINE_MAX => self.line.push(*byte),
-                _ => {}
-            }
-        }
-    }
-
-    fn judge(&self) {
-        let text = without_timestamp(&self.line);
-        if text.starts_with(b"Kernel panic - not syncing") {
-            self.events.post(GuestEvent::Panicked(PanicSource::Console));
-        } else if text.starts_with(b"---[ end Kernel panic - not syncing") {
-            self.events.post(GuestEvent::PanicEnded);
-        } else if text.starts_with(b"reboot: Restarting system") {
-            self.events.post(GuestEvent::Restarting);
-        } else if text.starts_with(b"Run /") && text.ends_with(b" as init process") {
-            self.events.post(GuestEvent::InitStarted);
-        }
-    }
-}
-
-/// Strips printk's `[    1.234567] `, and a caller id like `[T1]` or `[    T1]` behind it.
-fn without_timestamp(mut line: &[u8]) -> &[u8] {
-    while let Some(rest) = line.strip_prefix(b"[") {
-        let Some(end) = rest.iter().position(|b| *b == b']') else { break };
-        let inside_is_stamp = rest[..end].iter().all(|b| matches!(b, b'0'..=b'9' | b'.' | b' ' | b'T' | b'C'));
-        if end == 0 || !inside_is_stamp {
-            break;
-        }
-        line = rest[end + 1..].trim_ascii_start();
-    }
-    line
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -271,37 +152,6 @@ mod tests {
                 port.read(offset, &mut data);
                 port.write(offset, &data);
             }
-        }
-    }
-
-    fn events_of(text: &str) -> Vec<GuestEvent> {
-        let events = GuestEvents::new().unwrap();
-        let mut watch = ConsoleWatch::new(events.clone());
-        // Byte by byte, as a UART sends.
-        text.as_bytes().iter().for_each(|b| watch.scan(&[*b]));
-        std::iter::from_fn(|| events.take()).skip(1).collect()
-    }
-
-    #[test]
-    fn tell_tale_lines_are_found() {
-        let panicked = GuestEvent::Panicked(PanicSource::Console);
-        assert_eq!(events_of("[    0.512345] Kernel panic - not syncing: VFS\r\n"), [panicked]);
-        assert_eq!(events_of("[    0.5][    T1] Kernel panic - not syncing: VFS\n"), [panicked]);
-        assert_eq!(events_of("Kernel panic - not syncing: VFS\n"), [panicked]);
-        assert_eq!(events_of("[ 1.0] ---[ end Kernel panic - not syncing: VFS ]---\n"), [GuestEvent::PanicEnded]);
-        assert_eq!(events_of("[ 1.0] reboot: Restarting system\n"), [GuestEvent::Restarting]);
-        assert_eq!(events_of("[ 1.0] Run /init as init process\n"), [GuestEvent::InitStarted]);
-        assert_eq!(events_of("he said: Kernel panic - not syncing\n[x] Kernel panic - not syncing\n"), []);
-        assert_eq!(events_of(&format!("{}\n[[[[]]]\n[", "x".repeat(100_000))), []);
-    }
-
-    #[test]
-    fn destinations() {
-        for text in ["stdio", "null", "pty", "file:/tmp/a:b", "socket:x"] {
-            assert_eq!(text.parse::<SerialConfig>().unwrap().to_string(), text);
-        }
-        for text in ["", "file", "file:", "stdio:x", "tcp:1"] {
-            assert!(text.parse::<SerialConfig>().is_err(), "{text}");
         }
     }
 }

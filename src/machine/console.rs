@@ -1,18 +1,106 @@
-//! Console input on its way to the guest: waits for readiness, filters the terminal's escapes, and keeps what the
+//! Consoles and ports of a machine: opening their host's side, and input on its way to the guest. That
+//! waits for readiness, filters the terminal's escapes, and keeps what the
 //! UART has no room for. Input that is not typed is read only as far as the guest takes it, so nothing is dropped.
 
-use std::io;
+use std::io::{self, Write};
+use std::sync::Arc;
 
-use crate::backend::console::{Got, Input};
-use crate::devices::serial::SerialPort;
-use crate::event::{Interest, Poller};
-use crate::terminal::{Command, Escapes};
+use super::{Error, host};
+use crate::backend::console::{self, ConsoleEnd, Got, Input, Receiver};
+use crate::backend::output::Output;
+use crate::config::MachineConfig;
+use crate::event::{GuestEvents, Interest, Poller};
+use crate::terminal::{self, Command, Escapes};
+use crate::virtio::console::{Console, NewPort};
 
 /// What somebody typed ahead of the guest beyond this is dropped, because Ctrl-A X must be heard whatever the guest
 /// does: 64 KiB.
 const TYPE_AHEAD: usize = 64 << 10;
 
-/// The input half of the console while the guest runs.
+/// A console or port: both halves of its host's side, and what in the machine takes its input.
+pub struct Line {
+    /// Where input comes from.
+    pub input: Input,
+    /// Where it goes.
+    pub receiver: Arc<dyn Receiver>,
+    /// Where output goes.
+    pub output: Output,
+}
+
+/// Opens one; `what` is for messages.
+pub(super) fn open(end: &ConsoleEnd, what: &str) -> Result<(Input, Output), Error> {
+    let opened = match end {
+        ConsoleEnd::Stdio => console::stdio(),
+        ConsoleEnd::Null => console::Console { output: None, input: Input::None },
+        ConsoleEnd::File(path) => console::file(path)?,
+        ConsoleEnd::Socket(path) => console::socket(path)?,
+        ConsoleEnd::Pty => {
+            let (console, path) = console::pty()?;
+            // Unlike `eprintln!` this takes it if stderr is gone.
+            let _ = writeln!(io::stderr(), "vireo: {what} is on {}", path.display());
+            console
+        }
+    };
+    let output = opened.output.map_or_else(Output::discard, Output::new).map_err(host("the console's thread"))?;
+    Ok((opened.input, output))
+}
+
+/// The virtio console device with what its ports lead to, if there are any.
+pub(super) fn open_virtio(config: &MachineConfig, events: &GuestEvents) -> Result<Option<(Console, Vec<Line>)>, Error> {
+    let (mut ports, mut ends) = (Vec::new(), Vec::new());
+    let named = config.console_ports.iter().map(|port| (Some(port.name.clone()), &port.to));
+    for (name, end) in config.console.iter().map(|end| (None, end)).chain(named) {
+        let what = name.as_ref().map_or("the console".to_string(), |name| format!("port {name}"));
+        let (input, output) = open(end, &what)?;
+        ports.push(NewPort { name, output: output.clone() });
+        ends.push((input, output));
+    }
+    if ports.is_empty() {
+        return Ok(None);
+    }
+    let device = Console::new("console", ports, events).map_err(host("an eventfd"))?;
+    let lines = device.host_ports().into_iter().zip(ends).map(|(port, (input, output))| Line {
+        input,
+        receiver: Arc::new(port),
+        output,
+    });
+    let lines = lines.collect();
+    Ok(Some((device, lines)))
+}
+
+/// A line while the guest runs.
+pub(super) struct RunningLine {
+    pub(super) input: ConsoleInput,
+    receiver: Arc<dyn Receiver>,
+    pub(super) output: Output,
+    /// Its terminal, if it has one.
+    terminal: Option<i32>,
+}
+
+impl RunningLine {
+    /// The readiness of its input will be `token`; with `escapes` Ctrl-A commands are looked for.
+    pub(super) fn new(line: Line, token: u64, escapes: bool) -> Self {
+        let Line { input, receiver, output } = line;
+        let terminal = input.fd().filter(|_| input.is_terminal());
+        let line = RunningLine { input: ConsoleInput::new(input, token, escapes), receiver, output, terminal };
+        line.resize();
+        line
+    }
+
+    /// See [`ConsoleInput::pump`].
+    pub(super) fn pump(&mut self, readable: bool, poller: &Poller) -> io::Result<Option<Command>> {
+        self.input.pump(readable, poller, &*self.receiver)
+    }
+
+    /// Tells the guest how large the terminal is.
+    pub(super) fn resize(&self) {
+        if let Some((columns, rows)) = self.terminal.and_then(terminal::window_size) {
+            self.receiver.resize(columns, rows);
+        }
+    }
+}
+
+/// The input half of a console while the guest runs.
 pub struct ConsoleInput {
     input: Input,
     token: u64,
@@ -45,8 +133,8 @@ impl ConsoleInput {
 
     /// Moves input towards the guest: first what is pending, then, if `readable`, what is new. Call it when `token`
     /// is ready (`readable`), when the guest has room, and now and then.
-    pub fn pump(&mut self, readable: bool, poller: &Poller, serial: &SerialPort) -> io::Result<Option<Command>> {
-        self.feed(serial);
+    pub fn pump(&mut self, readable: bool, poller: &Poller, receiver: &dyn Receiver) -> io::Result<Option<Command>> {
+        self.feed(receiver);
         let mut command = None;
         let mut readable = readable || std::mem::take(&mut self.absent);
         while (readable || self.always_ready) && command.is_none() && self.wants_more() {
@@ -58,7 +146,12 @@ impl ConsoleInput {
                 Got::End => self.ended = true,
             }
             readable = false;
-            self.feed(serial);
+            self.feed(receiver);
+        }
+        // Who went away is gone when the last that came from him is.
+        let connected = self.input.connected();
+        if connected || self.pending.is_empty() {
+            receiver.connected(connected);
         }
         self.register(poller)?;
         Ok(command)
@@ -78,9 +171,9 @@ impl ConsoleInput {
         command
     }
 
-    fn feed(&mut self, serial: &SerialPort) {
+    fn feed(&mut self, receiver: &dyn Receiver) {
         if !self.pending.is_empty() {
-            let taken = serial.receive(&self.pending);
+            let taken = receiver.receive(&self.pending);
             self.pending.drain(..taken);
         }
     }

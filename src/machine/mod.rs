@@ -6,14 +6,13 @@ pub mod console;
 pub mod mailbox;
 pub mod run;
 
-use std::io::{self, Write};
+use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
 use uuid::Uuid;
 
-use crate::backend::console::{self as host_console, Console};
-use crate::backend::output::Output;
+use crate::backend::console as host_console;
 use crate::boot::{self, BootFiles, Platform, Protocol};
 use crate::bus::{Bus, BusDevice, Overlap};
 use crate::config::{self, Acpi, HostLimits, MachineConfig};
@@ -21,7 +20,7 @@ use crate::devices::i8042::I8042;
 use crate::devices::power::Power;
 use crate::devices::power_button::PowerButton;
 use crate::devices::pvpanic::Pvpanic;
-use crate::devices::serial::{SerialConfig, SerialPort};
+use crate::devices::serial::SerialPort;
 use crate::event::GuestEvents;
 use crate::irq::IrqLine;
 use crate::kvm::cpuid::{Template, TemplateError};
@@ -33,6 +32,7 @@ use crate::outcome::{BootTiming, Mark};
 use crate::vcpu::{self, Board, Vcpu};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{self, Blk};
+use crate::virtio::console::Console;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::net::{self, Net};
 use crate::virtio::rng::Rng;
@@ -60,7 +60,7 @@ pub enum Error {
     /// RAM.
     #[error(transparent)]
     Memory(#[from] memory::Error),
-    /// The serial port's other end.
+    /// The other end of a console or port.
     #[error(transparent)]
     Console(#[from] host_console::Error),
     /// A disk.
@@ -102,8 +102,8 @@ pub struct Machine {
     ram: GuestRam,
     vcpus: Vec<Vcpu>,
     board: Arc<Board>,
-    serial: Arc<SerialPort>,
-    input: host_console::Input,
+    /// The serial port, then those of the virtio console.
+    lines: Vec<console::Line>,
     devices: Vec<Arc<MmioTransport>>,
     power_button: PowerButton,
     timing: BootTiming,
@@ -121,7 +121,9 @@ impl Machine {
         let kvm = Kvm::open(kvm::DEV_KVM)?;
         let cpuid = Template::new(&kvm, &config.cpu.features.parse().unwrap_or_default())?;
         config.validate_host(HostLimits { max_vcpus: kvm.max_vcpus(), phys_bits: cpuid.phys_bits() })?;
-        let devices = open_devices(&config)?;
+        let events = GuestEvents::new().map_err(host("an eventfd"))?;
+        let (virtio_console, mut lines) = console::open_virtio(&config, &events)?.unzip();
+        let devices = open_devices(&config, virtio_console)?;
         let platform = Platform {
             cpus: config.cpu.count,
             acpi: config.acpi == Acpi::On,
@@ -130,7 +132,7 @@ impl Machine {
             serial: true,
         };
         let boot = BootFiles::open(&with_device_parameters(&config, &platform)?, config.memory.size.0)?;
-        let console = open_console(&config.serial)?;
+        let (input, output) = console::open(&config.serial, "the serial console")?;
         let ram = GuestRam::new(&config.memory)?;
 
         let vm = kvm.create_vm(config.acpi == Acpi::Off || boot.describe().protocol == Protocol::Pvh)?;
@@ -138,14 +140,10 @@ impl Machine {
         let vcpus = create_vcpus(&vm, &cpuid, &config)?;
         let ring = coalesce(&vm, &vcpus)?;
 
-        let events = GuestEvents::new().map_err(host("an eventfd"))?;
-        let output = match console.output {
-            Some(destination) => Output::new(destination),
-            None => Output::discard(),
-        };
-        let output = output.map_err(host("the console's thread"))?;
         let serial_irq = irq_line(&vm, layout::SERIAL_GSI)?;
         let serial = Arc::new(SerialPort::new(serial_irq, output.clone(), events.clone()));
+        let mut all_lines = vec![console::Line { input, receiver: serial.clone(), output: output.clone() }];
+        all_lines.append(lines.get_or_insert_default());
         let power_button = PowerButton::new(irq_line(&vm, layout::GED_GSI)?);
         let pio = pio_bus(&events, serial.clone())?;
         let (mmio, devices) = mmio_bus(&vm, &ram, devices)?;
@@ -153,7 +151,6 @@ impl Machine {
         timing.mark(Mark::KvmReady);
 
         let kernel = boot.describe().to_string();
-        let input = console.input;
         Ok(Machine {
             config,
             boot: Some(boot),
@@ -161,8 +158,7 @@ impl Machine {
             ram,
             vcpus,
             board,
-            serial,
-            input,
+            lines: all_lines,
             devices,
             power_button,
             timing,
@@ -190,7 +186,7 @@ impl Machine {
 }
 
 /// Every virtio device that the configuration asks for, in slot order, its files open and locked.
-fn open_devices(config: &MachineConfig) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
+fn open_devices(config: &MachineConfig, console: Option<Console>) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for (i, disk) in config.disks.iter().enumerate() {
         devices.push(Box::new(Blk::new(format!("disk{i}"), disk)?));
@@ -206,6 +202,9 @@ fn open_devices(config: &MachineConfig) -> Result<Vec<Box<dyn VirtioDevice>>, Er
     }
     if let Some(balloon) = &config.balloon {
         devices.push(Box::new(Balloon::new(BALLOON, balloon, config.memory.size)));
+    }
+    if let Some(console) = console {
+        devices.push(Box::new(console));
     }
     if devices.len() > layout::VIRTIO_SLOTS as usize {
         return Err(Error::TooManyDevices(devices.len()));
@@ -226,21 +225,6 @@ fn with_device_parameters(config: &MachineConfig, platform: &Platform) -> Result
 /// Not by the uuid crate, which panics when the host has no random numbers for it.
 fn random_uuid() -> Result<Uuid, Error> {
     Ok(uuid::Builder::from_random_bytes(boot::kaslr::random()?).into_uuid())
-}
-
-fn open_console(config: &SerialConfig) -> Result<Console, Error> {
-    Ok(match config {
-        SerialConfig::Stdio => host_console::stdio(),
-        SerialConfig::Null => Console { output: None, input: host_console::Input::None },
-        SerialConfig::File(path) => host_console::file(path)?,
-        SerialConfig::Socket(path) => host_console::socket(path)?,
-        SerialConfig::Pty => {
-            let (console, path) = host_console::pty()?;
-            // Unlike `eprintln!` this takes it if stderr is gone.
-            let _ = writeln!(io::stderr(), "vireo: the serial console is on {}", path.display());
-            console
-        }
-    })
 }
 
 fn create_vcpus(vm: &Vm, cpuid: &Template, config: &MachineConfig) -> Result<Vec<Vcpu>, Error> {

@@ -16,11 +16,10 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::console::ConsoleInput;
+use super::console::RunningLine;
 use super::mailbox::{Mailbox, Request};
 use super::{Error, Machine, host};
 use crate::devices::power_button::PowerButton;
-use crate::devices::serial::{SerialConfig, SerialPort};
 use crate::event::{GuestEvent, Interest, PanicSource, Poller, Signals};
 use crate::kvm;
 use crate::outcome::{BootTiming, Exits, Mark, Outcome};
@@ -43,7 +42,8 @@ pub struct RunOptions {
 }
 
 /// Signals that [`RunOptions::signals`] should collect.
-pub const SIGNALS: [i32; 6] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP, libc::SIGCONT];
+pub const SIGNALS: [i32; 7] =
+    [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP, libc::SIGCONT, libc::SIGWINCH];
 
 /// What a run came to.
 pub struct Ended {
@@ -70,8 +70,10 @@ const SIGNAL: u64 = 0;
 const MAIL: u64 = 1;
 const GUEST: u64 = 2;
 const TICKED: u64 = 3;
-const INPUT: u64 = 4;
-const WRITTEN: u64 = 5;
+/// The first of as many as there are lines.
+const INPUT: u64 = 1 << 16;
+/// The first of as many as there are lines.
+const WRITTEN: u64 = 1 << 17;
 
 impl Machine {
     /// Starts the vCPUs and waits until the guest has ended and its output is written.
@@ -96,8 +98,8 @@ struct Running {
     options: RunOptions,
     mailbox: Arc<Mailbox>,
     board: Arc<Board>,
-    serial: Arc<SerialPort>,
-    input: ConsoleInput,
+    /// The serial port, then those of the virtio console.
+    lines: Vec<RunningLine>,
     devices: Vec<Arc<MmioTransport>>,
     power_button: PowerButton,
     vcpus: Vec<VcpuThread>,
@@ -126,21 +128,15 @@ struct SleepWatch {
 
 impl Running {
     fn start(machine: Machine, options: RunOptions, mailbox: Arc<Mailbox>) -> Result<Self, Error> {
-        let Machine { config, ram, vcpus, board, serial, input, devices, power_button, mut timing, vm, .. } = machine;
-        let on_terminal = config.serial == SerialConfig::Stdio && input.is_terminal();
-        let raw_mode = match input.fd() {
-            Some(fd) if on_terminal => RawMode::enter(fd).map_err(host("the terminal"))?,
-            _ => None,
-        };
+        let Machine { config, ram, vcpus, board, lines, devices, power_button, mut timing, vm, .. } = machine;
+        let on_terminal = lines.iter().find(|line| line.input.is_terminal()).and_then(|line| line.input.fd());
+        let raw_mode = on_terminal.map_or(Ok(None), RawMode::enter).map_err(host("the terminal"))?;
         let poller = Poller::new().map_err(host("an epoll descriptor"))?;
         let mut ticker = TimerFd::new().map_err(|e| Error::Host("a timer", e.into()))?;
         ticker.reset(TICK, Some(TICK)).map_err(|e| Error::Host("a timer", e.into()))?;
-        let mut fds = vec![
-            (MAIL, mailbox.fd.as_raw_fd()),
-            (GUEST, board.events.fd().as_raw_fd()),
-            (TICKED, ticker.as_raw_fd()),
-            (WRITTEN, board.output.done().as_raw_fd()),
-        ];
+        let mut fds =
+            vec![(MAIL, mailbox.fd.as_raw_fd()), (GUEST, board.events.fd().as_raw_fd()), (TICKED, ticker.as_raw_fd())];
+        fds.extend((WRITTEN..).zip(&lines).map(|(token, line)| (token, line.output.done().as_raw_fd())));
         fds.extend(options.signals.as_ref().map(|s| (SIGNAL, s.as_raw_fd())));
         for (token, fd) in fds {
             poller.add(fd, token, Interest::Read).map_err(host("an epoll descriptor"))?;
@@ -165,6 +161,11 @@ impl Running {
         }
         let deadline = options.timeout.map(|limit| Instant::now() + limit.saturating_sub(timing.elapsed()));
         let escapes = raw_mode.is_some();
+        let lines = lines.into_iter().zip(INPUT..).map(|(line, token)| {
+            let escapes = escapes && line.input.is_terminal();
+            RunningLine::new(line, token, escapes)
+        });
+        let lines = lines.collect();
         Ok(Running {
             raw_mode,
             poller,
@@ -173,8 +174,7 @@ impl Running {
             options,
             mailbox,
             board,
-            serial,
-            input: ConsoleInput::new(input, INPUT, escapes),
+            lines,
             devices,
             power_button,
             vcpus: threads,
@@ -192,7 +192,7 @@ impl Running {
     }
 
     fn wait_for_end(&mut self) -> Result<Outcome, Error> {
-        let mut ready: Vec<u64> = vec![INPUT];
+        let mut ready: Vec<u64> = (INPUT..).take(self.lines.len()).collect();
         loop {
             for token in ready.drain(..) {
                 let outcome = match token {
@@ -200,7 +200,7 @@ impl Running {
                     MAIL => self.on_mail()?,
                     GUEST => self.on_guest_events(),
                     TICKED => self.on_tick()?,
-                    INPUT => self.on_input(true)?,
+                    INPUT..WRITTEN => self.on_input(token, true)?,
                     _ => None,
                 };
                 if let Some(outcome) = outcome {
@@ -269,6 +269,7 @@ impl Running {
                     stop_this_process();
                 }
                 libc::SIGCONT => self.raw_mode.iter().for_each(RawMode::continued),
+                libc::SIGWINCH => self.lines.iter().for_each(RunningLine::resize),
                 signal => return Some(signal),
             }
         }
@@ -337,8 +338,10 @@ impl Running {
                 GuestEvent::ConsoleFirstByte => self.timing.mark(Mark::FirstSerialByte),
                 GuestEvent::Restarting => self.restarting = true,
                 GuestEvent::ConsoleInputRoom => {
-                    if let Err(e) = self.input.pump(false, &self.poller, &self.serial) {
-                        log::warn!("console input is lost: {e}");
+                    for line in &mut self.lines {
+                        if let Err(e) = line.pump(false, &self.poller) {
+                            log::warn!("console input is lost: {e}");
+                        }
                     }
                 }
             }
@@ -353,15 +356,19 @@ impl Running {
         if !self.paused && !self.board.output.is_full() {
             self.exits.coalesced += self.board.drain();
         }
-        self.board.output.flush();
-        if let Some(outcome) = self.on_input(false)? {
-            return Ok(Some(outcome));
+        for token in (INPUT..).take(self.lines.len()) {
+            if let Some(outcome) = self.on_input(token, false)? {
+                return Ok(Some(outcome));
+            }
         }
         Ok(if self.all_asleep() { Some(Outcome::Halted) } else { None })
     }
 
-    fn on_input(&mut self, readable: bool) -> Result<Option<Outcome>, Error> {
-        let command = self.input.pump(readable, &self.poller, &self.serial).map_err(host("console input"))?;
+    fn on_input(&mut self, token: u64, readable: bool) -> Result<Option<Outcome>, Error> {
+        let line = usize::try_from(token - INPUT).ok().and_then(|line| self.lines.get_mut(line));
+        let Some(line) = line else { return Ok(None) };
+        line.output.flush();
+        let command = line.pump(readable, &self.poller).map_err(host("console input"))?;
         match command {
             Some(Escape::Quit) => return Ok(Some(Outcome::Quit)),
             Some(Escape::Help) => _ = io::stderr().write_all(terminal::HELP.as_bytes()),
@@ -423,21 +430,34 @@ impl Running {
         }
         self.exits.coalesced += self.board.drain();
         self.devices.iter().filter_map(|d| d.stop().err()).for_each(|stuck| log::warn!("{stuck}"));
-        self.board.output.close();
+        self.lines.iter().for_each(|line| line.output.close());
     }
 
-    /// Waits until the last byte of the console is written, or somebody loses patience.
+    /// Waits until the last byte of every console is written, or somebody loses patience.
     fn wait_for_output(&mut self, outcome: &Outcome) -> Result<(), Error> {
         // Somebody who stopped the guest wants to be gone: readers that still read get a second.
         let impatient = matches!(outcome, Outcome::Quit | Outcome::Killed(_) | Outcome::TimedOut(_));
         let limit = if impatient { Some(Instant::now() + Duration::from_secs(1)) } else { self.deadline };
+        let mut quit = false;
+        let mut unwritten = self.lines.len();
         loop {
             let timeout = limit.map(|d| d.saturating_duration_since(Instant::now()));
             let ready: Vec<u64> = self.poller.wait(timeout).map_err(host("waiting for events"))?.collect();
+            for token in &ready {
+                match token {
+                    WRITTEN.. => {
+                        // Each tells it once.
+                        let line = self.lines.get((token - WRITTEN) as usize);
+                        unwritten -= usize::from(line.is_some_and(|line| line.output.done().read().is_ok()));
+                    }
+                    INPUT.. if self.on_input(*token, true)? == Some(Outcome::Quit) => quit = true,
+                    _ => {}
+                }
+            }
             let given_up = limit.is_some_and(|d| d <= Instant::now())
                 || ready.contains(&SIGNAL) && self.ending_signal().is_some()
-                || ready.contains(&INPUT) && self.on_input(true)? == Some(Outcome::Quit);
-            if ready.contains(&WRITTEN) {
+                || quit;
+            if unwritten == 0 {
                 return Ok(());
             }
             if given_up {

@@ -9,6 +9,7 @@
 pub mod balloon;
 pub mod blk;
 pub mod chain;
+pub mod console;
 pub mod control;
 pub mod mmio;
 pub mod net;

@@ -1,0 +1,92 @@
+//! What a console's text gives away about its guest.
+
+use crate::event::{GuestEvent, GuestEvents, PanicSource};
+
+/// Reads along with the console for the few lines of a Linux kernel that tell what nothing else does. A program in
+/// the guest can print them too, so what comes from here is called what it is: judged by the console.
+pub struct ConsoleWatch {
+    line: Vec<u8>,
+    seen_byte: bool,
+    events: GuestEvents,
+}
+
+/// Longest line that is looked at; all texts of interest stand at the beginning of theirs.
+const LINE_MAX: usize = 128;
+
+impl ConsoleWatch {
+    /// Tells `events` what it finds.
+    pub fn new(events: GuestEvents) -> Self {
+        ConsoleWatch { line: Vec::with_capacity(LINE_MAX), seen_byte: false, events }
+    }
+
+    /// Looks at the next bytes of the console.
+    pub fn scan(&mut self, bytes: &[u8]) {
+        if !self.seen_byte && !bytes.is_empty() {
+            self.seen_byte = true;
+            self.events.post(GuestEvent::ConsoleFirstByte);
+        }
+        for byte in bytes {
+            match byte {
+                b'\r' => {}
+                b'\n' => {
+                    self.judge();
+                    self.line.clear();
+                }
+                byte if self.line.len() < LINE_MAX => self.line.push(*byte),
+                _ => {}
+            }
+        }
+    }
+
+    fn judge(&self) {
+        let text = without_timestamp(&self.line);
+        if text.starts_with(b"Kernel panic - not syncing") {
+            self.events.post(GuestEvent::Panicked(PanicSource::Console));
+        } else if text.starts_with(b"---[ end Kernel panic - not syncing") {
+            self.events.post(GuestEvent::PanicEnded);
+        } else if text.starts_with(b"reboot: Restarting system") {
+            self.events.post(GuestEvent::Restarting);
+        } else if text.starts_with(b"Run /") && text.ends_with(b" as init process") {
+            self.events.post(GuestEvent::InitStarted);
+        }
+    }
+}
+
+/// Strips printk's `[    1.234567] `, and a caller id like `[T1]` or `[    T1]` behind it.
+fn without_timestamp(mut line: &[u8]) -> &[u8] {
+    while let Some(rest) = line.strip_prefix(b"[") {
+        let Some(end) = rest.iter().position(|b| *b == b']') else { break };
+        let inside_is_stamp = rest[..end].iter().all(|b| matches!(b, b'0'..=b'9' | b'.' | b' ' | b'T' | b'C'));
+        if end == 0 || !inside_is_stamp {
+            break;
+        }
+        line = rest[end + 1..].trim_ascii_start();
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn events_of(text: &str) -> Vec<GuestEvent> {
+        let events = GuestEvents::new().unwrap();
+        let mut watch = ConsoleWatch::new(events.clone());
+        // Byte by byte, as a UART sends.
+        text.as_bytes().iter().for_each(|b| watch.scan(&[*b]));
+        std::iter::from_fn(|| events.take()).skip(1).collect()
+    }
+
+    #[test]
+    fn tell_tale_lines_are_found() {
+        let panicked = GuestEvent::Panicked(PanicSource::Console);
+        assert_eq!(events_of("[    0.512345] Kernel panic - not syncing: VFS\r\n"), [panicked]);
+        assert_eq!(events_of("[    0.5][    T1] Kernel panic - not syncing: VFS\n"), [panicked]);
+        assert_eq!(events_of("Kernel panic - not syncing: VFS\n"), [panicked]);
+        assert_eq!(events_of("[ 1.0] ---[ end Kernel panic - not syncing: VFS ]---\n"), [GuestEvent::PanicEnded]);
+        assert_eq!(events_of("[ 1.0] reboot: Restarting system\n"), [GuestEvent::Restarting]);
+        assert_eq!(events_of("[ 1.0] Run /init as init process\n"), [GuestEvent::InitStarted]);
+        assert_eq!(events_of("he said: Kernel panic - not syncing\n[x] Kernel panic - not syncing\n"), []);
+        assert_eq!(events_of(&format!("{}\n[[[[]]]\n[", "x".repeat(100_000))), []);
+    }
+}

@@ -1,0 +1,1050 @@
+//! Console device (5.3): a console (`hvc0`) and binary ports, each with a receive and a transmit queue.
+//!
+//! ```text
+//! host ──▶ machine loop ──▶ HostPort (64 KiB) ──▶ receive queue      control queues: which ports there are, what they
+//! host ◀── Output (64 KiB, its own thread) ◀── transmit queue        are called, who has them open
+//! ```
+//!
+//! Nothing here waits: a port whose buffer is full leaves its queue alone until there is room, and the other ports
+//! don't notice. What the host sends to a port that nobody in the guest has open stays with the host.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::chain::Chain;
+use super::queue::BATCH;
+use super::{
+    Activated, Activation, Context, DeviceId, DeviceInfo, Event, Fault, Handler, Progress, RING_FEATURES, Share,
+    StateError, VirtioDevice, queue::Queue,
+};
+use crate::backend::console::{ConsoleEnd, Receiver};
+use crate::backend::console_watch::ConsoleWatch;
+use crate::backend::output::{self, Output};
+use crate::event::{GuestEvent, GuestEvents, Interest, eventfd};
+use crate::memory::GuestRam;
+use crate::options;
+
+/// Feature bits (5.3.3).
+const F_SIZE: u64 = 1 << 0;
+const F_MULTIPORT: u64 = 1 << 1;
+
+/// Control messages (5.3.6.2).
+const DEVICE_READY: u16 = 0;
+const PORT_ADD: u16 = 1;
+const PORT_READY: u16 = 3;
+const CONSOLE_PORT: u16 = 4;
+const RESIZE: u16 = 5;
+const PORT_OPEN: u16 = 6;
+const PORT_NAME: u16 = 7;
+
+/// What a port has to be told yet, in the order in which it is; a bit each, so however often a driver asks, it stays
+/// little.
+const DUE: [(u8, u16); 5] = [
+    (DUE_ADD, PORT_ADD),
+    (DUE_CONSOLE, CONSOLE_PORT),
+    (DUE_SIZE, RESIZE),
+    (DUE_NAME, PORT_NAME),
+    (DUE_OPEN, PORT_OPEN),
+];
+const DUE_ADD: u8 = 1 << 0;
+const DUE_CONSOLE: u8 = 1 << 1;
+const DUE_SIZE: u8 = 1 << 2;
+const DUE_NAME: u8 = 1 << 3;
+const DUE_OPEN: u8 = 1 << 4;
+
+const QUEUE_SIZE: u16 = 64;
+/// Bytes of a control message's fixed part: port, event, value.
+const CONTROL: usize = 8;
+/// Longest thing that is written at once. Linux writes up to 64 KiB.
+const MAX_WRITE: u64 = 1 << 20;
+/// Bytes of output that may wait for a slow reader once the device stops: 16 MiB, more than Linux has in a ring.
+const DRAIN_LIMIT: usize = 16 << 20;
+/// Bytes of input that wait here for the guest: 64 KiB.
+const INPUT_LIMIT: usize = 64 << 10;
+/// Most ports of a device, the console among them.
+pub const MAX_PORTS: usize = 32;
+/// Longest name of a port.
+const NAME_MAX: usize = 64;
+
+const WAKE: u64 = 0;
+const ROOM: u64 = 1;
+
+/// `--console-port`: a port for data.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortConfig {
+    /// Its name in the guest's `/dev/virtio-ports`: 1 to 64 characters of printable ASCII without `/`.
+    pub name: String,
+    /// Where it leads.
+    pub to: ConsoleEnd,
+}
+
+impl FromStr for PortConfig {
+    type Err = options::Error;
+
+    fn from_str(text: &str) -> Result<Self, options::Error> {
+        options::from_str(text, Some("name"))
+    }
+}
+
+impl PortConfig {
+    /// Checks the ports of a machine together; the error is a sentence.
+    pub fn validate(ports: &[PortConfig]) -> Result<(), String> {
+        if ports.len() >= MAX_PORTS {
+            return Err(format!("{} ports are more than the {} there can be", ports.len(), MAX_PORTS - 1));
+        }
+        for (i, PortConfig { name, .. }) in ports.iter().enumerate() {
+            let good = |c: u8| c.is_ascii_graphic() && c != b'/';
+            if name.is_empty() || name.len() > NAME_MAX || !name.bytes().all(good) {
+                return Err(format!("'{name}' is no name: 1 to 64 printable ASCII characters without / are"));
+            }
+            if ports.iter().skip(i + 1).any(|other| other.name == *name) {
+                return Err(format!("the name '{name}' is given twice"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A port about to be made.
+pub struct NewPort {
+    /// Its name; without one it is the console.
+    pub name: Option<String>,
+    /// Where what the guest writes goes.
+    pub output: Output,
+}
+
+/// What is saved of a console device: what the driver knows of its ports. Bytes on their way are the host's.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleState {
+    ports: Vec<PortState>,
+}
+
+/// What a driver knows of a port.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PortState {
+    /// The driver has set it up.
+    ready: bool,
+    /// Somebody in the guest has it open.
+    open: bool,
+    /// What it was told last of whether somebody is at the host's side.
+    connected: bool,
+    /// See [`DUE`].
+    due: u8,
+}
+
+/// The device.
+pub struct Console {
+    info: DeviceInfo,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    ports: Vec<Port>,
+    /// Tells the worker that the host's side of some port has changed.
+    wake: EventFd,
+    events: GuestEvents,
+    /// Columns and rows of the console's window; 0 as long as nobody knows.
+    size: Mutex<(u16, u16)>,
+    state: Mutex<ConsoleState>,
+}
+
+struct Port {
+    name: Option<String>,
+    output: Output,
+    input: Mutex<Input>,
+    /// Reads along with the console.
+    watch: Mutex<ConsoleWatch>,
+}
+
+#[derive(Default)]
+struct Input {
+    bytes: VecDeque<u8>,
+    /// The host has more.
+    room_wanted: bool,
+    connected: bool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Console {
+    /// A device with these ports, at most [`MAX_PORTS`]; the first is that of a driver which knows only one. `events`
+    /// hears of what a console's text gives away, and of room for more input.
+    pub fn new(name: impl Into<String>, ports: Vec<NewPort>, events: &GuestEvents) -> io::Result<Self> {
+        let count = ports.len().clamp(1, MAX_PORTS);
+        let features = RING_FEATURES | F_SIZE | F_MULTIPORT;
+        // 5.3.2: two for the first port, two for control messages, two for each other port.
+        let queue_sizes = vec![QUEUE_SIZE; 2 * count + 2];
+        let make = |NewPort { name, output }| Port {
+            name,
+            output,
+            input: Mutex::default(),
+            watch: Mutex::new(ConsoleWatch::new(events.clone())),
+        };
+        let ports: Vec<Port> = ports.into_iter().take(MAX_PORTS).map(make).collect();
+        let state = Mutex::new(ConsoleState { ports: vec![PortState::default(); ports.len()] });
+        let shared = Shared { ports, wake: eventfd()?, events: events.clone(), size: Mutex::default(), state };
+        let info =
+            DeviceInfo { id: DeviceId::Console, name: name.into(), features, queue_sizes, shared_memory: vec![] };
+        Ok(Console { info, shared: Arc::new(shared) })
+    }
+
+    /// The host's side of each port, in order.
+    pub fn host_ports(&self) -> Vec<HostPort> {
+        (0..self.shared.ports.len()).map(|port| HostPort { shared: self.shared.clone(), port }).collect()
+    }
+}
+
+/// The host's side of a port.
+pub struct HostPort {
+    shared: Arc<Shared>,
+    port: usize,
+}
+
+impl HostPort {
+    /// Changes the input side; the worker is woken if that says so.
+    fn change<T>(&self, change: impl FnOnce(&mut Input) -> (T, bool)) -> Option<T> {
+        let (result, wake) = change(&mut lock(&self.shared.ports.get(self.port)?.input));
+        if wake {
+            let _ = self.shared.wake.write(1);
+        }
+        Some(result)
+    }
+}
+
+impl Receiver for HostPort {
+    fn receive(&self, bytes: &[u8]) -> usize {
+        let receive = |input: &mut Input| {
+            let room = INPUT_LIMIT.saturating_sub(input.bytes.len()).min(bytes.len());
+            input.bytes.extend(bytes.iter().take(room));
+            input.room_wanted = room < bytes.len();
+            (room, room > 0)
+        };
+        self.change(receive).unwrap_or(bytes.len())
+    }
+
+    fn connected(&self, connected: bool) {
+        self.change(|input| ((), std::mem::replace(&mut input.connected, connected) != connected));
+    }
+
+    fn resize(&self, columns: u16, rows: u16) {
+        if self.shared.ports.get(self.port).is_some_and(|port| port.name.is_none()) {
+            let old = std::mem::replace(&mut *lock(&self.shared.size), (columns, rows));
+            if old != (columns, rows) {
+                let mut state = lock(&self.shared.state);
+                if let Some(port) = state.ports.get_mut(self.port).filter(|port| port.ready) {
+                    port.due |= DUE_SIZE;
+                }
+                drop(state);
+                let _ = self.shared.wake.write(1);
+            }
+        }
+    }
+}
+
+impl VirtioDevice for Console {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// `struct virtio_console_config` (5.3.4): `cols`, `rows`, `max_nr_ports`.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let (columns, rows) = *lock(&self.shared.size);
+        let (c, r) = (columns.to_le_bytes(), rows.to_le_bytes());
+        let n = (self.shared.ports.len() as u32).to_le_bytes();
+        super::read_config_bytes(&[c[0], c[1], r[0], r[1], n[0], n[1], n[2], n[3]], offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
+        let multiport = activation.features & F_MULTIPORT != 0;
+        let size = *lock(&self.shared.size);
+        let handler = Ports { shared: self.shared.clone(), multiport, told_size: size, buffer: Vec::new() };
+        Ok(Activated::Here(vec![Share { queues: activation.queues, handler: Box::new(handler) }]))
+    }
+
+    fn reset(&mut self) {
+        lock(&self.shared.state).ports.fill(PortState::default());
+    }
+
+    fn save(&self) -> Result<serde_json::Value, StateError> {
+        serde_json::to_value(&*lock(&self.shared.state)).map_err(|e| StateError(e.to_string()))
+    }
+
+    fn restore(&mut self, state: &serde_json::Value) -> Result<(), StateError> {
+        let name = &self.info.name;
+        let saved = ConsoleState::deserialize(state)
+            .map_err(|e| StateError(format!("the saved state of {name} is broken: {e}")))?;
+        let (now, then) = (self.shared.ports.len(), saved.ports.len());
+        if now != then {
+            return Err(StateError(format!("{name} has {now} ports and had {then} when it was saved")));
+        }
+        *lock(&self.shared.state) = saved;
+        Ok(())
+    }
+}
+
+/// What a queue is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Receive(usize),
+    Transmit(usize),
+    ControlReceive,
+    ControlTransmit,
+}
+
+impl Role {
+    /// 5.3.2.
+    fn of(queue: usize) -> Role {
+        match (queue, queue % 2) {
+            (0, _) => Role::Receive(0),
+            (1, _) => Role::Transmit(0),
+            (2, _) => Role::ControlReceive,
+            (3, _) => Role::ControlTransmit,
+            (_, 0) => Role::Receive(queue / 2 - 1),
+            _ => Role::Transmit(queue / 2 - 1),
+        }
+    }
+
+    fn queue(self) -> usize {
+        match self {
+            Role::Receive(0) => 0,
+            Role::Transmit(0) => 1,
+            Role::ControlReceive => 2,
+            Role::ControlTransmit => 3,
+            Role::Receive(port) => 2 * port + 2,
+            Role::Transmit(port) => 2 * port + 3,
+        }
+    }
+}
+
+/// Serves all queues.
+struct Ports {
+    shared: Arc<Shared>,
+    multiport: bool,
+    /// The window size that a driver without control queues was told.
+    told_size: (u16, u16),
+    /// Memory to reuse.
+    buffer: Vec<u8>,
+}
+
+impl Handler for Ports {
+    fn event(&mut self, event: Event, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
+        match event {
+            Event::Start => {
+                cx.watch(self.shared.wake.as_raw_fd(), WAKE, Interest::Read)?;
+                for (port, token) in self.shared.ports.iter().zip(ROOM..) {
+                    cx.watch(port.output.room().as_raw_fd(), token, Interest::Read)?;
+                }
+                self.host_changed(queues, cx)
+            }
+            Event::Kick(queue) => match Role::of(queue) {
+                Role::Receive(port) => self.feed(port, queues, cx.ram),
+                Role::Transmit(port) => self.transmit(port, output::LIMIT, queues, cx.ram),
+                Role::ControlReceive => self.send_control(queues, cx.ram),
+                Role::ControlTransmit => self.receive_control(queues, cx.ram),
+            },
+            Event::Ready(WAKE) => {
+                let _ = self.shared.wake.read();
+                self.host_changed(queues, cx)
+            }
+            Event::Ready(token) => {
+                let port = usize::try_from(token - ROOM).unwrap_or(usize::MAX);
+                let _ = self.shared.ports.get(port).map(|port| port.output.room().read());
+                self.transmit(port, output::LIMIT, queues, cx.ram)
+            }
+        }
+    }
+
+    /// What the guest has written is on its way, for it: a guest that ends does not wait until the host has it. So the
+    /// rings are emptied, whether there is room for it or not.
+    fn drain(&mut self, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
+        let mut progress = Progress::Done;
+        for port in 0..self.shared.ports.len() {
+            if self.transmit(port, DRAIN_LIMIT, queues, cx.ram)? == Progress::More {
+                progress = Progress::More;
+            }
+        }
+        Ok(progress)
+    }
+}
+
+impl Ports {
+    /// Whether input may be sent to a port: what comes too early a driver throws away (5.3.6.1).
+    fn is_open(&self, port: usize) -> bool {
+        if !self.multiport {
+            return port == 0;
+        }
+        let state = lock(&self.shared.state);
+        let is_console = self.shared.ports.get(port).is_some_and(|port| port.name.is_none());
+        state.ports.get(port).is_some_and(|port| port.ready && (port.open || is_console))
+    }
+
+    /// There is input, somebody came or went, or the window has another size.
+    fn host_changed(&mut self, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
+        let size = *lock(&self.shared.size);
+        if !self.multiport && std::mem::replace(&mut self.told_size, size) != size {
+            cx.interrupt.config_changed();
+        }
+        let mut progress = Progress::Done;
+        for port in 0..self.shared.ports.len() {
+            if self.feed(port, queues, cx.ram)? == Progress::More {
+                progress = Progress::More;
+            }
+        }
+        match self.send_control(queues, cx.ram)? {
+            Progress::Done => Ok(progress),
+            Progress::More => Ok(Progress::More),
+        }
+    }
+
+    /// Moves input to the guest as far as it has buffers for it.
+    fn feed(&mut self, index: usize, queues: &mut [Queue], ram: &GuestRam) -> Result<Progress, Fault> {
+        let queue = queues.get_mut(Role::Receive(index).queue());
+        let (Some(port), Some(queue)) = (self.shared.ports.get(index), queue) else { return Ok(Progress::Done) };
+        if !self.is_open(index) {
+            return Ok(Progress::Done);
+        }
+        let mut input = lock(&port.input);
+        let mut progress = Progress::More;
+        for _ in 0..BATCH {
+            if input.bytes.is_empty() {
+                progress = Progress::Done;
+                break;
+            }
+            if let Some(chain) = queue.pop(ram)? {
+                let mut writer = chain.writer(ram);
+                let bytes = input.bytes.make_contiguous();
+                let len = writer.len().min(bytes.len() as u64) as usize;
+                writer.write(bytes.get(..len).unwrap_or(&[]))?;
+                input.bytes.drain(..len);
+                queue.push_used(ram, chain, len as u32)?;
+            } else if !queue.enable_notifications(ram)? {
+                progress = Progress::Done;
+                break;
+            }
+        }
+        if input.room_wanted && input.bytes.len() <= INPUT_LIMIT / 2 {
+            input.room_wanted = false;
+            self.shared.events.post(GuestEvent::ConsoleInputRoom);
+        }
+        Ok(progress)
+    }
+
+    /// Moves output to the host as far as there is room for it: up to `limit` bytes.
+    fn transmit(
+        &mut self,
+        index: usize,
+        limit: usize,
+        queues: &mut [Queue],
+        ram: &GuestRam,
+    ) -> Result<Progress, Fault> {
+        let queue = queues.get_mut(Role::Transmit(index).queue());
+        let (Some(port), Some(queue)) = (self.shared.ports.get(index), queue) else { return Ok(Progress::Done) };
+        let mut progress = Progress::More;
+        for _ in 0..BATCH {
+            // If not, the token of its room comes.
+            if !port.output.has_room(limit) {
+                progress = Progress::Done;
+                break;
+            }
+            if let Some(chain) = queue.pop(ram)? {
+                let mut reader = chain.reader(ram);
+                if reader.len() > MAX_WRITE {
+                    return Err(Fault::Device("a console write is longer than 1 MiB"));
+                }
+                self.buffer.resize(reader.len() as usize, 0);
+                reader.read(&mut self.buffer)?;
+                if port.name.is_none() {
+                    lock(&port.watch).scan(&self.buffer);
+                }
+                port.output.push(&self.buffer);
+                queue.push_used(ram, chain, 0)?;
+            } else if !queue.enable_notifications(ram)? {
+                progress = Progress::Done;
+                break;
+            }
+        }
+        port.output.flush();
+        Ok(progress)
+    }
+
+    /// Takes the driver's control messages (5.3.6.2), and answers them.
+    fn receive_control(&mut self, queues: &mut [Queue], ram: &GuestRam) -> Result<Progress, Fault> {
+        let Some(queue) = queues.get_mut(Role::ControlTransmit.queue()) else { return Ok(Progress::Done) };
+        let progress = queue.serve(ram, |chain| {
+            self.hear(chain, ram);
+            Ok::<u32, Fault>(0)
+        })?;
+        for port in 0..self.shared.ports.len() {
+            self.feed(port, queues, ram)?;
+        }
+        self.send_control(queues, ram)?;
+        Ok(progress)
+    }
+
+    /// One message. What is too short, of a port that does not exist, or of no known kind is ignored.
+    fn hear(&self, chain: &Chain, ram: &GuestRam) {
+        let mut message = [0; CONTROL];
+        if chain.reader(ram).read(&mut message).is_err() {
+            return;
+        }
+        let [p0, p1, p2, p3, e0, e1, v0, v1] = message;
+        let (id, event) = (u32::from_le_bytes([p0, p1, p2, p3]), u16::from_le_bytes([e0, e1]));
+        let on = [v0, v1] != [0, 0];
+        let mut state = lock(&self.shared.state);
+        if event == DEVICE_READY {
+            state.ports.iter_mut().filter(|_| on).for_each(|port| port.due |= DUE_ADD);
+            return;
+        }
+        let id = usize::try_from(id).unwrap_or(usize::MAX);
+        let (Some(port), Some(known)) = (state.ports.get_mut(id), self.shared.ports.get(id)) else { return };
+        match event {
+            PORT_READY if on => {
+                port.ready = true;
+                port.connected = lock(&known.input).connected;
+                port.due |= if port.connected { DUE_OPEN } else { 0 };
+                port.due |= if known.name.is_some() { DUE_NAME } else { DUE_CONSOLE };
+                let size_known = *lock(&self.shared.size) != (0, 0);
+                port.due |= if known.name.is_none() && size_known { DUE_SIZE } else { 0 };
+            }
+            PORT_READY => log::debug!("the guest could not set up console port {id}"),
+            PORT_OPEN => port.open = on,
+            _ => {}
+        }
+    }
+
+    /// Tells the driver what it does not know yet, as far as it has buffers for it.
+    fn send_control(&mut self, queues: &mut [Queue], ram: &GuestRam) -> Result<Progress, Fault> {
+        let Some(queue) = queues.get_mut(Role::ControlReceive.queue()) else { return Ok(Progress::Done) };
+        let mut state = lock(&self.shared.state);
+        // Each port has a few messages due at the most, so this is bounded.
+        for (id, (port, known)) in (0u32..).zip(state.ports.iter_mut().zip(&self.shared.ports)) {
+            let input = lock(&known.input);
+            // Who went away is gone when the last that came from him is.
+            if port.ready && port.connected != input.connected && (input.connected || input.bytes.is_empty()) {
+                port.connected = input.connected;
+                port.due |= DUE_OPEN;
+            }
+            drop(input);
+            for (bit, event) in DUE.into_iter().filter(|_| self.multiport) {
+                if port.due & bit == 0 {
+                    continue;
+                }
+                let chain = loop {
+                    match queue.pop(ram)? {
+                        Some(chain) => break chain,
+                        None if queue.enable_notifications(ram)? => {}
+                        None => return Ok(Progress::Done),
+                    }
+                };
+                let message = self.message(id, event, port.connected, known);
+                let mut writer = chain.writer(ram);
+                if writer.len() < message.len() as u64 {
+                    return Err(Fault::Device("a buffer for a console control message is too short for it"));
+                }
+                writer.write(&message)?;
+                queue.push_used(ram, chain, message.len() as u32)?;
+                port.due &= !bit;
+            }
+        }
+        Ok(Progress::Done)
+    }
+
+    fn message(&self, id: u32, event: u16, connected: bool, port: &Port) -> Vec<u8> {
+        let value = u16::from(event != PORT_OPEN || connected);
+        let mut message = [&id.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat();
+        match (event, &port.name) {
+            (PORT_NAME, Some(name)) => message.extend(name.bytes()),
+            (RESIZE, _) => {
+                // As 5.3.6.2 has it, and Linux 6.1 of late. Linux before that took the rows to come first.
+                let (columns, rows) = *lock(&self.shared.size);
+                message.extend([columns.to_le_bytes(), rows.to_le_bytes()].concat());
+            }
+            _ => {}
+        }
+        message
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::output::{Destination, LIMIT};
+    use crate::event::PanicSource;
+    use crate::irq::IrqLine;
+    use crate::virtio::mmio::MmioTransport;
+    use crate::virtio::testing::{FakeDriver, FakeQueue, Loopback, inn, out};
+    use proptest::prelude::*;
+    use std::io::{PipeReader, Read};
+
+    const RAM: u64 = 8 << 20;
+    const DATA: u64 = 1 << 20;
+    const SIZE: u16 = 16;
+
+    struct Setup {
+        ram: GuestRam,
+        device: Console,
+        host: Vec<HostPort>,
+        readers: Vec<PipeReader>,
+        events: GuestEvents,
+        drivers: Vec<FakeQueue>,
+        wire: Loopback,
+        share: Share,
+    }
+
+    fn output() -> (PipeReader, Output) {
+        let (reader, writer) = io::pipe().unwrap();
+        let output = Output::new(Destination { name: "pipe".into(), writer: Box::new(writer), eager: false }).unwrap();
+        (reader, output)
+    }
+
+    /// A console and two ports, `red` and `blue`.
+    fn device(events: &GuestEvents) -> (Console, Vec<PipeReader>) {
+        let (readers, outputs): (Vec<_>, Vec<_>) = (0..3).map(|_| output()).unzip();
+        let names = [None, Some("red".to_string()), Some("blue".to_string())];
+        let ports = names.into_iter().zip(outputs).map(|(name, output)| NewPort { name, output });
+        (Console::new("console", ports.collect(), events).unwrap(), readers)
+    }
+
+    fn setup(without: u64) -> Setup {
+        let ram = GuestRam::anonymous(RAM);
+        let events = GuestEvents::new().unwrap();
+        let (mut device, readers) = device(&events);
+        let count = device.info().queue_sizes.len() as u64;
+        let drivers: Vec<_> = (0..count).map(|n| FakeQueue::new(&ram, 0x1000 * (n + 1), SIZE)).collect();
+        let (wire, features) = (Loopback::new(&ram), device.info().features & !without);
+        let queues = drivers.iter().map(|d| d.device(features)).collect();
+        let (ram2, interrupt) = (ram.clone(), wire.interrupt.clone());
+        let activation = Activation { ram: ram2, features, queues, kicks: vec![].into(), interrupt };
+        let Ok(Activated::Here(mut shares)) = device.activate(activation) else { panic!() };
+        let share = shares.remove(0);
+        let host = device.host_ports();
+        let mut s = Setup { ram, device, host, readers, events, drivers, wire, share };
+        s.deliver(Event::Start).unwrap();
+        s
+    }
+
+    impl Setup {
+        fn deliver(&mut self, event: Event) -> Result<(), Fault> {
+            self.wire.deliver(&mut *self.share.handler, &mut self.share.queues, event)
+        }
+
+        fn add(&mut self, role: Role, bufs: &[crate::virtio::testing::Buf]) -> bool {
+            self.drivers[role.queue()].add(bufs).is_some()
+        }
+
+        fn kick(&mut self, role: Role) -> Result<(), Fault> {
+            self.deliver(Event::Kick(role.queue()))
+        }
+
+        /// Has the driver say something.
+        fn say(&mut self, id: u32, event: u16, value: u16) {
+            self.ram.write_obj(DATA, u64::from(id) | u64::from(event) << 32 | u64::from(value) << 48).unwrap();
+            assert!(self.add(Role::ControlTransmit, &[out(DATA, 8)]));
+            self.kick(Role::ControlTransmit).unwrap();
+            assert_eq!(self.drivers[3].take_used().unwrap().1, 0);
+        }
+
+        /// Gives buffers for control messages and returns what came.
+        fn heard(&mut self) -> Vec<(u32, u16, u16, Vec<u8>)> {
+            let at = |n: u64| DATA + 0x1000 + 0x100 * n;
+            let mut heads = std::collections::HashMap::new();
+            while let Some(head) = self.drivers[2].add(&[inn(at(heads.len() as u64), 0x100)]) {
+                heads.insert(head, at(heads.len() as u64));
+            }
+            self.kick(Role::ControlReceive).unwrap();
+            let mut messages = vec![];
+            while let Some((head, len)) = self.drivers[2].take_used() {
+                let mut bytes = vec![0; len as usize];
+                // Buffers of earlier rounds lie at the same addresses, in the same order.
+                self.ram.read(heads.get(&head).copied().unwrap(), &mut bytes).unwrap();
+                let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+                messages.push((u32::from(half(0)), half(4), half(6), bytes[8..].to_vec()));
+            }
+            // What is left over goes back, for the next round.
+            let fresh = FakeQueue::new(&self.ram, 0x3000, SIZE);
+            self.share.queues[2] = fresh.device(0);
+            self.drivers[2] = fresh;
+            messages
+        }
+
+        fn open_all(&mut self) {
+            self.say(0, DEVICE_READY, 1);
+            for port in 0..3 {
+                self.say(port, PORT_READY, 1);
+                self.say(port, PORT_OPEN, 1);
+            }
+            self.heard();
+        }
+
+        /// Gives a port's receive queue a buffer of `len` bytes and returns what came in it.
+        fn receive(&mut self, port: usize, len: u32) -> Option<Vec<u8>> {
+            let role = Role::Receive(port);
+            let at = DATA + 0x10_0000 * (port as u64 + 1);
+            self.add(role, &[inn(at, len)]);
+            self.kick(role).unwrap();
+            let (_, len) = self.drivers[role.queue()].take_used()?;
+            let mut bytes = vec![0; len as usize];
+            self.ram.read(at, &mut bytes).unwrap();
+            Some(bytes)
+        }
+
+        fn transmit(&mut self, port: usize, bytes: &[u8]) -> Result<bool, Fault> {
+            let role = Role::Transmit(port);
+            self.ram.write(DATA, bytes).unwrap();
+            assert!(self.add(role, &[out(DATA, bytes.len() as u32)]));
+            self.kick(role)?;
+            Ok(self.drivers[role.queue()].take_used().is_some())
+        }
+    }
+
+    #[test]
+    fn queues_have_their_roles() {
+        for queue in 0..64 {
+            assert_eq!(Role::of(queue).queue(), queue);
+        }
+        assert_eq!([4, 5, 6].map(Role::of), [Role::Receive(1), Role::Transmit(1), Role::Receive(2)]);
+    }
+
+    #[test]
+    fn a_driver_hears_which_ports_there_are() {
+        let mut s = setup(0);
+        s.host[0].resize(80, 25);
+        s.host[0].connected(true);
+        assert_eq!(s.heard(), []);
+        s.say(0, DEVICE_READY, 1);
+        assert_eq!(s.heard(), [0, 1, 2].map(|id| (id, PORT_ADD, 1, vec![])));
+        s.say(0, PORT_READY, 1);
+        let size = vec![80, 0, 25, 0];
+        let console = [(CONSOLE_PORT, vec![]), (RESIZE, size), (PORT_OPEN, vec![])];
+        assert_eq!(s.heard(), console.map(|(event, more)| (0, event, 1, more)));
+        s.say(2, PORT_READY, 1);
+        assert_eq!(s.heard(), [(2, PORT_NAME, 1, b"blue".to_vec())]);
+        // Whoever comes, goes or changes the window.
+        s.host[2].connected(true);
+        s.host[0].resize(100, 0x123);
+        s.host[1].connected(true);
+        s.host[1].resize(1, 1);
+        s.deliver(Event::Ready(WAKE)).unwrap();
+        assert_eq!(s.heard(), [(0, RESIZE, 1, vec![100, 0, 0x23, 1]), (2, PORT_OPEN, 1, vec![])]);
+        s.host[2].connected(false);
+        assert_eq!(s.heard(), [(2, PORT_OPEN, 0, vec![])]);
+    }
+
+    #[test]
+    fn input_waits_until_somebody_reads_and_nothing_is_lost() {
+        let mut s = setup(0);
+        assert_eq!(s.host[1].receive(b"early"), 5);
+        assert_eq!(s.receive(1, 100), None);
+        s.open_all();
+        assert_eq!(s.drivers[Role::Receive(1).queue()].take_used().unwrap().1, 5);
+        let data: Vec<u8> = (0..200_000u32).map(|n| (n / 7) as u8).collect();
+        let (mut sent, mut got) = (0, vec![]);
+        s.host[1].connected(true);
+        while got.len() < data.len() {
+            sent += s.host[1].receive(&data[sent..]);
+            // Not before the last byte is out does the driver hear that nobody is there any more.
+            s.host[1].connected(sent < data.len());
+            assert!(sent - got.len() <= INPUT_LIMIT);
+            s.deliver(Event::Ready(WAKE)).unwrap();
+            let state = lock(&s.device.shared.state).ports[1].clone();
+            assert!(state.connected || sent == data.len() && got.len() + 4093 >= data.len(), "{state:?}");
+            let told_room = std::iter::from_fn(|| s.events.take()).any(|e| e == GuestEvent::ConsoleInputRoom);
+            assert!(!told_room || sent < data.len());
+            got.extend(s.receive(1, 4093).unwrap());
+        }
+        assert!(got == data);
+        s.deliver(Event::Ready(WAKE)).unwrap();
+        assert_eq!(s.heard().last(), Some(&(1, PORT_OPEN, 0, vec![])));
+        // Closed again: what comes stays here.
+        s.say(1, PORT_OPEN, 0);
+        s.host[1].receive(b"later");
+        s.deliver(Event::Ready(WAKE)).unwrap();
+        assert_eq!(s.receive(1, 100), None);
+        s.say(1, PORT_OPEN, 1);
+        assert_eq!(s.drivers[Role::Receive(1).queue()].take_used().unwrap().1, 5);
+    }
+
+    #[test]
+    fn room_for_input_is_told() {
+        let mut s = setup(0);
+        s.open_all();
+        assert_eq!(s.host[1].receive(&[1; 2 * INPUT_LIMIT]), INPUT_LIMIT);
+        assert_eq!(s.host[1].receive(&[1]), 0);
+        s.receive(1, 1000).unwrap();
+        assert_eq!(s.events.take(), None);
+        s.receive(1, INPUT_LIMIT as u32 / 2).unwrap();
+        assert_eq!(s.events.take(), Some(GuestEvent::ConsoleInputRoom));
+        assert_eq!(s.receive(1, INPUT_LIMIT as u32).unwrap().len(), INPUT_LIMIT / 2 - 1000);
+        assert_eq!(s.events.take(), None, "nobody asked again");
+    }
+
+    #[test]
+    fn a_port_that_nobody_reads_holds_only_itself_up() {
+        let mut s = setup(0);
+        s.open_all();
+        let chunk: Vec<u8> = (0..30_000u32).map(|n| n as u8).collect();
+        let mut written = 0;
+        // The pipe takes some, the buffer takes some, and then no more is taken.
+        while s.transmit(1, &chunk).unwrap() {
+            written += 1;
+            assert!(written * chunk.len() < 4 * LIMIT);
+        }
+        assert!(s.transmit(2, b"still here").unwrap());
+        let mut got = [0; 10];
+        s.readers[2].read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"still here");
+        assert_eq!(s.share.queues[Role::Transmit(1).queue()].in_flight(), 0);
+        let mut all = vec![0; chunk.len() * (written + 1)];
+        let (head, tail) = all.split_at_mut(chunk.len() * written);
+        s.readers[1].read_exact(head).unwrap();
+        let limit = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while s.drivers[Role::Transmit(1).queue()].take_used().is_none() {
+            assert!(std::time::Instant::now() < limit);
+            s.deliver(Event::Ready(ROOM + 1)).unwrap();
+        }
+        // It was written over by then, but its length is right.
+        s.readers[1].read_exact(tail).unwrap();
+        assert!(all.chunks(chunk.len()).take(written).all(|part| part == chunk));
+    }
+
+    #[test]
+    fn last_words_are_written_while_stopping() {
+        let mut s = setup(0);
+        s.ram.write(DATA, b"bye").unwrap();
+        s.add(Role::Transmit(2), &[out(DATA, 1), out(DATA + 1, 2)]);
+        let Share { handler, queues } = &mut s.share;
+        s.wire.drain(&mut **handler, queues).unwrap();
+        let mut got = [0; 3];
+        s.readers[2].read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"bye");
+    }
+
+    #[test]
+    fn what_is_in_the_ring_at_the_end_is_written_to_a_slow_reader() {
+        let mut s = setup(0);
+        let chunk = vec![7; 30_000];
+        let mut written = 1;
+        while s.transmit(1, &chunk).unwrap() {
+            written += 1;
+        }
+        while s.add(Role::Transmit(1), &[out(DATA, chunk.len() as u32)]) {
+            written += 1;
+        }
+        let Share { handler, queues } = &mut s.share;
+        s.wire.drain(&mut **handler, queues).unwrap();
+        let mut all = vec![0; written * chunk.len()];
+        s.readers[1].read_exact(&mut all).unwrap();
+        assert!(all.iter().all(|byte| *byte == 7));
+    }
+
+    #[test]
+    fn a_panic_on_the_console_is_seen_and_one_on_a_port_is_not() {
+        let mut s = setup(0);
+        s.transmit(1, b"Kernel panic - not syncing: x\n").unwrap();
+        assert_eq!(s.events.take(), None);
+        s.transmit(0, b"[ 1.0] Kernel panic - ").unwrap();
+        s.transmit(0, b"not syncing: x\n").unwrap();
+        assert_eq!(s.events.take(), Some(GuestEvent::ConsoleFirstByte));
+        assert_eq!(s.events.take(), Some(GuestEvent::Panicked(PanicSource::Console)));
+    }
+
+    #[test]
+    fn odd_messages_are_ignored() {
+        let mut s = setup(0);
+        for (id, event, value) in
+            [(0, DEVICE_READY, 0), (3, PORT_READY, 1), (u32::MAX, PORT_OPEN, 1), (0, 99, 1), (1, PORT_READY, 0)]
+        {
+            s.say(id, event, value);
+        }
+        s.add(Role::ControlTransmit, &[out(DATA, 7)]);
+        s.add(Role::ControlTransmit, &[inn(DATA, 8)]);
+        s.add(Role::ControlTransmit, &[out(DATA, 0)]);
+        s.kick(Role::ControlTransmit).unwrap();
+        assert_eq!(s.heard(), []);
+        // However often it is asked for, it is told once.
+        (0..100).for_each(|_| s.say(0, DEVICE_READY, 1));
+        assert_eq!(s.heard().len(), 3);
+    }
+
+    #[test]
+    fn a_short_buffer_for_a_control_message_and_an_endless_write_are_faults() {
+        let mut s = setup(0);
+        s.say(1, PORT_READY, 1);
+        s.add(Role::ControlReceive, &[inn(DATA, 10)]);
+        let fault = s.kick(Role::ControlReceive).unwrap_err().to_string();
+        assert_eq!(fault, "a buffer for a console control message is too short for it");
+        let mut s = setup(0);
+        s.add(Role::Transmit(0), &[out(DATA, (1 << 20) + 1)]);
+        assert_eq!(s.kick(Role::Transmit(0)).unwrap_err().to_string(), "a console write is longer than 1 MiB");
+        let mut s = setup(0);
+        s.host[0].receive(b"ls");
+        s.say(0, PORT_READY, 1);
+        assert_eq!(s.receive(0, 0), Some(vec![]), "room for nothing");
+        assert_eq!(s.receive(0, 1).unwrap(), b"l");
+        assert_eq!(s.receive(0, 10).unwrap(), b"s");
+    }
+
+    #[test]
+    fn a_driver_that_knows_one_port_has_a_console() {
+        let mut s = setup(F_MULTIPORT);
+        s.host[0].receive(b"ls");
+        s.host[1].receive(b"secret");
+        s.host[0].resize(80, 25);
+        let before = s.wire.interrupt.line().take_count();
+        s.deliver(Event::Ready(WAKE)).unwrap();
+        assert_eq!(s.wire.interrupt.line().take_count(), before + 1);
+        assert_eq!(s.receive(0, 10).unwrap(), b"ls");
+        assert_eq!(s.receive(1, 10), None);
+        let mut config = [0xFF; 10];
+        s.device.read_config(0, &mut config);
+        assert_eq!(config, [80, 0, 25, 0, 3, 0, 0, 0, 0xFF, 0xFF]);
+    }
+
+    #[test]
+    fn linux_brings_it_up_through_registers() {
+        let events = GuestEvents::new().unwrap();
+        let (device, mut readers) = device(&events);
+        let host = device.host_ports();
+        let ram = GuestRam::anonymous(RAM);
+        let transport = MmioTransport::new(Box::new(device), ram.clone(), IrqLine::new(5).unwrap()).unwrap();
+        let mut driver = FakeDriver::new(&transport, &ram);
+        driver.start(0, 0x1000, SIZE);
+        assert_eq!(driver.queues.len(), 8);
+        ram.write(DATA, b"hello").unwrap();
+        driver.queues[5].add(&[out(DATA, 5)]).unwrap();
+        driver.kick(5);
+        driver.queues[5].wait_used();
+        let mut got = [0; 5];
+        readers[1].read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"hello");
+        // Paused and resumed, it knows what it was told.
+        ram.write_obj(DATA, u64::from(PORT_READY) << 32 | 1 << 48).unwrap();
+        driver.queues[3].add(&[out(DATA, 8)]).unwrap();
+        driver.kick(3);
+        driver.queues[3].wait_used();
+        transport.pause().unwrap();
+        host[0].receive(b"ls");
+        driver.queues[0].add(&[inn(DATA, 100)]).unwrap();
+        transport.resume();
+        assert_eq!(driver.queues[0].wait_used().1, 2);
+    }
+
+    #[test]
+    fn state_is_saved_and_checked() {
+        let mut s = setup(0);
+        s.say(1, PORT_READY, 1);
+        let state = s.device.save().unwrap();
+        s.device.reset();
+        assert_ne!(s.device.save().unwrap(), state);
+        s.device.restore(&state).unwrap();
+        assert_eq!(s.device.save().unwrap(), state);
+        let bad = serde_json::json!({"ports": []});
+        assert!(s.device.restore(&bad).unwrap_err().to_string().contains("3 ports and had 0"));
+        assert!(s.device.restore(&serde_json::json!({"ports": 3})).is_err());
+    }
+
+    #[test]
+    fn options() {
+        let port: PortConfig = "agent,to=socket:/run/a".parse().unwrap();
+        assert_eq!(port, PortConfig { name: "agent".into(), to: ConsoleEnd::Socket("/run/a".into()) });
+        assert!("name=x".parse::<PortConfig>().unwrap_err().to_string().contains("'to=' is missing"));
+        assert!("x,to=nowhere".parse::<PortConfig>().unwrap_err().to_string().contains("none of stdio, null"));
+        let many = vec![port; 32];
+        assert!(PortConfig::validate(&many).unwrap_err().starts_with("32 ports are more than the 31"));
+    }
+
+    /// What happens: which queue gets a buffer of what length, or which port gets input.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Buffer(usize, u32),
+        Input(usize, usize),
+        Say(u32, u16, u16),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (0..8usize, prop_oneof![9 => 8..2000u32, 1 => 0..8u32]).prop_map(|(q, len)| Step::Buffer(q, len)),
+            2 => (0..3usize, 0..5000usize).prop_map(|(port, len)| Step::Input(port, len)),
+            2 => (0..4u32, 0..9u16, 0..2u16).prop_map(|(id, event, value)| Step::Say(id, event, value)),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, cases: 64, ..ProptestConfig::default() })]
+
+        /// Whatever a driver does, what it gets of a port's input is its beginning, each byte once and in order.
+        #[test]
+        fn input_stays_in_order(
+            steps in prop::collection::vec(step(), 1..60),
+            flips in prop_oneof![2 => Just(vec![]), 1 => prop::collection::vec((0x1000..0x8200u64, 0..8u8), 1..4)],
+        ) {
+            let mut s = setup(0);
+            let (mut sent, mut got) = ([0usize; 3], [0usize; 3]);
+            let mut buffers = std::collections::HashMap::new();
+            let mut at = DATA + 0x1000;
+            let cut = steps.len() / 2;
+            for (i, step) in steps.into_iter().enumerate() {
+                if i == cut {
+                    for &(at, bit) in &flips {
+                        let byte: u8 = s.ram.read_obj(at).unwrap();
+                        s.ram.write_obj(at, byte ^ 1 << bit).unwrap();
+                    }
+                }
+                let result = match step {
+                    Step::Buffer(queue, len) => {
+                        let writes = matches!(Role::of(queue), Role::Receive(_) | Role::ControlReceive);
+                        let buf = if writes { inn(at, len) } else { out(at, len) };
+                        if let Some(head) = s.drivers[queue].add(&[buf]) {
+                            buffers.insert((queue, head), at);
+                        }
+                        at += u64::from(len);
+                        s.deliver(Event::Kick(queue))
+                    }
+                    Step::Input(port, len) => {
+                        let bytes: Vec<u8> = (sent[port]..sent[port] + len).map(|n| (n % 251) as u8).collect();
+                        sent[port] += s.host[port].receive(&bytes);
+                        s.deliver(Event::Ready(WAKE))
+                    }
+                    Step::Say(id, event, value) => {
+                        let word = u64::from(id) | u64::from(event) << 32 | u64::from(value) << 48;
+                        s.ram.write_obj(DATA, word).unwrap();
+                        s.add(Role::ControlTransmit, &[out(DATA, 8)]);
+                        s.kick(Role::ControlTransmit)
+                    }
+                };
+                // The one fault that these drivers can bring about is a short control buffer.
+                if let Err(fault) = result {
+                    prop_assert!(!flips.is_empty() || fault.to_string().contains("too short"), "{fault}");
+                    return Ok(());
+                }
+                if i >= cut && !flips.is_empty() {
+                    continue;
+                }
+                for queue in 0..8 {
+                    while let Some((head, len)) = s.drivers[queue].take_used() {
+                        let (Role::Receive(port), Some(at)) = (Role::of(queue), buffers.remove(&(queue, head))) else {
+                            continue;
+                        };
+                        for n in 0..u64::from(len) {
+                            let byte: u8 = s.ram.read_obj(at + n).unwrap();
+                            prop_assert_eq!(usize::from(byte), got[port] % 251);
+                            got[port] += 1;
+                        }
+                        prop_assert!(got[port] <= sent[port]);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! The virtio console and its ports with a stock driver: no byte is lost or made up, in either direction.
+
+#![allow(unsafe_code)] // terminals
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use common::{Run, example, on_host, scratch};
+
+fn md5(bytes: &[u8]) -> String {
+    let dir = scratch();
+    let file = dir.path().join("bytes");
+    fs::write(&file, bytes).unwrap();
+    let sum = Command::new("md5sum").stdin(File::open(file).unwrap()).output().unwrap().stdout;
+    String::from_utf8(sum).unwrap().split_whitespace().next().unwrap().to_string()
+}
+
+/// Every byte value, in an order that shows a loss.
+fn bytes(len: u32) -> Vec<u8> {
+    (0..len).map(|i| (i % 251) as u8 ^ (i >> 8) as u8 ^ (i >> 16) as u8).collect()
+}
+
+fn hvc(script: &str) -> Run {
+    Run::new("bzImage-cloud", script).cmdline("console=hvc0 quiet").args(&["--console", "stdio"])
+}
+
+/// A console on the standard streams takes a flood and makes one, and says how the guest ended.
+#[test]
+fn on_the_standard_streams() {
+    // Without Ctrl-O, which is SysRq here.
+    let input: Vec<u8> = bytes(200_000).into_iter().filter(|byte| *byte != 0x0F).collect();
+    let script = format!(
+        "stty raw -echo -opost\necho ready\nhead -c {} >/in\necho \"sum: $(md5sum </in | cut -d ' ' -f 1)\"
+echo BEGIN; seq 1000000 1002000; echo END\nstty sane",
+        input.len()
+    );
+    let mut guest = hvc(&script).start();
+    guest.wait_for("ready");
+    guest.send(&input);
+    guest.close_input();
+    // hvc takes 16 bytes at a time, so this is no flood.
+    let ended = guest.end().success();
+    assert_eq!(ended.fact("sum"), md5(&input), "{ended}");
+    let (_, printed) = ended.stdout.split_once("BEGIN\n").unwrap();
+    let (printed, _) = printed.split_once("END\n").unwrap();
+    let expected: String = (1_000_000..=1_002_000).map(|n| format!("{n}\n")).collect();
+    assert!(printed == expected, "{} bytes came instead of {}", printed.len(), expected.len());
+}
+
+/// Some MiB through a port to a file, and through one on a socket in both directions.
+#[test]
+fn ports_carry_data_both_ways() {
+    let input = bytes(3_000_000);
+    let script = format!(
+        r#"modprobe virtio_console
+names() {{ cat /sys/class/virtio-ports/*/name; }}
+for n in $(seq 100); do [ "$(names 2>/dev/null | wc -l)" = 2 ] && break; sleep 0.1; done
+port() {{ grep -lx $1 /sys/class/virtio-ports/*/name | cut -d / -f 5; }}
+echo "names: $(names | tr '\n' ' ')"
+dd if=/dev/urandom of=/out bs=64k count=64 2>/dev/null
+cat /out >/dev/$(port log)
+echo "out: $(md5sum </out | cut -d ' ' -f 1)"
+# while nobody is at the other end, it reads as empty
+exec 3</dev/$(port agent)
+until head -c {} <&3 >/in; [ -s /in ]; do sleep 0.1; done
+exec 3<&-
+echo "in: $(md5sum </in | cut -d ' ' -f 1)"
+cat /out >/dev/$(port agent)"#,
+        input.len()
+    );
+    let run = Run::new("bzImage-cloud", &script);
+    // The run's own folder goes with it.
+    let kept = scratch();
+    let file = kept.path().join("log").display().to_string();
+    let (file, socket) = (file, format!("/tmp/vireo-hvc-{}.socket", std::process::id()));
+    let (log, agent) = (format!("log,to=file:{file}"), format!("name=agent,to=socket:{socket}"));
+    let guest = run.args(&["--console-port", &log, "--console-port", &agent]).start();
+    guest.wait_for("names: ");
+    let mut talk = on_host(&[&example("talk"), &socket]);
+    talk.wait_for("talking");
+    talk.send(&input);
+    let ended = guest.end().success();
+    assert_eq!(ended.fact("names").trim(), "log agent", "{ended}");
+    assert_eq!(ended.fact("in"), md5(&input), "{ended}");
+    // What the emulated host writes is not seen outside at once.
+    let written = on_host(&["md5sum", &file]).end().stdout;
+    assert_eq!(written.split_whitespace().next(), Some(ended.fact("out")), "{ended}");
+    let said = talk.end().bytes;
+    let said = said.strip_prefix(b"talking\n").unwrap();
+    assert_eq!((said.len(), &*md5(said)), (4 << 20, ended.fact("out")), "{ended}");
+}
+
+/// A terminal as whose foreground job `command` will run; returns the side on which one types.
+fn on_terminal(command: &mut Command) -> File {
+    let (mut master, mut terminal) = (-1, -1);
+    // SAFETY: openpty writes two descriptors, which nobody else owns; the other arguments may be null.
+    let (master, terminal) = unsafe {
+        let null = std::ptr::null_mut();
+        assert_eq!(libc::openpty(&mut master, &mut terminal, null, std::ptr::null(), std::ptr::null()), 0);
+        libc::fcntl(master, libc::F_SETFD, libc::FD_CLOEXEC);
+        (File::from_raw_fd(master), OwnedFd::from_raw_fd(terminal))
+    };
+    command.stdin(terminal.try_clone().unwrap()).stdout(Stdio::from(terminal));
+    // SAFETY: two system calls that touch no memory.
+    unsafe {
+        command.pre_exec(|| {
+            libc::setsid();
+            libc::ioctl(0, libc::TIOCSCTTY, 0);
+            Ok(())
+        });
+    }
+    master
+}
+
+/// The guest knows how large the terminal is, also when that changes; and Ctrl-A X is heard.
+#[test]
+fn on_a_terminal_that_changes_its_size() {
+    let script = "echo \"size $(stty size).\"
+until [ \"$(stty size)\" = '40 100' ]; do sleep 0.2; done
+echo it grew\nsleep 1000";
+    let run = hvc(script);
+    let go = run.path("go");
+    let wrapper = format!(
+        "stty rows 33 cols 77
+(while [ ! -e '{go}' ]; do sleep 0.2; done; stty rows 40 cols 100) <\"$(tty)\" &
+\"$@\"; echo \"code: $?\""
+    );
+    let mut guest = run.through(&wrapper).start_on_terminal(on_terminal);
+    guest.wait_for("size 33 77.");
+    fs::write(&go, "").unwrap();
+    guest.wait_for("it grew");
+    guest.send(b"\x01x");
+    assert_eq!(guest.end().fact("code"), "0");
+}
