@@ -8,14 +8,14 @@
 //! Nothing here waits: a port whose buffer is full leaves its queue alone until there is room, and the other ports
 //! don't notice. What the host sends to a port that nobody in the guest has open stays with the host.
 
-use std::collections::VecDeque;
+mod host;
+
 use std::io;
 use std::os::fd::AsRawFd;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::Chain;
 use super::queue::BATCH;
@@ -23,12 +23,14 @@ use super::{
     Activated, Activation, Context, DeviceId, DeviceInfo, Event, Fault, Handler, Progress, RING_FEATURES, Share,
     StateError, VirtioDevice, queue::Queue,
 };
-use crate::backend::console::{ConsoleEnd, Receiver};
+use crate::backend::console::ConsoleEnd;
 use crate::backend::console_watch::ConsoleWatch;
 use crate::backend::output::{self, Output};
 use crate::event::{GuestEvent, GuestEvents, Interest, eventfd};
 use crate::memory::GuestRam;
 use crate::options;
+pub use host::HostPort;
+use host::{INPUT_LIMIT, Port, Shared, lock};
 
 /// Feature bits (5.3.3).
 const F_SIZE: u64 = 1 << 0;
@@ -65,13 +67,10 @@ const CONTROL: usize = 8;
 const MAX_WRITE: u64 = 1 << 20;
 /// Bytes of output that may wait for a slow reader once the device stops: 16 MiB, more than Linux has in a ring.
 const DRAIN_LIMIT: usize = 16 << 20;
-/// Bytes of input that wait here for the guest: 64 KiB.
-const INPUT_LIMIT: usize = 64 << 10;
 /// Most ports of a device, the console among them.
 pub const MAX_PORTS: usize = 32;
 /// Longest name of a port.
 const NAME_MAX: usize = 64;
-
 const WAKE: u64 = 0;
 const ROOM: u64 = 1;
 
@@ -147,36 +146,6 @@ pub struct Console {
     shared: Arc<Shared>,
 }
 
-struct Shared {
-    ports: Vec<Port>,
-    /// Tells the worker that the host's side of some port has changed.
-    wake: EventFd,
-    events: GuestEvents,
-    /// Columns and rows of the console's window; 0 as long as nobody knows.
-    size: Mutex<(u16, u16)>,
-    state: Mutex<ConsoleState>,
-}
-
-struct Port {
-    name: Option<String>,
-    output: Output,
-    input: Mutex<Input>,
-    /// Reads along with the console.
-    watch: Mutex<ConsoleWatch>,
-}
-
-#[derive(Default)]
-struct Input {
-    bytes: VecDeque<u8>,
-    /// The host has more.
-    room_wanted: bool,
-    connected: bool,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Console {
     /// A device with these ports, at most [`MAX_PORTS`]; the first is that of a driver which knows only one. `events`
     /// hears of what a console's text gives away, and of room for more input.
@@ -202,53 +171,6 @@ impl Console {
     /// The host's side of each port, in order.
     pub fn host_ports(&self) -> Vec<HostPort> {
         (0..self.shared.ports.len()).map(|port| HostPort { shared: self.shared.clone(), port }).collect()
-    }
-}
-
-/// The host's side of a port.
-pub struct HostPort {
-    shared: Arc<Shared>,
-    port: usize,
-}
-
-impl HostPort {
-    /// Changes the input side; the worker is woken if that says so.
-    fn change<T>(&self, change: impl FnOnce(&mut Input) -> (T, bool)) -> Option<T> {
-        let (result, wake) = change(&mut lock(&self.shared.ports.get(self.port)?.input));
-        if wake {
-            let _ = self.shared.wake.write(1);
-        }
-        Some(result)
-    }
-}
-
-impl Receiver for HostPort {
-    fn receive(&self, bytes: &[u8]) -> usize {
-        let receive = |input: &mut Input| {
-            let room = INPUT_LIMIT.saturating_sub(input.bytes.len()).min(bytes.len());
-            input.bytes.extend(bytes.iter().take(room));
-            input.room_wanted = room < bytes.len();
-            (room, room > 0)
-        };
-        self.change(receive).unwrap_or(bytes.len())
-    }
-
-    fn connected(&self, connected: bool) {
-        self.change(|input| ((), std::mem::replace(&mut input.connected, connected) != connected));
-    }
-
-    fn resize(&self, columns: u16, rows: u16) {
-        if self.shared.ports.get(self.port).is_some_and(|port| port.name.is_none()) {
-            let old = std::mem::replace(&mut *lock(&self.shared.size), (columns, rows));
-            if old != (columns, rows) {
-                let mut state = lock(&self.shared.state);
-                if let Some(port) = state.ports.get_mut(self.port).filter(|port| port.ready) {
-                    port.due |= DUE_SIZE;
-                }
-                drop(state);
-                let _ = self.shared.wake.write(1);
-            }
-        }
     }
 }
 
@@ -579,6 +501,7 @@ impl Ports {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::console::Receiver;
     use crate::backend::output::{Destination, LIMIT};
     use crate::event::PanicSource;
     use crate::irq::IrqLine;

@@ -1,0 +1,92 @@
+//! What the host and the device's worker share, and the host's side of a port.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{ConsoleState, DUE_SIZE};
+use crate::backend::console::Receiver;
+use crate::backend::console_watch::ConsoleWatch;
+use crate::backend::output::Output;
+use crate::event::GuestEvents;
+
+/// Bytes of input that wait here for the guest: 64 KiB.
+pub(super) const INPUT_LIMIT: usize = 64 << 10;
+
+pub(super) struct Shared {
+    pub(super) ports: Vec<Port>,
+    /// Tells the worker that the host's side of some port has changed.
+    pub(super) wake: EventFd,
+    pub(super) events: GuestEvents,
+    /// Columns and rows of the console's window; 0 as long as nobody knows.
+    pub(super) size: Mutex<(u16, u16)>,
+    pub(super) state: Mutex<ConsoleState>,
+}
+
+pub(super) struct Port {
+    pub(super) name: Option<String>,
+    pub(super) output: Output,
+    pub(super) input: Mutex<Input>,
+    /// Reads along with the console.
+    pub(super) watch: Mutex<ConsoleWatch>,
+}
+
+#[derive(Default)]
+pub(super) struct Input {
+    pub(super) bytes: VecDeque<u8>,
+    /// The host has more.
+    pub(super) room_wanted: bool,
+    pub(super) connected: bool,
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The host's side of a port.
+pub struct HostPort {
+    pub(super) shared: Arc<Shared>,
+    pub(super) port: usize,
+}
+
+impl HostPort {
+    /// Changes the input side; the worker is woken if that says so.
+    fn change<T>(&self, change: impl FnOnce(&mut Input) -> (T, bool)) -> Option<T> {
+        let (result, wake) = change(&mut lock(&self.shared.ports.get(self.port)?.input));
+        if wake {
+            let _ = self.shared.wake.write(1);
+        }
+        Some(result)
+    }
+}
+
+impl Receiver for HostPort {
+    fn receive(&self, bytes: &[u8]) -> usize {
+        let receive = |input: &mut Input| {
+            let room = INPUT_LIMIT.saturating_sub(input.bytes.len()).min(bytes.len());
+            input.bytes.extend(bytes.iter().take(room));
+            input.room_wanted = room < bytes.len();
+            (room, room > 0)
+        };
+        self.change(receive).unwrap_or(bytes.len())
+    }
+
+    fn connected(&self, connected: bool) {
+        self.change(|input| ((), std::mem::replace(&mut input.connected, connected) != connected));
+    }
+
+    fn resize(&self, columns: u16, rows: u16) {
+        if self.shared.ports.get(self.port).is_some_and(|port| port.name.is_none()) {
+            let old = std::mem::replace(&mut *lock(&self.shared.size), (columns, rows));
+            if old != (columns, rows) {
+                let mut state = lock(&self.shared.state);
+                if let Some(port) = state.ports.get_mut(self.port).filter(|port| port.ready) {
+                    port.due |= DUE_SIZE;
+                }
+                drop(state);
+                let _ = self.shared.wake.write(1);
+            }
+        }
+    }
+}
