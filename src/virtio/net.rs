@@ -1,7 +1,7 @@
 //! Network card (5.1): on a tap of the host, or on passt without any privilege.
 //!
-//! Each pair of a receive and a transmit queue has a worker and a port of its own ([`pair`]); the control queue
-//! ([`control`]) is served beside the first pair.
+//! Each pair of a receive and a transmit queue has a worker and a port of its own (`pair`); the control queue
+//! (`control`) is served beside the first pair.
 
 mod control;
 mod pair;
@@ -295,7 +295,7 @@ impl Net {
         Ok(Self::with_ports(name, ports, mac, config.mtu, offloads)?)
     }
 
-    /// A device on any ports, one for each queue pair, that know the given offloads (of [`OFFLOADS`]).
+    /// A device on any ports, one for each queue pair, that know the given offloads (of `OFFLOADS`).
     pub fn with_ports(
         name: impl Into<String>,
         ports: Vec<Box<dyn Port>>,

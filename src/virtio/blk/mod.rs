@@ -1,6 +1,6 @@
 //! Block device (5.2).
 //!
-//! [`Blk`] is the device with its configuration; [`request`] decodes a chain and does what it asks for; [`ring`] has the
+//! [`Blk`] is the device with its configuration; `request` decodes a chain and does what it asks for; `ring` has the
 //! kernel do it meanwhile (io_uring), where the disk is a plain file and the host allows it.
 
 mod queue_handler;
