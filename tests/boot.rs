@@ -152,6 +152,20 @@ fn xz_with_huge_pages() {
     boots(Run::new(&packed("xz", "xz -0"), FACTS).args(&["--memory", "256M,hugepages=thp"]), 1);
 }
 
+/// Of the host's own pool, which is filled for this if it is too small.
+#[test]
+fn in_huge_pages_of_the_pool() {
+    let wrapper = "pool=/proc/sys/vm/nr_hugepages; before=$(cat $pool)
+[ $before -ge 128 ] || echo 128 >$pool
+[ $(cat $pool) -ge 128 ] || { echo 'there is no pool of 128 huge pages: sysctl vm.nr_hugepages=128' >&2; exit 99; }
+\"$@\"
+code=$?
+[ $before -ge 128 ] || echo $before >$pool
+exit $code";
+    let run = Run::new("vmlinux-cloud", FACTS).args(&["--memory", "256M,hugepages=2M"]).through(wrapper);
+    memory_is(&boots(run, 1), 256);
+}
+
 #[test]
 fn lz4_in_prefaulted_memory() {
     boots(Run::new(&packed("lz4", "lz4 -qc"), FACTS).args(&["--memory", "256M,prefault=on"]), 1);
