@@ -54,6 +54,11 @@ impl Controller {
         }
     }
 
+    /// Makes a disk (`disk0` is the first) larger, and its file or overlay with it: to `bytes`, whole sectors of 512.
+    pub fn resize_disk(&self, name: &str, bytes: u64) -> Result<(), ControlError> {
+        self.device(name, Control::ResizeDisk(bytes)).map(drop)
+    }
+
     /// Presses the ACPI power button.
     pub fn press_power_button(&self) {
         self.0.send(Request::PressPowerButton);

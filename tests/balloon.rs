@@ -74,18 +74,21 @@ echo "sum: $(md5sum </mnt/file)"
     assert_eq!(ended.fact("sum"), "2f282b84e7e608d5852449ed940bfc51  -", "{ended}");
 }
 
-/// A balloon changes its size while the guest runs, and tells what it knows.
+/// A balloon changes its size while the guest runs, and tells what it knows; a disk grows.
 #[test]
 fn a_balloon_is_resized_while_the_guest_runs() {
     let script = "
 modprobe virtio_balloon
+(until [ \"$(cat /sys/block/vda/size)\" = 16384 ]; do sleep 0.2; done; echo the disk has grown) &
 while [ ! -e /tmp/stop ]; do sleep 0.2; done";
     let dir = common::scratch();
     let path = |name: &str| dir.path().join(name).display().to_string();
     let (config, console) = (path("config.json"), path("console"));
+    let disk = path("disk");
+    fs::write(&disk, vec![0; 1 << 20]).unwrap();
     let printed = Run::new("bzImage-cloud", script)
         .args(&["--memory", "256M", "--balloon", "stats=500ms", "--serial", &format!("file:{console}")])
-        .args(&["--print-config"])
+        .args(&["--disk", &disk, "--print-config"])
         .start();
     // Its initrd is in its folder, which must stay.
     fs::copy(printed.dir.path().join("initrd"), path("initrd")).unwrap();
@@ -110,6 +113,10 @@ while [ ! -e /tmp/stop ]; do sleep 0.2; done";
     let free = |stats: &Value| stats["guest"]["free_memory"].as_u64().unwrap_or(0);
     let before = until("statistics", || stats(&mut live, &mut ask), |s| free(s) > 100 * MIB);
     assert_eq!((before["target"].as_u64(), before["actual"].as_u64()), (Some(0), Some(0)));
+    assert_eq!(ask(&mut live, "grow disk0 8M"), "grown: disk0 to 8M");
+    let grown = |console: &Vec<u8>| String::from_utf8_lossy(console).contains("the disk has grown");
+    until("the disk's new size", || fs::read(&console).unwrap_or_default(), grown);
+    assert!(ask(&mut live, "grow disk0 1M").contains("cannot be resized"));
     for size in [100, 40, 120] {
         assert_eq!(ask(&mut live, &format!("balloon {size}M")), format!("balloon: {size}M"));
         let reached = |s: &Value| s["actual"] == s["target"] && s["age_ms"].as_u64() < Some(600);

@@ -1,18 +1,14 @@
 //! The console: no byte is lost or made up, whatever is at its other end, and the terminal is itself again afterwards.
 
-#![allow(unsafe_code)] // terminals
-
 mod common;
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{Ended, Run, example, on_host, scratch};
+use common::{Ended, Run, example, on_host, on_terminal, scratch};
 
 fn cloud(script: &str) -> Run {
     Run::new("bzImage-cloud", script).cmdline("console=ttyS0 quiet vireo.modules=none")
@@ -193,28 +189,6 @@ fn on_a_pseudo_terminal() {
         said.lines().find_map(|line| line.split("console is on ").nth(1)).expect("no name of a terminal").to_string();
     converse(&path);
     guest.end().expect(0, "powered-off");
-}
-
-/// A terminal as whose foreground job `command` will run; returns the side on which one types.
-fn on_terminal(command: &mut Command) -> File {
-    let (mut master, mut terminal) = (-1, -1);
-    // SAFETY: openpty writes two descriptors, which nobody else owns; the other arguments may be null.
-    let (master, terminal) = unsafe {
-        let null = std::ptr::null_mut();
-        assert_eq!(libc::openpty(&mut master, &mut terminal, null, std::ptr::null(), std::ptr::null()), 0);
-        libc::fcntl(master, libc::F_SETFD, libc::FD_CLOEXEC);
-        (File::from_raw_fd(master), OwnedFd::from_raw_fd(terminal))
-    };
-    command.stdin(terminal.try_clone().unwrap()).stdout(Stdio::from(terminal));
-    // SAFETY: two system calls that touch no memory.
-    unsafe {
-        command.pre_exec(|| {
-            libc::setsid();
-            libc::ioctl(0, libc::TIOCSCTTY, 0);
-            Ok(())
-        });
-    }
-    master
 }
 
 /// Prints the terminal's settings before and after vireo, and outlives a signal to the both of them.

@@ -1,15 +1,11 @@
 //! The virtio console and its ports with a stock driver: no byte is lost or made up, in either direction.
 
-#![allow(unsafe_code)] // terminals
-
 mod common;
 
 use std::fs::{self, File};
-use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use common::{Run, example, on_host, scratch};
+use common::{Run, example, on_host, on_terminal, scratch};
 
 fn md5(bytes: &[u8]) -> String {
     let dir = scratch();
@@ -92,28 +88,6 @@ cat /out >/dev/$(port agent)"#,
     let said = talk.end().bytes;
     let said = said.strip_prefix(b"talking\n").unwrap();
     assert_eq!((said.len(), &*md5(said)), (4 << 20, ended.fact("out")), "{ended}");
-}
-
-/// A terminal as whose foreground job `command` will run; returns the side on which one types.
-fn on_terminal(command: &mut Command) -> File {
-    let (mut master, mut terminal) = (-1, -1);
-    // SAFETY: openpty writes two descriptors, which nobody else owns; the other arguments may be null.
-    let (master, terminal) = unsafe {
-        let null = std::ptr::null_mut();
-        assert_eq!(libc::openpty(&mut master, &mut terminal, null, std::ptr::null(), std::ptr::null()), 0);
-        libc::fcntl(master, libc::F_SETFD, libc::FD_CLOEXEC);
-        (File::from_raw_fd(master), OwnedFd::from_raw_fd(terminal))
-    };
-    command.stdin(terminal.try_clone().unwrap()).stdout(Stdio::from(terminal));
-    // SAFETY: two system calls that touch no memory.
-    unsafe {
-        command.pre_exec(|| {
-            libc::setsid();
-            libc::ioctl(0, libc::TIOCSCTTY, 0);
-            Ok(())
-        });
-    }
-    master
 }
 
 /// The guest knows how large the terminal is, also when that changes; and Ctrl-A X is heard.

@@ -154,7 +154,7 @@ children() { cat /proc/$vireo/task/*/children; }
 fetch 127.0.0.1 8080
 passt=$(children)
 echo "passt runs: $(ls -d $(printf '/proc/%s ' $passt) | wc -l)"
-kill -9 $passt
+kill $passt
 until [ -z "$(children)" ]; do sleep 0.1; done
 echo "passt reaped: ok"
 status=0

@@ -39,6 +39,9 @@ pub trait Disk: Send + Sync {
     /// Makes a range read as zeros; with `may_unmap` its space may be given up.
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()>;
 
+    /// Makes the disk larger, and its file if that must be: to `size` bytes, which is not less than [`Disk::size`].
+    fn resize(&self, size: u64) -> io::Result<()>;
+
     /// The file that has every byte of the disk at the same offset, if there is one: reads, writes and flushes may then
     /// be left to the kernel (io_uring).
     fn fd(&self) -> Option<BorrowedFd<'_>> {

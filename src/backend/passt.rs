@@ -320,6 +320,7 @@ impl Process {
         command.stdin(socket).stdout(Stdio::null()).stderr(its_stderr);
         // Ctrl-C on the terminal asks the guest to end, which may want its network for that.
         command.process_group(0);
+        deliver_signals(&mut command);
         let child = command.spawn().map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => Error::NotInstalled,
             _ => Error::Start(e),
@@ -350,6 +351,23 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// This process takes its signals by descriptor and blocks them otherwise; a program that it starts would inherit that
+/// and never hear of SIGTERM.
+#[allow(unsafe_code)]
+fn deliver_signals(command: &mut Command) {
+    let unblock = || {
+        // SAFETY: a zeroed sigset_t is made an empty set by sigemptyset, which only writes to it; sigprocmask reads it.
+        unsafe {
+            let mut none: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&mut none);
+            libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec only these two calls are made, which are async-signal-safe and allocate nothing.
+    unsafe { command.pre_exec(unblock) };
 }
 
 /// Who has 169.254.1.1? (RFC 826, from an address of zeros as RFC 5227 has it.)

@@ -7,11 +7,12 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 
 use imago::file::File as Storage;
-use imago::format::Format as ImagoFormat;
 use imago::format::gate::ImplicitOpenGate;
+use imago::format::{Format as ImagoFormat, PreallocateMode};
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
@@ -28,7 +29,7 @@ const MAX_DEPTH: usize = 16;
 pub struct Qcow2Disk {
     /// Discarding moves clusters, so nobody else may have looked up where they are.
     image: RwLock<FormatAccess<Storage>>,
-    size: u64,
+    size: AtomicU64,
 }
 
 impl Qcow2Disk {
@@ -49,7 +50,7 @@ impl Qcow2Disk {
         if size == 0 {
             return Err(Error::TooSmall { path: path.into(), size: image.size() });
         }
-        Ok(Qcow2Disk { image: RwLock::new(image), size })
+        Ok(Qcow2Disk { image: RwLock::new(image), size: size.into() })
     }
 }
 
@@ -221,7 +222,17 @@ fn check(file: &File) -> io::Result<()> {
 
 impl Disk for Qcow2Disk {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Relaxed)
+    }
+
+    fn resize(&self, size: u64) -> io::Result<()> {
+        let image = self.image.read().unwrap_or_else(PoisonError::into_inner);
+        if size > image.size() {
+            image.resize_grow(size, PreallocateMode::None)?;
+            image.flush()?;
+        }
+        self.size.store(size, Ordering::Relaxed);
+        Ok(())
     }
 
     fn read(&self, buffers: &[RamSlice<'_>], offset: u64) -> io::Result<()> {

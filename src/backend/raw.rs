@@ -5,7 +5,7 @@
 //! time.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -121,6 +121,21 @@ impl Disk for RawDisk {
             return self.piecewise(buffers, offset, true);
         }
         transfer(&self.file, buffers, offset, Direction::Write)
+    }
+
+    fn resize(&self, size: u64) -> io::Result<()> {
+        let now = (&self.file).seek(SeekFrom::End(0))?;
+        if size > now && self.block_device {
+            return Err(io::Error::other(format!("the block device has only {now} bytes")));
+        }
+        if self.direct.is_some() && !size.is_multiple_of(DIRECT_BLOCK) {
+            return Err(io::Error::other(format!("direct=on needs whole blocks of {DIRECT_BLOCK}")));
+        }
+        if size > now {
+            self.file.set_len(size)?;
+        }
+        self.size.store(size, Ordering::Relaxed);
+        Ok(())
     }
 
     fn takes(&self, buffers: &[RamSlice<'_>], offset: u64) -> bool {

@@ -17,6 +17,8 @@ pub enum Control {
     SetBalloon(u64),
     /// Of a balloon: what it knows of the guest's memory.
     BalloonStats,
+    /// Of a disk: be this large from now on, in bytes; never smaller than it is.
+    ResizeDisk(u64),
 }
 
 /// What a device answers.

@@ -7,7 +7,8 @@
 use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{self, Cursor, Read, Write};
-use std::os::unix::process::ExitStatusExt;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, LazyLock, Mutex};
@@ -204,6 +205,29 @@ impl Run {
     pub fn run_to_end(self) -> Ended {
         self.start().end()
     }
+}
+
+/// A terminal as whose foreground job `command` will run; returns the side on which one types.
+#[allow(unsafe_code)]
+pub fn on_terminal(command: &mut Command) -> File {
+    let (mut master, mut terminal) = (-1, -1);
+    // SAFETY: openpty writes two descriptors, which nobody else owns; the other arguments may be null.
+    let (master, terminal) = unsafe {
+        let null = std::ptr::null_mut();
+        assert_eq!(libc::openpty(&mut master, &mut terminal, null, std::ptr::null(), std::ptr::null()), 0);
+        libc::fcntl(master, libc::F_SETFD, libc::FD_CLOEXEC);
+        (File::from_raw_fd(master), OwnedFd::from_raw_fd(terminal))
+    };
+    command.stdin(terminal.try_clone().unwrap()).stdout(Stdio::from(terminal));
+    // SAFETY: two system calls that touch no memory.
+    unsafe {
+        command.pre_exec(|| {
+            libc::setsid();
+            libc::ioctl(0, libc::TIOCSCTTY, 0);
+            Ok(())
+        });
+    }
+    master
 }
 
 enum Streams {

@@ -13,7 +13,7 @@ use std::io;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use log::{debug, warn};
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 
+use super::control::{Control, ControlError, Reply};
 use super::{Activated, Activation, DeviceId, DeviceInfo, RING_FEATURES, Share, StateError, VirtioDevice};
 use crate::backend::image::{self, Format, ImageOptions, Overlay};
 use crate::backend::{Disk, SECTOR};
@@ -192,7 +193,7 @@ struct Shared {
     disk: Box<dyn Disk>,
     /// For warnings.
     path: PathBuf,
-    sectors: u64,
+    sectors: AtomicU64,
     readonly: bool,
     engine: Engine,
     id: [u8; ID_BYTES],
@@ -238,7 +239,7 @@ impl Blk {
             shared: Arc::new(Shared {
                 disk,
                 path: config.path.clone(),
-                sectors,
+                sectors: sectors.into(),
                 readonly: config.readonly,
                 engine: config.engine,
                 id,
@@ -342,8 +343,28 @@ impl VirtioDevice for Blk {
         self.set_writeback(true);
     }
 
+    fn control(&mut self, control: &Control) -> Result<Reply, ControlError> {
+        let Control::ResizeDisk(bytes) = *control else {
+            return Err(ControlError::Unsupported(self.info.name.clone()));
+        };
+        let path = self.shared.path.display();
+        let refused = |why: String| ControlError::Refused(format!("disk {path} cannot be resized: {why}"));
+        let now = self.shared.disk.size();
+        if !bytes.is_multiple_of(SECTOR) || bytes < now {
+            return Err(refused(format!("{bytes} bytes are no whole sectors, or less than its {now}")));
+        }
+        if self.shared.readonly {
+            return Err(refused("it is read-only".into()));
+        }
+        self.shared.disk.resize(bytes).map_err(|e| refused(e.to_string()))?;
+        // Requests that go beyond the old end may come as soon as the guest reads the new one.
+        self.shared.sectors.store(bytes / SECTOR, Ordering::Release);
+        super::read_config_bytes(&(bytes / SECTOR).to_le_bytes(), 0, &mut self.config[..8]);
+        Ok(Reply::ConfigChanged)
+    }
+
     fn save(&self) -> Result<serde_json::Value, StateError> {
-        let state = BlkState { sectors: self.shared.sectors, writeback: self.writeback() };
+        let state = BlkState { sectors: self.shared.sectors(), writeback: self.writeback() };
         serde_json::to_value(state).map_err(|e| StateError(e.to_string()))
     }
 
@@ -351,9 +372,9 @@ impl VirtioDevice for Blk {
         let name = &self.info.name;
         let BlkState { sectors, writeback } = BlkState::deserialize(state)
             .map_err(|e| StateError(format!("the saved state of {name} is broken: {e}")))?;
-        let Shared { sectors: now, path, .. } = &*self.shared;
-        if sectors != *now {
-            let path = path.display();
+        let now = self.shared.sectors();
+        if sectors != now {
+            let path = self.shared.path.display();
             return Err(StateError(format!("disk {path} has {now} sectors now and had {sectors} when it was saved")));
         }
         self.set_writeback(writeback);
@@ -362,6 +383,11 @@ impl VirtioDevice for Blk {
 }
 
 impl Shared {
+    /// Capacity, which may grow at any time.
+    fn sectors(&self) -> u64 {
+        self.sectors.load(Ordering::Acquire)
+    }
+
     /// Clears the mark before the flush, so that a write that comes in between sets it again.
     fn flush(&self) -> io::Result<()> {
         self.dirty.store(false, Ordering::Release);

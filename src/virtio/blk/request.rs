@@ -133,7 +133,7 @@ fn decode_parts<'a>(shared: &Shared, mut reader: Reader<'a>, data: Writer<'a>) -
 impl Shared {
     /// Where in the image `len` bytes at `sector` are: whole sectors within the capacity.
     fn offset(&self, sector: u64, len: u64) -> Result<u64, Failed> {
-        let free = self.sectors.checked_sub(sector).ok_or(Failed::Request)?;
+        let free = self.sectors().checked_sub(sector).ok_or(Failed::Request)?;
         if !len.is_multiple_of(SECTOR) || len / SECTOR > free {
             return Err(Failed::Request);
         }

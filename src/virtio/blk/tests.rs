@@ -56,6 +56,9 @@ impl Disk for Arc<Diary> {
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
         self.note(format!("zero {len}@{offset} {may_unmap}"))
     }
+    fn resize(&self, size: u64) -> io::Result<()> {
+        self.note(format!("resize {size}"))
+    }
 }
 
 /// Waits for something that the handler waits for.
@@ -458,4 +461,32 @@ fn many_requests_in_flight_come_back_each_with_its_own_data() {
             assert!(got == content[sector * 512..sector * 512 + 4096], "round {round}, request {i}");
         }
     }
+}
+
+#[test]
+fn a_disk_grows_while_it_is_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.img");
+    for config in [format!("{}", path.display()), format!("{},overlay=tmp", path.display())] {
+        std::fs::write(&path, [1; 4096]).unwrap();
+        let mut blk = Blk::new("disk0", &config.parse().unwrap()).unwrap();
+        let features = blk.info().features;
+        let resize = |blk: &mut Blk, bytes| blk.control(&Control::ResizeDisk(bytes));
+        for bytes in [0, 2048, 4097, 8191] {
+            let refused = resize(&mut blk, bytes).unwrap_err().to_string();
+            assert!(refused.contains("no whole sectors, or less than its 4096"), "{refused}");
+        }
+        assert_eq!(resize(&mut blk, 8192), Ok(Reply::ConfigChanged));
+        let mut capacity = [0; 8];
+        blk.read_config(0, &mut capacity);
+        assert_eq!((u64::from_le_bytes(capacity), blk.info().features), (16, features));
+        let ram = GuestRam::anonymous(1 << 20);
+        let mut setup = Setup::with(ram, blk, Arc::default());
+        assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 15, &[out(DATA, 512)]), OK);
+        assert_eq!(setup.request(VIRTIO_BLK_T_IN, 16, &[inn(DATA, 512)]), IOERR);
+        assert_eq!(path.metadata().unwrap().len(), if config.contains("overlay") { 4096 } else { 8192 });
+    }
+    let mut readonly = Blk::new("disk0", &format!("{},readonly", path.display()).parse().unwrap()).unwrap();
+    assert!(readonly.control(&Control::ResizeDisk(1 << 20)).unwrap_err().to_string().contains("read-only"));
+    assert!(readonly.control(&Control::BalloonStats).is_err());
 }
