@@ -62,9 +62,9 @@ pub struct RunArgs {
     /// CPU features to add or hide: +name,-name, names as in /proc/cpuinfo
     #[arg(long, value_name = "LIST", allow_hyphen_values = true)]
     cpu: Option<String>,
-    /// Disk: PATH[,readonly][,id=NAME][,format=raw|qcow2][,overlay=tmp|FILE][,direct=on][,queues=N][,engine=auto|
-    /// io_uring|sync][,bandwidth=SIZE][,bandwidth_burst=SIZE][,ops=N][,ops_burst=N]; limits are per second; may be
-    /// given several times
+    /// Disk: PATH and, each behind a comma, readonly, id=NAME, format=raw|qcow2, overlay=tmp|FILE, direct=on, queues=N,
+    /// engine=auto|io_uring|sync, bandwidth=SIZE, ops=N (both per second, bandwidth_burst= and ops_burst= at once); may
+    /// be given several times
     #[arg(long, value_name = "PATH")]
     disk: Vec<BlkConfig>,
     /// Network card: tap=NAME[,queues=N][,offload=off] or user[,hostfwd=tcp:8080:80]..., both [,mac=MAC][,mtu=N]; may be
