@@ -73,7 +73,6 @@ impl QueueHandler {
                     return Ok(());
                 }
                 (Some(ring), Request::Write(buffers, offset)) if ring.takes(disk, &buffers, offset) => {
-                    self.shared.dirty.store(true, Ordering::Release);
                     let (iov, len) = ring.vector(&buffers);
                     drop(buffers);
                     ring.write(chain, iov, len, offset, self.shared.write_through.load(Ordering::Acquire));
@@ -95,8 +94,8 @@ impl QueueHandler {
     fn turn(&mut self, queue: &mut Queue, cx: &Context<'_>) -> Result<(), Fault> {
         let Some(ring) = &mut self.ring else { return Ok(()) };
         ring.submit()?;
-        while let Some(Done { chain, result, flush }) = ring.next_done() {
-            if flush && result.is_err() {
+        while let Some(Done { chain, result, dirty }) = ring.next_done() {
+            if dirty {
                 self.shared.dirty.store(true, Ordering::Release);
             }
             let written = self.shared.answer(&chain, cx.ram, result.map_err(Into::into))?;

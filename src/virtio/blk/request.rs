@@ -190,8 +190,10 @@ impl Shared {
     }
 
     fn change(&self, change: impl FnOnce() -> io::Result<()>) -> Result<(), Failed> {
+        let changed = change();
+        // Not before: a flush meanwhile may have missed it. Also after an error: some of it may be written.
         self.dirty.store(true, Ordering::Release);
-        change()?;
+        changed?;
         if self.write_through.load(Ordering::Acquire) {
             self.flush()?;
         }

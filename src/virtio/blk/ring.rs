@@ -54,7 +54,9 @@ enum Kind {
 pub(super) struct Done {
     pub(super) chain: Chain,
     pub(super) result: io::Result<()>,
-    pub(super) flush: bool,
+    /// There may be something that is not on the disk: it was written, which a flush meanwhile may have missed, or the
+    /// flush failed.
+    pub(super) dirty: bool,
 }
 
 /// Whether requests to `disk` can be made this way.
@@ -167,8 +169,13 @@ impl Ring {
             match self.uring.submit() {
                 Ok(n) => self.collected = self.collected.saturating_sub(n.max(1)),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                // The kernel wants its completions taken first; what is left is submitted then.
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => return Ok(()),
+                // The kernel wants something finished and taken first; what is left is submitted then.
+                Err(e)
+                    if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN))
+                        && self.in_flight() > self.collected =>
+                {
+                    return Ok(());
+                }
                 Err(e) => return Err(e),
             }
         }
@@ -189,7 +196,12 @@ impl Ring {
                     }
                     request.iov.clear();
                     self.spare.push(request.iov);
-                    return Some(Done { chain: request.chain, result, flush: request.kind == Kind::Flush });
+                    let dirty = match request.kind {
+                        Kind::Read => false,
+                        Kind::Write { .. } => true,
+                        Kind::Flush => result.is_err(),
+                    };
+                    return Some(Done { chain: request.chain, result, dirty });
                 }
                 // Only a part was moved: go on behind it.
                 None => {

@@ -23,6 +23,9 @@ const UNTOUCHED: u8 = 0xAA;
 struct Diary {
     calls: Mutex<Vec<String>>,
     fail: AtomicBool,
+    /// A write is overtaken by a flush of this device, as another queue may ask for.
+    flush_within: AtomicBool,
+    shared: Mutex<Option<Arc<Shared>>>,
     /// Looks at the status byte while a request is under way.
     ram: Option<GuestRam>,
 }
@@ -45,6 +48,10 @@ impl Disk for Arc<Diary> {
         self.note(format!("read {}@{offset}", buffers.iter().map(|b| b.len()).sum::<usize>()))
     }
     fn write(&self, buffers: &[RamSlice<'_>], offset: u64) -> io::Result<()> {
+        if self.flush_within.swap(false, Ordering::Relaxed) {
+            let shared = self.shared.lock().unwrap().clone().unwrap();
+            shared.flush()?;
+        }
         self.note(format!("write {}@{offset}", buffers.iter().map(|b| b.len()).sum::<usize>()))
     }
     fn flush(&self) -> io::Result<()> {
@@ -489,4 +496,20 @@ fn a_disk_grows_while_it_is_used() {
     let mut readonly = Blk::new("disk0", &format!("{},readonly", path.display()).parse().unwrap()).unwrap();
     assert!(readonly.control(&Control::ResizeDisk(1 << 20)).unwrap_err().to_string().contains("read-only"));
     assert!(readonly.control(&Control::BalloonStats).is_err());
+}
+
+/// A flush that comes while a write is under way does not count for it.
+#[test]
+fn what_was_written_during_a_flush_is_flushed_at_the_end() {
+    let mut setup = Setup::new(false);
+    assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 0, &[out(DATA, 512)]), OK);
+    let shared = setup.shared.clone();
+    setup.ram.write_obj(STATUS, UNTOUCHED).unwrap();
+    shared.flush().unwrap();
+    assert!(!shared.dirty.load(Ordering::Acquire));
+    setup.diary.flush_within.store(true, Ordering::Relaxed);
+    setup.diary.shared.lock().unwrap().replace(shared.clone());
+    assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 1, &[out(DATA, 512)]), OK);
+    setup.diary.shared.lock().unwrap().take();
+    assert!(shared.dirty.load(Ordering::Acquire));
 }
