@@ -48,7 +48,8 @@ const MAX_RANGE_SECTORS: u32 = 1 << 21;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Engine {
-    /// io_uring where disk and host have it, else one system call after the other.
+    /// io_uring where disk and host have it, but for writes into the host's page cache; else one system call after the
+    /// other.
     #[default]
     Auto,
     /// io_uring, or an error.
@@ -196,6 +197,10 @@ struct Shared {
     sectors: AtomicU64,
     readonly: bool,
     engine: Engine,
+    /// Writes are done by system calls also where the kernel has a ring for the rest. Into the page cache, which is what
+    /// a write without `direct` means, few file systems let io_uring write without handing it to a thread, and that
+    /// costs more than the copy.
+    writes_at_once: bool,
     id: [u8; ID_BYTES],
     /// How much may be done when; none: as much as there is.
     limiter: Option<RateLimiter>,
@@ -242,6 +247,7 @@ impl Blk {
                 sectors: sectors.into(),
                 readonly: config.readonly,
                 engine: config.engine,
+                writes_at_once: config.engine == Engine::Auto && !config.direct,
                 id,
                 limiter: limits.any().then(|| RateLimiter::new(limits)),
                 write_through: AtomicBool::new(false),

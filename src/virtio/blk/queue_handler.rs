@@ -72,7 +72,9 @@ impl QueueHandler {
                     ring.read(chain, iov, len, offset);
                     return Ok(());
                 }
-                (Some(ring), Request::Write(buffers, offset)) if ring.takes(disk, &buffers, offset) => {
+                (Some(ring), Request::Write(buffers, offset))
+                    if !self.shared.writes_at_once && ring.takes(disk, &buffers, offset) =>
+                {
                     let (iov, len) = ring.vector(&buffers);
                     drop(buffers);
                     ring.write(chain, iov, len, offset, self.shared.write_through.load(Ordering::Acquire));

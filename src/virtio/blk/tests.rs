@@ -141,7 +141,7 @@ impl Setup {
 
 #[test]
 fn writes_reads_and_flushes_a_file() {
-    for engine in [Engine::Sync, Engine::IoUring] {
+    for engine in [Engine::Sync, Engine::IoUring, Engine::Auto] {
         file_is_written_read_and_flushed(engine);
     }
 }
