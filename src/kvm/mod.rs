@@ -190,6 +190,12 @@ impl Vm {
             && self.fd.register_coalesced_mmio(IoEventAddress::Pio(u64::from(port)), len).is_ok()
     }
 
+    /// The same for 4-byte writes to the MMIO address `addr`.
+    pub fn coalesce_mmio(&self, addr: u64) -> bool {
+        self.fd.check_extension_raw(u64::from(kvm_bindings::KVM_CAP_COALESCED_MMIO)) > 0
+            && self.fd.register_coalesced_mmio(IoEventAddress::Mmio(addr), 4).is_ok()
+    }
+
     /// Creates vCPU `id`, which is also its APIC id.
     pub fn create_vcpu(&self, id: u32) -> Result<VcpuFd, Error> {
         self.fd.create_vcpu(u64::from(id)).map_err(failed("KVM_CREATE_VCPU"))

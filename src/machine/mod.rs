@@ -138,7 +138,7 @@ impl Machine {
         let vm = kvm.create_vm(config.acpi == Acpi::Off || boot.describe().protocol == Protocol::Pvh)?;
         vm.map_ram(&ram)?;
         let vcpus = create_vcpus(&vm, &cpuid, &config)?;
-        let ring = coalesce(&vm, &vcpus)?;
+        let ring = coalesce(&vm, &vcpus, &platform.virtio_slots)?;
 
         let serial_irq = irq_line(&vm, layout::SERIAL_GSI)?;
         let serial = Arc::new(SerialPort::new(serial_irq, output.clone(), events.clone()));
@@ -238,17 +238,24 @@ fn create_vcpus(vm: &Vm, cpuid: &Template, config: &MachineConfig) -> Result<Vec
     Ok(vcpus)
 }
 
-/// Collects the writes that need no answer: what the UART transmits, and the addresses of a PCI that isn't there.
-/// Both are followed by reads, which exit and drain the ring.
-fn coalesce(vm: &Vm, vcpus: &[Vcpu]) -> Result<Option<CoalescedRing>, Error> {
+/// Collects the writes that need no answer: what the UART transmits, the addresses of a PCI that isn't there, and the
+/// acknowledgements of virtio interrupts. All are followed by reads, which exit and drain the ring.
+fn coalesce(vm: &Vm, vcpus: &[Vcpu], virtio_slots: &[u32]) -> Result<Option<CoalescedRing>, Error> {
     let ports = [(layout::SERIAL_PORT, 1), (layout::PCI_CONFIG_ADDRESS, 4)];
-    let coalesced = ports.into_iter().filter(|(port, len)| vm.coalesce_port(*port, *len)).count();
+    let acks = virtio_slots.iter().map(|slot| virtio_slot(*slot) + virtio::mmio::INTERRUPT_ACK);
+    let ports = ports.into_iter().filter(|(port, len)| vm.coalesce_port(*port, *len)).count();
+    let acks = acks.filter(|addr| vm.coalesce_mmio(*addr)).count();
     match vcpus.first() {
-        Some(vcpu) if coalesced > 0 => {
+        Some(vcpu) if ports + acks > 0 => {
             CoalescedRing::new(vcpu.fd()).map(Some).map_err(host("the ring of coalesced writes"))
         }
         _ => Ok(None),
     }
+}
+
+/// Where the registers of a virtio slot are.
+fn virtio_slot(slot: u32) -> u64 {
+    layout::VIRTIO_MMIO + u64::from(slot) * layout::VIRTIO_MMIO_SIZE
 }
 
 fn irq_line(vm: &Vm, gsi: u32) -> Result<IrqLine, Error> {
@@ -280,7 +287,7 @@ fn mmio_bus(
     let mut mmio = Bus::new();
     let mut transports = Vec::new();
     for (slot, device) in (0u32..).zip(devices) {
-        let addr = layout::VIRTIO_MMIO + u64::from(slot) * layout::VIRTIO_MMIO_SIZE;
+        let addr = virtio_slot(slot);
         let line = irq_line(vm, layout::VIRTIO_GSI + slot)?;
         let transport = Arc::new(MmioTransport::new(device, ram.clone(), line)?);
         for (queue, fd) in (0u32..).zip(transport.notify_fds()) {

@@ -240,6 +240,21 @@ fn queue_registers_are_fixed_while_ready_and_before_features() {
 }
 
 #[test]
+fn a_late_acknowledgement_takes_no_newer_interrupt_with_it() {
+    let ram = ram();
+    let transport = rng(&ram);
+    let driver = FakeDriver::new(&transport, &ram);
+    transport.interrupt().used_buffers();
+    transport.interrupt().config_changed();
+    assert_eq!(driver.get(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
+    assert_eq!(driver.get(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+    transport.interrupt().used_buffers();
+    driver.set(VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
+    assert_eq!(driver.get(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
+    assert_eq!(transport.interrupt().line().take_count(), 3);
+}
+
+#[test]
 fn a_wrong_queue_needs_a_reset_and_a_reset_mends_it() {
     let ram = ram();
     let transport = rng(&ram);
