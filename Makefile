@@ -24,9 +24,9 @@ shell: setup build ## a shell in a guest
 test: setup build ## run all tests, those with Linux guests where such run
 	tests/host/with-host cargo test
 
-bench: setup build ## measure the inner loops, then whole boots beside QEMU's
+bench: setup build ## measure the inner loops, then boots and devices beside QEMU's
 	cargo bench --bench micro
-	tests/host/with-host cargo bench --bench boot
+	tests/host/with-host cargo bench --bench boot --bench devices
 
 soak: setup build ## the long tests, then boot guests until one fails or SOAK_MINUTES (60) are over
 	tests/host/with-host sh -c 'cargo test --test soak && NET_MIB=100 cargo test --test net a_tap && tests/host/soak'

@@ -5,39 +5,24 @@
 //! else the machine does. The clock goes from exec of the monitor to its exit: monitor, KVM and
 //! guest. Time spent idle counts, and `rep movs` counts once per byte. Wall time stands beside it.
 
-use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
-use std::time::Instant;
+#[path = "common/mod.rs"]
+mod common;
 
-const REPO: &str = env!("CARGO_MANIFEST_DIR");
+use std::process::ExitCode;
+
+use common::{Facts, REPO, STAGE, best, in_host, target, text, vireo};
+
 const KERNELS: [&str; 2] = ["vmlinux-cloud", "bzImage-cloud"];
 /// Runs of each pair; the first warms caches up and does not count.
 const RUNS: usize = 6;
 
-/// Runs in the emulated host, as `sh -c SCRIPT sh VIREO IMAGES RUNS`, and prints one fact a line:
+/// Runs in the emulated host behind [`STAGE`], as `sh -c SCRIPT sh VIREO IMAGES RUNS`, and prints one fact a line:
 /// `begin`, then `<fact> <monitor> <kernel> <number>`, or `failed ...`.
 const SCRIPT: &str = r#"
 vireo=$1 images=$2 runs=$3
-dir=$(mktemp -d /tmp/boot.XXXXXX) || exit
-trap 'cd /; umount "$dir"/dev "$dir"/proc "$dir"/sys/kernel/tracing; rm -rf "$dir"' EXIT
-# Waiting for a file of the machine outside would leap the clock of a host that counts instructions, and QEMU with its
-# hundred libraries opens many. So everything, this shell too, is first copied to memory, and runs in there.
-mkdir -p "$dir"/bin "$dir"/dev "$dir"/proc "$dir"/sys/kernel/tracing "$dir"/tmp "$dir"/usr/share
-cp "$(command -v busybox)" "$dir/bin/busybox"
-for applet in sh grep tail awk cat; do ln -s busybox "$dir/bin/$applet"; done
-cp -L "$(command -v date)" "$dir/bin" # busybox knows no nanoseconds, and without the path its shell takes its own
-qemu=$(command -v qemu-system-x86_64)
-mkdir -p "$dir${qemu%/*}" && cp -L "$qemu" "$dir$qemu" # QEMU looks for its firmware from where it stands
-cp -rL /usr/share/qemu /usr/share/seabios "$dir/usr/share"
-ldd "$qemu" | grep -o '/[^ ]*' | while read -r library; do
-    mkdir -p "$dir${library%/*}" && cp -L "$library" "$dir$library"
-done
-mkdir -p "$dir/work" && cp "$images"/vmlinux-cloud "$images"/bzImage-cloud "$images"/initrd-min.cpio "$dir/work"
+cp "$images"/vmlinux-cloud "$images"/bzImage-cloud "$images"/initrd-min.cpio "$dir/work"
 monitors=qemu
-[ -z "$vireo" ] || { cp "$vireo" "$dir/bin/vireo"; monitors='qemu vireo'; }
-for mount in dev proc sys/kernel/tracing; do mount --bind /$mount "$dir/$mount"; done
+[ -z "$vireo" ] || monitors='qemu vireo'
 cat >"$dir/work/measure" <<'MEASURE'
 export XDG_CACHE_HOME=$PWD
 monitors=$1 runs=$2
@@ -102,7 +87,7 @@ for kernel in vmlinux-cloud bzImage-cloud; do
     done
 done
 MEASURE
-chroot "$dir" sh -c 'cd work && PATH=/bin:/usr/bin:/usr/local/bin exec sh measure "$@"' sh "$monitors" "$runs"
+inside sh measure "$monitors" "$runs"
 "#;
 
 /// Runs in the other emulated host, whose clock is the machine's: Pss in KiB of everything but guest
@@ -138,27 +123,17 @@ awk '/^[0-9a-f]+-/ { n++; split($1, range, "-"); start[n] = range[1]; end[n] = r
 rm -r "$XDG_CACHE_HOME"
 "#;
 
-/// What the script said: every number under its fact, monitor and kernel.
-type Facts = BTreeMap<(String, String, String), Vec<f64>>;
-
 fn main() -> ExitCode {
-    match bench() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("boot: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    common::exit("boot", bench())
 }
 
 fn bench() -> Result<(), String> {
-    let vireo = std::env::var_os("VIREO_BIN")
-        .map_or_else(|| Path::new(REPO).join("target/x86_64-unknown-linux-gnu/release/vireo"), PathBuf::from);
+    let vireo = vireo();
     let binary = vireo.metadata();
-    let images = Path::new(REPO).join("target/host/images").display().to_string();
+    let images = format!("{REPO}/target/host/images");
     let path = binary.as_ref().map(|_| vireo.display().to_string()).unwrap_or_default();
     let mut facts = Facts::new();
-    in_host(&["--icount"], SCRIPT, &[&path, &images, &RUNS.to_string()], &mut facts)?;
+    in_host(&["--icount"], &format!("{STAGE}{SCRIPT}"), &[&path, &images, &RUNS.to_string()], &mut facts)?;
 
     println!("\nBest of {}, instructions from exec to exit (billions); wall seconds", RUNS - 1);
     println!("{:<15}{:>8}{:>8}{:>8}   {:>6}{:>7}", "", "QEMU", "vireo", "ratio", "QEMU", "vireo");
@@ -214,57 +189,4 @@ fn bench() -> Result<(), String> {
     target("memory beside a 128 MiB guest's RAM (Pss), MiB", pss, 4.0, 2);
     target("size of the binary, MiB", Some(binary.len() as f64 / 1048576.0), 4.0, 2);
     Ok(())
-}
-
-/// Runs a script in an emulated host and collects its facts, with a `wall` beside `instructions`.
-fn in_host(options: &[&str], script: &str, args: &[&str], facts: &mut Facts) -> Result<(), String> {
-    let mut child = Command::new(Path::new(REPO).join("tests/host/run"))
-        .args(options)
-        .args(["--", "sh", "-c", script, "sh"])
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(|error| format!("tests/host/run: {error}"))?;
-    let mut begin = Instant::now();
-    let output = child.stdout.take().ok_or("tests/host/run has no output")?;
-    for line in BufReader::new(output).lines() {
-        let line = line.map_err(|error| format!("the emulated host: {error}"))?;
-        let words: Vec<&str> = line.split(' ').collect();
-        match words[..] {
-            ["begin"] => begin = Instant::now(),
-            [fact, monitor, kernel, number] if number.parse::<f64>().is_ok() => {
-                let mut note = |fact: &str, value| {
-                    let key = (fact.to_owned(), monitor.to_owned(), kernel.to_owned());
-                    facts.entry(key).or_default().push(value);
-                };
-                note(fact, number.parse().unwrap_or(f64::NAN));
-                if fact == "instructions" {
-                    note("wall", begin.elapsed().as_secs_f64());
-                }
-                eprintln!("{line}");
-            }
-            _ => eprintln!("{line}"),
-        }
-    }
-    match child.wait() {
-        Ok(status) if status.success() => Ok(()),
-        Ok(status) => Err(format!("the benchmark in the emulated host ended early: {status}")),
-        Err(error) => Err(format!("tests/host/run: {error}")),
-    }
-}
-
-fn best(facts: &Facts, fact: &str, monitor: &str, kernel: &str) -> Option<f64> {
-    let values = facts.get(&(fact.to_owned(), monitor.to_owned(), kernel.to_owned()))?;
-    let counted = if values.len() > 1 { &values[1..] } else { values };
-    counted.iter().copied().reduce(f64::min)
-}
-
-fn text(value: Option<f64>, digits: usize) -> String {
-    value.map_or("-".to_owned(), |value| format!("{value:.digits$}"))
-}
-
-fn target(what: &str, value: Option<f64>, limit: f64, digits: usize) {
-    let verdict = if value.is_some_and(|value| value <= limit) { "met" } else { "missed" };
-    println!("{what:<58}{:>9}{:>9}  {verdict}", text(value, digits), text(Some(limit), digits.min(2)));
 }

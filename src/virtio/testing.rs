@@ -95,7 +95,12 @@ impl FakeQueue {
 
     /// The device's half.
     pub fn device(&self, features: u64) -> Queue {
-        Queue::new(0, self.state(), self.size, features, &self.ram).unwrap()
+        self.numbered(0, features)
+    }
+
+    /// The device's half, as its queue `index`.
+    pub fn numbered(&self, index: u16, features: u64) -> Queue {
+        Queue::new(index, self.state(), self.size, features, &self.ram).unwrap()
     }
 
     /// Writes a descriptor into a table.
@@ -169,6 +174,12 @@ impl FakeQueue {
         let head = u16::try_from(element & 0xFFFF_FFFF).unwrap();
         self.free.extend(self.chains.remove(&head).unwrap_or_default());
         Some((head, (element >> 32) as u32))
+    }
+
+    /// Takes all descriptors back, whether the device has used them or not.
+    pub fn recycle(&mut self) {
+        self.chains.clear();
+        self.free = (0..self.size).rev().collect();
     }
 
     /// Waits for the next used chain.

@@ -1,0 +1,111 @@
+//! What the benchmarks share: scripts that run in an emulated host and print facts, and tables of them.
+
+#![allow(dead_code)] // each benchmark uses its part
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+pub const REPO: &str = env!("CARGO_MANIFEST_DIR");
+
+/// Shell: makes `$dir` in memory, with QEMU, vireo (`$1`) and what is needed to measure them in it, and `inside`, which
+/// runs a program in there; after it, `$dir/work` wants to be filled. Waiting for a file of the machine outside would
+/// leap the clock of a host that counts instructions, and QEMU with its hundred libraries opens many. So everything, the
+/// shell too, is first copied to memory.
+pub const STAGE: &str = r#"
+dir=$(mktemp -d /tmp/bench.XXXXXX) || exit
+trap 'cd /; umount -l "$dir"/dev "$dir"/proc "$dir"/sys "$dir"/disks; rm -rf "$dir"' EXIT
+mkdir -p "$dir"/bin "$dir"/dev "$dir"/proc "$dir"/sys "$dir"/tmp "$dir"/usr/share "$dir"/work "$dir"/disks
+cp "$(command -v busybox)" "$dir/bin/busybox"
+for applet in sh grep tail awk cat dd mkfifo rm seq kill ls; do ln -s busybox "$dir/bin/$applet"; done
+cp -L "$(command -v date)" "$dir/bin" # busybox knows no nanoseconds, and without the path its shell takes its own
+for program in qemu-system-x86_64 qemu-img; do
+    program=$(command -v $program)
+    mkdir -p "$dir${program%/*}" && cp -L "$program" "$dir$program" # QEMU looks for its firmware from where it stands
+    ldd "$program" | grep -o '/[^ ]*' | while read -r library; do
+        mkdir -p "$dir${library%/*}" && cp -L "$library" "$dir$library"
+    done
+done
+cp -rL /usr/share/qemu /usr/share/seabios "$dir/usr/share"
+[ -z "$1" ] || cp "$1" "$dir/bin/vireo"
+for mount in dev proc; do mount --bind /$mount "$dir/$mount"; done
+mount --rbind /sys "$dir/sys"
+mount -t debugfs debugfs "$dir/sys/kernel/debug" 2>/dev/null
+mount --bind /run/scratch "$dir/disks"
+inside() { chroot "$dir" sh -c 'cd work && PATH=/bin:/usr/bin:/usr/local/bin exec "$@"' sh "$@"; }
+"#;
+
+/// What a script said: every number under its fact, monitor and case.
+pub type Facts = BTreeMap<(String, String, String), Vec<f64>>;
+
+/// The release binary, or `VIREO_BIN`.
+pub fn vireo() -> PathBuf {
+    std::env::var_os("VIREO_BIN")
+        .map_or_else(|| Path::new(REPO).join("target/x86_64-unknown-linux-gnu/release/vireo"), PathBuf::from)
+}
+
+/// What `main` returns.
+pub fn exit(name: &str, result: Result<(), String>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{name}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs a script in an emulated host and collects its facts, with a `wall` beside `instructions`.
+pub fn in_host(options: &[&str], script: &str, args: &[&str], facts: &mut Facts) -> Result<(), String> {
+    let mut child = Command::new(Path::new(REPO).join("tests/host/run"))
+        .args(options)
+        .args(["--", "sh", "-c", script, "sh"])
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|error| format!("tests/host/run: {error}"))?;
+    let mut begin = Instant::now();
+    let output = child.stdout.take().ok_or("tests/host/run has no output")?;
+    for line in BufReader::new(output).lines() {
+        let line = line.map_err(|error| format!("the emulated host: {error}"))?;
+        let words: Vec<&str> = line.split(' ').collect();
+        match words[..] {
+            ["begin"] => begin = Instant::now(),
+            [fact, monitor, case, number] if number.parse::<f64>().is_ok() => {
+                let mut note = |fact: &str, value| {
+                    let key = (fact.to_owned(), monitor.to_owned(), case.to_owned());
+                    facts.entry(key).or_default().push(value);
+                };
+                note(fact, number.parse().unwrap_or(f64::NAN));
+                if fact == "instructions" {
+                    note("wall", begin.elapsed().as_secs_f64());
+                }
+                eprintln!("{line}");
+            }
+            _ => eprintln!("{line}"),
+        }
+    }
+    match child.wait() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("the benchmark in the emulated host ended early: {status}")),
+        Err(error) => Err(format!("tests/host/run: {error}")),
+    }
+}
+
+pub fn best(facts: &Facts, fact: &str, monitor: &str, case: &str) -> Option<f64> {
+    let values = facts.get(&(fact.to_owned(), monitor.to_owned(), case.to_owned()))?;
+    let counted = if values.len() > 1 { &values[1..] } else { values };
+    counted.iter().copied().reduce(f64::min)
+}
+
+pub fn text(value: Option<f64>, digits: usize) -> String {
+    value.map_or("-".to_owned(), |value| format!("{value:.digits$}"))
+}
+
+pub fn target(what: &str, value: Option<f64>, limit: f64, digits: usize) {
+    let verdict = if value.is_some_and(|value| value <= limit) { "met" } else { "missed" };
+    println!("{what:<58}{:>9}{:>9}  {verdict}", text(value, digits), text(Some(limit), digits.min(2)));
+}
