@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use crate::machine::BALLOON;
 use crate::machine::mailbox::{Mailbox, Request, answer};
+use crate::machine::{BALLOON, MEMORY};
 use crate::outcome::Outcome;
 use crate::virtio::balloon::BalloonStats;
 use crate::virtio::control::{Control, ControlError, Reply};
+use crate::virtio::mem::MemStatus;
 
 /// Sends messages to the machine's event loop. Cloning is cheap; the machine may end at any time, and then messages go
 /// nowhere.
@@ -51,6 +52,20 @@ impl Controller {
         match self.device(BALLOON, Control::BalloonStats)? {
             Reply::BalloonStats(stats) => Ok(stats),
             _ => Err(ControlError::Unsupported(BALLOON.into())),
+        }
+    }
+
+    /// Asks the guest to have `bytes` of memory beside its RAM: whole blocks, at most the size of its memory device. It
+    /// plugs and unplugs them in its own time, and as far as it can: [`Controller::memory_status`] tells how far it is.
+    pub fn request_memory(&self, bytes: u64) -> Result<(), ControlError> {
+        self.device(MEMORY, Control::RequestMemory(bytes)).map(drop)
+    }
+
+    /// How much memory the guest has beside its RAM, and shall have.
+    pub fn memory_status(&self) -> Result<MemStatus, ControlError> {
+        match self.device(MEMORY, Control::MemoryStatus)? {
+            Reply::MemoryStatus(status) => Ok(status),
+            _ => Err(ControlError::Unsupported(MEMORY.into())),
         }
     }
 

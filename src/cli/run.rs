@@ -24,7 +24,9 @@ use crate::outcome::{EXIT_VIREO_FAILED, Report};
 use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
 use crate::virtio::console::PortConfig;
+use crate::virtio::mem::MemConfig;
 use crate::virtio::net::NetConfig;
+use crate::virtio::pmem::PmemConfig;
 use crate::virtio::rng::RngConfig;
 use crate::virtio::vsock::VsockConfig;
 
@@ -71,6 +73,10 @@ pub struct RunArgs {
     /// given several times
     #[arg(long, value_name = "HOW")]
     net: Vec<NetConfig>,
+    /// File as persistent memory, /dev/pmem0 in the guest: PATH[,size=SIZE][,readonly][,overlay=tmp]; may be given several
+    /// times
+    #[arg(long, value_name = "PATH")]
+    pmem: Vec<PmemConfig>,
     /// Give the guest a virtio random number generator
     #[arg(long)]
     rng: bool,
@@ -80,6 +86,9 @@ pub struct RunArgs {
     /// Memory balloon: [SIZE][,deflate_on_oom][,stats=TIME][,free_page_reporting]
     #[arg(long, value_name = "SIZE", num_args = 0..=1, default_missing_value = "0", require_equals = false)]
     balloon: Option<BalloonConfig>,
+    /// Memory that can be added while the guest runs: SIZE[,requested=SIZE][,block=SIZE]; SIZE is the most there can be
+    #[arg(long, value_name = "SIZE")]
+    virtio_mem: Option<MemConfig>,
     /// First serial port: stdio, file:PATH, pty, socket:PATH or null [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
@@ -166,7 +175,9 @@ impl RunArgs {
         config.uuid = self.uuid.or(config.uuid);
         config.disks.extend_from_slice(&self.disk);
         config.balloon = self.balloon.clone().or(config.balloon);
+        config.virtio_mem = self.virtio_mem.clone().or(config.virtio_mem);
         config.nets.extend_from_slice(&self.net);
+        config.pmems.extend_from_slice(&self.pmem);
         if self.rng {
             config.rng.get_or_insert_with(RngConfig::default);
         }

@@ -313,8 +313,20 @@ impl Running {
                 self.dump = Some(dump);
                 Some(Outcome::Crashed(what))
             }
-            End::Kvm(e) => return Err(kvm::Error::Ioctl("KVM_RUN", e).into()),
+            End::Kvm(e) => return Err(self.kvm_failed(e)),
         })
+    }
+
+    /// Why KVM_RUN failed, as far as that can be known.
+    fn kvm_failed(&self, error: io::Error) -> Error {
+        let gone = || match self.board.ram.truncated_file() {
+            Some(path) => format!("{} was made shorter while it was mapped", path.display()),
+            None => "huge pages, memory or the file system of a pmem file may be used up".into(),
+        };
+        match error.raw_os_error() {
+            Some(libc::EFAULT) => Error::MemoryGone(gone(), kvm::Error::Ioctl("KVM_RUN", error)),
+            _ => kvm::Error::Ioctl("KVM_RUN", error).into(),
+        }
     }
 
     fn on_guest_events(&mut self) -> Option<Outcome> {

@@ -9,6 +9,7 @@
 //! share with it, and never waits.
 
 use super::balloon::BalloonStats;
+use super::mem::MemStatus;
 
 /// Something that can be asked of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +20,10 @@ pub enum Control {
     BalloonStats,
     /// Of a disk: be this large from now on, in bytes; never smaller than it is.
     ResizeDisk(u64),
+    /// Of a memory device: have the guest plug this many bytes in all, whole blocks.
+    RequestMemory(u64),
+    /// Of a memory device: how far it is.
+    MemoryStatus,
 }
 
 /// What a device answers.
@@ -30,6 +35,8 @@ pub enum Reply {
     ConfigChanged,
     /// For [`Control::BalloonStats`].
     BalloonStats(BalloonStats),
+    /// For [`Control::MemoryStatus`].
+    MemoryStatus(MemStatus),
 }
 
 /// Why nothing came of it. Displays as one sentence.

@@ -1,7 +1,7 @@
 //! A machine that is talked to while it runs, as there is no other way to reach a [`Controller`] from a shell.
 //!
 //! `live CONFIG` runs the machine that a JSON file describes. Lines of its standard input are requests, which it answers
-//! by a line each: `balloon SIZE`, `grow DISK SIZE`, `stats`, `pause`, `resume`. (So the guest's console must be elsewhere.)
+//! by a line each: `balloon SIZE`, `memory [SIZE]`, `grow DISK SIZE`, `stats`, `pause`, `resume`. (So the guest's console must be elsewhere.)
 
 use std::error::Error;
 use std::io;
@@ -20,6 +20,11 @@ fn answer(controller: &Controller, request: &str) -> Result<String, Box<dyn Erro
         ("balloon", size) => {
             controller.set_balloon(size.parse::<Size>()?.0)?;
             format!("balloon: {size}")
+        }
+        ("memory", "") => format!("memory: {}", serde_json::to_string(&controller.memory_status()?)?),
+        ("memory", size) => {
+            controller.request_memory(size.parse::<Size>()?.0)?;
+            format!("memory: {size}")
         }
         ("grow", arguments) => {
             let (disk, size) = arguments.split_once(' ').ok_or("usage: grow DISK SIZE")?;
