@@ -83,7 +83,7 @@ echo \"size: $(cat /sys/block/pmem0/size)\""
     assert_eq!(tool(&["debugfs", "-R", "cat /sum", &image]), md5(&path("random")));
 }
 
-/// A whole system from a file in memory; it goes on where it was the next time.
+/// A whole system from a file in memory: it goes on where it was the next time, and keeps nothing of a throw-away run.
 #[test]
 fn as_the_root_file_system() {
     let script = format!(
@@ -119,14 +119,14 @@ poweroff -f\n";
     fs::set_permissions(root.join("init"), fs::Permissions::from_mode(0o755)).unwrap();
     let image = kept.path().join("image").display().to_string();
     ext4(&image, "32M", Some(&root));
-    for (options, boots) in [("", "1"), (",overlay=tmp", "2"), ("", "2")] {
+    for (options, boots) in [("", "1"), (",overlay=tmp", "2")] {
         let run = Run::new("bzImage-cloud", &script).cmdline("console=ttyS0 quiet rdinit=/test.sh");
         let ended = run.args(&["--pmem", &format!("{image}{options}")]).run_to_end().expect(0, "powered-off");
         assert!(ended.fact("root").starts_with("/dev/pmem0 / ext4") && ended.fact("root").contains("dax"), "{ended}");
         assert_eq!(ended.fact("boots"), boots, "{options} {ended}");
         tool(&["e2fsck", "-fn", &image]);
     }
-    assert_eq!(tool(&["debugfs", "-R", "cat /boots", &image]), "boot\nboot\n");
+    assert_eq!(tool(&["debugfs", "-R", "cat /boots", &image]), "boot\n");
 }
 
 /// Files that are only read stay as they are, whatever the guest writes and whatever their size; and when one is cut off
