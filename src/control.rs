@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::machine::mailbox::{Mailbox, Request, answer};
 use crate::machine::{BALLOON, MEMORY};
 use crate::outcome::Outcome;
-use crate::virtio::balloon::BalloonStats;
+use crate::virtio::balloon::{BalloonStats, FreeHints};
 use crate::virtio::control::{Control, ControlError, Reply};
 use crate::virtio::mem::MemStatus;
 
@@ -53,6 +53,25 @@ impl Controller {
             Reply::BalloonStats(stats) => Ok(stats),
             _ => Err(ControlError::Unsupported(BALLOON.into())),
         }
+    }
+
+    /// Has the guest tell which of its memory is free, for who is about to copy the rest. It holds on to that memory until
+    /// [`Controller::end_hints`].
+    pub fn start_hints(&self) -> Result<(), ControlError> {
+        self.device(BALLOON, Control::StartHints).map(drop)
+    }
+
+    /// What the guest has told since [`Controller::start_hints`].
+    pub fn free_hints(&self) -> Result<FreeHints, ControlError> {
+        match self.device(BALLOON, Control::FreeHints)? {
+            Reply::FreeHints(hints) => Ok(hints),
+            _ => Err(ControlError::Unsupported(BALLOON.into())),
+        }
+    }
+
+    /// Forgets what the guest has told, and lets it use that memory.
+    pub fn end_hints(&self) -> Result<(), ControlError> {
+        self.device(BALLOON, Control::EndHints).map(drop)
     }
 
     /// Asks the guest to have `bytes` of memory beside its RAM: whole blocks, at most the size of its memory device. It

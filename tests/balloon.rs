@@ -64,7 +64,14 @@ while [ ! -e /tmp/stop ]; do sleep 0.2; done";
     let (console, disk) = (path("console"), path("disk"));
     fs::write(&disk, vec![0; 1 << 20]).unwrap();
     let run = Run::new("bzImage-cloud", script)
-        .args(&["--memory", "256M", "--balloon", "stats=500ms", "--serial", &format!("file:{console}")])
+        .args(&[
+            "--memory",
+            "256M",
+            "--balloon",
+            "stats=500ms,free_page_hinting",
+            "--serial",
+            &format!("file:{console}"),
+        ])
         .args(&["--disk", &disk]);
     let mut live = Live::start(run);
     let stats = |live: &mut Live| -> Value {
@@ -78,6 +85,14 @@ while [ ! -e /tmp/stop ]; do sleep 0.2; done";
     let grown = |console: &Vec<u8>| String::from_utf8_lossy(console).contains("the disk has grown");
     until("the disk's new size", || fs::read(&console).unwrap_or_default(), grown);
     assert!(live.ask("grow disk0 1M").contains("cannot be resized"));
+    // What it says is free it keeps aside, and takes back.
+    assert_eq!(live.ask("hints start"), "hints: started");
+    let hints = until("hints", || live.ask("hints"), |hints| hints.ends_with("complete: true"));
+    let bytes: u64 = hints.split(' ').nth(1).unwrap().parse().unwrap();
+    assert!((free(&before) / 2..=free(&before) + 8 * MIB).contains(&bytes), "{hints} {before}");
+    until("less memory", || stats(&mut live), |s| free(s) + bytes / 2 < free(&before));
+    assert_eq!(live.ask("hints end"), "hints: ended");
+    until("memory again", || stats(&mut live), |s| free(s).abs_diff(free(&before)) < 8 * MIB);
     for size in [100, 40, 120] {
         assert_eq!(live.ask(&format!("balloon {size}M")), format!("balloon: {size}M"));
         let reached = |s: &Value| s["actual"] == s["target"] && s["age_ms"].as_u64() < Some(600);

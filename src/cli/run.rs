@@ -83,7 +83,7 @@ pub struct RunArgs {
     /// Sockets between host and guest: cid=N,path=SOCKET; the guest's port P of CID 2 is SOCKET_P
     #[arg(long, value_name = "cid=N,path=SOCKET")]
     vsock: Option<VsockConfig>,
-    /// Memory balloon: [SIZE][,deflate_on_oom][,stats=TIME][,free_page_reporting]
+    /// Memory balloon: [SIZE][,deflate_on_oom][,stats=TIME][,free_page_reporting][,free_page_hinting]
     #[arg(long, value_name = "SIZE", num_args = 0..=1, default_missing_value = "0", require_equals = false)]
     balloon: Option<BalloonConfig>,
     /// Memory that can be added while the guest runs: SIZE[,requested=SIZE][,block=SIZE]; SIZE is the most there can be

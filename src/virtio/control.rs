@@ -8,7 +8,7 @@
 //! The device is called like a register write: it changes what its configuration space says, and what its handlers
 //! share with it, and never waits.
 
-use super::balloon::BalloonStats;
+use super::balloon::{BalloonStats, FreeHints};
 use super::mem::MemStatus;
 
 /// Something that can be asked of a device.
@@ -18,6 +18,12 @@ pub enum Control {
     SetBalloon(u64),
     /// Of a balloon: what it knows of the guest's memory.
     BalloonStats,
+    /// Of a balloon: have the guest tell which of its pages are free, anew.
+    StartHints,
+    /// Of a balloon: which it told since [`Control::StartHints`].
+    FreeHints,
+    /// Of a balloon: forget them, and let the guest have them back.
+    EndHints,
     /// Of a disk: be this large from now on, in bytes; never smaller than it is.
     ResizeDisk(u64),
     /// Of a memory device: have the guest plug this many bytes in all, whole blocks.
@@ -35,6 +41,8 @@ pub enum Reply {
     ConfigChanged,
     /// For [`Control::BalloonStats`].
     BalloonStats(BalloonStats),
+    /// For [`Control::FreeHints`].
+    FreeHints(FreeHints),
     /// For [`Control::MemoryStatus`].
     MemoryStatus(MemStatus),
 }
