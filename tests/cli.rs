@@ -142,7 +142,10 @@ fn wrong_usage_is_explained_and_exits_with_2() {
         (&["run", "--kernel", "x", "--cpus", "1,pin=1"], "unknown key 'pin'; valid keys are count, affinity"),
         (&["run", "--kernel", "x", "--disk", "d,ro=1"], "unknown key 'ro'; valid keys are path, readonly"),
         (&["run", "--kernel", "x", "--disk", "d,readonly=maybe"], "'maybe' is neither on nor off"),
-        (&["run", "--kernel", "x", "--serial", "tcp:1"], "none of stdio, null, pty, file:PATH and socket:PATH"),
+        (
+            &["run", "--kernel", "x", "--serial", "tcp:1"],
+            "none of stdio, null, pty, file:PATH, pipe:PATH and socket:PATH",
+        ),
         (&["run", "--kernel", "x", "--timeout", "5d"], "'5d' is not a time; write a number with ms, s, m or h"),
         (&["run", "--kernel", "x", "--boot", "efi"], "one of auto, bzimage, direct, pvh"),
         (&["run", "--kernel", "x", "--acpi", "maybe"], "possible values: on, off"),

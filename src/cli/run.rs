@@ -89,13 +89,13 @@ pub struct RunArgs {
     /// Memory that can be added while the guest runs: SIZE[,requested=SIZE][,block=SIZE]; SIZE is the most there can be
     #[arg(long, value_name = "SIZE")]
     virtio_mem: Option<MemConfig>,
-    /// First serial port: stdio, file:PATH, pty, socket:PATH or null [default: stdio]
+    /// First serial port: stdio, file:PATH, pipe:PATH, pty, socket:PATH or null [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
-    /// Virtio console (console=hvc0): stdio, file:PATH, pty, socket:PATH or null; stdio is taken from the serial port
+    /// Virtio console (console=hvc0): stdio, file:PATH, pipe:PATH, pty, socket:PATH or null; stdio is taken from the serial port
     #[arg(long, value_name = "WHERE")]
     console: Option<ConsoleEnd>,
-    /// Virtio port for data: NAME,to=WHERE as for --console; may be given several times
+    /// Virtio port for data: NAME,to=WHERE as for --console[,from=FILE]; may be given several times
     #[arg(long, value_name = "NAME")]
     console_port: Vec<PortConfig>,
     /// ACPI tables, or else an MP table and virtio_mmio.device= parameters [default: on]
