@@ -246,6 +246,7 @@ impl GuestRam {
     }
 
     /// The device's area that is region `index`, if it is not RAM.
+    #[inline]
     fn area(&self, index: usize) -> Option<&Area> {
         let boot = self.0.mappings.len() - self.0.areas.len();
         self.0.areas.get(index.checked_sub(boot)?)

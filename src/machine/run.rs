@@ -19,6 +19,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::console::RunningLine;
 use super::mailbox::{Mailbox, Request};
 use super::{Error, Machine, host};
+use crate::backend::mapped;
 use crate::devices::power_button::PowerButton;
 use crate::event::{GuestEvent, Interest, PanicSource, Poller, Signals};
 use crate::kvm;
@@ -131,6 +132,9 @@ impl Running {
         let Machine { config, ram, vcpus, board, lines, devices, power_button, mut timing, vm, .. } = machine;
         let on_terminal = lines.iter().find(|line| line.input.is_terminal()).and_then(|line| line.input.fd());
         let raw_mode = on_terminal.map_or(Ok(None), RawMode::enter).map_err(host("the terminal"))?;
+        if !config.pmems.is_empty() {
+            mapped::explain_bus_errors();
+        }
         let poller = Poller::new().map_err(host("an epoll descriptor"))?;
         let mut ticker = TimerFd::new().map_err(|e| Error::Host("a timer", e.into()))?;
         ticker.reset(TICK, Some(TICK)).map_err(|e| Error::Host("a timer", e.into()))?;

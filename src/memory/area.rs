@@ -57,6 +57,7 @@ impl Area {
     }
 
     /// Whether the guest's processors may not write it.
+    #[inline]
     pub(super) fn is_readonly(&self) -> bool {
         matches!(self.backing, Backing::File { access: Access::ReadOnly, .. })
     }
