@@ -18,7 +18,7 @@ fn memory_is_added_and_removed() {
 total() { sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo; }
 base=$(total)
 has() { for n in $(seq 900); do [ $(total) = $((base + $1 * 1024)) ] && echo "has: $1" && return; sleep 0.1; done; total; }
-modprobe virtio_mem
+modprobe -a virtio_mem virtio_balloon
 has 128
 has 512
 mount -t tmpfs -o size=600m none /mnt
@@ -31,6 +31,9 @@ has 0
 rmmod virtio_mem
 modprobe virtio_mem
 has 256
+# and a balloon takes of it
+has 156
+has 256
 "#;
     let dir = scratch();
     let path = |name: &str| dir.path().join(name).display().to_string();
@@ -42,7 +45,7 @@ has 256
     let run = Run::new("bzImage-cloud", script)
         .cmdline("console=ttyS0 quiet memhp_default_state=online_movable")
         .args(&["--memory", "256M", "--virtio-mem", "1G,requested=128M", "--serial", &format!("file:{console}")])
-        .args(&["--disk", &disk]);
+        .args(&["--disk", &disk, "--balloon", "0,free_page_reporting"]);
     let mut live = Live::start(run);
     let said = || String::from_utf8_lossy(&fs::read(&console).unwrap_or_default()).into_owned();
     let wait_for = |text: &str| until(text, said, |said| said.contains(text));
@@ -71,5 +74,8 @@ has 256
     assert!(after < full - 250 * MIB, "{full} {after}");
     assert_eq!(live.ask("memory 256M"), "memory: 256M");
     wait_for("has: 256");
+    assert_eq!(live.ask("balloon 100M"), "balloon: 100M");
+    wait_for("has: 156");
+    assert_eq!(live.ask("balloon 0"), "balloon: 0");
     wait_for("status 0");
 }
