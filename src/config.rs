@@ -16,7 +16,9 @@ use crate::options::{self, Size};
 use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
 use crate::virtio::console::PortConfig;
+use crate::virtio::mem::MemConfig;
 use crate::virtio::net::NetConfig;
+use crate::virtio::pmem::PmemConfig;
 use crate::virtio::rng::RngConfig;
 use crate::virtio::vsock::VsockConfig;
 
@@ -47,6 +49,9 @@ pub struct MachineConfig {
     /// Network cards, in slot order behind the disks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,
+    /// Files as persistent memory, in slot order behind the network cards.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pmems: Vec<PmemConfig>,
     /// Random number generator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<RngConfig>,
@@ -56,6 +61,9 @@ pub struct MachineConfig {
     /// Memory balloon.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,
+    /// Memory that can be added and removed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub virtio_mem: Option<MemConfig>,
     /// ACPI tables, or else an MP table and `virtio_mmio.device=` parameters.
     #[serde(default)]
     pub acpi: Acpi,
@@ -178,6 +186,12 @@ pub enum Error {
     /// A network card that cannot be.
     #[error("--net: {0}")]
     Net(String),
+    /// Persistent memory that cannot be.
+    #[error("--pmem {0}")]
+    Pmem(String),
+    /// Memory to add that cannot be.
+    #[error("--virtio-mem {0}")]
+    Mem(String),
     /// A console port that cannot be.
     #[error("--console-port: {0}")]
     ConsolePort(String),
@@ -193,7 +207,7 @@ pub enum Error {
 pub const MAX_VCPUS: u32 = 254;
 
 /// KVM's limit of one memory slot, just under 8 TiB (KVM_MEM_MAX_NR_PAGES), which is what lies above the hole.
-const SLOT_MAX: u64 = ((1 << 31) - 1) * layout::PAGE_SIZE;
+pub const SLOT_MAX: u64 = ((1 << 31) - 1) * layout::PAGE_SIZE;
 
 impl MachineConfig {
     /// Checks what can be checked without opening anything.
@@ -217,8 +231,11 @@ impl MachineConfig {
         self.cpu.pins()?;
         self.disks.iter().try_for_each(BlkConfig::validate).map_err(|e| Error::Disk(e.to_string()))?;
         self.vsock.iter().try_for_each(VsockConfig::validate).map_err(|e| Error::Vsock(e.to_string()))?;
-        self.balloon.iter().try_for_each(|balloon| balloon.validate(size)).map_err(Error::Balloon)?;
+        self.virtio_mem.iter().try_for_each(MemConfig::validate).map_err(Error::Mem)?;
+        let most = self.most_memory();
+        self.balloon.iter().try_for_each(|balloon| balloon.validate(most)).map_err(Error::Balloon)?;
         self.nets.iter().try_for_each(NetConfig::validate).map_err(|e| Error::Net(e.to_string()))?;
+        self.pmems.iter().try_for_each(PmemConfig::validate).map_err(Error::Pmem)?;
         PortConfig::validate(&self.console_ports).map_err(Error::ConsolePort)?;
         let ends = self.console.iter().chain(self.console_ports.iter().map(|port| &port.to));
         if ends.chain([&self.serial]).filter(|end| **end == ConsoleEnd::Stdio).count() > 1 {
@@ -226,6 +243,12 @@ impl MachineConfig {
         }
         self.cpu.features.parse::<Features>().map_err(|e| Error::Features(e.to_string()))?;
         Ok(())
+    }
+
+    /// All the memory that the guest can ever have: its RAM, and what can be added.
+    pub fn most_memory(&self) -> Size {
+        let added = self.virtio_mem.as_ref().map_or(0, |mem| mem.size.0);
+        Size(self.memory.size.0.saturating_add(added))
     }
 
     /// Checks against what this host can give.

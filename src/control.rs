@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use crate::machine::BALLOON;
 use crate::machine::mailbox::{Mailbox, Request, answer};
+use crate::machine::{BALLOON, MEMORY};
 use crate::outcome::Outcome;
-use crate::virtio::balloon::BalloonStats;
+use crate::virtio::balloon::{BalloonStats, FreeHints};
 use crate::virtio::control::{Control, ControlError, Reply};
+use crate::virtio::mem::MemStatus;
 
 /// Sends messages to the machine's event loop. Cloning is cheap; the machine may end at any time, and then messages go
 /// nowhere.
@@ -51,6 +52,39 @@ impl Controller {
         match self.device(BALLOON, Control::BalloonStats)? {
             Reply::BalloonStats(stats) => Ok(stats),
             _ => Err(ControlError::Unsupported(BALLOON.into())),
+        }
+    }
+
+    /// Has the guest tell which of its memory is free, for who is about to copy the rest. It holds on to that memory until
+    /// [`Controller::end_hints`].
+    pub fn start_hints(&self) -> Result<(), ControlError> {
+        self.device(BALLOON, Control::StartHints).map(drop)
+    }
+
+    /// What the guest has told since [`Controller::start_hints`].
+    pub fn free_hints(&self) -> Result<FreeHints, ControlError> {
+        match self.device(BALLOON, Control::FreeHints)? {
+            Reply::FreeHints(hints) => Ok(hints),
+            _ => Err(ControlError::Unsupported(BALLOON.into())),
+        }
+    }
+
+    /// Forgets what the guest has told, and lets it use that memory.
+    pub fn end_hints(&self) -> Result<(), ControlError> {
+        self.device(BALLOON, Control::EndHints).map(drop)
+    }
+
+    /// Asks the guest to have `bytes` of memory beside its RAM: whole blocks, at most the size of its memory device. It
+    /// plugs and unplugs them in its own time, and as far as it can: [`Controller::memory_status`] tells how far it is.
+    pub fn request_memory(&self, bytes: u64) -> Result<(), ControlError> {
+        self.device(MEMORY, Control::RequestMemory(bytes)).map(drop)
+    }
+
+    /// How much memory the guest has beside its RAM, and shall have.
+    pub fn memory_status(&self) -> Result<MemStatus, ControlError> {
+        match self.device(MEMORY, Control::MemoryStatus)? {
+            Reply::MemoryStatus(status) => Ok(status),
+            _ => Err(ControlError::Unsupported(MEMORY.into())),
         }
     }
 

@@ -7,7 +7,8 @@
 //! 0x000E_0000 ─ 0x0010_0000   ACPI, SMBIOS, MP table, reset stub: reserved
 //! 0x0010_0000 ─ 0xC000_0000   RAM: kernel, initrd at the top
 //! 0xC000_0000 ─ 0x1_0000_0000 the 32-bit MMIO hole: virtio slots, IO-APIC, local APICs
-//! 0x1_0000_0000 ─             RAM that did not fit below the hole
+//! 0x1_0000_0000 ─             RAM that did not fit below the hole; behind it, from the next multiple of 2 GiB on,
+//!                             the memory of devices that are memory
 //! ```
 
 /// One page, 4 KiB.
@@ -74,6 +75,10 @@ pub const VIRTIO_MMIO: u64 = 0xD000_0000;
 pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
 /// How many virtio devices a machine has room for: as many as there are IO-APIC pins left.
 pub const VIRTIO_SLOTS: u32 = IOAPIC_PINS - VIRTIO_GSI;
+
+/// What the memory of each device begins at a multiple of: the largest unit in which Linux adds memory (its
+/// `memory_block_size`, 128 MiB to 2 GiB), so that no two devices meet in one.
+pub const DEVICE_MEMORY_ALIGN: u64 = 2 << 30;
 
 /// IO-APIC registers.
 pub const IOAPIC: u64 = 0xFEC0_0000;

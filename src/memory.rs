@@ -4,27 +4,32 @@
 //! the regions and is volatile: no reference into guest memory exists anywhere, because the guest changes it
 //! while we look. An address from the guest is a plain `u64`; whatever it is, the answer is `Ok` or [`OutOfRam`].
 //!
+//! Above all RAM lie the [`Area`]s of devices that are memory themselves: files (pmem) and memory that comes and goes
+//! (virtio-mem). They are reached like RAM, by the guest and by what its devices do for it, but no firmware table tells
+//! of them.
+//!
 //! Dirty pages: KVM's log sees the guest's writes, the bitmap here (when a region has one) sees ours.
 
+mod area;
+mod mapping;
 mod release;
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::FromRawFd;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    ByteValued, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
-};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::layout;
 use crate::options::{self, Size};
+pub use area::{Access, Area, Backing};
+use mapping::Mapping;
 
 /// The bitmap of pages that vireo itself wrote; absent while nobody asks for it.
 pub type Dirty = Option<AtomicBitmap>;
@@ -91,6 +96,9 @@ pub enum Error {
     /// A file could not be mapped into RAM.
     #[error("cannot map a file into guest memory")]
     MapFile(#[source] io::Error),
+    /// A device's memory could not be mapped.
+    #[error("cannot map {} into the guest's memory", .0.display())]
+    MapArea(PathBuf, #[source] io::Error),
 }
 
 /// An access outside of RAM.
@@ -112,6 +120,8 @@ pub struct RamRegion {
     pub len: u64,
     /// Where it is mapped in this process.
     pub host_addr: u64,
+    /// The guest's processors may not write it.
+    pub readonly: bool,
 }
 
 impl RamRegion {
@@ -129,98 +139,12 @@ pub struct GuestRam(Arc<Inner>);
 struct Inner {
     memory: GuestMemoryMmap<Dirty>,
     // Behind `memory`, which points into them: fields are dropped in order.
-    /// One for each region.
+    /// One for each region: those of RAM, then those of `areas`.
     mappings: Vec<Mapping>,
+    areas: Vec<Area>,
     config: MemoryConfig,
     /// Guest addresses that [`GuestRam::map_file`] put a file at.
     images: Mutex<Vec<Range<u64>>>,
-}
-
-/// Where RAM regions begin in this process: on a huge page. KVM maps a huge page into the guest only where guest and
-/// host address agree in their lower bits, and without huge pages a boot takes ten times as many page faults.
-const HUGE_PAGE: usize = 2 << 20;
-
-/// Pages of ours, unmapped when dropped.
-#[derive(Debug)]
-struct Mapping {
-    addr: usize,
-    len: usize,
-    flags: i32,
-}
-
-impl Mapping {
-    /// Maps `len` bytes of `file` from an offset on, or anonymous memory, at a multiple of [`HUGE_PAGE`].
-    #[allow(unsafe_code)]
-    fn new(len: usize, file: Option<(&File, u64)>, config: &MemoryConfig) -> io::Result<Self> {
-        let mut flags = if config.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-        // The pool of huge pages is a hard limit: ask for them now rather than die of SIGBUS later.
-        if config.hugepages != HugePages::TwoMib {
-            flags |= libc::MAP_NORESERVE;
-        }
-        let (fd, offset) = match file {
-            Some((file, offset)) => (file.as_raw_fd(), libc::off_t::try_from(offset).map_err(io::Error::other)?),
-            None => (-1, 0),
-        };
-        if file.is_none() {
-            flags |= libc::MAP_ANONYMOUS;
-        }
-        let room = len.checked_add(HUGE_PAGE).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        let reserve = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: the first mapping is new, at an address of the kernel's choice. The second replaces a part of it,
-        // and what is left of it on both sides, which nothing uses, is unmapped. Each result is checked.
-        unsafe {
-            let reserved = libc::mmap(std::ptr::null_mut(), room, libc::PROT_NONE, reserve, -1, 0);
-            if reserved == libc::MAP_FAILED {
-                return Err(io::Error::last_os_error());
-            }
-            let start = reserved as usize;
-            let addr = start.next_multiple_of(HUGE_PAGE);
-            let protection = libc::PROT_READ | libc::PROT_WRITE;
-            let mapped = libc::mmap(addr as *mut libc::c_void, len, protection, flags | libc::MAP_FIXED, fd, offset);
-            if mapped == libc::MAP_FAILED {
-                let error = io::Error::last_os_error();
-                libc::munmap(reserved, room);
-                return Err(error);
-            }
-            let end = addr + len.next_multiple_of(layout::PAGE_SIZE as usize);
-            for (from, to) in [(start, addr), (end, start + room)] {
-                if from < to {
-                    libc::munmap(from as *mut libc::c_void, to - from);
-                }
-            }
-            Ok(Mapping { addr, len, flags })
-        }
-    }
-
-    /// The RAM region at `start` that these pages back.
-    #[allow(unsafe_code)]
-    fn region(
-        &self,
-        start: u64,
-        file: Option<(&File, u64)>,
-        config: &MemoryConfig,
-    ) -> io::Result<GuestRegionMmap<Dirty>> {
-        let mut builder = MmapRegionBuilder::new_with_bitmap(self.len, None)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(self.flags)
-            .with_hugetlbfs(config.hugepages == HugePages::TwoMib);
-        if let Some((file, offset)) = file {
-            builder = builder.with_file_offset(FileOffset::new(file.try_clone()?, offset));
-        }
-        // SAFETY: the pointer and the size are those of this mapping, which `Inner` keeps longer than the region.
-        let region =
-            unsafe { builder.with_raw_mmap_pointer(self.addr as *mut u8) }.build().map_err(io::Error::other)?;
-        GuestRegionMmap::new(region, GuestAddress(start))
-            .ok_or_else(|| io::Error::other("region overflows the address space"))
-    }
-}
-
-impl Drop for Mapping {
-    #[allow(unsafe_code)]
-    fn drop(&mut self) {
-        // SAFETY: the range is ours alone, and what pointed into it was dropped before.
-        unsafe { libc::munmap(self.addr as *mut libc::c_void, self.len) };
-    }
 }
 
 /// `(start, length)` of each RAM region of a machine with `size` bytes: at most one below the MMIO hole and one above.
@@ -233,36 +157,65 @@ pub fn split(size: u64) -> Vec<(u64, u64)> {
     regions
 }
 
+/// Flags of mappings of RAM and of memory like it.
+fn ram_flags(config: &MemoryConfig) -> i32 {
+    let shared = if config.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+    // The pool of huge pages is a hard limit: ask for them now rather than die of SIGBUS later.
+    shared | if config.hugepages == HugePages::TwoMib { 0 } else { libc::MAP_NORESERVE }
+}
+
+/// The file that RAM of `size` bytes is a mapping of, if it must be one.
+fn ram_file(size: u64, config: &MemoryConfig) -> io::Result<Option<File>> {
+    Ok(match (config.hugepages, config.shared) {
+        (HugePages::TwoMib, _) => Some(memfd(size, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB)?),
+        (_, true) => Some(memfd(size, 0)?),
+        _ => None,
+    })
+}
+
+/// RAM, each region with its mapping.
+fn reserve(config: &MemoryConfig) -> io::Result<Vec<mapping::Mapped>> {
+    let file = ram_file(config.size.0, config)?;
+    let mut offset = 0;
+    let map = |(start, len)| {
+        let file = file.as_ref().map(|f| (f, offset));
+        offset += len;
+        let mapping = Mapping::new(len, file, ram_flags(config))?;
+        advise(&mapping, config)?;
+        Ok((mapping.region(start, file, config.hugepages == HugePages::TwoMib)?, mapping))
+    };
+    split(config.size.0).into_iter().map(map).collect()
+}
+
 impl GuestRam {
     /// Reserves RAM as configured. Sizes are validated by [`crate::config`]; here only the host can refuse.
     pub fn new(config: &MemoryConfig) -> Result<Self, Error> {
-        Self::reserve(config).map_err(|source| Error::Reserve {
-            size: config.size,
-            hint: match config.hugepages {
-                HugePages::TwoMib => " in 2 MiB pages (does /proc/sys/vm/nr_hugepages provide enough of them?)",
-                _ => " (an address space limit, see ulimit -v, or vm.overcommit_memory=2?)",
-            },
-            source,
-        })
+        Self::with_areas(config, Vec::new())
     }
 
-    fn reserve(config: &MemoryConfig) -> io::Result<Self> {
-        let file = match (config.hugepages, config.shared) {
-            (HugePages::TwoMib, _) => Some(memfd(config.size.0, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB)?),
-            (_, true) => Some(memfd(config.size.0, 0)?),
-            _ => None,
+    /// The same with memory of devices, in address order and above all RAM.
+    pub fn with_areas(config: &MemoryConfig, areas: Vec<Area>) -> Result<Self, Error> {
+        let refused = |size| {
+            move |source| Error::Reserve {
+                size,
+                hint: match config.hugepages {
+                    HugePages::TwoMib => " in 2 MiB pages (does /proc/sys/vm/nr_hugepages provide enough of them?)",
+                    _ => " (an address space limit, see ulimit -v, or vm.overcommit_memory=2?)",
+                },
+                source,
+            }
         };
-        let (mut offset, mut regions, mut mappings) = (0, Vec::new(), Vec::new());
-        for (start, len) in split(config.size.0) {
-            let len = usize::try_from(len).map_err(io::Error::other)?;
-            let mapping = Mapping::new(len, file.as_ref().map(|f| (f, offset)), config)?;
-            advise(&mapping, config)?;
-            regions.push(mapping.region(start, file.as_ref().map(|f| (f, offset)), config)?);
-            mappings.push(mapping);
-            offset += len as u64;
+        let mut mapped = reserve(config).map_err(refused(config.size))?;
+        for area in &areas {
+            mapped.push(match &area.backing {
+                Backing::File { path, .. } => area.map(config).map_err(|e| Error::MapArea(path.clone(), e)),
+                Backing::Pluggable => area.map(config).map_err(refused(Size(area.len))),
+            }?);
         }
-        let memory = GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)?;
-        Ok(GuestRam(Arc::new(Inner { memory, mappings, config: config.clone(), images: Mutex::default() })))
+        let (regions, mappings) = mapped.into_iter().unzip::<_, _, Vec<_>, _>();
+        let memory = GuestMemoryMmap::from_regions(regions).map_err(io::Error::other).map_err(refused(config.size))?;
+        let config = config.clone();
+        Ok(GuestRam(Arc::new(Inner { memory, mappings, areas, config, images: Mutex::default() })))
     }
 
     /// `size` bytes of ordinary RAM from address 0, for tests and benches.
@@ -271,14 +224,38 @@ impl GuestRam {
         Self::new(&config).expect("anonymous memory")
     }
 
-    /// Total bytes of RAM.
+    /// Total bytes of RAM, without the areas of devices.
     pub fn size(&self) -> u64 {
-        self.0.memory.iter().map(|r| r.len()).sum()
+        self.boot_regions().map(|r| r.len).sum()
     }
 
-    /// The regions in address order.
+    /// All memory of the guest in address order: RAM, and behind it the areas of devices.
+    #[inline]
     pub fn regions(&self) -> impl Iterator<Item = RamRegion> + '_ {
-        self.0.memory.iter().map(|r| RamRegion { start: r.start_addr().0, len: r.len(), host_addr: r.as_ptr() as u64 })
+        self.0.memory.iter().zip(0..).map(|(r, index)| RamRegion {
+            start: r.start_addr().0,
+            len: r.len(),
+            host_addr: r.as_ptr() as u64,
+            readonly: self.area(index).is_some_and(Area::is_readonly),
+        })
+    }
+
+    /// RAM alone: what the guest is told of when it boots.
+    pub fn boot_regions(&self) -> impl Iterator<Item = RamRegion> + '_ {
+        self.regions().take(self.0.mappings.len() - self.0.areas.len())
+    }
+
+    /// The device's area that is region `index`, if it is not RAM.
+    #[inline]
+    fn area(&self, index: usize) -> Option<&Area> {
+        let boot = self.0.mappings.len() - self.0.areas.len();
+        self.0.areas.get(index.checked_sub(boot)?)
+    }
+
+    /// The file of an area, if it has become shorter than what is mapped of it: who touches what is gone dies of SIGBUS,
+    /// and KVM_RUN fails with EFAULT.
+    pub fn truncated_file(&self) -> Option<&Path> {
+        self.0.areas.iter().find_map(Area::truncated_file)
     }
 
     /// Whether `len` bytes at `addr` are all RAM (in one region).
@@ -336,36 +313,24 @@ impl GuestRam {
     /// Whether [`GuestRam::map_file`] fits the way this RAM is backed: not when other processes share it, and not
     /// when it is made of huge pages.
     pub fn can_map_files(&self) -> bool {
-        self.0.memory.iter().all(|r| r.file_offset().is_none())
+        !self.0.config.shared && self.0.config.hugepages != HugePages::TwoMib
     }
 
     /// Replaces `len` bytes of RAM at `addr` by a private copy-on-write mapping of `file` from `offset` on. All three
     /// are multiples of the page size. The file must never shrink while the guest lives (it would be SIGBUS): map
     /// only files that are written once and later unlinked, never truncated.
-    #[allow(unsafe_code)]
     pub fn map_file(&self, addr: u64, len: u64, file: &File, offset: u64) -> Result<(), Error> {
         let fail = |text: &str| Error::MapFile(io::Error::new(io::ErrorKind::InvalidInput, text.to_string()));
         if !(addr | len | offset).is_multiple_of(layout::PAGE_SIZE) {
             return Err(fail("not a multiple of the page size"));
         }
-        let slice = self.slice(addr, len).map_err(|e| fail(&e.to_string()))?;
-        let offset = libc::off_t::try_from(offset).map_err(|_| fail("offset too large"))?;
+        let end = addr.checked_add(len);
+        let inside = |region: &RamRegion| region.start <= addr && end.is_some_and(|end| end <= region.end());
+        let found = self.boot_regions().zip(&self.0.mappings).find(|(region, _)| inside(region));
+        let (region, mapping) = found.ok_or_else(|| fail(&OutOfRam { addr, len }.to_string()))?;
         let mut images = self.0.images.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the range was just checked to lie inside one of our RAM mappings, which outlives the call; MAP_FIXED
-        // replaces only pages of it, by pages of the same size and protection that nothing holds a reference into.
-        let mapped = unsafe {
-            libc::mmap(
-                slice.ptr_guard_mut().as_ptr().cast(),
-                slice.len(),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
-                file.as_raw_fd(),
-                offset,
-            )
-        };
-        if mapped == libc::MAP_FAILED {
-            return Err(Error::MapFile(io::Error::last_os_error()));
-        }
+        let piece = addr - region.start..addr - region.start + len;
+        mapping.replace(piece, Some((file, offset)), libc::MAP_PRIVATE).map_err(Error::MapFile)?;
         images.push(addr..addr + len);
         Ok(())
     }
@@ -399,7 +364,7 @@ fn memfd(size: u64, flags: libc::c_uint) -> io::Result<File> {
 
 /// Tells the kernel which pages we want, and touches them when asked to.
 fn advise(mapping: &Mapping, config: &MemoryConfig) -> io::Result<()> {
-    let all = 0..mapping.len as u64;
+    let all = 0..mapping.len();
     let _ = mapping.advise_pages(all.clone(), config.hugepages);
     if config.prefault { mapping.advise(all, libc::MADV_POPULATE_WRITE) } else { Ok(()) }
 }

@@ -126,7 +126,7 @@ fn set_raw() -> io::Result<()> {
 }
 
 /// Undoes raw mode, if it is on. Only calls what is allowed in a signal handler.
-fn restore() {
+pub fn restore() {
     let fd = TERMINAL.load(Ordering::Acquire);
     if fd >= 0 && IS_RAW.swap(false, Ordering::AcqRel) && !in_background(fd) {
         // SAFETY: SAVED was written before IS_RAW was set, and tcsetattr is async-signal-safe.

@@ -3,33 +3,11 @@
 mod common;
 
 use std::fs;
-use std::thread;
-use std::time::{Duration, Instant};
 
-use common::{Guest, Run, example, on_host};
+use common::{Live, Run, resident, until};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
-
-/// Memory of a process in the test's host, in bytes.
-fn resident(pid: &str) -> u64 {
-    let rollup = on_host(&["grep", "^Rss:", &format!("/proc/{pid}/smaps_rollup")]).end();
-    let kib = rollup.stdout.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok());
-    kib.unwrap_or_else(|| panic!("{rollup}")) << 10
-}
-
-/// Waits until `look` finds what is `wanted`; returns it.
-fn until<T: std::fmt::Debug>(what: &str, mut look: impl FnMut() -> T, wanted: impl Fn(&T) -> bool) -> T {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let found = look();
-        if wanted(&found) {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "{what}: {found:?}");
-        thread::sleep(Duration::from_millis(300));
-    }
-}
 
 /// What the guest gives up it lacks, and the host has; and what it frees the host gets back, too.
 #[test]
@@ -83,51 +61,49 @@ modprobe virtio_balloon
 while [ ! -e /tmp/stop ]; do sleep 0.2; done";
     let dir = common::scratch();
     let path = |name: &str| dir.path().join(name).display().to_string();
-    let (config, console) = (path("config.json"), path("console"));
-    let disk = path("disk");
+    let (console, disk) = (path("console"), path("disk"));
     fs::write(&disk, vec![0; 1 << 20]).unwrap();
-    let printed = Run::new("bzImage-cloud", script)
-        .args(&["--memory", "256M", "--balloon", "stats=500ms", "--serial", &format!("file:{console}")])
-        .args(&["--disk", &disk, "--print-config"])
-        .start();
-    // Its initrd is in its folder, which must stay.
-    fs::copy(printed.dir.path().join("initrd"), path("initrd")).unwrap();
-    let printed = printed.end();
-    let mut machine: Value = serde_json::from_str(&printed.stdout).unwrap_or_else(|_| panic!("{printed}"));
-    machine["boot"]["initrd"] = path("initrd").into();
-    fs::write(&config, machine.to_string()).unwrap();
-
-    let mut live = on_host(&[&example("live"), &config]);
-    let mut asked = 0;
-    let mut ask = |live: &mut Guest, request: &str| -> String {
-        live.send(format!("{request}\n").as_bytes());
-        asked += 1;
-        let lines = |text: &str| text.lines().count();
-        let said = live.wait_until(|said| lines(said) >= asked && said.ends_with('\n'));
-        said.lines().nth(asked - 1).unwrap().to_string()
-    };
-    let stats = |live: &mut Guest, ask: &mut dyn FnMut(&mut Guest, &str) -> String| -> Value {
-        let answer = ask(live, "stats");
+    let run = Run::new("bzImage-cloud", script)
+        .args(&[
+            "--memory",
+            "256M",
+            "--balloon",
+            "stats=500ms,free_page_hinting",
+            "--serial",
+            &format!("file:{console}"),
+        ])
+        .args(&["--disk", &disk]);
+    let mut live = Live::start(run);
+    let stats = |live: &mut Live| -> Value {
+        let answer = live.ask("stats");
         serde_json::from_str(answer.strip_prefix("stats: ").unwrap_or_else(|| panic!("{answer}"))).unwrap()
     };
     let free = |stats: &Value| stats["guest"]["free_memory"].as_u64().unwrap_or(0);
-    let before = until("statistics", || stats(&mut live, &mut ask), |s| free(s) > 100 * MIB);
+    let before = until("statistics", || stats(&mut live), |s| free(s) > 100 * MIB);
     assert_eq!((before["target"].as_u64(), before["actual"].as_u64()), (Some(0), Some(0)));
-    assert_eq!(ask(&mut live, "grow disk0 8M"), "grown: disk0 to 8M");
+    assert_eq!(live.ask("grow disk0 8M"), "grown: disk0 to 8M");
     let grown = |console: &Vec<u8>| String::from_utf8_lossy(console).contains("the disk has grown");
     until("the disk's new size", || fs::read(&console).unwrap_or_default(), grown);
-    assert!(ask(&mut live, "grow disk0 1M").contains("cannot be resized"));
+    assert!(live.ask("grow disk0 1M").contains("cannot be resized"));
+    // What it says is free it keeps aside, and takes back.
+    assert_eq!(live.ask("hints start"), "hints: started");
+    let hints = until("hints", || live.ask("hints"), |hints| hints.ends_with("complete: true"));
+    let bytes: u64 = hints.split(' ').nth(1).unwrap().parse().unwrap();
+    assert!((free(&before) / 2..=free(&before) + 8 * MIB).contains(&bytes), "{hints} {before}");
+    until("less memory", || stats(&mut live), |s| free(s) + bytes / 2 < free(&before));
+    assert_eq!(live.ask("hints end"), "hints: ended");
+    until("memory again", || stats(&mut live), |s| free(s).abs_diff(free(&before)) < 8 * MIB);
     for size in [100, 40, 120] {
-        assert_eq!(ask(&mut live, &format!("balloon {size}M")), format!("balloon: {size}M"));
+        assert_eq!(live.ask(&format!("balloon {size}M")), format!("balloon: {size}M"));
         let reached = |s: &Value| s["actual"] == s["target"] && s["age_ms"].as_u64() < Some(600);
         let at_size = until(
             "the size",
-            || stats(&mut live, &mut ask),
+            || stats(&mut live),
             |s| reached(s) && free(s).abs_diff(free(&before) - size * MIB) < 8 * MIB,
         );
         assert_eq!(at_size["actual"], size * MIB);
-        assert_eq!(ask(&mut live, "pause"), "paused: true");
-        assert_eq!(ask(&mut live, "resume"), "resumed: true");
+        assert_eq!(live.ask("pause"), "paused: true");
+        assert_eq!(live.ask("resume"), "resumed: true");
     }
-    assert_eq!(ask(&mut live, "balloon 300M"), "refused: a balloon of 300M: the guest has only 256M of memory");
+    assert_eq!(live.ask("balloon 300M"), "refused: a balloon of 300M: the guest has only 256M of memory");
 }

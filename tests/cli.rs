@@ -142,7 +142,10 @@ fn wrong_usage_is_explained_and_exits_with_2() {
         (&["run", "--kernel", "x", "--cpus", "1,pin=1"], "unknown key 'pin'; valid keys are count, affinity"),
         (&["run", "--kernel", "x", "--disk", "d,ro=1"], "unknown key 'ro'; valid keys are path, readonly"),
         (&["run", "--kernel", "x", "--disk", "d,readonly=maybe"], "'maybe' is neither on nor off"),
-        (&["run", "--kernel", "x", "--serial", "tcp:1"], "none of stdio, null, pty, file:PATH and socket:PATH"),
+        (
+            &["run", "--kernel", "x", "--serial", "tcp:1"],
+            "none of stdio, null, pty, file:PATH, pipe:PATH and socket:PATH",
+        ),
         (&["run", "--kernel", "x", "--timeout", "5d"], "'5d' is not a time; write a number with ms, s, m or h"),
         (&["run", "--kernel", "x", "--boot", "efi"], "one of auto, bzimage, direct, pvh"),
         (&["run", "--kernel", "x", "--acpi", "maybe"], "possible values: on, off"),
@@ -166,6 +169,9 @@ fn impossible_machines_are_wrong_usage() {
         (["--memory", "1"], "--memory 1: a guest needs at least 16M"),
         (["--memory", "17000001"], "not a multiple of 4K"),
         (["--cpu", "avx"], "must begin with + or -"),
+        (["--pmem", "f,size=3M"], "--pmem f: size=3M is not a multiple of 2M"),
+        (["--virtio-mem", "1G,requested=2G"], "--virtio-mem requested=2G: there is only 1G to add"),
+        (["--console-port", "a,to=pty,from=b"], "from= goes with to=file:PATH and to=null"),
         (["--cpu", "+warp"], "not a CPU feature vireo knows"),
     ] {
         contains(&one_sentence(words(&["run", "--kernel", "x", args[0], args[1]]), 2), says);
@@ -232,6 +238,10 @@ fn what_goes_with_the_kernel_is_checked_too() {
     contains(&refused(&["--disk", "/nowhere"]), "cannot open disk /nowhere: No such file");
     contains(&refused(&["--disk", path_text(&path)]), "is a directory; a regular file or a block device is needed");
     contains(&refused(&["--disk", path_text(&empty)]), "has 0 bytes");
+    contains(&refused(&["--pmem", "/nowhere"]), "pmem: cannot open /nowhere: No such file");
+    contains(&refused(&["--pmem", path_text(&path)]), "is a directory; a regular file or a block device is needed");
+    contains(&refused(&["--pmem", path_text(&empty)]), "is empty; size= makes it larger");
+    contains(&refused(&["--virtio-mem", "1000T"]), "--virtio-mem: the guest has no addresses for 1000T on this host");
 }
 
 #[test]

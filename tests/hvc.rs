@@ -47,47 +47,72 @@ echo BEGIN; seq 1000000 1002000; echo END\nstty sane",
     assert!(printed == expected, "{} bytes came instead of {}", printed.len(), expected.len());
 }
 
-/// Some MiB through a port to a file, and through one on a socket in both directions.
+/// Has the guest find its ports: `port NAME` is a device.
+const PORTS: &str = r#"modprobe virtio_console
+names() { cat /sys/class/virtio-ports/*/name; }
+for n in $(seq 100); do [ "$(names 2>/dev/null | wc -l)" = $PORTS ] && break; sleep 0.1; done
+port() { echo /dev/$(grep -lx $1 /sys/class/virtio-ports/*/name | cut -d / -f 5); }
+sum() { md5sum | cut -d ' ' -f 1; }
+echo "names: $(names | tr '\n' ' ')"
+"#;
+
+/// Some MiB through a port to a file and from one, and through one on a socket and one on FIFOs in both directions.
 #[test]
 fn ports_carry_data_both_ways() {
     let input = bytes(3_000_000);
     let script = format!(
-        r#"modprobe virtio_console
-names() {{ cat /sys/class/virtio-ports/*/name; }}
-for n in $(seq 100); do [ "$(names 2>/dev/null | wc -l)" = 2 ] && break; sleep 0.1; done
-port() {{ grep -lx $1 /sys/class/virtio-ports/*/name | cut -d / -f 5; }}
-echo "names: $(names | tr '\n' ' ')"
+        r#"PORTS=3; {PORTS}
 dd if=/dev/urandom of=/out bs=64k count=64 2>/dev/null
-cat /out >/dev/$(port log)
-echo "out: $(md5sum </out | cut -d ' ' -f 1)"
+# opened once: Linux throws away what came in when a port is closed
+exec 3<>$(port log)
+cat /out >&3
+echo "out: $(sum </out)"
+echo "from: $(head -c {len} <&3 | sum)"
+exec 3>&-
 # while nobody is at the other end, it reads as empty
-exec 3</dev/$(port agent)
-until head -c {} <&3 >/in; [ -s /in ]; do sleep 0.1; done
+exec 3<$(port agent)
+until head -c {len} <&3 >/in; [ -s /in ]; do sleep 0.1; done
 exec 3<&-
-echo "in: $(md5sum </in | cut -d ' ' -f 1)"
-cat /out >/dev/$(port agent)"#,
-        input.len()
+echo "in: $(sum </in)"
+cat /out >$(port agent)
+echo "pipe: $(head -c {len} $(port pipe) | sum)"
+cat /out >$(port pipe)"#,
+        len = input.len()
     );
     let run = Run::new("bzImage-cloud", &script);
     // The run's own folder goes with it.
     let kept = scratch();
-    let file = kept.path().join("log").display().to_string();
-    let (file, socket) = (file, format!("/tmp/vireo-hvc-{}.socket", std::process::id()));
-    let (log, agent) = (format!("log,to=file:{file}"), format!("name=agent,to=socket:{socket}"));
-    let guest = run.args(&["--console-port", &log, "--console-port", &agent]).start();
+    let path = |name: &str| kept.path().join(name).display().to_string();
+    let (file, from) = (path("log"), path("from"));
+    fs::write(&from, &input).unwrap();
+    let beside = |name: &str| format!("/tmp/vireo-hvc-{}.{name}", std::process::id());
+    let (socket, pipe) = (beside("socket"), beside("pipe"));
+    let log = format!("log,to=file:{file},from={from}");
+    let (agent, fifos) = (format!("name=agent,to=socket:{socket}"), format!("pipe,to=pipe:{pipe}"));
+    let ports = ["--console-port", &log, "--console-port", &agent, "--console-port", &fifos];
+    let guest = run.args(&ports).start();
     guest.wait_for("names: ");
+    let read = on_host(&["md5sum", &format!("{pipe}.out")]);
+    let write = on_host(&["cp", &from, &format!("{pipe}.in")]);
     let mut talk = on_host(&[&example("talk"), &socket]);
     talk.wait_for("talking");
     talk.send(&input);
     let ended = guest.end().success();
-    assert_eq!(ended.fact("names").trim(), "log agent", "{ended}");
-    assert_eq!(ended.fact("in"), md5(&input), "{ended}");
+    assert_eq!(ended.fact("names").trim(), "log agent pipe", "{ended}");
+    for fact in ["from", "in", "pipe"] {
+        assert_eq!(ended.fact(fact), md5(&input), "{fact} {ended}");
+    }
     // What the emulated host writes is not seen outside at once.
     let written = on_host(&["md5sum", &file]).end().stdout;
-    assert_eq!(written.split_whitespace().next(), Some(ended.fact("out")), "{ended}");
+    for sum in [written, read.end().stdout] {
+        assert_eq!(sum.split_whitespace().next(), Some(ended.fact("out")), "{ended}");
+    }
+    assert_eq!(write.end().code(), 0);
     let said = talk.end().bytes;
     let said = said.strip_prefix(b"talking\n").unwrap();
     assert_eq!((said.len(), &*md5(said)), (4 << 20, ended.fact("out")), "{ended}");
+    let left = on_host(&["sh", "-c", "ls /tmp | grep vireo-hvc", "sh"]).end();
+    assert_eq!(left.stdout, "", "FIFOs or a socket were left behind");
 }
 
 /// The guest knows how large the terminal is, also when that changes; and Ctrl-A X is heard.

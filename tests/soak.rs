@@ -137,3 +137,75 @@ fn a_thousand_sockets() {
     guest.send(b"end\n");
     assert_eq!(guest.end().success().fact("answers"), "1000");
 }
+
+/// 64 MiB to the guest and back through a port on each kind of end; none is lost or changed.
+#[test]
+fn sixty_four_mebibytes_through_each_kind_of_port() {
+    const LEN: usize = 64 << 20;
+    let script = format!(
+        r#"modprobe virtio_console
+names() {{ cat /sys/class/virtio-ports/*/name; }}
+for n in $(seq 100); do [ "$(names 2>/dev/null | wc -l)" = 4 ] && break; sleep 0.1; done
+port() {{ echo /dev/$(grep -lx $1 /sys/class/virtio-ports/*/name | cut -d / -f 5); }}
+head -c {LEN} $(port file) >/data
+cat /data >$(port file)
+echo "file: $(md5sum </data)"
+for kind in pipe socket pty; do
+    echo "next: $kind"
+    read go
+    exec 3<$(port $kind)
+    left={LEN}
+    # while nobody is at the other end, it reads as empty
+    while [ $left -gt 0 ]; do head -c $left <&3 >>/$kind; left=$(({LEN} - $(wc -c </$kind))); done
+    exec 3<&-
+    echo "$kind: $(md5sum </$kind)"
+    cat /data >$(port $kind)
+    rm /$kind
+    read go
+done"#
+    );
+    let kept = common::scratch();
+    let path = |name: &str| kept.path().join(name).display().to_string();
+    let (data, copy) = (path("data"), path("copy"));
+    tool(&["sh", "-c", &format!("head -c {LEN} /dev/urandom >\"$0\""), &data]);
+    let sum = tool(&["sh", "-c", "md5sum <\"$0\"", &data]);
+    let beside = |name: &str| format!("/tmp/vireo-soak-{}.{name}", std::process::id());
+    let (pipe, socket) = (beside("pipe"), beside("socket"));
+    let ports = [
+        format!("file,to=file:{copy},from={data}"),
+        format!("pipe,to=pipe:{pipe}"),
+        format!("socket,to=socket:{socket}"),
+        "pty,to=pty".into(),
+    ];
+    let mut run = Run::new("bzImage-cloud", &script).args(&["--memory", "512M"]);
+    for port in &ports {
+        run = run.args(&["--console-port", port]);
+    }
+    let mut guest = run.start();
+    let told = guest.wait_for_stderr("port pty is on ");
+    let pty = told.split("port pty is on ").nth(1).unwrap().lines().next().unwrap().to_string();
+    // The other end: sends it all, and prints the sum of what comes back.
+    let both = format!("echo ready; (cat \"$1\" >&3 & head -c {LEN} <&3 | md5sum; wait)");
+    let ends = [
+        (
+            "pipe",
+            format!("exec 3>\"$0.in\" 4<>\"$0.out\"; echo ready; cat \"$1\" >&3; head -c {LEN} <&4 | md5sum"),
+            &pipe,
+        ),
+        ("socket", format!("echo ready; \"$2\" \"$0\" <\"$1\" | tail -c +9 | head -c {LEN} | md5sum"), &socket),
+        ("pty", format!("exec 3<>\"$0\"; {both}"), &pty),
+    ];
+    for (kind, script, place) in ends {
+        guest.wait_for(&format!("next: {kind}"));
+        let end = on_host(&["bash", "-c", &script, place, &data, &example("talk")]);
+        end.wait_for("ready");
+        guest.send(b"go\n");
+        end.wait_for(sum.trim());
+        guest.send(b"go\n");
+    }
+    let ended = guest.end().success();
+    for kind in ["file", "pipe", "socket", "pty"] {
+        assert_eq!(ended.fact(kind), sum.trim(), "{kind} {ended}");
+    }
+    assert_eq!(on_host(&["sh", "-c", "md5sum <\"$0\"", &copy]).end().stdout, sum);
+}

@@ -1,4 +1,4 @@
-//! Where a console leads on the host: standard streams, a file, a pseudo-terminal or a socket.
+//! Where a console leads on the host: standard streams, a file, a pair of FIFOs, a pseudo-terminal or a socket.
 
 #![allow(unsafe_code)]
 
@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use super::fifo::FifoInput;
 use super::output::Destination;
 use super::unix::{self, Listener};
 use crate::terminal;
@@ -32,7 +33,7 @@ pub enum Error {
     Pty(#[source] io::Error),
 }
 
-/// Where a console or a port leads, as `stdio`, `null`, `pty`, `file:PATH` or `socket:PATH`.
+/// Where a console or a port leads, as `stdio`, `null`, `pty`, `file:PATH`, `pipe:PATH` or `socket:PATH`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum ConsoleEnd {
@@ -45,6 +46,8 @@ pub enum ConsoleEnd {
     Pty,
     /// Output written to a file, which is created or truncated; no input.
     File(PathBuf),
+    /// The FIFOs `PATH.in`, to the guest, and `PATH.out`, from it; output while nobody reads is thrown away.
+    Pipe(PathBuf),
     /// A listening unix socket; one client at a time, output without one is thrown away.
     Socket(PathBuf),
 }
@@ -59,8 +62,9 @@ impl FromStr for ConsoleEnd {
             ("null", None) => Ok(ConsoleEnd::Null),
             ("pty", None) => Ok(ConsoleEnd::Pty),
             ("file", Some(path)) if !path.is_empty() => Ok(ConsoleEnd::File(path.into())),
+            ("pipe", Some(path)) if !path.is_empty() => Ok(ConsoleEnd::Pipe(path.into())),
             ("socket", Some(path)) if !path.is_empty() => Ok(ConsoleEnd::Socket(path.into())),
-            _ => Err(format!("'{text}' is none of stdio, null, pty, file:PATH and socket:PATH")),
+            _ => Err(format!("'{text}' is none of stdio, null, pty, file:PATH, pipe:PATH and socket:PATH")),
         }
     }
 }
@@ -86,6 +90,7 @@ impl fmt::Display for ConsoleEnd {
             ConsoleEnd::Null => f.write_str("null"),
             ConsoleEnd::Pty => f.write_str("pty"),
             ConsoleEnd::File(path) => write!(f, "file:{}", path.display()),
+            ConsoleEnd::Pipe(path) => write!(f, "pipe:{}", path.display()),
             ConsoleEnd::Socket(path) => write!(f, "socket:{}", path.display()),
         }
     }
@@ -104,6 +109,16 @@ pub trait Receiver: Send + Sync {
     fn resize(&self, _columns: u16, _rows: u16) {}
 }
 
+/// A file to read input from; or a FIFO or device, which must not wait for anybody.
+pub fn input_file(path: &Path) -> Result<Input, Error> {
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(|e| Error::Open(path.into(), e))?;
+    match file.metadata() {
+        Ok(m) if m.is_dir() => Err(Error::Open(path.into(), io::ErrorKind::IsADirectory.into())),
+        _ => Ok(Input::Stdin(file)),
+    }
+}
+
 /// Both directions of a console.
 pub struct Console {
     /// Where the guest's output goes; `None` throws it away.
@@ -116,10 +131,12 @@ pub struct Console {
 pub enum Input {
     /// There is none.
     None,
-    /// Standard input, a terminal or not.
+    /// Standard input, a terminal or not; or a file.
     Stdin(File),
     /// The master of a pseudo-terminal.
     Pty(File),
+    /// A FIFO.
+    Fifo(FifoInput),
     /// A listening socket and its client, if there is one.
     Socket(SocketInput),
 }
@@ -280,6 +297,7 @@ impl Input {
         match self {
             Input::None => None,
             Input::Stdin(file) | Input::Pty(file) => Some(file.as_raw_fd()),
+            Input::Fifo(fifo) => Some(fifo.file.as_raw_fd()),
             Input::Socket(socket) => {
                 let client = socket.client.lock().unwrap_or_else(PoisonError::into_inner);
                 Some(client.as_ref().map_or(socket.listener.as_raw_fd(), AsRawFd::as_raw_fd))
@@ -295,7 +313,7 @@ impl Input {
     /// Whether somebody is at the other end, as far as that can be known: a file or a standard stream always counts.
     pub fn connected(&self) -> bool {
         match self {
-            Input::None | Input::Stdin(_) => true,
+            Input::None | Input::Stdin(_) | Input::Fifo(_) => true,
             Input::Pty(master) => !hung_up(master.as_raw_fd()),
             Input::Socket(socket) => socket.client.lock().unwrap_or_else(PoisonError::into_inner).is_some(),
         }
@@ -314,6 +332,7 @@ impl Input {
                 return Got::Nothing;
             }
             Input::Stdin(file) | Input::Pty(file) => file.read(buffer),
+            Input::Fifo(fifo) => return FifoInput::got(fifo.file.read(buffer)),
             Input::Socket(socket) => return socket.read(buffer),
         };
         match result {
@@ -413,7 +432,7 @@ mod tests {
 
     #[test]
     fn destinations() {
-        for text in ["stdio", "null", "pty", "file:/tmp/a:b", "socket:x"] {
+        for text in ["stdio", "null", "pty", "file:/tmp/a:b", "pipe:y", "socket:x"] {
             assert_eq!(text.parse::<ConsoleEnd>().unwrap().to_string(), text);
         }
         for text in ["", "file", "file:", "stdio:x", "tcp:1"] {

@@ -240,30 +240,43 @@ pub(super) fn open_file(path: &Path, readonly: bool, direct: bool) -> Result<(Fi
 
 /// Locks an open image; a file system without locks is told of and used.
 fn lock_or_warn(file: &File, path: &Path, readonly: bool) -> Result<(), Error> {
+    if is_taken(file, path, readonly) {
+        let hint = if readonly { ", which writes to it" } else { "" };
+        return Err(Error::InUse { path: path.into(), hint });
+    }
+    Ok(())
+}
+
+/// Locks an open file, if that can be; whether somebody else has a lock that excludes this one.
+pub(super) fn is_taken(file: &File, path: &Path, readonly: bool) -> bool {
     match lock(file, readonly) {
-        Ok(()) => Ok(()),
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-            let hint = if readonly { ", which writes to it" } else { "" };
-            Err(Error::InUse { path: path.into(), hint })
-        }
+        Ok(()) => false,
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => true,
         Err(e) => {
-            warn!("disk {} cannot be locked and is used unlocked: {e}", path.display());
-            Ok(())
+            warn!("{} cannot be locked and is used unlocked: {e}", path.display());
+            false
         }
     }
 }
 
 fn check_kind(path: &Path, metadata: &Metadata) -> Result<(), Error> {
+    match unfit_kind(metadata) {
+        None => Ok(()),
+        Some(kind) => Err(Error::Kind { path: path.into(), kind }),
+    }
+}
+
+/// What it is, if it is neither a regular file nor a block device.
+pub(super) fn unfit_kind(metadata: &Metadata) -> Option<&'static str> {
     let kind = metadata.file_type();
-    let kind = match () {
-        () if kind.is_file() || kind.is_block_device() => return Ok(()),
-        () if kind.is_dir() => "directory",
-        () if kind.is_fifo() => "FIFO",
-        () if kind.is_char_device() => "character device",
-        () if kind.is_socket() => "socket",
-        () => "special file",
-    };
-    Err(Error::Kind { path: path.into(), kind })
+    match () {
+        () if kind.is_file() || kind.is_block_device() => None,
+        () if kind.is_dir() => Some("directory"),
+        () if kind.is_fifo() => Some("FIFO"),
+        () if kind.is_char_device() => Some("character device"),
+        () if kind.is_socket() => Some("socket"),
+        () => Some("special file"),
+    }
 }
 
 /// Locks all bytes, however many there will be. The lock belongs to the open file, not to the process (F_OFD_SETLK),

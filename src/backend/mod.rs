@@ -1,8 +1,10 @@
 //! The host's side of devices: files, block devices, terminals, sockets. Nothing here knows of virtio or of the guest.
 
 pub mod console;
-pub mod image;
 pub mod console_watch;
+pub mod fifo;
+pub mod image;
+pub mod mapped;
 pub mod output;
 pub mod packet;
 pub mod passt;

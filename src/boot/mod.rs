@@ -256,7 +256,9 @@ pub fn memory_map(ram: &GuestRam) -> Vec<MemoryRange> {
         range(layout::EBDA, layout::EBDA_END, 2),
         range(layout::ACPI, layout::RESET_STUB_END, 2),
     ];
-    map.extend(ram.regions().map(|r| range(r.start.max(layout::HIGH_RAM), r.end(), 1)).filter(|r| r.start < r.end));
+    map.extend(
+        ram.boot_regions().map(|r| range(r.start.max(layout::HIGH_RAM), r.end(), 1)).filter(|r| r.start < r.end),
+    );
     map
 }
 

@@ -24,7 +24,9 @@ use crate::outcome::{EXIT_VIREO_FAILED, Report};
 use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
 use crate::virtio::console::PortConfig;
+use crate::virtio::mem::MemConfig;
 use crate::virtio::net::NetConfig;
+use crate::virtio::pmem::PmemConfig;
 use crate::virtio::rng::RngConfig;
 use crate::virtio::vsock::VsockConfig;
 
@@ -71,22 +73,29 @@ pub struct RunArgs {
     /// given several times
     #[arg(long, value_name = "HOW")]
     net: Vec<NetConfig>,
+    /// File as persistent memory, /dev/pmem0 in the guest: PATH[,size=SIZE][,readonly][,overlay=tmp]; may be given several
+    /// times
+    #[arg(long, value_name = "PATH")]
+    pmem: Vec<PmemConfig>,
     /// Give the guest a virtio random number generator
     #[arg(long)]
     rng: bool,
     /// Sockets between host and guest: cid=N,path=SOCKET; the guest's port P of CID 2 is SOCKET_P
     #[arg(long, value_name = "cid=N,path=SOCKET")]
     vsock: Option<VsockConfig>,
-    /// Memory balloon: [SIZE][,deflate_on_oom][,stats=TIME][,free_page_reporting]
+    /// Memory balloon: [SIZE][,deflate_on_oom][,stats=TIME][,free_page_reporting][,free_page_hinting]
     #[arg(long, value_name = "SIZE", num_args = 0..=1, default_missing_value = "0", require_equals = false)]
     balloon: Option<BalloonConfig>,
-    /// First serial port: stdio, file:PATH, pty, socket:PATH or null [default: stdio]
+    /// Memory that can be added while the guest runs: SIZE[,requested=SIZE][,block=SIZE]; SIZE is the most there can be
+    #[arg(long, value_name = "SIZE")]
+    virtio_mem: Option<MemConfig>,
+    /// First serial port: stdio, file:PATH, pipe:PATH, pty, socket:PATH or null [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
-    /// Virtio console (console=hvc0): stdio, file:PATH, pty, socket:PATH or null; stdio is taken from the serial port
+    /// Virtio console (console=hvc0): stdio, file:PATH, pipe:PATH, pty, socket:PATH or null; stdio is taken from the serial port
     #[arg(long, value_name = "WHERE")]
     console: Option<ConsoleEnd>,
-    /// Virtio port for data: NAME,to=WHERE as for --console; may be given several times
+    /// Virtio port for data: NAME,to=WHERE as for --console[,from=FILE]; may be given several times
     #[arg(long, value_name = "NAME")]
     console_port: Vec<PortConfig>,
     /// ACPI tables, or else an MP table and virtio_mmio.device= parameters [default: on]
@@ -166,7 +175,9 @@ impl RunArgs {
         config.uuid = self.uuid.or(config.uuid);
         config.disks.extend_from_slice(&self.disk);
         config.balloon = self.balloon.clone().or(config.balloon);
+        config.virtio_mem = self.virtio_mem.clone().or(config.virtio_mem);
         config.nets.extend_from_slice(&self.net);
+        config.pmems.extend_from_slice(&self.pmem);
         if self.rng {
             config.rng.get_or_insert_with(RngConfig::default);
         }

@@ -156,16 +156,20 @@ impl Vm {
         &self.fd
     }
 
-    /// Gives the guest its RAM, one slot per region.
+    /// Gives the guest its memory, one slot per region.
     #[allow(unsafe_code)]
     pub fn map_ram(&self, ram: &GuestRam) -> Result<(), Error> {
+        if ram.regions().any(|region| region.readonly) && !self.fd.check_extension(Cap::ReadonlyMem) {
+            return Err(Error::Lacks("read-only memory slots"));
+        }
         for (slot, region) in ram.regions().enumerate() {
             let slot = kvm_userspace_memory_region {
                 slot: slot as u32,
                 guest_phys_addr: region.start,
                 memory_size: region.len,
                 userspace_addr: region.host_addr,
-                flags: 0,
+                // Writes come out as MMIO that no device answers, and go nowhere.
+                flags: if region.readonly { kvm_bindings::KVM_MEM_READONLY } else { 0 },
             };
             // SAFETY: the range is a mapping that `ram` owns. The machine keeps a clone of `ram` for longer than the
             // VM, and nothing ever unmaps parts of it.

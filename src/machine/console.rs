@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::{Error, host};
 use crate::backend::console::{self, ConsoleEnd, Got, Input, Receiver};
+use crate::backend::fifo;
 use crate::backend::output::Output;
 use crate::config::MachineConfig;
 use crate::event::{GuestEvents, Interest, Poller};
@@ -33,6 +34,7 @@ pub(super) fn open(end: &ConsoleEnd, what: &str) -> Result<(Input, Output), Erro
         ConsoleEnd::Stdio => console::stdio(),
         ConsoleEnd::Null => console::Console { output: None, input: Input::None },
         ConsoleEnd::File(path) => console::file(path)?,
+        ConsoleEnd::Pipe(path) => fifo::pair(path)?,
         ConsoleEnd::Socket(path) => console::socket(path)?,
         ConsoleEnd::Pty => {
             let (console, path) = console::pty()?;
@@ -48,10 +50,13 @@ pub(super) fn open(end: &ConsoleEnd, what: &str) -> Result<(Input, Output), Erro
 /// The virtio console device with what its ports lead to, if there are any.
 pub(super) fn open_virtio(config: &MachineConfig, events: &GuestEvents) -> Result<Option<(Console, Vec<Line>)>, Error> {
     let (mut ports, mut ends) = (Vec::new(), Vec::new());
-    let named = config.console_ports.iter().map(|port| (Some(port.name.clone()), &port.to));
-    for (name, end) in config.console.iter().map(|end| (None, end)).chain(named) {
+    let named = config.console_ports.iter().map(|port| (Some(port.name.clone()), &port.to, port.from.as_deref()));
+    for (name, end, from) in config.console.iter().map(|end| (None, end, None)).chain(named) {
         let what = name.as_ref().map_or("the console".to_string(), |name| format!("port {name}"));
-        let (input, output) = open(end, &what)?;
+        let (mut input, output) = open(end, &what)?;
+        if let Some(from) = from {
+            input = console::input_file(from)?;
+        }
         ports.push(NewPort { name, output: output.clone() });
         ends.push((input, output));
     }

@@ -3,6 +3,7 @@
 //! while the guest runs is in [`run`].
 
 pub mod console;
+mod device_memory;
 pub mod mailbox;
 pub mod run;
 
@@ -13,6 +14,7 @@ use std::time::Instant;
 use uuid::Uuid;
 
 use crate::backend::console as host_console;
+use crate::backend::mapped;
 use crate::boot::{self, BootFiles, Platform, Protocol};
 use crate::bus::{Bus, BusDevice, Overlap};
 use crate::config::{self, Acpi, HostLimits, MachineConfig};
@@ -27,17 +29,21 @@ use crate::kvm::cpuid::{Template, TemplateError};
 use crate::kvm::ring::CoalescedRing;
 use crate::kvm::{self, Kvm, Vm};
 use crate::layout;
-use crate::memory::{self, GuestRam};
+use crate::memory::{self, Backing, GuestRam};
+use crate::options::Size;
 use crate::outcome::{BootTiming, Mark};
 use crate::vcpu::{self, Board, Vcpu};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{self, Blk};
 use crate::virtio::console::Console;
+use crate::virtio::mem::Mem;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::net::{self, Net};
+use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{self, Vsock};
 use crate::virtio::{self, VirtioDevice};
+use device_memory::DeviceMemory;
 
 /// A machine could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +78,20 @@ pub enum Error {
     /// A network card.
     #[error(transparent)]
     Net(#[from] net::Error),
+    /// Persistent memory.
+    #[error("pmem")]
+    Pmem(#[from] mapped::Error),
+    /// Memory of devices beyond what a guest can address.
+    #[error("{what}: the guest has no addresses for {size} on this host")]
+    NoAddresses {
+        /// Which device.
+        what: String,
+        /// How much it wants.
+        size: Size,
+    },
+    /// Some of the guest's memory could not be had when the guest used it.
+    #[error("the guest used memory that the host cannot give it ({0})")]
+    MemoryGone(String, #[source] kvm::Error),
     /// The virtio transport.
     #[error(transparent)]
     Virtio(#[from] virtio::mmio::Error),
@@ -88,6 +108,9 @@ pub enum Error {
 
 /// The balloon, as [`crate::control::Controller::device`] knows it.
 pub const BALLOON: &str = "balloon";
+
+/// Memory that can be added, as [`crate::control::Controller::device`] knows it.
+pub const MEMORY: &str = "mem";
 
 /// For `map_err`: names what the host refused.
 fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
@@ -120,10 +143,12 @@ impl Machine {
         config.validate()?;
         let kvm = Kvm::open(kvm::DEV_KVM)?;
         let cpuid = Template::new(&kvm, &config.cpu.features.parse().unwrap_or_default())?;
-        config.validate_host(HostLimits { max_vcpus: kvm.max_vcpus(), phys_bits: cpuid.phys_bits() })?;
+        let limits = HostLimits { max_vcpus: kvm.max_vcpus(), phys_bits: cpuid.phys_bits() };
+        config.validate_host(limits)?;
         let events = GuestEvents::new().map_err(host("an eventfd"))?;
         let (virtio_console, mut lines) = console::open_virtio(&config, &events)?.unzip();
-        let devices = open_devices(&config, virtio_console)?;
+        let mut device_memory = DeviceMemory::new(config.memory.size, limits.phys_bits);
+        let devices = open_devices(&config, virtio_console, &mut device_memory)?;
         let platform = Platform {
             cpus: config.cpu.count,
             acpi: config.acpi == Acpi::On,
@@ -133,7 +158,7 @@ impl Machine {
         };
         let boot = BootFiles::open(&with_device_parameters(&config, &platform)?, config.memory.size.0)?;
         let (input, output) = console::open(&config.serial, "the serial console")?;
-        let ram = GuestRam::new(&config.memory)?;
+        let ram = GuestRam::with_areas(&config.memory, device_memory.into_areas())?;
 
         let vm = kvm.create_vm(config.acpi == Acpi::Off || boot.describe().protocol == Protocol::Pvh)?;
         vm.map_ram(&ram)?;
@@ -185,14 +210,24 @@ impl Machine {
     }
 }
 
-/// Every virtio device that the configuration asks for, in slot order, its files open and locked.
-fn open_devices(config: &MachineConfig, console: Option<Console>) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
+/// Every virtio device that the configuration asks for, in slot order, its files open and locked, its memory placed.
+fn open_devices(
+    config: &MachineConfig,
+    console: Option<Console>,
+    memory: &mut DeviceMemory,
+) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     for (i, disk) in config.disks.iter().enumerate() {
         devices.push(Box::new(Blk::new(format!("disk{i}"), disk)?));
     }
     for (i, net) in config.nets.iter().enumerate() {
         devices.push(Box::new(Net::new(format!("net{i}"), net)?));
+    }
+    for (i, pmem) in config.pmems.iter().enumerate() {
+        let file = pmem.open()?;
+        let what = format!("pmem {}", pmem.path.display());
+        let start = memory.place(&what, file.memory_len(), file.backing())?;
+        devices.push(Box::new(Pmem::new(format!("pmem{i}"), file, start)));
     }
     if let Some(rng) = &config.rng {
         devices.push(Box::new(Rng::new("rng", rng)));
@@ -201,7 +236,11 @@ fn open_devices(config: &MachineConfig, console: Option<Console>) -> Result<Vec<
         devices.push(Box::new(Vsock::new("vsock", vsock)?));
     }
     if let Some(balloon) = &config.balloon {
-        devices.push(Box::new(Balloon::new(BALLOON, balloon, config.memory.size)));
+        devices.push(Box::new(Balloon::new(BALLOON, balloon, config.most_memory())));
+    }
+    if let Some(mem) = &config.virtio_mem {
+        let addr = memory.place("--virtio-mem", mem.size.0, Backing::Pluggable)?;
+        devices.push(Box::new(Mem::new(MEMORY, mem, addr)));
     }
     if let Some(console) = console {
         devices.push(Box::new(console));

@@ -19,6 +19,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::console::RunningLine;
 use super::mailbox::{Mailbox, Request};
 use super::{Error, Machine, host};
+use crate::backend::mapped;
 use crate::devices::power_button::PowerButton;
 use crate::event::{GuestEvent, Interest, PanicSource, Poller, Signals};
 use crate::kvm;
@@ -131,6 +132,9 @@ impl Running {
         let Machine { config, ram, vcpus, board, lines, devices, power_button, mut timing, vm, .. } = machine;
         let on_terminal = lines.iter().find(|line| line.input.is_terminal()).and_then(|line| line.input.fd());
         let raw_mode = on_terminal.map_or(Ok(None), RawMode::enter).map_err(host("the terminal"))?;
+        if !config.pmems.is_empty() {
+            mapped::explain_bus_errors();
+        }
         let poller = Poller::new().map_err(host("an epoll descriptor"))?;
         let mut ticker = TimerFd::new().map_err(|e| Error::Host("a timer", e.into()))?;
         ticker.reset(TICK, Some(TICK)).map_err(|e| Error::Host("a timer", e.into()))?;
@@ -313,8 +317,20 @@ impl Running {
                 self.dump = Some(dump);
                 Some(Outcome::Crashed(what))
             }
-            End::Kvm(e) => return Err(kvm::Error::Ioctl("KVM_RUN", e).into()),
+            End::Kvm(e) => return Err(self.kvm_failed(e)),
         })
+    }
+
+    /// Why KVM_RUN failed, as far as that can be known.
+    fn kvm_failed(&self, error: io::Error) -> Error {
+        let gone = || match self.board.ram.truncated_file() {
+            Some(path) => format!("{} was made shorter while it was mapped", path.display()),
+            None => "huge pages, memory or the file system of a pmem file may be used up".into(),
+        };
+        match error.raw_os_error() {
+            Some(libc::EFAULT) => Error::MemoryGone(gone(), kvm::Error::Ioctl("KVM_RUN", error)),
+            _ => kvm::Error::Ioctl("KVM_RUN", error).into(),
+        }
     }
 
     fn on_guest_events(&mut self) -> Option<Outcome> {

@@ -11,7 +11,7 @@ use std::sync::PoisonError;
 
 use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{GuestRam, HugePages, Mapping};
+use super::{Area, GuestRam, HugePages, Mapping};
 use crate::layout;
 
 impl GuestRam {
@@ -30,7 +30,10 @@ impl GuestRam {
         let unit = self.release_unit();
         let end = addr.saturating_add(len);
         let mut released = 0;
-        for (region, mapping) in self.0.memory.iter().zip(&self.0.mappings) {
+        for ((region, mapping), index) in self.0.memory.iter().zip(&self.0.mappings).zip(0..) {
+            if self.area(index).is_some_and(Area::is_file) {
+                continue;
+            }
             let start = region.start_addr().0;
             // Regions begin at a multiple of any unit, so within these bounds the rounding cannot overflow.
             let from = addr.clamp(start, start + region.len()).next_multiple_of(unit);
@@ -63,7 +66,7 @@ impl GuestRam {
             return mapping.advise(piece, libc::MADV_DONTNEED);
         }
         // Anonymous memory over all of it: what was anonymous before loses nothing but its pages.
-        mapping.replace(piece.clone())?;
+        mapping.replace(piece.clone(), None, libc::MAP_PRIVATE)?;
         let gone = start + piece.start..start + piece.end;
         let left = images
             .iter()
@@ -100,22 +103,10 @@ impl Mapping {
         self.advise(piece, libc::MADV_DONTDUMP)
     }
 
-    /// Puts fresh anonymous memory in the place of a piece.
-    #[allow(unsafe_code)]
-    fn replace(&self, piece: Range<u64>) -> io::Result<()> {
-        let (addr, len) = self.checked(piece)?;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-        // SAFETY: the range was just checked to lie inside this mapping of ours; MAP_FIXED replaces only pages of it,
-        // by pages of the same size and protection that nothing holds a reference into.
-        let mapped =
-            unsafe { libc::mmap(addr as *mut libc::c_void, len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
-        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
-    }
-
     /// Frees a piece of the file that the mapping shows, and the copies of its pages that a private mapping has.
     #[allow(unsafe_code)]
     fn punch(&self, file: &FileOffset, piece: Range<u64>) -> io::Result<()> {
-        if self.flags & libc::MAP_PRIVATE != 0 {
+        if self.is_private() {
             self.advise(piece.clone(), libc::MADV_DONTNEED)?;
         }
         let (_, len) = self.checked(piece.clone())?;
@@ -128,16 +119,6 @@ impl Mapping {
         } else {
             Err(io::Error::last_os_error())
         }
-    }
-
-    /// Address and length of a piece, which must lie within the mapping.
-    fn checked(&self, piece: Range<u64>) -> io::Result<(usize, usize)> {
-        let number = |n| usize::try_from(n).map_err(io::Error::other);
-        let (from, to) = (number(piece.start)?, number(piece.end)?);
-        if from > to || to > self.len {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        Ok((self.addr + from, to - from))
     }
 }
 

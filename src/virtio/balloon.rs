@@ -2,7 +2,11 @@
 //!
 //! The size that is wanted stands in configuration space; the driver allocates pages until it has as many, and tells
 //! their numbers on the inflate queue, or on the deflate queue when it takes them back. Free page reporting is
-//! independent of the size: the driver tells what happens to be free, and may use it again at any time.
+//! independent of the size: the driver tells what happens to be free, and may use it again at any time. So is free page
+//! hinting, which is for who copies the guest's memory: see [`FreeHints`].
+
+mod hints;
+mod stats;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -25,11 +29,16 @@ use super::{
 use crate::event::Interest;
 use crate::memory::GuestRam;
 use crate::options::{self, Size, Span};
+pub use hints::FreeHints;
+use hints::Hints;
+pub use stats::BalloonStats;
+use stats::STAT;
 
 /// Feature bits (5.5.3).
 const F_MUST_TELL_HOST: u64 = 1 << 0;
 const F_STATS_VQ: u64 = 1 << 1;
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
+const F_FREE_PAGE_HINT: u64 = 1 << 3;
 const F_PAGE_POISON: u64 = 1 << 4;
 const F_PAGE_REPORTING: u64 = 1 << 5;
 
@@ -42,33 +51,11 @@ const QUEUE_SIZE: u16 = 128;
 const MAX_PAGES: u64 = 4096;
 /// Pages after which others get their turn.
 const PAGES_PER_EVENT: usize = 8192;
-/// Bytes of a statistic (5.5.6.3): a tag and a value, packed.
-const STAT: usize = 10;
 /// How many of a buffer are looked at.
 const MAX_STATS: u64 = 64;
 /// Bytes of configuration space (5.5.4).
 const CONFIG_BYTES: usize = 16;
 const TIMER: u64 = 0;
-
-/// Names of statistics by tag: 0 to 9 are those of 5.5.6.4, the others Linux has added since.
-const STAT_NAMES: [&str; 16] = [
-    "swap_in",
-    "swap_out",
-    "major_faults",
-    "minor_faults",
-    "free_memory",
-    "total_memory",
-    "available_memory",
-    "disk_caches",
-    "hugetlb_allocations",
-    "hugetlb_failures",
-    "oom_kills",
-    "allocation_stalls",
-    "asynchronous_scans",
-    "direct_scans",
-    "asynchronous_reclaims",
-    "direct_reclaims",
-];
 
 /// `--balloon`: memory that the guest gives up.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +71,8 @@ pub struct BalloonConfig {
     pub stats: Option<Span>,
     /// Have the guest tell which pages are free, and give them back to the host until they are used again.
     pub free_page_reporting: bool,
+    /// Let the guest be asked which pages are free, so that they need not be copied with the others.
+    pub free_page_hinting: bool,
 }
 
 impl FromStr for BalloonConfig {
@@ -112,20 +101,6 @@ impl BalloonConfig {
             _ => Ok(()),
         }
     }
-}
-
-/// What is known of the guest's memory.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct BalloonStats {
-    /// What the guest is asked to give up, in bytes.
-    pub target: u64,
-    /// What it says that it has given up, in bytes.
-    pub actual: u64,
-    /// Its statistics by name, as it told them last: bytes, or counts since it started.
-    pub guest: BTreeMap<&'static str, u64>,
-    /// How old they are, in milliseconds.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub age_ms: Option<u64>,
 }
 
 /// What is saved of a balloon. Which pages are in it the guest knows.
@@ -159,6 +134,7 @@ struct Shared {
     stats: Mutex<Option<(Instant, BTreeMap<&'static str, u64>)>>,
     /// Where the host takes back huge pages only: which pages of each are in the balloon.
     parts: Mutex<HashMap<u64, [u64; 8]>>,
+    hints: Mutex<Hints>,
     /// That the host refused was told already.
     warned: AtomicBool,
 }
@@ -170,6 +146,10 @@ impl Balloon {
         let mut queue_sizes = vec![QUEUE_SIZE; 3];
         if config.deflate_on_oom {
             features |= F_DEFLATE_ON_OOM;
+        }
+        if config.free_page_hinting {
+            features |= F_FREE_PAGE_HINT;
+            queue_sizes.push(QUEUE_SIZE);
         }
         if config.free_page_reporting {
             // A guest that relies on what free pages contain reports none unless it can say so.
@@ -206,10 +186,10 @@ impl VirtioDevice for Balloon {
         &self.info
     }
 
-    /// `struct virtio_balloon_config` (5.5.4): `num_pages`, `actual`, one that belongs to a feature we don't offer, and
-    /// `poison_val`.
+    /// `struct virtio_balloon_config` (5.5.4): `num_pages`, `actual`, `free_page_hint_cmd_id`, `poison_val`.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let fields = [self.target, self.actual, 0, self.shared.poison.load(Ordering::Acquire)];
+        let command = lock(&self.shared.hints).command();
+        let fields = [self.target, self.actual, command, self.shared.poison.load(Ordering::Acquire)];
         let mut config = [0; CONFIG_BYTES];
         config.iter_mut().zip(fields.iter().flat_map(|f| f.to_le_bytes())).for_each(|(to, from)| *to = from);
         super::read_config_bytes(&config, offset, data);
@@ -227,7 +207,8 @@ impl VirtioDevice for Balloon {
 
     fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
         // 5.5.2 numbers the queues as if all were there; every driver and device skips those of missing features.
-        let optional = [(F_STATS_VQ, Role::Stats), (F_PAGE_REPORTING, Role::Reporting)];
+        let optional =
+            [(F_STATS_VQ, Role::Stats), (F_FREE_PAGE_HINT, Role::Hints), (F_PAGE_REPORTING, Role::Reporting)];
         let mut roles = vec![Role::Inflate, Role::Deflate];
         roles.extend(optional.iter().filter(|(feature, _)| activation.features & feature != 0).map(|(_, role)| *role));
         let timer = match self.stats_every {
@@ -254,7 +235,16 @@ impl VirtioDevice for Balloon {
                 Ok(if old == self.target { Reply::Done } else { Reply::ConfigChanged })
             }
             Control::BalloonStats => Ok(Reply::BalloonStats(self.stats())),
-            Control::ResizeDisk(_) => Err(ControlError::Unsupported(self.info.name.clone())),
+            Control::StartHints if self.info.features & F_FREE_PAGE_HINT == 0 => {
+                Err(ControlError::Refused("the balloon is without free_page_hinting".into()))
+            }
+            Control::StartHints => {
+                lock(&self.shared.hints).start();
+                Ok(Reply::ConfigChanged)
+            }
+            Control::EndHints => Ok(if lock(&self.shared.hints).end() { Reply::ConfigChanged } else { Reply::Done }),
+            Control::FreeHints => Ok(Reply::FreeHints(lock(&self.shared.hints).found())),
+            _ => Err(ControlError::Unsupported(self.info.name.clone())),
         }
     }
 
@@ -264,6 +254,7 @@ impl VirtioDevice for Balloon {
         self.shared.poison.store(0, Ordering::Release);
         *lock(&self.shared.stats) = None;
         lock(&self.shared.parts).clear();
+        *lock(&self.shared.hints) = Hints::default();
     }
 
     fn save(&self) -> Result<serde_json::Value, StateError> {
@@ -292,6 +283,7 @@ enum Role {
     Inflate,
     Deflate,
     Stats,
+    Hints,
     Reporting,
 }
 
@@ -323,6 +315,10 @@ impl Handler for Pages {
                 return match role {
                     Role::Inflate | Role::Deflate => self.pages(role, queue, cx.ram),
                     Role::Stats => self.stats(queue, cx.ram),
+                    Role::Hints => queue.serve(cx.ram, |chain| {
+                        lock(&self.shared.hints).take(chain, cx.ram)?;
+                        Ok(0)
+                    }),
                     Role::Reporting => queue.serve(cx.ram, |chain| {
                         self.reported(chain, cx.ram);
                         Ok(0)
@@ -464,7 +460,7 @@ impl Pages {
             let mut reader = chain.reader(ram);
             let mut bytes = vec![0; reader.len().min(MAX_STATS * STAT as u64) as usize];
             reader.read(&mut bytes)?;
-            *lock(&self.shared.stats) = Some((Instant::now(), parse_stats(&bytes)));
+            *lock(&self.shared.stats) = Some((Instant::now(), stats::parse(&bytes)));
             // The one popped last is held, because only that can be put back.
             if let Some(older) = self.held.replace(chain) {
                 queue.push_used(ram, older, 0)?;
@@ -472,16 +468,6 @@ impl Pages {
         }
         Ok(Progress::More)
     }
-}
-
-/// Statistics by name; tags without one are ignored (5.5.6.3.1), as is the rest of a broken one.
-fn parse_stats(bytes: &[u8]) -> BTreeMap<&'static str, u64> {
-    let (stats, _) = bytes.as_chunks::<STAT>();
-    let known = stats.iter().filter_map(|[t0, t1, value @ ..]| {
-        let name = STAT_NAMES.get(usize::from(u16::from_le_bytes([*t0, *t1])))?;
-        Some((*name, u64::from_le_bytes(*value)))
-    });
-    known.collect()
 }
 
 /// Marks a page of a huge one as in the balloon or not.
@@ -523,7 +509,7 @@ mod tests {
         let ram = GuestRam::anonymous(RAM);
         ram.write(PAGES, &vec![FILL; (RAM - PAGES) as usize]).unwrap();
         let mut device = Balloon::new("balloon", &config.parse().unwrap(), Size(RAM));
-        let drivers: Vec<_> = (0..4).map(|n| FakeQueue::new(&ram, 0x1000 * (n + 1), 16)).collect();
+        let drivers: Vec<_> = (0..5).map(|n| FakeQueue::new(&ram, 0x1000 * (n + 1), 16)).collect();
         let wire = Loopback::new(&ram);
         let activation = activation(&ram, &drivers, device.info().features & !without, &wire.interrupt);
         let Ok(Activated::Here(mut shares)) = device.activate(activation) else { panic!() };
@@ -625,6 +611,54 @@ mod tests {
         s.drivers[3].add(&report).unwrap();
         s.deliver(Event::Kick(3)).unwrap();
         assert_eq!(s.drivers[3].take_used(), None);
+    }
+
+    #[test]
+    fn free_pages_are_remembered_for_who_asked() {
+        let mut s = setup("free_page_hinting,free_page_reporting", 0);
+        let told = |s: &mut Setup, command: u32| {
+            s.ram.write_obj(NUMBERS, command.to_le()).unwrap();
+            s.request(3, &[out(NUMBERS, 4)]).unwrap();
+        };
+        let free = |s: &mut Setup, addr: u64| s.request(3, &[inn(addr, 0x1000)]).unwrap();
+        let found = |s: &mut Setup| match s.device.control(&Control::FreeHints) {
+            Ok(Reply::FreeHints(FreeHints { complete, ranges })) => (complete, ranges),
+            other => panic!("{other:?}"),
+        };
+        let command = |s: &Setup| {
+            let mut data = [0; 4];
+            s.device.read_config(8, &mut data);
+            u32::from_le_bytes(data)
+        };
+        // Nobody asked.
+        free(&mut s, 0x20_0000);
+        told(&mut s, 0);
+        assert_eq!((command(&s), found(&mut s)), (0, (false, vec![])));
+        assert_eq!(s.device.control(&Control::StartHints), Ok(Reply::ConfigChanged));
+        assert_eq!(command(&s), 2);
+        // The answer to another question, then that to this one.
+        told(&mut s, 7);
+        free(&mut s, 0x20_0000);
+        told(&mut s, 2);
+        free(&mut s, 0x30_1000);
+        free(&mut s, 0x30_0000);
+        s.request(3, &[out(NUMBERS, 3), inn(0x40_0000, 1)]).unwrap();
+        assert_eq!(found(&mut s), (false, vec![0x30_0000..0x30_2000, 0x40_0000..0x40_0001]));
+        told(&mut s, 0);
+        free(&mut s, 0x50_0000);
+        assert_eq!(found(&mut s), (true, vec![0x30_0000..0x30_2000, 0x40_0000..0x40_0001]));
+        assert_eq!(s.page(0x300), FILL, "it may be in use again");
+        assert_eq!(s.device.control(&Control::EndHints), Ok(Reply::ConfigChanged));
+        assert_eq!(s.device.control(&Control::EndHints), Ok(Reply::Done));
+        assert_eq!((command(&s), found(&mut s)), (1, (false, vec![])));
+        // What is reported is told on the queue behind.
+        s.request(4, &[inn(0x30_0000, 0x1000)]).unwrap();
+        assert_eq!(s.page(0x300), 0);
+        s.device.control(&Control::StartHints).unwrap();
+        s.device.reset();
+        assert_eq!((command(&s), found(&mut s)), (0, (false, vec![])));
+        let without = setup("0", 0).device.control(&Control::StartHints).unwrap_err().to_string();
+        assert_eq!(without, "the balloon is without free_page_hinting");
     }
 
     fn stats_bytes(stats: &[(u16, u64)]) -> Vec<u8> {

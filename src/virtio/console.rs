@@ -12,6 +12,7 @@ mod host;
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 
@@ -82,6 +83,9 @@ pub struct PortConfig {
     pub name: String,
     /// Where it leads.
     pub to: ConsoleEnd,
+    /// A file that its input comes from, for ends that have none: `file:` and `null`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<PathBuf>,
 }
 
 impl FromStr for PortConfig {
@@ -98,7 +102,10 @@ impl PortConfig {
         if ports.len() >= MAX_PORTS {
             return Err(format!("{} ports are more than the {} there can be", ports.len(), MAX_PORTS - 1));
         }
-        for (i, PortConfig { name, .. }) in ports.iter().enumerate() {
+        for (i, PortConfig { name, to, from }) in ports.iter().enumerate() {
+            if from.is_some() && !matches!(to, ConsoleEnd::File(_) | ConsoleEnd::Null) {
+                return Err(format!("{name}: from= goes with to=file:PATH and to=null; {to} has input of its own"));
+            }
             let good = |c: u8| c.is_ascii_graphic() && c != b'/';
             if name.is_empty() || name.len() > NAME_MAX || !name.bytes().all(good) {
                 return Err(format!("'{name}' is no name: 1 to 64 printable ASCII characters without / are"));
@@ -880,7 +887,16 @@ mod tests {
     #[test]
     fn options() {
         let port: PortConfig = "agent,to=socket:/run/a".parse().unwrap();
-        assert_eq!(port, PortConfig { name: "agent".into(), to: ConsoleEnd::Socket("/run/a".into()) });
+        assert_eq!(port, PortConfig { name: "agent".into(), to: ConsoleEnd::Socket("/run/a".into()), from: None });
+        let port: PortConfig = "log,to=file:out,from=in".parse().unwrap();
+        assert_eq!(
+            (port.from.as_deref(), PortConfig::validate(std::slice::from_ref(&port))),
+            (Some("in".as_ref()), Ok(()))
+        );
+        let both = PortConfig { to: ConsoleEnd::Pty, ..port.clone() };
+        assert!(
+            PortConfig::validate(&[both]).unwrap_err().starts_with("log: from= goes with to=file:PATH and to=null")
+        );
         assert!("name=x".parse::<PortConfig>().unwrap_err().to_string().contains("'to=' is missing"));
         assert!("x,to=nowhere".parse::<PortConfig>().unwrap_err().to_string().contains("none of stdio, null"));
         let many = vec![port; 32];

@@ -8,7 +8,8 @@
 //! The device is called like a register write: it changes what its configuration space says, and what its handlers
 //! share with it, and never waits.
 
-use super::balloon::BalloonStats;
+use super::balloon::{BalloonStats, FreeHints};
+use super::mem::MemStatus;
 
 /// Something that can be asked of a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,8 +18,18 @@ pub enum Control {
     SetBalloon(u64),
     /// Of a balloon: what it knows of the guest's memory.
     BalloonStats,
+    /// Of a balloon: have the guest tell which of its pages are free, anew.
+    StartHints,
+    /// Of a balloon: which it told since [`Control::StartHints`].
+    FreeHints,
+    /// Of a balloon: forget them, and let the guest have them back.
+    EndHints,
     /// Of a disk: be this large from now on, in bytes; never smaller than it is.
     ResizeDisk(u64),
+    /// Of a memory device: have the guest plug this many bytes in all, whole blocks.
+    RequestMemory(u64),
+    /// Of a memory device: how far it is.
+    MemoryStatus,
 }
 
 /// What a device answers.
@@ -30,6 +41,10 @@ pub enum Reply {
     ConfigChanged,
     /// For [`Control::BalloonStats`].
     BalloonStats(BalloonStats),
+    /// For [`Control::FreeHints`].
+    FreeHints(FreeHints),
+    /// For [`Control::MemoryStatus`].
+    MemoryStatus(MemStatus),
 }
 
 /// Why nothing came of it. Displays as one sentence.

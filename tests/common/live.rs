@@ -1,7 +1,7 @@
 //! A machine that is talked to while it runs, as there is no other way to reach a [`Controller`] from a shell.
 //!
 //! `live CONFIG` runs the machine that a JSON file describes. Lines of its standard input are requests, which it answers
-//! by a line each: `balloon SIZE`, `grow DISK SIZE`, `stats`, `pause`, `resume`. (So the guest's console must be elsewhere.)
+//! by a line each: `balloon SIZE`, `memory [SIZE]`, `grow DISK SIZE`, `stats`, `hints [start|end]`, `pause`, `resume`. (So the guest's console must be elsewhere.)
 
 use std::error::Error;
 use std::io;
@@ -21,12 +21,24 @@ fn answer(controller: &Controller, request: &str) -> Result<String, Box<dyn Erro
             controller.set_balloon(size.parse::<Size>()?.0)?;
             format!("balloon: {size}")
         }
+        ("memory", "") => format!("memory: {}", serde_json::to_string(&controller.memory_status()?)?),
+        ("memory", size) => {
+            controller.request_memory(size.parse::<Size>()?.0)?;
+            format!("memory: {size}")
+        }
         ("grow", arguments) => {
             let (disk, size) = arguments.split_once(' ').ok_or("usage: grow DISK SIZE")?;
             controller.resize_disk(disk, size.parse::<Size>()?.0)?;
             format!("grown: {disk} to {size}")
         }
         ("stats", "") => format!("stats: {}", serde_json::to_string(&controller.balloon_stats()?)?),
+        ("hints", "start") => controller.start_hints().map(|()| "hints: started".to_string())?,
+        ("hints", "end") => controller.end_hints().map(|()| "hints: ended".to_string())?,
+        ("hints", "") => {
+            let hints = controller.free_hints()?;
+            let bytes: u64 = hints.ranges.iter().map(|range| range.end - range.start).sum();
+            format!("hints: {bytes} bytes in {} ranges, complete: {}", hints.ranges.len(), hints.complete)
+        }
         ("pause", "") => format!("paused: {}", controller.pause()),
         ("resume", "") => format!("resumed: {}", controller.resume()),
         _ => return Err(format!("'{request}' is no request").into()),

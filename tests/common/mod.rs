@@ -443,3 +443,67 @@ impl std::fmt::Display for Ended {
 fn lines(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).replace('\r', "")
 }
+
+/// Memory of a process in the test's host, in bytes.
+pub fn resident(pid: &str) -> u64 {
+    let rollup = on_host(&["grep", "^Rss:", &format!("/proc/{pid}/smaps_rollup")]).end();
+    let kib = rollup.stdout.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok());
+    kib.unwrap_or_else(|| panic!("{rollup}")) << 10
+}
+
+/// Waits until `look` finds what is `wanted`; returns it.
+pub fn until<T: std::fmt::Debug>(what: &str, mut look: impl FnMut() -> T, wanted: impl Fn(&T) -> bool) -> T {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let found = look();
+        if wanted(&found) {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "{what}: {found:?}");
+        thread::sleep(Duration::from_millis(300));
+    }
+}
+
+/// A machine that is asked for things while it runs (`live.rs`).
+pub struct Live {
+    guest: Guest,
+    asked: usize,
+    /// Process id in the test's host.
+    pub pid: String,
+    /// Its configuration and what it names.
+    _dir: TempDir,
+}
+
+impl Live {
+    /// Starts what `run` would start. Its console must not be on the standard streams, where the requests are.
+    pub fn start(run: Run) -> Self {
+        let dir = scratch();
+        let path = |name: &str| dir.path().join(name).display().to_string();
+        let printed = run.args(&["--print-config"]).start();
+        // Its initrd is in its folder, which must stay.
+        fs::copy(printed.dir.path().join("initrd"), path("initrd")).unwrap();
+        let printed = printed.end();
+        let mut machine: Value = serde_json::from_str(&printed.stdout).unwrap_or_else(|_| panic!("{printed}"));
+        machine["boot"]["initrd"] = path("initrd").into();
+        fs::write(path("config.json"), machine.to_string()).unwrap();
+        let script = "echo pid=$$. >&2; exec \"$0\" \"$1\"";
+        let guest = on_host(&["bash", "-c", script, &example("live"), &path("config.json")]);
+        let said = guest.wait_for_stderr(".\n");
+        let pid = said.split("pid=").nth(1).unwrap().split('.').next().unwrap().to_string();
+        Live { guest, asked: 0, pid, _dir: dir }
+    }
+
+    /// Makes a request and waits for the line that answers it.
+    pub fn ask(&mut self, request: &str) -> String {
+        self.guest.send(format!("{request}\n").as_bytes());
+        self.asked += 1;
+        let answered = |said: &str| said.lines().count() >= self.asked && said.ends_with('\n');
+        let said = self.guest.wait_until(answered);
+        said.lines().nth(self.asked - 1).unwrap().to_string()
+    }
+
+    /// Waits for the machine's end.
+    pub fn end(self) -> Ended {
+        self.guest.end()
+    }
+}

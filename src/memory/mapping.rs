@@ -1,0 +1,124 @@
+//! Pages of this process that a region of guest memory consists of.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+
+use super::Dirty;
+use crate::layout;
+
+/// Where regions begin in this process: on a huge page. KVM maps a huge page into the guest only where guest and host
+/// address agree in their lower bits, and without huge pages a boot takes ten times as many page faults.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// A region, and the pages that it points to.
+pub(super) type Mapped = (GuestRegionMmap<Dirty>, Mapping);
+
+/// Pages of ours, unmapped when dropped. They can be read and written.
+#[derive(Debug)]
+pub(super) struct Mapping {
+    addr: usize,
+    len: usize,
+    flags: i32,
+}
+
+impl Mapping {
+    /// Maps `len` bytes of `file` from an offset on, or anonymous memory, at a multiple of [`HUGE_PAGE`]. `flags` are
+    /// `mmap`'s: `MAP_SHARED` or `MAP_PRIVATE`, and `MAP_NORESERVE`.
+    #[allow(unsafe_code)]
+    pub(super) fn new(len: u64, file: Option<(&File, u64)>, flags: i32) -> io::Result<Self> {
+        let len = usize::try_from(len).map_err(io::Error::other)?;
+        let room = len.checked_add(HUGE_PAGE).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let reserve = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: the mapping is new, at an address of the kernel's choice; the result is checked.
+        let reserved = unsafe { libc::mmap(std::ptr::null_mut(), room, libc::PROT_NONE, reserve, -1, 0) };
+        if reserved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = reserved as usize;
+        let addr = start.next_multiple_of(HUGE_PAGE);
+        let end = addr + len.next_multiple_of(layout::PAGE_SIZE as usize);
+        for (from, to) in [(start, addr), (end, start + room)] {
+            if from < to {
+                // SAFETY: what is unmapped is a part of what was just mapped, and nothing uses it.
+                unsafe { libc::munmap(from as *mut libc::c_void, to - from) };
+            }
+        }
+        let mapping = Mapping { addr, len, flags };
+        mapping.replace(0..len as u64, file, flags)?;
+        Ok(mapping)
+    }
+
+    /// Length in bytes.
+    pub(super) fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// Whether what is written stays with this process.
+    pub(super) fn is_private(&self) -> bool {
+        self.flags & libc::MAP_PRIVATE != 0
+    }
+
+    /// Puts pages of `file` from an offset on, or fresh anonymous memory, in the place of a piece, which is counted in
+    /// bytes from the mapping's beginning.
+    #[allow(unsafe_code)]
+    pub(super) fn replace(&self, piece: Range<u64>, file: Option<(&File, u64)>, flags: i32) -> io::Result<()> {
+        let (addr, len) = self.checked(piece)?;
+        let (fd, offset, kind) = match file {
+            Some((file, offset)) => (file.as_raw_fd(), libc::off_t::try_from(offset).map_err(io::Error::other)?, 0),
+            // Asking for it lazily is all that a piece of RAM ever wants; a whole mapping says so itself.
+            None => (-1, 0, libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
+        };
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = flags | kind | libc::MAP_FIXED;
+        // SAFETY: the range was just checked to lie inside this mapping of ours; MAP_FIXED replaces only pages of it,
+        // by pages of the same protection that nothing holds a reference into.
+        let mapped = unsafe { libc::mmap(addr as *mut libc::c_void, len, protection, flags, fd, offset) };
+        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// The region at the guest-physical address `start` that these pages back. Who looks for the file behind it finds
+    /// `file`.
+    #[allow(unsafe_code)]
+    pub(super) fn region(
+        &self,
+        start: u64,
+        file: Option<(&File, u64)>,
+        hugetlbfs: bool,
+    ) -> io::Result<GuestRegionMmap<Dirty>> {
+        let mut builder = MmapRegionBuilder::new_with_bitmap(self.len, None)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(self.flags)
+            .with_hugetlbfs(hugetlbfs);
+        if let Some((file, offset)) = file {
+            builder = builder.with_file_offset(FileOffset::new(file.try_clone()?, offset));
+        }
+        // SAFETY: the pointer and the size are those of this mapping, which `Inner` keeps longer than the region.
+        let region =
+            unsafe { builder.with_raw_mmap_pointer(self.addr as *mut u8) }.build().map_err(io::Error::other)?;
+        GuestRegionMmap::new(region, GuestAddress(start))
+            .ok_or_else(|| io::Error::other("region overflows the address space"))
+    }
+
+    /// Address and length of a piece, which must lie within the mapping.
+    pub(super) fn checked(&self, piece: Range<u64>) -> io::Result<(usize, usize)> {
+        let number = |n| usize::try_from(n).map_err(io::Error::other);
+        let (from, to) = (number(piece.start)?, number(piece.end)?);
+        if from > to || to > self.len {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok((self.addr + from, to - from))
+    }
+}
+
+impl Drop for Mapping {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        // SAFETY: the range is ours alone, and what pointed into it was dropped before.
+        unsafe { libc::munmap(self.addr as *mut libc::c_void, self.len) };
+    }
+}
