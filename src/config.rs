@@ -16,6 +16,7 @@ use crate::options::{self, Size};
 use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
 use crate::virtio::console::PortConfig;
+use crate::virtio::fs::FsConfig;
 use crate::virtio::net::NetConfig;
 use crate::virtio::rng::RngConfig;
 use crate::virtio::vsock::VsockConfig;
@@ -47,6 +48,9 @@ pub struct MachineConfig {
     /// Network cards, in slot order behind the disks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,
+    /// Folders of the host, in slot order behind the network cards.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<FsConfig>,
     /// Random number generator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<RngConfig>,
@@ -178,6 +182,9 @@ pub enum Error {
     /// A network card that cannot be.
     #[error("--net: {0}")]
     Net(String),
+    /// A shared folder that cannot be.
+    #[error("--share: {0}")]
+    Share(String),
     /// A console port that cannot be.
     #[error("--console-port: {0}")]
     ConsolePort(String),
@@ -219,6 +226,7 @@ impl MachineConfig {
         self.vsock.iter().try_for_each(VsockConfig::validate).map_err(|e| Error::Vsock(e.to_string()))?;
         self.balloon.iter().try_for_each(|balloon| balloon.validate(size)).map_err(Error::Balloon)?;
         self.nets.iter().try_for_each(NetConfig::validate).map_err(|e| Error::Net(e.to_string()))?;
+        FsConfig::validate(&self.shares).map_err(Error::Share)?;
         PortConfig::validate(&self.console_ports).map_err(Error::ConsolePort)?;
         let ends = self.console.iter().chain(self.console_ports.iter().map(|port| &port.to));
         if ends.chain([&self.serial]).filter(|end| **end == ConsoleEnd::Stdio).count() > 1 {

@@ -6,6 +6,7 @@ pub mod console_watch;
 pub mod output;
 pub mod packet;
 pub mod passt;
+pub mod passthrough;
 pub mod qcow2;
 pub mod raw;
 pub mod tap;

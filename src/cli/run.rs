@@ -24,6 +24,7 @@ use crate::outcome::{EXIT_VIREO_FAILED, Report};
 use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
 use crate::virtio::console::PortConfig;
+use crate::virtio::fs::FsConfig;
 use crate::virtio::net::NetConfig;
 use crate::virtio::rng::RngConfig;
 use crate::virtio::vsock::VsockConfig;
@@ -71,6 +72,10 @@ pub struct RunArgs {
     /// given several times
     #[arg(long, value_name = "HOW")]
     net: Vec<NetConfig>,
+    /// Folder of the host (mount -t virtiofs share0 /mnt): PATH[,tag=NAME][,readonly][,squash_uid=N]
+    /// [,cache=never|auto|always][,queues=N]; the tag is share0, share1, ... otherwise; may be given several times
+    #[arg(long, value_name = "PATH")]
+    share: Vec<FsConfig>,
     /// Give the guest a virtio random number generator
     #[arg(long)]
     rng: bool,
@@ -167,6 +172,7 @@ impl RunArgs {
         config.disks.extend_from_slice(&self.disk);
         config.balloon = self.balloon.clone().or(config.balloon);
         config.nets.extend_from_slice(&self.net);
+        config.shares.extend_from_slice(&self.share);
         if self.rng {
             config.rng.get_or_insert_with(RngConfig::default);
         }

@@ -13,6 +13,7 @@ use std::time::Instant;
 use uuid::Uuid;
 
 use crate::backend::console as host_console;
+use crate::backend::passthrough;
 use crate::boot::{self, BootFiles, Platform, Protocol};
 use crate::bus::{Bus, BusDevice, Overlap};
 use crate::config::{self, Acpi, HostLimits, MachineConfig};
@@ -33,6 +34,7 @@ use crate::vcpu::{self, Board, Vcpu};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{self, Blk};
 use crate::virtio::console::Console;
+use crate::virtio::fs::Fs;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::net::{self, Net};
 use crate::virtio::rng::Rng;
@@ -72,6 +74,9 @@ pub enum Error {
     /// A network card.
     #[error(transparent)]
     Net(#[from] net::Error),
+    /// A shared folder.
+    #[error(transparent)]
+    Share(#[from] passthrough::Error),
     /// The virtio transport.
     #[error(transparent)]
     Virtio(#[from] virtio::mmio::Error),
@@ -193,6 +198,9 @@ fn open_devices(config: &MachineConfig, console: Option<Console>) -> Result<Vec<
     }
     for (i, net) in config.nets.iter().enumerate() {
         devices.push(Box::new(Net::new(format!("net{i}"), net)?));
+    }
+    for (i, share) in config.shares.iter().enumerate() {
+        devices.push(Box::new(Fs::new(i, share)?));
     }
     if let Some(rng) = &config.rng {
         devices.push(Box::new(Rng::new("rng", rng)));

@@ -11,6 +11,7 @@ pub mod blk;
 pub mod chain;
 pub mod console;
 pub mod control;
+pub mod fs;
 pub mod mmio;
 pub mod net;
 pub mod queue;
