@@ -100,12 +100,15 @@ pub struct Stat {
     pub mtime: Time,
     /// Last change.
     pub ctime: Time,
+    /// When it was made; 0 where the file system does not say.
+    pub born: Time,
 }
 
 impl Stat {
     /// Of an open file.
     pub fn of(fd: impl AsFd) -> io::Result<Self> {
-        Ok(fs::statx(fd, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)?.into())
+        let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID;
+        Ok(fs::statx(fd, c"", AtFlags::EMPTY_PATH, wanted)?.into())
     }
 
     /// The type bits of the mode.
@@ -131,6 +134,7 @@ impl From<Statx> for Stat {
             atime: s.stx_atime.into(),
             mtime: s.stx_mtime.into(),
             ctime: s.stx_ctime.into(),
+            born: if s.stx_mask & StatxFlags::BTIME.bits() != 0 { s.stx_btime.into() } else { Time::default() },
         }
     }
 }
@@ -148,12 +152,6 @@ impl Node {
     pub(super) fn new(fd: OwnedFd) -> io::Result<(Self, Stat)> {
         let stat = Stat::of(&fd)?;
         Ok((Node { fd, kind: stat.kind() }, stat))
-    }
-
-    /// The node of an open file.
-    #[cfg(test)]
-    pub(super) fn as_raw_fd(&self) -> i32 {
-        self.fd.as_raw_fd()
     }
 
     /// Its path for calls that follow it, one step, to the file itself.

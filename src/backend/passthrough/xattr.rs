@@ -25,6 +25,9 @@ fn checked(name: &CStr) -> io::Result<&CStr> {
 impl Node {
     /// Fills `value` with an attribute's value and returns its length; without room for anything only that.
     pub fn xattr(&self, name: &CStr, value: &mut [u8]) -> io::Result<usize> {
+        if value.is_empty() {
+            return Ok(fs::getxattr_query(self.path(), checked(name)?)?);
+        }
         Ok(fs::getxattr(self.path(), checked(name)?, value)?)
     }
 
@@ -55,6 +58,6 @@ impl Node {
 
     /// Whether new files in this directory get an access control list rather than what the umask leaves.
     pub fn has_default_acl(&self) -> bool {
-        fs::getxattr(self.path(), c"system.posix_acl_default", &mut [0u8; 0][..]).is_ok_and(|len| len > 0)
+        fs::getxattr_query(self.path(), c"system.posix_acl_default").is_ok_and(|len| len > 0)
     }
 }

@@ -78,6 +78,8 @@ impl Stamp {
 struct Inode {
     key: Key,
     kind: FileType,
+    /// While there is no descriptor, a file may go and its number be given to another, made at another time.
+    born: Time,
     /// How often the guest was told of it, less how often it forgot.
     lookups: u64,
     /// Where it was seen last.
@@ -112,6 +114,7 @@ impl Inodes {
         let root = Inode {
             key,
             kind: FileType::Directory,
+            born: stat.born,
             lookups: 1,
             parent: ROOT,
             name: CString::default(),
@@ -159,6 +162,7 @@ impl Inodes {
         if let Some((id, inode)) = known.and_then(|id| Some((id, self.by_id.get_mut(&id)?)))
             // Else the file is gone, and its number is another's now.
             && inode.kind == kind
+            && (inode.node.is_some() || inode.born == stat.born)
         {
             inode.lookups = inode.lookups.saturating_add(1);
             if id != ROOT {
@@ -177,7 +181,8 @@ impl Inodes {
         let id = self.next;
         self.next += 1;
         let (name, node) = (name.as_c_str().to_owned(), Some(Arc::new(node)));
-        let inode = Inode { key, kind, lookups: 1, parent, name, node, used: true, stamp: None, submount };
+        let inode =
+            Inode { key, kind, born: stat.born, lookups: 1, parent, name, node, used: true, stamp: None, submount };
         self.by_id.insert(id, inode);
         self.by_key.insert(key, id);
         self.hold(id);
@@ -251,10 +256,10 @@ impl Inodes {
         while let Some(name) = names.pop() {
             let (child, stat) = node.child(Name::new(name)?).map_err(stale)?;
             node = Arc::new(child);
-            key = Some((Key::from(&stat), stat.kind()));
+            key = Some((Key::from(&stat), stat.kind(), stat.born));
         }
         let inode = self.by_id.get_mut(&id).ok_or(Errno::STALE)?;
-        if key != Some((inode.key, inode.kind)) {
+        if key != Some((inode.key, inode.kind, inode.born)) {
             return Err(Errno::STALE.into());
         }
         inode.node = Some(node.clone());

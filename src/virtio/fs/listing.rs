@@ -79,6 +79,7 @@ const NOTHING: Stat = {
         atime: time,
         mtime: time,
         ctime: time,
+        born: time,
     }
 };
 

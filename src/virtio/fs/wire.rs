@@ -129,7 +129,6 @@ impl<'a> Args<'a> {
         Ok(*front)
     }
 
-
     pub fn u32(&mut self) -> io::Result<u32> {
         self.array().map(u32::from_le_bytes)
     }
