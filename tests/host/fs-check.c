@@ -337,11 +337,11 @@ static void directories(void)
     fchdir(here);
 }
 
-/* MANY entries (1000), half of them removed while they are read. */
+/* MANY entries (500), half of them removed while they are read. */
 static void many(void)
 {
     static char seen[100000];
-    int N = atoi(getenv("MANY") ?: "1000");
+    int N = atoi(getenv("MANY") ?: "500");
     char name[300];
     int n = 0, doubles = 0, unknown = 0, removed = 0;
     mkdir("many", 0755);

@@ -142,11 +142,11 @@ fn data_moves_between_guest_memory_and_files() {
     let out = [ram.slice(0x1000, 3).unwrap(), ram.slice(0x1000, 0).unwrap(), ram.slice(0x1003, 7).unwrap()];
     assert_eq!(write(&file, &out, 5, false, false).unwrap(), 10);
     assert_eq!(write(&file, &out[..1], 0, true, true).unwrap(), 3);
-    assert_eq!(fs::read(folder.path("file")).unwrap(), b"\0\0\0\0\x000123456789012");
+    assert_eq!(fs::read(folder.path("file")).unwrap(), b"\x00\x00\x00\x00\x000123456789012");
     let room = [ram.slice(0x2000, 4).unwrap(), ram.slice(0x3000, 100).unwrap()];
     assert_eq!(read(&file, &room, 4).unwrap(), 14);
-    assert_eq!(ram.read_obj::<[u8; 5]>(0x2000).unwrap(), *b"\0012\0");
-    assert_eq!(ram.read_obj::<[u8; 11]>(0x3000).unwrap(), *b"3456789012\0");
+    assert_eq!(ram.read_obj::<[u8; 5]>(0x2000).unwrap(), *b"\x00012\x00");
+    assert_eq!(ram.read_obj::<[u8; 11]>(0x3000).unwrap(), *b"3456789012\x00");
     assert_eq!(read(&file, &room, 1000).unwrap(), 0);
     for offset in [u64::MAX, u64::MAX - 2, 1 << 63, i64::MAX as u64] {
         assert!(read(&file, &room, offset).is_err(), "{offset:#x}");

@@ -72,12 +72,6 @@ impl From<Out> for Answer {
     }
 }
 
-impl From<()> for Answer {
-    fn from(_: ()) -> Self {
-        Answer::Bytes(Out::default())
-    }
-}
-
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -193,7 +187,10 @@ impl Server {
             op::READDIR => self.read_dir(args, caller, room.len(), false)?.into(),
             op::READDIRPLUS => self.read_dir(args, caller, room.len(), true)?.into(),
             op::INIT => self.init(args)?.into(),
-            op::DESTROY => self.clear().into(),
+            op::DESTROY => {
+                self.clear();
+                Out::default().into()
+            }
             op::FORGET | op::BATCH_FORGET => self.forget(header.opcode, nodeid, args)?,
             op::INTERRUPT => Answer::Nothing,
             _ => self.file_request(header.opcode, caller, args)?.into(),

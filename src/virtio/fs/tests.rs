@@ -86,8 +86,8 @@ impl Guest {
 
     fn before_init(options: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        if options.starts_with('/') {
-            fs::create_dir(dir.path().join(&options[1..])).unwrap();
+        if let Some(folder) = options.strip_prefix('/') {
+            fs::create_dir(dir.path().join(folder)).unwrap();
         }
         let config: FsConfig = format!("{}{options}", dir.path().display()).parse().unwrap();
         let mut device = Fs::new(0, &config).unwrap();
