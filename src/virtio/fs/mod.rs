@@ -23,10 +23,12 @@
 //! files and directories, and those so that they do not wait for another; locks stay in the guest. A driver that knows
 //! several queues (Linux from 6.10 on) uses as many as `queues` says, and then a slow `fsync` holds up one of them only.
 //!
-//! The guest's files outlive a pause. When the device is reset, unmounted or mounted anew, all are forgotten.
+//! What the guest knows and has open outlives a pause. It is forgotten when the device is reset and when the folder is
+//! unmounted or mounted anew. A machine cannot be saved while it has the folder mounted: files that are open and have no
+//! name any more could not be found again.
 //!
-//! [`wire`](self) structures are in `wire`; `inodes` and `handles` are what the guest knows and has open; `server` takes
-//! requests apart, which `names`, `files`, `listing` and `attributes` do. [`crate::backend::passthrough`] is the folder.
+//! `wire` is the protocol; `inodes` and `handles` are what the guest knows and has open; `server` takes requests apart, and
+//! `names`, `files`, `listing` and `attributes` do them. [`crate::backend::passthrough`] is the folder.
 
 mod attributes;
 mod files;

@@ -1,7 +1,6 @@
 //! Requests about names in directories.
 
 use std::io;
-use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{FileType, OFlags};
@@ -37,7 +36,7 @@ impl Server {
     ) -> io::Result<Entry> {
         self.check_writable()?;
         let dir = self.node(caller.nodeid)?;
-        self.identity.make_as(caller.owner, || make(&dir))?;
+        self.make_as(caller, || make(&dir))?;
         let (node, mut stat) = self.with_descriptors(|| dir.child(name))?;
         if let Some(mode) = mode {
             self.mend_mode(&dir, &node, &mut stat, mode)?;
@@ -93,9 +92,7 @@ impl Server {
         self.check_writable()?;
         let dir = self.node(caller.nodeid)?;
         let access = access(flags);
-        let made = self.with_descriptors(|| {
-            self.identity.make_as(caller.owner, || dir.create(name, access - OFlags::TRUNC, mode))
-        });
+        let made = self.with_descriptors(|| self.make_as(caller, || dir.create(name, access - OFlags::TRUNC, mode)));
         let (file, entry, handle) = match made {
             Ok(file) => {
                 let (node, mut stat) = self.with_descriptors(|| dir.child(name))?;
@@ -137,15 +134,25 @@ impl Server {
         let (name, new_name) = (args.name()?, args.name()?);
         self.check_writable()?;
         let (from, to) = (self.node(caller.nodeid)?, self.node(new_dir)?);
-        self.identity.make_as(caller.owner, || from.rename(name, &to, new_name, flags))?;
-        // Where both are now, for when their descriptors are closed meanwhile.
-        let places: [(u64, &Arc<Node>, Name<'_>); 2] = [(new_dir, &to, new_name), (caller.nodeid, &from, name)];
-        for (id, dir, name) in places {
-            if let Ok((_, stat)) = dir.child(name) {
-                self.inodes().seen(id, name, &stat);
-            }
+        let rename = || from.rename(name, &to, new_name, flags);
+        // What is left in its place is new, and belongs to somebody.
+        if flags & libc::RENAME_WHITEOUT != 0 {
+            self.make_as(caller, rename)?
+        } else {
+            rename()?
+        }
+        self.saw(new_dir, &to, new_name);
+        if flags & libc::RENAME_EXCHANGE != 0 {
+            self.saw(caller.nodeid, &from, name);
         }
         Ok(Out::default())
+    }
+
+    /// Notes where a file is now, for when its descriptor is closed.
+    fn saw(&self, parent: u64, dir: &Node, name: Name<'_>) {
+        if let Ok((_, stat)) = dir.child(name) {
+            self.inodes().seen(parent, name, &stat);
+        }
     }
 }
 

@@ -85,7 +85,7 @@ impl Server {
             readonly: config.readonly,
             squash: config.squash_uid,
             cache: config.cache,
-            identity: if config.squash_uid.is_some() { Identity::User } else { Identity::of_process() },
+            identity: Identity::of_process(),
             umask: passthrough::umask(),
             descriptors,
             inodes: Mutex::new(Inodes::new(Arc::new(root), &stat, Limits::new(descriptors, 0))),
@@ -353,6 +353,11 @@ impl Server {
             }
             result => result,
         }
+    }
+
+    /// Makes something that shall belong to who asks for it, if owners are as the guest says.
+    pub fn make_as<T>(&self, caller: Caller, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        if self.squash.is_some() { make() } else { self.identity.make_as(caller.owner, make) }
     }
 
     /// Refuses on a read-only share.
