@@ -33,7 +33,7 @@ impl Server {
                 self.inodes().is_unchanged(caller.nodeid, stamp)
             }
         };
-        let handle = self.remember(Handle::File(file, node))?;
+        let handle = self.remember(caller.nodeid, Handle::File(file, node))?;
         Ok(Out::default().u64(handle).u32(if keep { fopen::KEEP_CACHE } else { 0 }).u32(0).done())
     }
 
@@ -47,7 +47,7 @@ impl Server {
         let node = self.node(caller.nodeid)?;
         let dir = self.with_descriptors(|| node.open_dir())?;
         let flags = if self.cache == Cache::Always { fopen::KEEP_CACHE | fopen::CACHE_DIR } else { 0 };
-        let handle = self.remember(Handle::Dir(dir, node))?;
+        let handle = self.remember(caller.nodeid, Handle::Dir(dir, node))?;
         Ok(Out::default().u64(handle).u32(flags).u32(0).done())
     }
 

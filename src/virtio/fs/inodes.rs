@@ -16,6 +16,7 @@ use std::sync::Arc;
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
+use super::state::FileState;
 use super::wire::ROOT;
 use crate::backend::passthrough::{Name, Node, Stat, Time};
 
@@ -252,17 +253,26 @@ impl Inodes {
             names.push(&inode.name);
             at = inode.parent;
         };
-        let mut key = None;
+        let mut found = None;
         while let Some(name) = names.pop() {
             let (child, stat) = node.child(Name::new(name)?).map_err(stale)?;
             node = Arc::new(child);
-            key = Some((Key::from(&stat), stat.kind(), stat.born));
+            found = Some(stat);
         }
         let inode = self.by_id.get_mut(&id).ok_or(Errno::STALE)?;
-        if key != Some((inode.key, inode.kind, inode.born)) {
-            return Err(Errno::STALE.into());
-        }
+        let same = |stat: &Stat| {
+            (stat.dev, stat.ino, stat.kind(), stat.born) == (inode.key.dev, inode.key.ino, inode.kind, inode.born)
+        };
+        let stat = found.filter(same).ok_or(Errno::STALE)?;
         inode.node = Some(node.clone());
+        // The number of a mount may be another one, after a restore.
+        let before = std::mem::replace(&mut inode.key, Key::from(&stat));
+        if inode.key != before {
+            self.by_key.insert(inode.key, id);
+            if self.by_key.get(&before) == Some(&id) {
+                self.by_key.remove(&before);
+            }
+        }
         self.hold(id);
         Ok(node)
     }
@@ -300,6 +310,54 @@ impl Inodes {
             let Inodes { by_id, held, .. } = self;
             held.retain(|id| by_id.get(id).is_some_and(|inode| inode.node.is_some()));
         }
+    }
+}
+
+impl Inodes {
+    /// The root's mount, the next number, and all files but the root.
+    pub fn save(&self) -> (u64, u64, Vec<FileState>) {
+        let file = |(id, inode): (&u64, &Inode)| {
+            let Inode { key, kind, born, lookups, parent, name, node: _, used: _, stamp: _, submount } = inode;
+            let Key { dev, mount, ino } = *key;
+            FileState {
+                id: *id,
+                parent: *parent,
+                name: name.as_bytes().to_vec(),
+                lookups: *lookups,
+                kind: kind.as_raw_mode(),
+                dev,
+                mount,
+                ino,
+                born: (born.sec, born.nsec),
+                submount: *submount,
+            }
+        };
+        let mount = self.by_id.get(&ROOT).map_or(0, |root| root.key.mount);
+        (mount, self.next, self.by_id.iter().filter(|(id, _)| **id != ROOT).map(file).collect())
+    }
+
+    /// Takes over what was saved, without looking at any of it: that is done when the guest asks for it.
+    /// What was in the mount of the root is in that which the root is in now.
+    pub fn restore(&mut self, root_mount: u64, next: u64, files: Vec<FileState>) -> Result<(), String> {
+        let root_mount_now = self.by_id.get(&ROOT).map_or(0, |root| root.key.mount);
+        for file in files {
+            let FileState { id, parent, name, lookups, kind, dev, mount, ino, born: (sec, nsec), submount } = file;
+            let bad = || format!("knows a file {id} that cannot be");
+            let name = CString::new(name).map_err(|_| bad())?;
+            Name::new(&name).map_err(|_| bad())?;
+            if id <= ROOT || id >= next || self.by_id.contains_key(&id) {
+                return Err(bad());
+            }
+            let mount = if mount == root_mount { root_mount_now } else { mount };
+            let key = Key { dev, mount, ino };
+            let (kind, born) = (FileType::from_raw_mode(kind), Time { sec, nsec });
+            let inode =
+                Inode { key, kind, born, lookups, parent, name, node: None, used: false, stamp: None, submount };
+            self.by_id.insert(id, inode);
+            self.by_key.insert(key, id);
+        }
+        self.next = next.max(ROOT + 1);
+        Ok(())
     }
 }
 

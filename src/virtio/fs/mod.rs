@@ -24,8 +24,8 @@
 //! several queues (Linux from 6.10 on) uses as many as `queues` says, and then a slow `fsync` holds up one of them only.
 //!
 //! What the guest knows and has open outlives a pause. It is forgotten when the device is reset and when the folder is
-//! unmounted or mounted anew. A machine cannot be saved while it has the folder mounted: files that are open and have no
-//! name any more could not be found again.
+//! unmounted or mounted anew. When the machine is saved, it is saved by name; what has none any more, though it is open, or
+//! another one when the machine is restored, is lost for the guest. (See [`state`].)
 //!
 //! `wire` is the protocol; `inodes` and `handles` are what the guest knows and has open; `server` takes requests apart, and
 //! `names`, `files`, `listing` and `attributes` do them. [`crate::backend::passthrough`] is the folder.
@@ -37,6 +37,7 @@ mod inodes;
 mod listing;
 mod names;
 mod server;
+pub mod state;
 #[cfg(test)]
 mod tests;
 mod wire;
@@ -55,6 +56,7 @@ use super::{
 use crate::backend::passthrough;
 use crate::options;
 use server::Server;
+use state::FsState;
 
 /// Entries of a queue. A request has as many pages as half of this, so that it fits without indirect descriptors too.
 const QUEUE_SIZE: u16 = 512;
@@ -184,10 +186,16 @@ impl VirtioDevice for Fs {
     }
 
     fn save(&self) -> Result<serde_json::Value, StateError> {
-        if self.server.is_mounted() {
-            return Err(StateError(format!("{} cannot be saved while the guest has it mounted", self.info.name)));
-        }
-        Ok(serde_json::Value::Null)
+        let failed = |e: &dyn std::fmt::Display| StateError(format!("{} cannot be saved: {e}", self.info.name));
+        let state = self.server.save().map_err(|e| failed(&e))?;
+        serde_json::to_value(state).map_err(|e| failed(&e))
+    }
+
+    fn restore(&mut self, state: &serde_json::Value) -> Result<(), StateError> {
+        let name = &self.info.name;
+        let state =
+            FsState::deserialize(state).map_err(|e| StateError(format!("the saved state of {name} is broken: {e}")))?;
+        self.server.restore(state).map_err(|e| StateError(format!("the saved state of {name} {e}")))
     }
 }
 

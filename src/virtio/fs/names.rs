@@ -110,7 +110,7 @@ impl Server {
             Err(e) => return Err(e),
         };
         let node = handle.map_or_else(|| self.node(entry.id), Ok)?;
-        let handle = self.remember(Handle::File(file, node))?;
+        let handle = self.remember(entry.id, Handle::File(file, node))?;
         // The size may be another one now.
         let attributes = if access.contains(OFlags::TRUNC) { Duration::ZERO } else { entry.attributes };
         Ok(Out::default().entry(&Entry { attributes, ..entry }).u64(handle).u32(0).u32(0).done())

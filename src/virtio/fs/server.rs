@@ -117,6 +117,11 @@ impl Server {
         self.begun.load(Ordering::Acquire)
     }
 
+    /// From here on requests are answered.
+    pub fn begin(&self) {
+        self.begun.store(true, Ordering::Release);
+    }
+
     /// Forgets all that the guest knew.
     pub fn clear(&self) {
         self.begun.store(false, Ordering::Release);
@@ -267,7 +272,7 @@ impl Server {
         let flags = wanted & offered;
         self.clear();
         self.submounts.store(flags & init::SUBMOUNTS != 0, Ordering::Relaxed);
-        self.begun.store(true, Ordering::Release);
+        self.begin();
         out.u32(wire::MAJOR).u32(minor.min(wire::MINOR)).u32(readahead).u32(flags);
         // Times in nanoseconds; no mapping, no more flags.
         out.u16(BACKGROUND.0).u16(BACKGROUND.1).u32(MAX_TRANSFER).u32(1).u16(MAX_PAGES).u16(0).u32(0);
@@ -313,12 +318,16 @@ impl Server {
         lock(&self.inodes)
     }
 
+    pub fn handles(&self) -> MutexGuard<'_, Handles> {
+        lock(&self.handles)
+    }
+
     pub fn handle(&self, id: u64) -> io::Result<Arc<Handle>> {
         lock(&self.handles).get(id)
     }
 
-    pub fn remember(&self, handle: Handle) -> io::Result<u64> {
-        lock(&self.handles).insert(handle)
+    pub fn remember(&self, file: u64, handle: Handle) -> io::Result<u64> {
+        lock(&self.handles).insert(file, handle)
     }
 
     pub fn close(&self, id: u64) -> io::Result<()> {

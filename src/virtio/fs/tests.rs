@@ -242,7 +242,6 @@ fn options_and_configuration_space() {
     guest.device.read_config(0, &mut space);
     assert_eq!((&space[..4], &space[35..41]), (&b"abc\0"[..], &[0, 2, 0, 0, 0, 0xFF][..]));
     assert_eq!(guest.device.info().queue_sizes, [512; 3]);
-    assert!(guest.device.save().unwrap_err().to_string().contains("while the guest has it mounted"));
 }
 
 #[test]
@@ -262,7 +261,7 @@ fn a_guest_begins_with_init() {
     assert_eq!(guest.server().counts(), (2, 1, 1));
     guest.call(op::DESTROY, 0, &[]).unwrap();
     assert_eq!(guest.server().counts(), (1, 0, 0));
-    assert!(guest.device.save().is_ok());
+    assert_eq!(guest.device.save().unwrap(), serde_json::json!({ "mounted": null }));
     guest.call(op::INIT, 0, &words(&[7, 38, 0, 0])).unwrap();
     assert_eq!(guest.read(handle, 0, 10), Err(libc::EBADF));
 }
@@ -739,6 +738,62 @@ fn files_outlive_a_pause_but_no_reset() {
     assert_eq!(guest.getattr(file.id), Err(libc::ESTALE));
     assert_eq!(guest.read(handle, 0, 100), Err(libc::EBADF));
     assert_eq!(guest.server().counts(), (1, 0, 0));
+}
+
+/// Another device on the same folder takes over.
+#[test]
+fn files_are_saved_by_name() {
+    let mut guest = Guest::new("");
+    fs::create_dir(guest.path("dir")).unwrap();
+    let dir = guest.lookup(ROOT, "dir").unwrap();
+    let (file, handle) = guest.create(dir.id, "file", libc::O_RDWR, 0o644).unwrap();
+    guest.write(handle, 0, 0, 0, b"content").unwrap();
+    let (gone, gone_handle) = guest.create(dir.id, "gone", libc::O_RDWR, 0o644).unwrap();
+    guest.call(op::UNLINK, dir.id, &name("gone")).unwrap();
+    let reading = guest.open(file.id, libc::O_RDONLY).unwrap();
+    let listing = u64_at(&guest.call(op::OPENDIR, dir.id, &words(&[0, 0])).unwrap(), 0);
+    let state = guest.device.save().unwrap();
+    let state: serde_json::Value = serde_json::from_str(&state.to_string()).unwrap();
+
+    let config: FsConfig = guest.dir.path().display().to_string().parse().unwrap();
+    guest.device = Fs::new(0, &config).unwrap();
+    guest.device.restore(&state).unwrap();
+    guest.driver = FakeQueue::new(&guest.ram, 0x1000, SIZE);
+    (guest.handler, guest.queues) = Guest::activate(&mut guest.device, &guest.ram, &guest.wire, &guest.driver);
+    assert_eq!(guest.read(handle, 0, 100).unwrap(), b"content");
+    assert_eq!(guest.write(handle, 0, 0, 0, b"C"), Ok(1));
+    assert_eq!(guest.write(reading, 0, 0, 0, b"C"), Err(libc::EBADF));
+    assert_eq!(guest.getattr(file.id).unwrap().0, 7);
+    assert_eq!(guest.lookup(ROOT, "dir").unwrap().id, dir.id);
+    assert_eq!(guest.lookup(dir.id, "file").unwrap().id, file.id);
+    assert_eq!(guest.list(listing, op::READDIR, dir.id, 4096).len(), 3);
+    assert_eq!(guest.getattr(gone.id), Err(libc::ESTALE));
+    assert_eq!(guest.read(gone_handle, 0, 100), Err(libc::EBADF));
+    let (new, new_handle) = guest.create(ROOT, "new", libc::O_RDWR, 0o644).unwrap();
+    assert!(new.id > gone.id && new_handle > listing);
+
+    // What cannot be.
+    let broken = |change: fn(&mut serde_json::Value)| {
+        let mut state = state.clone();
+        change(&mut state["mounted"]);
+        let mut device = Fs::new(0, &config).unwrap();
+        device.restore(&state).unwrap_err().to_string()
+    };
+    let text = broken(|state| state["files"][0]["name"] = serde_json::json!(b"../x".as_slice()));
+    assert!(text.starts_with("the saved state of share0 knows a file "), "{text}");
+    assert!(broken(|state| state["files"][0]["name"] = serde_json::json!([0])).contains("that cannot be"));
+    assert!(broken(|state| state["files"][0]["id"] = 1.into()).contains("knows a file 1 that cannot be"));
+    assert!(broken(|state| state["files"][0]["id"] = u64::MAX.into()).contains("that cannot be"));
+    assert!(broken(|state| state["next_handle"] = 1.into()).contains("open where 1 comes next"));
+    assert!(broken(|state| state["x"] = 1.into()).contains("is broken"));
+    // A parent that is its own child leads nowhere.
+    let mut circle = state.clone();
+    for file in circle["mounted"]["files"].as_array_mut().unwrap() {
+        file["parent"] = file["id"].clone();
+    }
+    guest.device.reset();
+    guest.device.restore(&circle).unwrap();
+    assert_eq!(guest.getattr(file.id), Err(libc::ESTALE));
 }
 
 #[test]
