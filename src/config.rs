@@ -16,6 +16,7 @@ use crate::options::{self, Size};
 use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
 use crate::virtio::console::PortConfig;
+use crate::virtio::fs::FsConfig;
 use crate::virtio::mem::MemConfig;
 use crate::virtio::net::NetConfig;
 use crate::virtio::pmem::PmemConfig;
@@ -52,6 +53,9 @@ pub struct MachineConfig {
     /// Files as persistent memory, in slot order behind the network cards.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pmems: Vec<PmemConfig>,
+    /// Folders of the host, in slot order behind the network cards.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<FsConfig>,
     /// Random number generator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<RngConfig>,
@@ -192,6 +196,9 @@ pub enum Error {
     /// Memory to add that cannot be.
     #[error("--virtio-mem {0}")]
     Mem(String),
+    /// A shared folder that cannot be.
+    #[error("--share: {0}")]
+    Share(String),
     /// A console port that cannot be.
     #[error("--console-port: {0}")]
     ConsolePort(String),
@@ -236,6 +243,7 @@ impl MachineConfig {
         self.balloon.iter().try_for_each(|balloon| balloon.validate(most)).map_err(Error::Balloon)?;
         self.nets.iter().try_for_each(NetConfig::validate).map_err(|e| Error::Net(e.to_string()))?;
         self.pmems.iter().try_for_each(PmemConfig::validate).map_err(Error::Pmem)?;
+        FsConfig::validate(&self.shares).map_err(Error::Share)?;
         PortConfig::validate(&self.console_ports).map_err(Error::ConsolePort)?;
         let ends = self.console.iter().chain(self.console_ports.iter().map(|port| &port.to));
         if ends.chain([&self.serial]).filter(|end| **end == ConsoleEnd::Stdio).count() > 1 {

@@ -209,3 +209,83 @@ done"#
     }
     assert_eq!(on_host(&["sh", "-c", "md5sum <\"$0\"", &copy]).end().stdout, sum);
 }
+
+/// What people do in a shared folder: a repository is made, cloned and checked, and a C program built, with the host's own
+/// programs, which are shared too, read-only; by a monitor that is root, and by one that is not.
+#[test]
+fn git_and_a_c_build_in_a_shared_folder() {
+    let script = r#"
+set -e
+mount -t virtiofs root /mnt
+mount -t virtiofs work /mnt/srv
+mount -t proc proc /mnt/proc
+mount -t tmpfs tmpfs /mnt/tmp
+mount -t devtmpfs dev /mnt/dev
+cat >/mnt/srv/work.sh <<'END'
+WORK
+END
+chroot /mnt /bin/sh /srv/work.sh 2>&1
+umount /mnt/srv
+"#;
+    let work = r#"
+set -e
+export HOME=/srv PATH=/usr/local/bin:/usr/bin:/bin GIT_CONFIG_GLOBAL=/dev/null
+cd /srv
+git init -q one
+cd one
+git config user.name n
+git config user.email e@x
+for n in $(seq 50); do echo $n >file$n; done
+ln -s file1 link
+git add .
+git commit -qm first
+git mv file2 moved
+rm file3
+echo more >>file4
+git commit -qam second
+git gc -q
+cd ..
+git clone -q one two
+git clone -q file:///srv/one three
+cd two
+echo "commits: $(git log --oneline | wc -l)"
+git fsck --full --strict
+echo "changes: $(git status --porcelain | wc -l)"
+git checkout -q HEAD^
+echo "files: $(ls | wc -l)"
+git checkout -q -
+echo "the same: $(cd ..; diff -r -x .git one two && diff -r -x .git one three && echo yes)"
+mkdir ../c
+cd ../c
+printf 'int f(void);\nint main(void) { return f(); }\n' >main.c
+printf 'int f(void) { return 42; }\n' >f.c
+printf 'p: main.o f.o\n\tgcc -o p main.o f.o\n%%.o: %%.c\n\tgcc -O1 -c $<\n' >Makefile
+touch -d '1 hour ago' *.c Makefile
+echo "first: $(make | grep -c ^gcc)"
+echo "answer: $(./p || echo $?)"
+echo "second: $(make | grep -c ^gcc)"
+"#;
+    let folder = r#"
+base=/run/scratch
+[ -w $base ] || base=/var/tmp
+dir=$(mktemp -d $base/soak.XXXXXX)
+trap 'rm -rf $dir' EXIT
+chmod 755 $dir
+cd $dir
+mkdir work
+"#;
+    let user = "chown 65534 work; export XDG_CACHE_HOME=$dir/cache; mkdir -m 777 cache
+setpriv --reuid 65534 --regid 65534 --clear-groups -- \"$@\"";
+    // What belongs to another user git does not touch.
+    for (host, squash) in [("\"$@\"", ""), (user, ",squash-uid=0")] {
+        let run = Run::new("bzImage-cloud", &script.replace("WORK", work));
+        let run = run.cmdline("console=ttyS0 quiet vireo.modules=virtio_mmio,virtiofs");
+        tool(&["chmod", "-R", "a+rwX", &run.dir.path().display().to_string()]);
+        let shares =
+            ["--share", "/,tag=root,readonly", "--share", &format!("work,tag=work{squash}"), "--memory", "512M"];
+        let ended = run.through(&format!("{folder}{host}")).args(&shares).run_to_end().success();
+        let facts =
+            ["commits", "changes", "files", "the same", "first", "answer", "second"].map(|name| ended.fact(name));
+        assert_eq!(facts, ["2", "0", "51", "yes", "3", "42", "0"], "{ended}");
+    }
+}

@@ -8,6 +8,7 @@ pub mod mapped;
 pub mod output;
 pub mod packet;
 pub mod passt;
+pub mod passthrough;
 pub mod qcow2;
 pub mod raw;
 pub mod tap;

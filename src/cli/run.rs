@@ -24,6 +24,7 @@ use crate::outcome::{EXIT_VIREO_FAILED, Report};
 use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
 use crate::virtio::console::PortConfig;
+use crate::virtio::fs::FsConfig;
 use crate::virtio::mem::MemConfig;
 use crate::virtio::net::NetConfig;
 use crate::virtio::pmem::PmemConfig;
@@ -77,6 +78,10 @@ pub struct RunArgs {
     /// times
     #[arg(long, value_name = "PATH")]
     pmem: Vec<PmemConfig>,
+    /// Folder of the host (mount -t virtiofs share0 /mnt): PATH[,tag=NAME][,readonly][,squash_uid=N]
+    /// [,cache=never|auto|always][,queues=N]; the tag is share0, share1, ... otherwise; may be given several times
+    #[arg(long, value_name = "PATH")]
+    share: Vec<FsConfig>,
     /// Give the guest a virtio random number generator
     #[arg(long)]
     rng: bool,
@@ -178,6 +183,7 @@ impl RunArgs {
         config.virtio_mem = self.virtio_mem.clone().or(config.virtio_mem);
         config.nets.extend_from_slice(&self.net);
         config.pmems.extend_from_slice(&self.pmem);
+        config.shares.extend_from_slice(&self.share);
         if self.rng {
             config.rng.get_or_insert_with(RngConfig::default);
         }

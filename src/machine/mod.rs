@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use crate::backend::console as host_console;
 use crate::backend::mapped;
+use crate::backend::passthrough;
 use crate::boot::{self, BootFiles, Platform, Protocol};
 use crate::bus::{Bus, BusDevice, Overlap};
 use crate::config::{self, Acpi, HostLimits, MachineConfig};
@@ -36,6 +37,7 @@ use crate::vcpu::{self, Board, Vcpu};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{self, Blk};
 use crate::virtio::console::Console;
+use crate::virtio::fs::Fs;
 use crate::virtio::mem::Mem;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::net::{self, Net};
@@ -92,6 +94,9 @@ pub enum Error {
     /// Some of the guest's memory could not be had when the guest used it.
     #[error("the guest used memory that the host cannot give it ({0})")]
     MemoryGone(String, #[source] kvm::Error),
+    /// A shared folder.
+    #[error(transparent)]
+    Share(#[from] passthrough::Error),
     /// The virtio transport.
     #[error(transparent)]
     Virtio(#[from] virtio::mmio::Error),
@@ -228,6 +233,9 @@ fn open_devices(
         let what = format!("pmem {}", pmem.path.display());
         let start = memory.place(&what, file.memory_len(), file.backing())?;
         devices.push(Box::new(Pmem::new(format!("pmem{i}"), file, start)));
+    }
+    for (i, share) in config.shares.iter().enumerate() {
+        devices.push(Box::new(Fs::new(i, share)?));
     }
     if let Some(rng) = &config.rng {
         devices.push(Box::new(Rng::new("rng", rng)));

@@ -12,6 +12,7 @@ pub mod chain;
 pub mod console;
 pub mod control;
 pub mod mem;
+pub mod fs;
 pub mod mmio;
 pub mod net;
 pub mod pmem;

@@ -1,0 +1,247 @@
+//! Nodes on whatever file system the temporary folder is on, and the ways out that must not be.
+
+use std::ffi::{CStr, CString};
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+
+use rustix::fs::{FileType, OFlags};
+
+use super::*;
+use crate::memory::GuestRam;
+
+struct Folder {
+    dir: tempfile::TempDir,
+    root: Node,
+}
+
+impl Folder {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("share")).unwrap();
+        let (root, stat) = open_root(&dir.path().join("share")).unwrap();
+        assert_eq!(stat.kind(), FileType::Directory);
+        Folder { dir, root }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join("share").join(name)
+    }
+}
+
+fn name(text: &'static CStr) -> Name<'static> {
+    Name::new(text).unwrap()
+}
+
+fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
+    result.unwrap_err().raw_os_error().unwrap()
+}
+
+#[test]
+fn names_are_single_components() {
+    let long = CString::new(vec![b'x'; 256]).unwrap();
+    for (bad, code) in [
+        (c"", libc::EINVAL),
+        (c".", libc::EINVAL),
+        (c"..", libc::EINVAL),
+        (c"a/b", libc::EINVAL),
+        (c"/", libc::EINVAL),
+        (c"../x", libc::EINVAL),
+        (long.as_c_str(), libc::ENAMETOOLONG),
+    ] {
+        assert_eq!(errno(Name::new(bad)), code, "{bad:?}");
+    }
+    for good in [c"a", c"...", c"..a", c" ", c"\xFF\n"] {
+        assert_eq!(Name::new(good).unwrap().as_c_str(), good);
+    }
+}
+
+#[test]
+fn no_way_leads_out() {
+    let folder = Folder::new();
+    fs::write(folder.dir.path().join("outside"), "secret").unwrap();
+    symlink(folder.dir.path().join("outside"), folder.path("absolute")).unwrap();
+    symlink("../outside", folder.path("relative")).unwrap();
+    symlink("/proc/self/root", folder.path("magic")).unwrap();
+    symlink("..", folder.path("dir")).unwrap();
+    for link in [c"absolute", c"relative", c"magic", c"dir"] {
+        let (node, stat) = folder.root.child(name(link)).unwrap();
+        assert_eq!(stat.kind(), FileType::Symlink, "the link itself");
+        assert_eq!(errno(node.open(OFlags::RDONLY)), libc::ENXIO);
+        assert_eq!(errno(node.open_dir()), libc::ENOTDIR);
+        assert_eq!(errno(node.child(name(c"etc"))), libc::ENOTDIR);
+        assert_eq!(errno(node.truncate(0)), libc::ENXIO);
+        // What is made does not follow it either.
+        assert_eq!(errno(folder.root.create(name(link), OFlags::WRONLY, 0o600)), libc::EEXIST);
+        assert!(folder.root.link(name(c"hard"), &node).is_ok());
+        assert_eq!(folder.root.child(name(c"hard")).unwrap().1.kind(), FileType::Symlink);
+        folder.root.unlink(name(c"hard")).unwrap();
+        // Permissions, owners and times are the link's.
+        let _ = node.chmod(0o777);
+        node.set_times(TimeChange::Set(Time { sec: 1000, nsec: 5 }), TimeChange::Keep).unwrap();
+        let outside = fs::metadata(folder.dir.path().join("outside")).unwrap();
+        assert_ne!(outside.atime(), 1000);
+        assert_eq!(outside.permissions().mode() & 0o111, 0);
+        assert_eq!(node.stat().unwrap().atime, Time { sec: 1000, nsec: 5 });
+    }
+    assert_eq!(fs::read(folder.dir.path().join("outside")).unwrap(), b"secret");
+}
+
+#[test]
+fn a_node_stays_what_it_was() {
+    let folder = Folder::new();
+    fs::write(folder.path("file"), "one").unwrap();
+    fs::create_dir(folder.path("dir")).unwrap();
+    fs::write(folder.path("dir/in"), "inside").unwrap();
+    let (file, before) = folder.root.child(name(c"file")).unwrap();
+    let (dir, _) = folder.root.child(name(c"dir")).unwrap();
+    // The host swaps both for links that lead out.
+    fs::rename(folder.path("file"), folder.path("renamed")).unwrap();
+    symlink("/etc/passwd", folder.path("file")).unwrap();
+    fs::rename(folder.path("dir"), folder.path("moved")).unwrap();
+    symlink("/etc", folder.path("dir")).unwrap();
+    assert_eq!(file.stat().unwrap().ino, before.ino);
+    assert_eq!(io::read_to_string(file.open(OFlags::RDONLY).unwrap()).unwrap(), "one");
+    let (inside, _) = dir.child(name(c"in")).unwrap();
+    assert_eq!(io::read_to_string(inside.open(OFlags::RDONLY).unwrap()).unwrap(), "inside");
+    assert_eq!(errno(dir.child(name(c"passwd"))), libc::ENOENT);
+    fs::remove_file(folder.path("renamed")).unwrap();
+    assert_eq!(file.stat().unwrap().nlink, 0);
+    assert_eq!(io::read_to_string(file.open(OFlags::RDONLY).unwrap()).unwrap(), "one");
+}
+
+#[test]
+fn nothing_special_is_opened() {
+    let folder = Folder::new();
+    let kinds = [(c"fifo", libc::S_IFIFO), (c"socket", libc::S_IFSOCK), (c"whiteout", libc::S_IFCHR)];
+    for (text, kind) in kinds {
+        if folder.root.make_node(name(text), kind | 0o600, 0).is_err() && kind == libc::S_IFCHR {
+            continue; // not for everybody on old kernels
+        }
+        let (node, stat) = folder.root.child(name(text)).unwrap();
+        assert_eq!(stat.kind().as_raw_mode(), kind);
+        for flags in [OFlags::RDONLY, OFlags::WRONLY, OFlags::RDWR | OFlags::TRUNC] {
+            assert_eq!(errno(node.open(flags)), libc::ENXIO, "{text:?}");
+        }
+        assert_eq!(errno(node.sync_fs()), libc::ENXIO);
+    }
+    assert_eq!(errno(folder.root.open(OFlags::RDONLY)), libc::EISDIR);
+    for (kind, rdev) in [(libc::S_IFCHR, 0x103), (libc::S_IFBLK, 0), (libc::S_IFBLK, 0x800), (libc::S_IFDIR, 0), (0, 0)]
+    {
+        assert_eq!(errno(folder.root.make_node(name(c"device"), kind | 0o666, rdev)), libc::EPERM);
+    }
+    assert!(fs::symlink_metadata(folder.path("device")).is_err());
+    assert!(fs::metadata(folder.path("fifo")).unwrap().file_type().is_fifo());
+}
+
+#[test]
+fn data_moves_between_guest_memory_and_files() {
+    let folder = Folder::new();
+    let file = folder.root.create(name(c"file"), OFlags::RDWR, 0o640).unwrap();
+    let ram = GuestRam::anonymous(1 << 20);
+    ram.write(0x1000, b"0123456789").unwrap();
+    let out = [ram.slice(0x1000, 3).unwrap(), ram.slice(0x1000, 0).unwrap(), ram.slice(0x1003, 7).unwrap()];
+    assert_eq!(write(&file, &out, 5, false, false).unwrap(), 10);
+    assert_eq!(write(&file, &out[..1], 0, true, true).unwrap(), 3);
+    assert_eq!(fs::read(folder.path("file")).unwrap(), b"\x00\x00\x00\x00\x000123456789012");
+    let room = [ram.slice(0x2000, 4).unwrap(), ram.slice(0x3000, 100).unwrap()];
+    assert_eq!(read(&file, &room, 4).unwrap(), 14);
+    assert_eq!(ram.read_obj::<[u8; 5]>(0x2000).unwrap(), *b"\x00012\x00");
+    assert_eq!(ram.read_obj::<[u8; 11]>(0x3000).unwrap(), *b"3456789012\x00");
+    assert_eq!(read(&file, &room, 1000).unwrap(), 0);
+    for offset in [u64::MAX, u64::MAX - 2, 1 << 63, i64::MAX as u64] {
+        assert!(read(&file, &room, offset).is_err(), "{offset:#x}");
+        assert!(write(&file, &out, offset, false, false).is_err(), "{offset:#x}");
+    }
+    assert_eq!(copy(&file, 5, &file, 1 << 20, u64::MAX).unwrap_or(13), 13);
+    assert!(copy(&file, u64::MAX, &file, u64::MAX, u64::MAX).is_err());
+}
+
+#[test]
+fn attributes_of_the_host_stay_there() {
+    let folder = Folder::new();
+    fs::write(folder.path("file"), "").unwrap();
+    let (node, _) = folder.root.child(name(c"file")).unwrap();
+    for refused in [c"security.selinux", c"system.posix_acl_access", c"other", c"", c"userx"] {
+        assert_eq!(errno(node.set_xattr(refused, b"x", 0)), libc::EOPNOTSUPP, "{refused:?}");
+        assert_eq!(errno(node.xattr(refused, &mut [0; 10])), libc::EOPNOTSUPP);
+        assert_eq!(errno(node.remove_xattr(refused)), libc::EOPNOTSUPP);
+    }
+    assert_eq!(errno(node.set_xattr(c"user.x", b"x", 0x80)), libc::EINVAL);
+    match node.set_xattr(c"user.x", b"value", 0) {
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => return, // not on this file system
+        result => result.unwrap(),
+    }
+    let mut value = [0; 10];
+    assert_eq!(node.xattr(c"user.x", &mut value).unwrap(), 5);
+    assert_eq!(&value[..5], b"value");
+    assert_eq!(node.xattr(c"user.x", &mut []).unwrap(), 5);
+    assert_eq!(node.xattr_names().unwrap(), b"user.x\0");
+}
+
+#[test]
+fn root_makes_files_for_others() {
+    let folder = Folder::new();
+    let owner = Owner { uid: 1234, gid: 4321 };
+    let identity = Identity::of_process();
+    let made = identity.make_as(owner, || folder.root.make_dir(name(c"dir"), 0o700));
+    let ids = || rustix::thread::capabilities(None).unwrap();
+    let before = ids();
+    match identity {
+        // Even though that user could not write here.
+        Identity::Root => {
+            made.unwrap();
+            let stat = folder.root.child(name(c"dir")).unwrap().1;
+            assert_eq!((stat.uid, stat.gid), (1234, 4321));
+            let failed = identity.make_as(owner, || folder.root.make_dir(name(c"dir"), 0o700));
+            assert_eq!(errno(failed), libc::EEXIST);
+            assert_eq!(errno(identity.make_as(Owner { uid: u32::MAX, gid: 0 }, || Ok(()))), libc::EINVAL);
+            assert_eq!(errno(identity.make_as(Owner { uid: 0, gid: u32::MAX }, || Ok(()))), libc::EINVAL);
+        }
+        Identity::User => made.unwrap(),
+    }
+    identity.without_fsetid(|| Ok(())).unwrap();
+    assert_eq!(ids(), before, "all is as it was");
+    folder.root.make_dir(name(c"mine"), 0o700).unwrap();
+    assert_eq!(folder.root.child(name(c"mine")).unwrap().1.uid, rustix::process::geteuid().as_raw());
+}
+
+#[test]
+fn entries_have_positions() {
+    let folder = Folder::new();
+    let all: Vec<String> = (0..2000).map(|n| format!("a-name-that-takes-some-room-{n}")).collect();
+    all.iter().for_each(|name| fs::write(folder.path(name), "").unwrap());
+    let dir = folder.root.open_dir().unwrap();
+    let mut seen = Vec::new();
+    loop {
+        let some = read_entries(&dir).unwrap();
+        if some.is_empty() {
+            break;
+        }
+        seen.extend(some);
+    }
+    assert_eq!(seen.len(), 2002);
+    seek_entries(&dir, seen[1000].next).unwrap();
+    assert_eq!(read_entries(&dir).unwrap()[0], seen[1001]);
+    seek_entries(&dir, 0).unwrap();
+    assert_eq!(read_entries(&dir).unwrap()[0], seen[0]);
+    // Whatever the guest says: no harm, and nothing that is not there.
+    for position in [1, 12345, u64::MAX, 1 << 63, i64::MAX as u64] {
+        if seek_entries(&dir, position).is_ok() {
+            let _ = read_entries(&dir);
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_shared_is_told_with_its_path() {
+    let folder = Folder::new();
+    fs::write(folder.path("file"), "").unwrap();
+    let told = |path: PathBuf| {
+        let error = open_root(&path).unwrap_err();
+        format!("{error}: {}", std::error::Error::source(&error).unwrap())
+    };
+    let path = folder.path("file");
+    assert_eq!(told(path.clone()), format!("cannot share {}: Not a directory (os error 20)", path.display()));
+    let path = folder.path("missing");
+    assert_eq!(told(path.clone()), format!("cannot share {}: No such file or directory (os error 2)", path.display()));
+}

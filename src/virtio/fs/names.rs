@@ -1,0 +1,163 @@
+//! Requests about names in directories.
+
+use std::io;
+use std::time::Duration;
+
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+
+use super::Cache;
+use super::handles::Handle;
+use super::server::{Caller, Server};
+use super::wire::{Args, Entry, OPEN_KILL_SUIDGID, Out};
+use crate::backend::passthrough::{Name, Node, Stat};
+
+impl Server {
+    pub(super) fn lookup(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
+        let name = args.name()?;
+        let dir = self.node(caller.nodeid)?;
+        match self.enter(caller.nodeid, &dir, name) {
+            Ok(entry) => Ok(Out::default().entry(&entry).done()),
+            // The guest may remember that too: number 0 says that nothing is there.
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) && self.cache != Cache::Never => {
+                Ok(Out::default().u64(0).u64(0).u64(self.validity().as_secs()).zeros(104).done())
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Makes something and tells the guest of it. `mode` are the permissions it asked for, where it did.
+    fn make(
+        &self,
+        caller: Caller,
+        name: Name<'_>,
+        mode: Option<u32>,
+        make: impl FnOnce(&Node) -> io::Result<()>,
+    ) -> io::Result<Entry> {
+        self.check_writable()?;
+        let dir = self.node(caller.nodeid)?;
+        self.make_as(caller, || make(&dir))?;
+        let (node, mut stat) = self.with_descriptors(|| dir.child(name))?;
+        if let Some(mode) = mode {
+            self.mend_mode(&dir, &node, &mut stat, mode)?;
+        }
+        self.enter_node(caller.nodeid, name, node, &stat)
+    }
+
+    /// Gives back what the umask of this process took; the guest has applied its own before. Not where the directory has
+    /// a list of what new files shall be like, for then the umask did nothing.
+    fn mend_mode(&self, dir: &Node, node: &Node, stat: &mut Stat, mode: u32) -> io::Result<()> {
+        let missing = mode & self.umask & !stat.mode & 0o777;
+        if missing != 0 && !dir.has_default_acl() {
+            node.chmod(stat.mode | missing)?;
+            *stat = node.stat()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn mknod(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
+        let (mode, rdev, _umask, _) = (args.u32()?, args.u32()?, args.u32()?, args.u32()?);
+        let name = args.name()?;
+        let entry = self.make(caller, name, Some(mode), |dir| dir.make_node(name, mode, rdev))?;
+        Ok(Out::default().entry(&entry).done())
+    }
+
+    pub(super) fn mkdir(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
+        let (mode, _umask) = (args.u32()?, args.u32()?);
+        let name = args.name()?;
+        let entry = self.make(caller, name, Some(mode), |dir| dir.make_dir(name, mode))?;
+        Ok(Out::default().entry(&entry).done())
+    }
+
+    pub(super) fn symlink(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
+        let (name, target) = (args.name()?, args.text()?);
+        let entry = self.make(caller, name, None, |dir| dir.make_symlink(name, target))?;
+        Ok(Out::default().entry(&entry).done())
+    }
+
+    pub(super) fn link(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
+        let old = args.u64()?;
+        let name = args.name()?;
+        self.check_writable()?;
+        let (old, dir) = (self.node(old)?, self.node(caller.nodeid)?);
+        dir.link(name, &old)?;
+        let entry = self.enter(caller.nodeid, &dir, name)?;
+        Ok(Out::default().entry(&entry).done())
+    }
+
+    /// Makes a file and opens it; opens what there is, unless that must not be.
+    pub(super) fn create(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
+        let (flags, mode, _umask, open_flags) = (args.u32()?, args.u32()?, args.u32()?, args.u32()?);
+        let name = args.name()?;
+        self.check_writable()?;
+        let dir = self.node(caller.nodeid)?;
+        let access = access(flags);
+        let made = self.with_descriptors(|| self.make_as(caller, || dir.create(name, access - OFlags::TRUNC, mode)));
+        let (file, entry, handle) = match made {
+            Ok(file) => {
+                let (node, mut stat) = self.with_descriptors(|| dir.child(name))?;
+                self.mend_mode(&dir, &node, &mut stat, mode)?;
+                (file, self.enter_node(caller.nodeid, name, node, &stat)?, None)
+            }
+            Err(e) if e.raw_os_error() == Some(libc::EEXIST) && flags & libc::O_EXCL as u32 == 0 => {
+                let entry = self.enter(caller.nodeid, &dir, name)?;
+                if entry.stat.kind() == FileType::Symlink {
+                    return Err(Errno::LOOP.into());
+                }
+                let node = self.node(entry.id)?;
+                (self.open_node(&node, access, open_flags & OPEN_KILL_SUIDGID != 0)?, entry, Some(node))
+            }
+            Err(e) => return Err(e),
+        };
+        let node = handle.map_or_else(|| self.node(entry.id), Ok)?;
+        let handle = self.remember(entry.id, Handle::File(file, node))?;
+        // The size may be another one now.
+        let attributes = if access.contains(OFlags::TRUNC) { Duration::ZERO } else { entry.attributes };
+        Ok(Out::default().entry(&Entry { attributes, ..entry }).u64(handle).u32(0).u32(0).done())
+    }
+
+    pub(super) fn remove(&self, caller: Caller, mut args: Args<'_>, dir: bool) -> io::Result<Out> {
+        let name = args.name()?;
+        self.check_writable()?;
+        let parent = self.node(caller.nodeid)?;
+        if dir {
+            parent.remove_dir(name)?
+        } else {
+            parent.unlink(name)?
+        }
+        Ok(Out::default())
+    }
+
+    pub(super) fn rename(&self, caller: Caller, mut args: Args<'_>, with_flags: bool) -> io::Result<Out> {
+        let new_dir = args.u64()?;
+        let flags = if with_flags { (args.u32()?, args.u32()?).0 } else { 0 };
+        let (name, new_name) = (args.name()?, args.name()?);
+        self.check_writable()?;
+        let (from, to) = (self.node(caller.nodeid)?, self.node(new_dir)?);
+        let rename = || from.rename(name, &to, new_name, flags);
+        // What is left in its place is new, and belongs to somebody.
+        if flags & libc::RENAME_WHITEOUT != 0 {
+            self.make_as(caller, rename)?
+        } else {
+            rename()?
+        }
+        self.saw(new_dir, &to, new_name);
+        if flags & libc::RENAME_EXCHANGE != 0 {
+            self.saw(caller.nodeid, &from, name);
+        }
+        Ok(Out::default())
+    }
+
+    /// Notes where a file is now, for when its descriptor is closed.
+    fn saw(&self, parent: u64, dir: &Node, name: Name<'_>) {
+        if let Ok((_, stat)) = dir.child(name) {
+            self.inodes().seen(parent, name, &stat);
+        }
+    }
+}
+
+/// Of the guest's open flags those that the host's file gets. Appending is done write by write, for the same file may be
+/// written elsewhere through it (mmap), and O_DIRECT is between the guest and its own cache.
+pub(super) fn access(flags: u32) -> OFlags {
+    OFlags::from_bits_truncate(flags) & (OFlags::ACCMODE | OFlags::TRUNC)
+}

@@ -1,0 +1,388 @@
+//! Answers requests: takes them apart, finds out what they are about, and has it done. What is done stands in `names`
+//! (what changes or looks at a directory), `files` (what is open), `listing` and `attributes`.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use super::handles::{Handle, Handles};
+use super::inodes::{Inodes, Limits};
+use super::listing::Listing;
+use super::wire::{self, Args, IN_HEADER, InHeader, OUT_HEADER, Out, init, op};
+use super::{Cache, FsConfig};
+use crate::backend::passthrough::{self, Identity, Name, Node, Owner, Stat};
+use crate::memory::GuestRam;
+use crate::virtio::Fault;
+use crate::virtio::chain::{Chain, Reader, Writer};
+
+/// Bytes of one read or write at most: what `max_pages` says.
+pub(super) const MAX_TRANSFER: u32 = 1 << 20;
+const MAX_PAGES: u16 = (MAX_TRANSFER >> 12) as u16;
+/// Bytes of a request's arguments at most, but for what it writes: an extended attribute with its name is the longest.
+const MAX_ARGS: u64 = (64 << 10) + 4096;
+/// How long the guest believes what it saw, by [`Cache`].
+const SHORT: Duration = Duration::from_secs(1);
+const LONG: Duration = Duration::from_secs(86400);
+/// How many requests the guest has under way by itself (read ahead), and when it counts as busy.
+const BACKGROUND: (u16, u16) = (64, 48);
+
+/// The shared folder, with all that the guest knows of it.
+pub(super) struct Server {
+    pub readonly: bool,
+    pub squash: Option<u32>,
+    pub cache: Cache,
+    pub identity: Identity,
+    /// Of this process; the guest has applied its own.
+    pub umask: u32,
+    /// How many descriptors this process may have.
+    descriptors: u64,
+    inodes: Mutex<Inodes>,
+    handles: Mutex<Handles>,
+    pub listing: Mutex<Listing>,
+    /// The guest has begun (INIT), and has not ended.
+    begun: AtomicBool,
+    /// Mounts of the host's are told of as such.
+    pub submounts: AtomicBool,
+}
+
+/// Who asks, about what.
+#[derive(Clone, Copy)]
+pub(super) struct Caller {
+    pub nodeid: u64,
+    pub owner: Owner,
+}
+
+/// An answer.
+pub(super) enum Answer {
+    /// These bytes.
+    Bytes(Out),
+    /// So many bytes that are in the guest's memory already.
+    Placed(usize),
+    /// None at all.
+    Nothing,
+}
+
+impl From<Out> for Answer {
+    fn from(out: Out) -> Self {
+        Answer::Bytes(out)
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Server {
+    /// Opens the folder.
+    pub fn new(config: &FsConfig) -> Result<Self, passthrough::Error> {
+        let (root, stat) = passthrough::open_root(&config.path)?;
+        let descriptors = passthrough::raise_descriptor_limit();
+        Ok(Server {
+            readonly: config.readonly,
+            squash: config.squash_uid,
+            cache: config.cache,
+            identity: Identity::of_process(),
+            umask: passthrough::umask(),
+            descriptors,
+            inodes: Mutex::new(Inodes::new(Arc::new(root), &stat, Limits::new(descriptors, 0))),
+            handles: Mutex::new(Handles::new(descriptors)),
+            listing: Mutex::default(),
+            begun: AtomicBool::new(false),
+            submounts: AtomicBool::new(false),
+        })
+    }
+
+    /// The guest has so much memory.
+    pub fn set_guest_ram(&self, bytes: u64) {
+        lock(&self.inodes).set_limits(Limits::new(self.descriptors, bytes));
+    }
+
+    #[cfg(test)]
+    pub fn set_limits(&self, limits: Limits) {
+        lock(&self.inodes).set_limits(limits);
+    }
+
+    #[cfg(test)]
+    pub fn counts(&self) -> (usize, usize, usize) {
+        let (files, descriptors) = lock(&self.inodes).counts();
+        (files, descriptors, lock(&self.handles).len())
+    }
+
+    /// Whether the guest has the folder mounted.
+    pub fn is_mounted(&self) -> bool {
+        self.begun.load(Ordering::Acquire)
+    }
+
+    /// From here on requests are answered.
+    pub fn begin(&self) {
+        self.begun.store(true, Ordering::Release);
+    }
+
+    /// Forgets all that the guest knew.
+    pub fn clear(&self) {
+        self.begun.store(false, Ordering::Release);
+        let closed = lock(&self.handles).clear();
+        lock(&self.inodes).clear();
+        *lock(&self.listing) = Listing::default();
+        drop(closed);
+    }
+
+    /// Serves a request; returns how many bytes were written into the chain.
+    pub fn serve(&self, chain: &Chain, ram: &GuestRam) -> Result<u32, Fault> {
+        let mut reader = chain.reader(ram);
+        let mut header = [0; IN_HEADER];
+        reader.read(&mut header).map_err(|_| Fault::Device("a file system request is shorter than its header"))?;
+        let header = InHeader::parse(&header)?;
+        let mut answer = chain.writer(ram);
+        let answered = !matches!(header.opcode, op::FORGET | op::BATCH_FORGET | op::INTERRUPT);
+        if answered && answer.len() < OUT_HEADER as u64 {
+            return Err(Fault::Device("a file system request has no room for its answer"));
+        }
+        if !answered {
+            let _ = self.request(&header, reader, answer);
+            return Ok(0);
+        }
+        let mut head = answer.take(OUT_HEADER as u64)?;
+        let result = self.request(&header, reader, answer).and_then(|given| {
+            let len = match given {
+                Answer::Placed(len) => len,
+                Answer::Bytes(out) => {
+                    answer.write(&out.0).map_err(|_| Errno::INVAL)?;
+                    out.0.len()
+                }
+                Answer::Nothing => 0,
+            };
+            Ok(len)
+        });
+        let (len, error) = match result {
+            Ok(len) => (OUT_HEADER + len, 0),
+            Err(e) => (OUT_HEADER, e.raw_os_error().unwrap_or(libc::EIO)),
+        };
+        let len = u32::try_from(len).unwrap_or(u32::MAX);
+        head.write(&Out::default().u32(len).u32(error.wrapping_neg() as u32).u64(header.unique).done().0)?;
+        Ok(len)
+    }
+
+    fn request(&self, header: &InHeader, mut reader: Reader<'_>, room: Writer<'_>) -> io::Result<Answer> {
+        if u64::from(header.len) != IN_HEADER as u64 + reader.len() {
+            return Err(Errno::INVAL.into());
+        }
+        if !self.is_mounted() && header.opcode != op::INIT {
+            return Err(Errno::NOTCONN.into());
+        }
+        let InHeader { nodeid, uid, gid, .. } = *header;
+        let caller = Caller { nodeid, owner: Owner { uid, gid } };
+        let len = if header.opcode == op::WRITE { wire::WRITE_IN as u64 } else { reader.len() };
+        if len > MAX_ARGS {
+            return Err(Errno::TOOBIG.into());
+        }
+        let mut bytes = vec![0; len as usize];
+        reader.read(&mut bytes).map_err(|_| Errno::INVAL)?;
+        let args = Args(&bytes);
+        if let Some(answer) = self.directory_request(header.opcode, caller, args)? {
+            return Ok(answer.into());
+        }
+        Ok(match header.opcode {
+            op::READ => Answer::Placed(self.read(args, room)?),
+            op::WRITE => self.write(args, reader)?.into(),
+            op::READDIR => self.read_dir(args, caller, room.len(), false)?.into(),
+            op::READDIRPLUS => self.read_dir(args, caller, room.len(), true)?.into(),
+            op::INIT => self.init(args)?.into(),
+            op::DESTROY => {
+                self.clear();
+                Out::default().into()
+            }
+            op::FORGET | op::BATCH_FORGET => self.forget(header.opcode, nodeid, args)?,
+            op::INTERRUPT => Answer::Nothing,
+            _ => self.file_request(header.opcode, caller, args)?.into(),
+        })
+    }
+
+    /// What is about names.
+    fn directory_request(&self, opcode: u32, caller: Caller, args: Args<'_>) -> io::Result<Option<Out>> {
+        Ok(Some(match opcode {
+            op::LOOKUP => self.lookup(caller, args)?,
+            op::SYMLINK => self.symlink(caller, args)?,
+            op::MKNOD => self.mknod(caller, args)?,
+            op::MKDIR => self.mkdir(caller, args)?,
+            op::CREATE => self.create(caller, args)?,
+            op::LINK => self.link(caller, args)?,
+            op::UNLINK | op::RMDIR => self.remove(caller, args, opcode == op::RMDIR)?,
+            op::RENAME | op::RENAME2 => self.rename(caller, args, opcode == op::RENAME2)?,
+            _ => return Ok(None),
+        }))
+    }
+
+    /// What is about one file.
+    fn file_request(&self, opcode: u32, caller: Caller, args: Args<'_>) -> io::Result<Out> {
+        match opcode {
+            op::GETATTR => self.getattr(caller, args),
+            op::SETATTR => self.setattr(caller, args),
+            op::READLINK => self.readlink(caller),
+            op::STATFS => self.statfs(caller),
+            op::SETXATTR => self.setxattr(caller, args),
+            op::GETXATTR => self.getxattr(caller, args),
+            op::LISTXATTR => self.listxattr(caller, args),
+            op::REMOVEXATTR => self.removexattr(caller, args),
+            op::OPEN => self.open(caller, args),
+            op::OPENDIR => self.opendir(caller),
+            op::RELEASE | op::RELEASEDIR => self.release(args),
+            op::FSYNC | op::FSYNCDIR => self.fsync(args),
+            op::FALLOCATE => self.fallocate(args),
+            op::LSEEK => self.lseek(args),
+            op::COPY_FILE_RANGE => self.copy_file_range(args),
+            op::SYNCFS => self.node(caller.nodeid)?.sync_fs().map(|()| Out::default()),
+            op::IOCTL => Err(Errno::NOTTY.into()),
+            // Among them, on purpose: ACCESS (the guest judges by itself), FLUSH (closing has nothing to do here), and
+            // locks (the guest keeps them).
+            _ => Err(Errno::NOSYS.into()),
+        }
+    }
+
+    /// The beginning: what both sides know.
+    fn init(&self, mut args: Args<'_>) -> io::Result<Out> {
+        let (major, minor) = (args.u32()?, args.u32()?);
+        let mut out = Out::default();
+        if major > wire::MAJOR {
+            // The guest asks again, for what we speak.
+            return Ok(out.u32(wire::MAJOR).u32(wire::MINOR).zeros(56).done());
+        }
+        if major < wire::MAJOR || minor < wire::OLDEST_MINOR {
+            return Err(Errno::PROTO.into());
+        }
+        let (readahead, offered) = (args.u32()?, args.u32()?);
+        let mut wanted = init::ASYNC_READ
+            | init::ATOMIC_O_TRUNC
+            | init::BIG_WRITES
+            | init::DO_READDIRPLUS
+            | init::READDIRPLUS_AUTO
+            | init::ASYNC_DIO
+            | init::PARALLEL_DIROPS
+            | init::MAX_PAGES
+            | init::CACHE_SYMLINKS
+            | init::SUBMOUNTS
+            | init::HANDLE_KILLPRIV_V2;
+        if self.cache != Cache::Always {
+            wanted |= init::AUTO_INVAL_DATA;
+        }
+        let flags = wanted & offered;
+        self.clear();
+        self.submounts.store(flags & init::SUBMOUNTS != 0, Ordering::Relaxed);
+        self.begin();
+        out.u32(wire::MAJOR).u32(minor.min(wire::MINOR)).u32(readahead).u32(flags);
+        // Times in nanoseconds; no mapping, no more flags.
+        out.u16(BACKGROUND.0).u16(BACKGROUND.1).u32(MAX_TRANSFER).u32(1).u16(MAX_PAGES).u16(0).u32(0);
+        Ok(out.zeros(28).done())
+    }
+
+    fn forget(&self, opcode: u32, nodeid: u64, mut args: Args<'_>) -> io::Result<Answer> {
+        let mut inodes = lock(&self.inodes);
+        if opcode == op::FORGET {
+            inodes.forget(nodeid, args.u64()?);
+            return Ok(Answer::Nothing);
+        }
+        // As many as there are, whatever is said: the size of a request is bounded.
+        let (_count, _) = (args.u32()?, args.u32()?);
+        while let (Ok(id), Ok(lookups)) = (args.u64(), args.u64()) {
+            inodes.forget(id, lookups);
+        }
+        Ok(Answer::Nothing)
+    }
+
+    /// How long names and attributes are believed.
+    pub fn validity(&self) -> Duration {
+        match self.cache {
+            Cache::Never => Duration::ZERO,
+            Cache::Auto => SHORT,
+            Cache::Always => LONG,
+        }
+    }
+
+    /// As whom the guest sees a file.
+    pub fn seen(&self, stat: Stat) -> Stat {
+        match self.squash {
+            Some(id) => Stat { uid: id, gid: id, ..stat },
+            None => stat,
+        }
+    }
+
+    pub fn node(&self, id: u64) -> io::Result<Arc<Node>> {
+        self.with_descriptors(|| lock(&self.inodes).node(id))
+    }
+
+    pub fn inodes(&self) -> MutexGuard<'_, Inodes> {
+        lock(&self.inodes)
+    }
+
+    pub fn handles(&self) -> MutexGuard<'_, Handles> {
+        lock(&self.handles)
+    }
+
+    pub fn handle(&self, id: u64) -> io::Result<Arc<Handle>> {
+        lock(&self.handles).get(id)
+    }
+
+    pub fn remember(&self, file: u64, handle: Handle) -> io::Result<u64> {
+        lock(&self.handles).insert(file, handle)
+    }
+
+    pub fn close(&self, id: u64) -> io::Result<()> {
+        // Closed here, when the lock is free again.
+        let closed = lock(&self.handles).remove(id);
+        closed.map(drop)
+    }
+
+    /// What the name is, which the guest then knows.
+    pub fn enter(&self, parent: u64, dir: &Node, name: Name<'_>) -> io::Result<wire::Entry> {
+        let (node, stat) = self.with_descriptors(|| dir.child(name))?;
+        self.enter_node(parent, name, node, &stat)
+    }
+
+    pub fn enter_node(&self, parent: u64, name: Name<'_>, node: Node, stat: &Stat) -> io::Result<wire::Entry> {
+        let (id, submount) = lock(&self.inodes).enter(parent, name, node, stat)?;
+        let told = submount && self.submounts.load(Ordering::Relaxed);
+        let flags = if told { wire::ATTR_SUBMOUNT } else { 0 };
+        let valid = self.validity();
+        Ok(wire::Entry { id, stat: self.seen(*stat), flags, names: valid, attributes: valid })
+    }
+
+    /// Does something that needs a descriptor; if there is none left, closes some and tries once more.
+    pub fn with_descriptors<T>(&self, mut open: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+        match open() {
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+                let mut inodes = lock(&self.inodes);
+                let some = inodes.descriptors() / 4 + 1;
+                inodes.close_some(some);
+                drop(inodes);
+                open()
+            }
+            result => result,
+        }
+    }
+
+    /// Makes something that shall belong to who asks for it, if owners are as the guest says.
+    pub fn make_as<T>(&self, caller: Caller, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        if self.squash.is_some() { make() } else { self.identity.make_as(caller.owner, make) }
+    }
+
+    /// Refuses on a read-only share.
+    pub fn check_writable(&self) -> io::Result<()> {
+        if self.readonly { Err(Errno::ROFS.into()) } else { Ok(()) }
+    }
+
+    /// What is known of a file by its handle, if there is one, or else by itself.
+    pub fn stat(&self, nodeid: u64, handle: Option<u64>) -> io::Result<Stat> {
+        let stat = match handle {
+            None => self.node(nodeid)?.stat()?,
+            Some(id) => match &*self.handle(id)? {
+                Handle::File(file, _) => Stat::of(file.as_fd())?,
+                Handle::Dir(dir, _) => Stat::of(dir)?,
+            },
+        };
+        Ok(self.seen(stat))
+    }
+}

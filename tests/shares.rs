@@ -1,0 +1,169 @@
+//! Folders of the host in the guest. What a file system should do is what ext4 does: the same calls are made on both
+//! (tests/host/fs-check.c), and must come out the same.
+
+mod common;
+
+use common::{Run, image, on_host, tool, vireo};
+
+/// Modules of the guest.
+const CMDLINE: &str = "console=ttyS0 quiet vireo.modules=virtio_mmio,virtio_blk,virtiofs";
+
+/// A folder on the emulated host's scratch disk, as 9p and tmpfs lack much; elsewhere a temporary one will do.
+const FOLDER: &str = r#"
+base=/run/scratch
+[ -w $base ] || base=/var/tmp
+dir=$(mktemp -d $base/shares.XXXXXX)
+trap 'rm -rf $dir' EXIT
+chmod 755 $dir
+cd $dir
+mkdir one
+"#;
+
+/// Runs vireo as an ordinary user, to whom the folder belongs.
+const AS_USER: &str = r#"
+chown 65534 one
+export XDG_CACHE_HOME=$dir/cache
+mkdir -m 777 cache
+setpriv --reuid 65534 --regid 65534 --clear-groups -- "$@"
+"#;
+
+fn run(script: &str, host: &str) -> Run {
+    Run::new("bzImage-cloud", script).with_program("fs-check").cmdline(CMDLINE).through(&format!("{FOLDER}{host}"))
+}
+
+/// What was printed between two lines.
+fn part<'a>(text: &'a str, from: &str, to: &str) -> Vec<&'a str> {
+    text.lines().skip_while(|line| *line != from).skip(1).take_while(|line| *line != to).collect()
+}
+
+/// Makes the calls on a disk with ext4 and on a share, and compares.
+fn compare(arguments: &str, host: &str) {
+    let script = format!(
+        "
+mount -t ext4 /dev/vda /tmp || exit
+mount -t virtiofs share0 /mnt || exit
+for dir in /tmp /mnt; do
+    mkdir $dir/check
+    echo begin $dir
+    fs-check $dir/check {arguments}
+    echo end $dir
+done
+umount /mnt"
+    );
+    let run = run(&script, host);
+    let disk = run.path("disk");
+    std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+    tool(&["mke2fs", "-q", "-t", "ext4", "-b", "4096", &disk]);
+    tool(&["chmod", "-R", "a+rwX", &run.dir.path().display().to_string()]);
+    let ended = run.args(&["--disk", &disk, "--share", "one"]).run_to_end().success();
+    let (ext4, share) = (part(&ended.stdout, "begin /tmp", "end /tmp"), part(&ended.stdout, "begin /mnt", "end /mnt"));
+    assert_eq!(ext4.last(), Some(&"== end"), "{ended}");
+    let differences: Vec<_> = ext4.iter().zip(&share).filter(|(a, b)| a != b).collect();
+    assert!(differences.is_empty() && ext4.len() == share.len(), "ext4, share: {differences:#?}");
+}
+
+#[test]
+fn calls_come_out_as_on_ext4() {
+    compare("", r#""$@""#);
+}
+
+/// The same for who is not root, but for what only root can do.
+#[test]
+fn calls_of_an_ordinary_user_come_out_as_on_ext4() {
+    compare("user", AS_USER);
+}
+
+/// Several shares; one is read-only; a large directory; what the host changes; a driver that is unloaded and loaded again.
+#[test]
+fn what_the_host_has() {
+    let host = r#"
+mkdir two two/many three
+seq -f two/many/name-%g 10000 | xargs touch
+echo content >two/file
+echo before >one/changing
+mkdir one/dir
+echo inside >one/dir/file
+(
+    until [ -e one/ask ]; do sleep 0.1; done
+    echo after, and longer >one/changing
+    mv one/dir one/elsewhere
+    ln -s /etc one/dir
+    echo new >one/new
+    touch one/answered
+) &
+"$@"
+echo "host: $(cat one/by-guest) $(stat -c '%u:%g %a' one/by-guest) $(ls three)"
+"#;
+    let script = r#"
+mount -t virtiofs share0 /mnt
+mkdir /two /three
+mount -t virtiofs data /two
+mount -t virtiofs share2 /three
+echo "content: $(cat /two/file)"
+echo "entries: $(ls /two/many | wc -l)"
+echo "files: $(find /two/many -type f | wc -l)"
+echo "refused: $(echo x 2>&1 >/two/new; rm /two/file 2>&1; echo x 2>&1 >>/two/file)"
+echo "still: $(cat /two/file)"
+echo "before: $(cat /mnt/changing) $(cat /mnt/dir/file) $(ls /mnt/new 2>&1)"
+touch /mnt/ask
+until [ -e /mnt/answered ]; do sleep 0.2; done
+sleep 1.1
+echo "after: $(cat /mnt/changing) $(cat /mnt/elsewhere/file) $(cat /mnt/new) $(readlink /mnt/dir)"
+echo "owner: $(stat -c %u:%g /three)"
+echo x >/three/squashed
+echo "owner of a new file: $(stat -c %u:%g /three/squashed)"
+echo "chown: $(chown 5 /three/squashed 2>&1)"
+umount /mnt /two /three
+rmmod virtiofs
+modprobe virtiofs
+mount -t virtiofs share0 /mnt
+cd /mnt
+echo written >by-guest
+chown 12:34 by-guest
+chmod 604 by-guest
+echo "again: $(cat elsewhere/file)"
+"#;
+    let run = run(script, host).args(&["--share", "one", "--share", "two,tag=data,readonly"]);
+    let ended = run.args(&["--share", "three,squash-uid=1234", "--cpus", "2"]).run_to_end().success();
+    assert_eq!((ended.fact("content"), ended.fact("still")), ("content", "content"), "{ended}");
+    assert_eq!((ended.fact("entries"), ended.fact("files")), ("10000", "10000"), "{ended}");
+    assert_eq!(ended.stdout.matches("Read-only file system").count(), 3, "{ended}");
+    assert_eq!(ended.fact("before"), "before inside ls: /mnt/new: No such file or directory", "{ended}");
+    assert_eq!(ended.fact("after"), "after, and longer inside new /etc", "{ended}");
+    assert_eq!(ended.fact("owner"), "1234:1234", "{ended}");
+    assert_eq!(ended.fact("owner of a new file"), "1234:1234", "{ended}");
+    assert!(ended.fact("chown").contains("Operation not permitted"), "{ended}");
+    assert_eq!(ended.fact("again"), "inside", "{ended}");
+    assert_eq!(ended.fact("host"), "written 12:34 604 squashed", "{ended}");
+}
+
+#[test]
+fn what_cannot_be_shared() {
+    let (vireo, kernel) = (vireo().display().to_string(), image("bzImage-cloud").display().to_string());
+    let script = format!(
+        r#"{FOLDER}
+touch file; chmod 700 one
+share() {{ "$1" run --kernel "$2" --share "$3"; echo "status $?"; }} 2>&1
+share "$1" "$2" $dir/missing
+share "$1" "$2" $dir/file
+setpriv --reuid 65534 --clear-groups --bounding-set=-all --inh-caps=-all -- "$1" run --kernel "$2" --share $dir/one 2>&1
+echo "status $?"
+share "$1" "$2" one,tag=
+echo "folder: $dir"
+"#
+    );
+    let ended = on_host(&["bash", "-c", &script, "bash", &vireo, &kernel]).end();
+    let dir = ended.fact("folder").to_string();
+    let lines: Vec<&str> = ended.stdout.lines().collect();
+    let expected = [
+        format!("vireo: cannot share {dir}/missing: No such file or directory (os error 2)"),
+        "status 125".into(),
+        format!("vireo: cannot share {dir}/file: Not a directory (os error 20)"),
+        "status 125".into(),
+        format!("vireo: cannot share {dir}/one: Permission denied (os error 13)"),
+        "status 125".into(),
+        "vireo: --share: the tag '' is not 1 to 36 bytes long".into(),
+        "status 2".into(),
+    ];
+    assert_eq!(lines[..8], expected.iter().map(String::as_str).collect::<Vec<_>>(), "{ended}");
+}
