@@ -10,6 +10,7 @@ pub mod qcow2;
 pub mod raw;
 pub mod tap;
 pub mod unix;
+pub mod vhost;
 
 use std::io;
 use std::os::fd::BorrowedFd;

@@ -67,8 +67,9 @@ pub struct RunArgs {
     /// be given several times
     #[arg(long, value_name = "PATH")]
     disk: Vec<BlkConfig>,
-    /// Network card: tap=NAME[,queues=N][,offload=off] or user[,hostfwd=tcp:8080:80]..., both [,mac=MAC][,mtu=N]; may be
-    /// given several times
+    /// Network card: tap=NAME[,queues=N][,vhost=on][,offload=off] or user[,hostfwd=tcp:8080:80]..., both [,mac=MAC]
+    /// [,mtu=N][,mrg_rxbuf=off] and, per second, rx_bandwidth=SIZE, rx_ops=N (packets), tx_bandwidth=, tx_ops=
+    /// (rx_bandwidth_burst= and so on at once; rx is to the guest); may be given several times
     #[arg(long, value_name = "HOW")]
     net: Vec<NetConfig>,
     /// Give the guest a virtio random number generator

@@ -254,7 +254,7 @@ impl VirtioDevice for Balloon {
                 Ok(if old == self.target { Reply::Done } else { Reply::ConfigChanged })
             }
             Control::BalloonStats => Ok(Reply::BalloonStats(self.stats())),
-            Control::ResizeDisk(_) => Err(ControlError::Unsupported(self.info.name.clone())),
+            _ => Err(ControlError::Unsupported(self.info.name.clone())),
         }
     }
 

@@ -19,6 +19,8 @@ pub enum Control {
     BalloonStats,
     /// Of a disk: be this large from now on, in bytes; never smaller than it is.
     ResizeDisk(u64),
+    /// Of a network card: plug its cable in (true), or pull it; packets are dropped then.
+    SetLink(bool),
 }
 
 /// What a device answers.
