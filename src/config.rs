@@ -18,6 +18,7 @@ use crate::virtio::blk::BlkConfig;
 use crate::virtio::console::PortConfig;
 use crate::virtio::net::NetConfig;
 use crate::virtio::rng::RngConfig;
+use crate::virtio::vhost_user::VhostUserConfig;
 use crate::virtio::vsock::VsockConfig;
 
 /// A whole machine.
@@ -47,6 +48,9 @@ pub struct MachineConfig {
     /// Network cards, in slot order behind the disks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,
+    /// Devices that daemons serve. With one of them the guest's memory is shared, whatever `memory.shared` says.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vhost_user: Vec<VhostUserConfig>,
     /// Random number generator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<RngConfig>,
@@ -178,6 +182,9 @@ pub enum Error {
     /// A network card that cannot be.
     #[error("--net: {0}")]
     Net(String),
+    /// A daemon's device that cannot be.
+    #[error("--vhost-user: {0}")]
+    VhostUser(String),
     /// A console port that cannot be.
     #[error("--console-port: {0}")]
     ConsolePort(String),
@@ -219,6 +226,7 @@ impl MachineConfig {
         self.vsock.iter().try_for_each(VsockConfig::validate).map_err(|e| Error::Vsock(e.to_string()))?;
         self.balloon.iter().try_for_each(|balloon| balloon.validate(size)).map_err(Error::Balloon)?;
         self.nets.iter().try_for_each(NetConfig::validate).map_err(|e| Error::Net(e.to_string()))?;
+        self.vhost_user.iter().try_for_each(VhostUserConfig::validate).map_err(|e| Error::VhostUser(e.to_string()))?;
         PortConfig::validate(&self.console_ports).map_err(Error::ConsolePort)?;
         let ends = self.console.iter().chain(self.console_ports.iter().map(|port| &port.to));
         if ends.chain([&self.serial]).filter(|end| **end == ConsoleEnd::Stdio).count() > 1 {
@@ -226,6 +234,11 @@ impl MachineConfig {
         }
         self.cpu.features.parse::<Features>().map_err(|e| Error::Features(e.to_string()))?;
         Ok(())
+    }
+
+    /// RAM as it must be for the devices.
+    pub fn effective_memory(&self) -> MemoryConfig {
+        MemoryConfig { shared: self.memory.shared || !self.vhost_user.is_empty(), ..self.memory.clone() }
     }
 
     /// Checks against what this host can give.

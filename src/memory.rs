@@ -11,10 +11,11 @@ mod release;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::fs::SealFlags;
 use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
@@ -119,6 +120,17 @@ impl RamRegion {
     pub fn end(&self) -> u64 {
         self.start + self.len
     }
+}
+
+/// A region, and the file that other processes can map to have it too.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedRegion<'a> {
+    /// The region.
+    pub region: RamRegion,
+    /// Whose pages it is made of.
+    pub file: BorrowedFd<'a>,
+    /// Where in the file it begins.
+    pub offset: u64,
 }
 
 /// The guest's RAM. Cloning shares it.
@@ -281,6 +293,15 @@ impl GuestRam {
         self.0.memory.iter().map(|r| RamRegion { start: r.start_addr().0, len: r.len(), host_addr: r.as_ptr() as u64 })
     }
 
+    /// The regions as other processes can have them; `None` unless RAM is [`MemoryConfig::shared`].
+    pub fn shared_regions(&self) -> Option<Vec<SharedRegion<'_>>> {
+        let files = self.0.memory.iter().map(|region| region.file_offset().filter(|_| self.0.config.shared));
+        let regions = self.regions().zip(files).map(|(region, file)| {
+            file.map(|file| SharedRegion { region, file: file.file().as_fd(), offset: file.start() })
+        });
+        regions.collect()
+    }
+
     /// Whether `len` bytes at `addr` are all RAM (in one region).
     pub fn contains(&self, addr: u64, len: u64) -> bool {
         self.slice(addr, len).is_ok()
@@ -387,13 +408,16 @@ pub fn trim_heap() {
 fn memfd(size: u64, flags: libc::c_uint) -> io::Result<File> {
     // SAFETY: the name is a NUL-terminated constant; the result is checked before it is owned.
     let file = unsafe {
-        let fd = libc::memfd_create(c"vireo-ram".as_ptr(), flags | libc::MFD_CLOEXEC);
+        let fd = libc::memfd_create(c"vireo-ram".as_ptr(), flags | libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         File::from_raw_fd(fd)
     };
     file.set_len(size)?;
+    // A process that it is shared with must not cut it off: that would be SIGBUS for all of us.
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(&file, seals)?;
     Ok(file)
 }
 

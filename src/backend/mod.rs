@@ -11,6 +11,7 @@ pub mod raw;
 pub mod tap;
 pub mod unix;
 pub mod vhost;
+pub mod vhost_user;
 
 use std::io;
 use std::os::fd::BorrowedFd;

@@ -26,6 +26,7 @@ use crate::virtio::blk::BlkConfig;
 use crate::virtio::console::PortConfig;
 use crate::virtio::net::NetConfig;
 use crate::virtio::rng::RngConfig;
+use crate::virtio::vhost_user::VhostUserConfig;
 use crate::virtio::vsock::VsockConfig;
 
 /// What the guest is told when nothing is said.
@@ -72,6 +73,10 @@ pub struct RunArgs {
     /// (rx_bandwidth_burst= and so on at once; rx is to the guest); may be given several times
     #[arg(long, value_name = "HOW")]
     net: Vec<NetConfig>,
+    /// Device that a daemon serves: socket=PATH,type=fs|blk|net[,queues=N], for fs ,tag=NAME, for net [,mac=MAC][,mtu=N];
+    /// the guest's memory is shared with it; may be given several times
+    #[arg(long, value_name = "socket=PATH,type=KIND")]
+    vhost_user: Vec<VhostUserConfig>,
     /// Give the guest a virtio random number generator
     #[arg(long)]
     rng: bool,
@@ -168,6 +173,7 @@ impl RunArgs {
         config.disks.extend_from_slice(&self.disk);
         config.balloon = self.balloon.clone().or(config.balloon);
         config.nets.extend_from_slice(&self.net);
+        config.vhost_user.extend_from_slice(&self.vhost_user);
         if self.rng {
             config.rng.get_or_insert_with(RngConfig::default);
         }

@@ -37,7 +37,7 @@ use crate::virtio::mmio::MmioTransport;
 use crate::virtio::net::{self, Net};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{self, Vsock};
-use crate::virtio::{self, VirtioDevice};
+use crate::virtio::{self, VirtioDevice, vhost_user};
 
 /// A machine could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +72,9 @@ pub enum Error {
     /// A network card.
     #[error(transparent)]
     Net(#[from] net::Error),
+    /// A device that a daemon serves.
+    #[error(transparent)]
+    VhostUser(#[from] vhost_user::Error),
     /// The virtio transport.
     #[error(transparent)]
     Virtio(#[from] virtio::mmio::Error),
@@ -133,7 +136,7 @@ impl Machine {
         };
         let boot = BootFiles::open(&with_device_parameters(&config, &platform)?, config.memory.size.0)?;
         let (input, output) = console::open(&config.serial, "the serial console")?;
-        let ram = GuestRam::new(&config.memory)?;
+        let ram = GuestRam::new(&config.effective_memory())?;
 
         let vm = kvm.create_vm(config.acpi == Acpi::Off || boot.describe().protocol == Protocol::Pvh)?;
         vm.map_ram(&ram)?;
@@ -193,6 +196,9 @@ fn open_devices(config: &MachineConfig, console: Option<Console>) -> Result<Vec<
     }
     for (i, net) in config.nets.iter().enumerate() {
         devices.push(Box::new(Net::new(format!("net{i}"), net)?));
+    }
+    for (i, device) in config.vhost_user.iter().enumerate() {
+        devices.push(vhost_user::open(format!("vhost-user{i}"), device)?);
     }
     if let Some(rng) = &config.rng {
         devices.push(Box::new(Rng::new("rng", rng)));

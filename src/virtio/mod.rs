@@ -19,6 +19,7 @@ mod running;
 #[doc(hidden)]
 pub mod testing;
 mod vhost;
+pub mod vhost_user;
 pub mod vsock;
 pub mod worker;
 

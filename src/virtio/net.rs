@@ -2,10 +2,11 @@
 //!
 //! Each pair of a receive and a transmit queue has a worker and a port of its own (`pair`); the control queue
 //! (`control`) is served beside the first pair. Pairs may be served elsewhere, by vhost-net (`kernel`); then only the
-//! control queue is ours.
+//! control queue is ours. The same with a daemon (`daemon`; made by [`vhost_user`](super::vhost_user)).
 
 mod config;
 mod control;
+mod daemon;
 mod kernel;
 mod pair;
 #[cfg(test)]
@@ -24,6 +25,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::control::{Control, ControlError, Reply};
 use super::queue::Queue;
 use super::vhost::{Served, Server};
+use super::vhost_user::Connection;
 use super::{Activated, Activation, DeviceId, DeviceInfo, RING_FEATURES, Share, StateError, VirtioDevice};
 use crate::backend::packet::{Offloads, Port, Received};
 use crate::backend::passt::{self, Passt};
@@ -31,7 +33,9 @@ use crate::backend::tap::Tap;
 use crate::event::eventfd;
 use crate::rate_limiter::{Limits, RateLimiter};
 
+pub(super) use config::MIN_MTU;
 pub use config::{Error, MAX_PAIRS, Mac, NetConfig};
+use daemon::Daemon;
 use kernel::Kernel;
 
 const QUEUE_SIZE: u16 = 256;
@@ -74,6 +78,9 @@ pub struct NetState {
 trait Elsewhere: Server {
     /// Which of the features of rings and cards it knows.
     fn features(&self) -> u64;
+
+    /// How many pairs it serves.
+    fn pairs(&self) -> u16;
 
     /// Plugs the cable in, or pulls it: then no packet passes.
     fn set_link(&self, up: bool) -> io::Result<()>;
@@ -242,6 +249,19 @@ impl Net {
         Ok(Self::build(name.into(), ports, kernel.map(|kernel| Arc::new(kernel) as _), mac, extras)?)
     }
 
+    /// A card that a daemon serves.
+    pub(super) fn by_daemon(
+        name: String,
+        connection: Connection,
+        pairs: u16,
+        mac: Option<Mac>,
+        mtu: Option<u16>,
+    ) -> Result<Self, Error> {
+        let extras = Extras { mtu, offloads: connection.features() & OFFLOADS, ..Extras::default() };
+        let daemon = Daemon::new(Arc::new(connection), pairs);
+        Ok(Self::build(name, vec![], Some(Arc::new(daemon)), mac.map_or_else(Mac::random, Ok)?, extras)?)
+    }
+
     /// A device on any ports, one for each queue pair, that know the given offloads (of `OFFLOADS`).
     pub fn with_ports(
         name: impl Into<String>,
@@ -260,7 +280,7 @@ impl Net {
         mac: Mac,
         extras: Extras,
     ) -> io::Result<Self> {
-        let max_pairs = ports.len() as u16;
+        let max_pairs = elsewhere.as_ref().map_or(ports.len() as u16, |elsewhere| elsewhere.pairs());
         let mut features = FEATURES & !extras.without | extras.offloads & OFFLOADS;
         features |= u64::from(extras.mtu.is_some()) << VIRTIO_NET_F_MTU | u64::from(max_pairs > 1) << VIRTIO_NET_F_MQ;
         if let Some(elsewhere) = &elsewhere {
@@ -332,7 +352,9 @@ impl VirtioDevice for Net {
         if let Some(elsewhere) = &self.shared.elsewhere {
             let remote = Served::start(elsewhere.clone(), features, &ram, &queues, &kicks, &interrupt)?;
             let handler = Box::new(control::ControlQueue::new(self.shared.clone(), features));
-            return Ok(Activated::Elsewhere(Box::new(remote), vec![Share { queues: rest, handler }]));
+            let control = Share { queues: rest, handler };
+            let shares = [control].into_iter().chain(elsewhere.clone().watch());
+            return Ok(Activated::Elsewhere(Box::new(remote), shares.collect()));
         }
         let mut shares = Vec::with_capacity(pairs);
         let mut queues = queues.into_iter();

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{Queue, QueueState};
-use super::{Interrupt, Remote};
+use super::{Interrupt, Remote, Share};
 use crate::backend::vhost::Ring;
 use crate::memory::GuestRam;
 
@@ -22,6 +22,11 @@ pub(super) trait Server: Send + Sync {
 
     /// Ends it when all requests that were begun are finished; says for each ring where it was (`VRING_BASE`).
     fn stop(&self, rings: &[u16]) -> io::Result<Vec<u16>>;
+
+    /// A share without queues that sees this server end, if that may happen.
+    fn watch(self: Arc<Self>) -> Option<Share> {
+        None
+    }
 }
 
 /// Queues while somebody else serves them.

@@ -14,7 +14,7 @@ use crate::rate_limiter::Limits;
 /// Most queue pairs of one card: each is a thread.
 pub const MAX_PAIRS: u16 = 16;
 /// 5.1.4.1: the smallest MTU a device may announce.
-const MIN_MTU: u16 = 68;
+pub(in crate::virtio) const MIN_MTU: u16 = 68;
 
 /// `--net`: a network card.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

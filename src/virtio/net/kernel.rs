@@ -94,6 +94,10 @@ impl Elsewhere for Kernel {
         self.features
     }
 
+    fn pairs(&self) -> u16 {
+        self.pairs.len() as u16
+    }
+
     fn set_link(&self, up: bool) -> io::Result<()> {
         let mut state = self.state();
         if up != state.link {

@@ -655,6 +655,9 @@ impl Elsewhere for Recorder {
     fn features(&self) -> u64 {
         EVENT_IDX
     }
+    fn pairs(&self) -> u16 {
+        2
+    }
     fn set_link(&self, up: bool) -> io::Result<()> {
         self.link.store(up, Ordering::SeqCst);
         Ok(())
