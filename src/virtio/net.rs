@@ -26,7 +26,7 @@ use super::control::{Control, ControlError, Reply};
 use super::queue::Queue;
 use super::vhost::{Served, Server};
 use super::vhost_user::Connection;
-use super::{Activated, Activation, DeviceId, DeviceInfo, RING_FEATURES, Share, StateError, VirtioDevice};
+use super::{Activated, Activation, DeviceId, DeviceInfo, Interrupt, RING_FEATURES, Share, StateError, VirtioDevice};
 use crate::backend::packet::{Offloads, Port, Received};
 use crate::backend::passt::{self, Passt};
 use crate::backend::tap::Tap;
@@ -315,6 +315,36 @@ impl Net {
         let [t0, t1] = self.mtu.unwrap_or(0).to_le_bytes();
         [m0, m1, m2, m3, m4, m5, s0, s1, p0, p1, t0, t1]
     }
+
+    /// What is left to do here when the pairs' queues are served elsewhere, or should be. `rest` begins with the control
+    /// queue.
+    fn elsewhere(
+        &self,
+        started: io::Result<Served>,
+        features: u64,
+        queues: Vec<Queue>,
+        rest: Vec<Queue>,
+        interrupt: &Interrupt,
+    ) -> Activated {
+        let handler = Box::new(control::ControlQueue::new(self.shared.clone(), features));
+        let (activated, changed) = match started {
+            Ok(remote) => {
+                let watch = self.shared.elsewhere.clone().and_then(|elsewhere| elsewhere.watch());
+                let shares = [Share { queues: rest, handler }].into_iter().chain(watch).collect();
+                let changed = !self.shared.alive.swap(true, Ordering::SeqCst);
+                (Activated::Elsewhere(Box::new(remote), shares), changed)
+            }
+            // A card without a link. Its driver still waits for answers on the control queue.
+            Err(e) => {
+                let queues = rest.into_iter().chain(queues).collect();
+                (Activated::Here(vec![Share { queues, handler }]), self.shared.lost(&e))
+            }
+        };
+        if changed {
+            interrupt.config_changed();
+        }
+        activated
+    }
 }
 
 impl VirtioDevice for Net {
@@ -350,11 +380,8 @@ impl VirtioDevice for Net {
         let pairs = if has(VIRTIO_NET_F_MQ) { usize::from(self.shared.max_pairs) } else { 1 };
         let rest = queues.split_off((2 * pairs).min(queues.len()));
         if let Some(elsewhere) = &self.shared.elsewhere {
-            let remote = Served::start(elsewhere.clone(), features, &ram, &queues, &kicks, &interrupt)?;
-            let handler = Box::new(control::ControlQueue::new(self.shared.clone(), features));
-            let control = Share { queues: rest, handler };
-            let shares = [control].into_iter().chain(elsewhere.clone().watch());
-            return Ok(Activated::Elsewhere(Box::new(remote), shares.collect()));
+            let started = Served::start(elsewhere.clone(), features, &ram, &queues, &kicks, &interrupt);
+            return Ok(self.elsewhere(started, features, queues, rest, &interrupt));
         }
         let mut shares = Vec::with_capacity(pairs);
         let mut queues = queues.into_iter();

@@ -73,7 +73,7 @@ impl Server for Kernel {
         match started {
             Ok(()) => state.rings = indices,
             // All or none: a ring that is served cannot be set up again.
-            Err(_) => _ = self.plug(&indices, false),
+            Err(_) => indices.iter().for_each(|ring| _ = self.plug(&[*ring], false)),
         }
         started
     }
