@@ -182,6 +182,9 @@ pub enum Error {
     /// A network card that cannot be.
     #[error("--net: {0}")]
     Net(String),
+    /// A random number generator that cannot be.
+    #[error("--rng: {0}")]
+    Rng(&'static str),
     /// A daemon's device that cannot be.
     #[error("--vhost-user: {0}")]
     VhostUser(String),
@@ -227,6 +230,7 @@ impl MachineConfig {
         self.balloon.iter().try_for_each(|balloon| balloon.validate(size)).map_err(Error::Balloon)?;
         self.nets.iter().try_for_each(NetConfig::validate).map_err(|e| Error::Net(e.to_string()))?;
         self.vhost_user.iter().try_for_each(VhostUserConfig::validate).map_err(|e| Error::VhostUser(e.to_string()))?;
+        self.rng.iter().try_for_each(RngConfig::validate).map_err(Error::Rng)?;
         PortConfig::validate(&self.console_ports).map_err(Error::ConsolePort)?;
         let ends = self.console.iter().chain(self.console_ports.iter().map(|port| &port.to));
         if ends.chain([&self.serial]).filter(|end| **end == ConsoleEnd::Stdio).count() > 1 {

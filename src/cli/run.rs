@@ -77,9 +77,9 @@ pub struct RunArgs {
     /// the guest's memory is shared with it; may be given several times
     #[arg(long, value_name = "socket=PATH,type=KIND")]
     vhost_user: Vec<VhostUserConfig>,
-    /// Give the guest a virtio random number generator
-    #[arg(long)]
-    rng: bool,
+    /// Virtio random number generator: [bandwidth=SIZE (per second)[,bandwidth_burst=SIZE]]
+    #[arg(long, value_name = "LIMIT", num_args = 0..=1, default_missing_value = "")]
+    rng: Option<RngConfig>,
     /// Sockets between host and guest: cid=N,path=SOCKET; the guest's port P of CID 2 is SOCKET_P
     #[arg(long, value_name = "cid=N,path=SOCKET")]
     vsock: Option<VsockConfig>,
@@ -174,9 +174,7 @@ impl RunArgs {
         config.balloon = self.balloon.clone().or(config.balloon);
         config.nets.extend_from_slice(&self.net);
         config.vhost_user.extend_from_slice(&self.vhost_user);
-        if self.rng {
-            config.rng.get_or_insert_with(RngConfig::default);
-        }
+        config.rng = self.rng.clone().or(config.rng);
         config.vsock = self.vsock.clone().or(config.vsock);
         Ok(config)
     }
