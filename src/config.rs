@@ -21,6 +21,7 @@ use crate::virtio::mem::MemConfig;
 use crate::virtio::net::NetConfig;
 use crate::virtio::pmem::PmemConfig;
 use crate::virtio::rng::RngConfig;
+use crate::virtio::vhost_user::VhostUserConfig;
 use crate::virtio::vsock::VsockConfig;
 
 /// A whole machine.
@@ -56,6 +57,9 @@ pub struct MachineConfig {
     /// Folders of the host, in slot order behind the network cards.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shares: Vec<FsConfig>,
+    /// Devices that daemons serve. With one of them the guest's memory is shared, whatever `memory.shared` says.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vhost_user: Vec<VhostUserConfig>,
     /// Random number generator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rng: Option<RngConfig>,
@@ -199,6 +203,12 @@ pub enum Error {
     /// A shared folder that cannot be.
     #[error("--share: {0}")]
     Share(String),
+    /// A random number generator that cannot be.
+    #[error("--rng: {0}")]
+    Rng(&'static str),
+    /// A daemon's device that cannot be.
+    #[error("--vhost-user: {0}")]
+    VhostUser(String),
     /// A console port that cannot be.
     #[error("--console-port: {0}")]
     ConsolePort(String),
@@ -244,6 +254,8 @@ impl MachineConfig {
         self.nets.iter().try_for_each(NetConfig::validate).map_err(|e| Error::Net(e.to_string()))?;
         self.pmems.iter().try_for_each(PmemConfig::validate).map_err(Error::Pmem)?;
         FsConfig::validate(&self.shares).map_err(Error::Share)?;
+        self.vhost_user.iter().try_for_each(VhostUserConfig::validate).map_err(|e| Error::VhostUser(e.to_string()))?;
+        self.rng.iter().try_for_each(RngConfig::validate).map_err(Error::Rng)?;
         PortConfig::validate(&self.console_ports).map_err(Error::ConsolePort)?;
         let ends = self.console.iter().chain(self.console_ports.iter().map(|port| &port.to));
         if ends.chain([&self.serial]).filter(|end| **end == ConsoleEnd::Stdio).count() > 1 {
@@ -257,6 +269,11 @@ impl MachineConfig {
     pub fn most_memory(&self) -> Size {
         let added = self.virtio_mem.as_ref().map_or(0, |mem| mem.size.0);
         Size(self.memory.size.0.saturating_add(added))
+    }
+
+    /// RAM as it must be for the devices.
+    pub fn effective_memory(&self) -> MemoryConfig {
+        MemoryConfig { shared: self.memory.shared || !self.vhost_user.is_empty(), ..self.memory.clone() }
     }
 
     /// Checks against what this host can give.

@@ -93,6 +93,12 @@ impl Controller {
         self.device(name, Control::ResizeDisk(bytes)).map(drop)
     }
 
+    /// Plugs the cable of a network card (`net0` is the first) in, or pulls it: the guest sees that the link is gone, and
+    /// packets are dropped in both directions.
+    pub fn set_link(&self, name: &str, up: bool) -> Result<(), ControlError> {
+        self.device(name, Control::SetLink(up)).map(drop)
+    }
+
     /// Presses the ACPI power button.
     pub fn press_power_button(&self) {
         self.0.send(Request::PressPowerButton);

@@ -17,11 +17,12 @@ mod release;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::fs::SealFlags;
 use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -129,6 +130,17 @@ impl RamRegion {
     pub fn end(&self) -> u64 {
         self.start + self.len
     }
+}
+
+/// A region, and the file that other processes can map to have it too.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedRegion<'a> {
+    /// The region.
+    pub region: RamRegion,
+    /// Whose pages it is made of.
+    pub file: BorrowedFd<'a>,
+    /// Where in the file it begins.
+    pub offset: u64,
 }
 
 /// The guest's RAM. Cloning shares it.
@@ -258,6 +270,15 @@ impl GuestRam {
         self.0.areas.iter().find_map(Area::truncated_file)
     }
 
+    /// The regions as other processes can have them; `None` unless RAM is [`MemoryConfig::shared`]. Areas of devices that
+    /// no other process can see as the guest does (a file that is shown read-only, say) are left out.
+    pub fn shared_regions(&self) -> Option<Vec<SharedRegion<'_>>> {
+        let regions = self.regions().zip(self.0.memory.iter()).filter_map(|(region, mapped)| {
+            mapped.file_offset().map(|file| SharedRegion { region, file: file.file().as_fd(), offset: file.start() })
+        });
+        self.0.config.shared.then(|| regions.collect())
+    }
+
     /// Whether `len` bytes at `addr` are all RAM (in one region).
     pub fn contains(&self, addr: u64, len: u64) -> bool {
         self.slice(addr, len).is_ok()
@@ -352,13 +373,16 @@ pub fn trim_heap() {
 fn memfd(size: u64, flags: libc::c_uint) -> io::Result<File> {
     // SAFETY: the name is a NUL-terminated constant; the result is checked before it is owned.
     let file = unsafe {
-        let fd = libc::memfd_create(c"vireo-ram".as_ptr(), flags | libc::MFD_CLOEXEC);
+        let fd = libc::memfd_create(c"vireo-ram".as_ptr(), flags | libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         File::from_raw_fd(fd)
     };
     file.set_len(size)?;
+    // A process that it is shared with must not cut it off: that would be SIGBUS for all of us.
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(&file, seals)?;
     Ok(file)
 }
 

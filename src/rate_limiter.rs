@@ -87,6 +87,26 @@ impl RateLimiter {
         self.take_at(bytes, Instant::now())
     }
 
+    /// Takes the tokens for a request that was made already, even if there are not so many; says after how long there
+    /// will be some for the next one, if there are none now.
+    pub fn charge(&self, bytes: u64) -> Result<(), Duration> {
+        self.charge_at(bytes, Instant::now())
+    }
+
+    fn charge_at(&self, bytes: u64, now: Instant) -> Result<(), Duration> {
+        let mut buckets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Buckets { bytes: for_bytes, ops } = &mut *buckets;
+        let mut wait = Duration::ZERO;
+        for (bucket, amount) in [(for_bytes, bytes), (ops, 1)] {
+            if let Some(bucket) = bucket {
+                bucket.fill(now);
+                bucket.level -= amount as f64;
+                wait = wait.max(bucket.wait(1));
+            }
+        }
+        if wait > Duration::ZERO { Err(wait) } else { Ok(()) }
+    }
+
     fn take_at(&self, bytes: u64, now: Instant) -> Result<(), Duration> {
         let mut buckets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Buckets { bytes: for_bytes, ops } = &mut *buckets;
@@ -186,6 +206,17 @@ mod tests {
         assert!(wait > 90 * MS && wait <= 100 * MS, "{wait:?}");
         assert!(Limits { ops: Some((0, None)), ..Limits::default() }.is_zero());
         assert!(Limits { ops: Some((5, Some(0))), ..Limits::default() }.is_zero());
+    }
+
+    #[test]
+    fn what_was_done_already_delays_the_next() {
+        let limiter = RateLimiter::new(Limits { bytes: Some((1000, Some(100))), ops: Some((1000, None)) });
+        let start = Instant::now() + MS;
+        limiter.charge_at(50, start).unwrap();
+        let wait = limiter.charge_at(1050, start).unwrap_err();
+        assert!(wait >= 1000 * MS && wait < 1010 * MS, "{wait:?}");
+        assert!(limiter.take_at(1, start + wait - MS).is_err());
+        limiter.take_at(1, start + wait + MS).unwrap();
     }
 
     proptest! {

@@ -2,57 +2,8 @@
 
 mod common;
 
+use common::net::{GUEST, host_half};
 use common::{Run, image, on_host, vireo};
-
-/// What both sides serve and check. `$1` is how many MiB.
-const HOST: &str = r#"
-set -e
-trap '' PIPE # of a connection that comes to nothing
-trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf /tmp/www' EXIT
-rm -rf /tmp/www
-mkdir -p /tmp/www
-head -c ${MIB}M /dev/urandom >/tmp/www/data
-echo "sum: $(md5sum </tmp/www/data)"
-busybox httpd -f -vv -p 8000 -h /tmp/www 2>/tmp/www/log &
-"#;
-
-/// Fetches what the guest serves at `$1`, port `$2`, and tells it that this is done. (A static busybox's wget and the
-/// host's name service do not go together.)
-const FETCH: &str = r#"
-get() {
-    exec 3<>/dev/tcp/$1/$2 || return 1
-    printf 'GET /data HTTP/1.0\r\n\r\n' >&3
-    read -r -t 5 _ answer _ <&3 || return 1
-    while read -r line <&3 && [ "$line" != $'\r' ]; do :; done
-    cat <&3 >/tmp/www/back
-    [ "$answer" = 200 ]
-}
-fetch() {
-    # Whom nobody answers, some versions of passt remember for ever.
-    until grep -q listening /tmp/www/log; do sleep 0.2; done
-    until get $1 $2 2>/dev/null; do sleep 0.2; done
-    echo "fetched: $(md5sum </tmp/www/back)"
-    echo >/tmp/www/finished
-}
-"#;
-
-const GUEST: &str = r#"
-set -e
-modprobe virtio_net
-modprobe af_packet || true # some kernels have it built in
-ifconfig lo up
-mkdir /www
-# While the host, at $1, fetches.
-serve() {
-    httpd -p 80 -h /www
-    wget -q -O /dev/null http://$1:8000/listening 2>/dev/null || true
-    until wget -q -O /dev/null http://$1:8000/finished 2>/dev/null; do sleep 0.2; done
-}
-"#;
-
-fn host_half(setup: &str) -> String {
-    format!("{HOST}{FETCH}{setup}")
-}
 
 /// On a tap that is there: pings, NET_MIB mebibytes (20) both ways in large segments, and the driver may be unloaded.
 #[test]
@@ -102,13 +53,14 @@ wget -q -O - http://192.168.77.1:8000/data | cmp - /www/data && echo "again: ok"
     assert!(from < 400 * mib && to < 400 * mib, "{from} packets from the guest, {to} to it: no large segments");
 }
 
-/// On taps that vireo makes: one with two queues and a smaller MTU, one without offloads. They go with it.
+/// On taps that vireo makes: one with two queues and a smaller MTU, one without offloads and mergeable buffers, one that
+/// is slow. They go with it.
 #[test]
 fn taps_that_vireo_makes() {
     let host = host_half(
         r#"
-for n in 1 2; do ip link del vm$n 2>/dev/null || true; done
-(for n in 1 2; do until ip addr add 192.168.8$n.1/24 dev vm$n 2>/dev/null; do sleep 0.05; done; done
+for n in 1 2 3; do ip link del vm$n 2>/dev/null || true; done
+(for n in 1 2 3; do until ip addr add 192.168.8$n.1/24 dev vm$n 2>/dev/null; do sleep 0.05; done; done
  fetch 192.168.81.2 80) &
 status=0
 "$@" || status=$?
@@ -119,7 +71,9 @@ exit $status
     let guest = [
         GUEST,
         r#"
-for n in 1 2; do ifconfig eth$((n - 1)) 192.168.8$n.2 netmask 255.255.255.0 up; done
+for n in 1 2 3; do ifconfig eth$((n - 1)) 192.168.8$n.2 netmask 255.255.255.0 up; done
+features() { cut -c16 /sys/class/net/eth$1/device/features; }
+echo "mergeable: $(features 0) $(features 1)"
 echo "mtu: $(cat /sys/class/net/eth0/mtu) $(cat /sys/class/net/eth1/mtu)"
 echo "queues: $(ls -d /sys/class/net/eth0/queues/* | wc -l) $(ls -d /sys/class/net/eth1/queues/* | wc -l)"
 wget -q -O /www/data http://192.168.82.1:8000/data
@@ -128,13 +82,19 @@ for n in 1 2 3 4; do
     (wget -q -O - http://192.168.81.1:8000/data | cmp - /www/data && echo "stream $n: ok") &
 done
 wait
+begin=$(cut -d. -f1 /proc/uptime)
+wget -q -O - http://192.168.83.1:8000/data | cmp - /www/data
+echo "slow: $(($(cut -d. -f1 /proc/uptime) - begin))"
 serve 192.168.81.1
 "#,
     ]
     .concat();
-    let run = Run::new("bzImage-cloud", &guest).through(&host).env("MIB=5");
-    let nets = ["--net", "tap=vm1,queues=2,mtu=1400", "--net", "tap=vm2,offload=off"];
-    let ended = run.args(&nets).args(&["--cpus", "2"]).run_to_end().success();
+    let run = Run::new("bzImage-cloud", &guest).through(&host).env("MIB=3");
+    let nets = ["--net", "tap=vm1,queues=2,mtu=1400", "--net", "tap=vm2,offload=off,mrg_rxbuf=off"];
+    let slow = "tap=vm3,rx_bandwidth=1M,rx_bandwidth_burst=128K,tx_ops=10000";
+    let ended = run.args(&nets).args(&["--net", slow, "--cpus", "2"]).run_to_end().success();
+    assert_eq!(ended.fact("mergeable"), "1 0", "{ended}");
+    assert!(ended.fact("slow").parse::<u32>().unwrap() >= 2, "3 MiB at 1 MiB a second: {ended}");
     assert_eq!((ended.fact("mtu"), ended.fact("queues")), ("1400 1500", "4 2"), "{ended}");
     assert_eq!((ended.fact("loaded"), ended.fact("fetched")), (ended.fact("sum"), ended.fact("sum")), "{ended}");
     (1..=4).for_each(|n| assert_eq!(ended.fact(&format!("stream {n}")), "ok"));
@@ -151,6 +111,7 @@ chmod 666 "$RUN"/*
 setpriv --reuid=4242 --regid=4242 --clear-groups "$@" <&0 &
 vireo=$!
 children() { cat /proc/$vireo/task/*/children; }
+until [ -e /tmp/www/datagram ]; do { echo x >/dev/udp/127.0.0.1/9090; } 2>/dev/null || true; grep -q datagram /tmp/www/log && echo >/tmp/www/datagram; sleep 0.2; done
 fetch 127.0.0.1 8080
 passt=$(children)
 echo "passt runs: $(ls -d $(printf '/proc/%s ' $passt) | wc -l)"
@@ -179,17 +140,24 @@ udhcpc -q -n -f -i eth0 -s /tmp/dhcp >/dev/console 2>&1
 echo "link: $(cat /sys/class/net/eth0/carrier)"
 wget -q -O /www/data http://$(cat /tmp/gateway):8000/data
 echo "loaded: $(md5sum </www/data)"
+# Nobody has a socket for it, but the kernel has seen it.
+refused() { awk '/^Udp: [0-9]/ { print $3 }' /proc/net/snmp; }
+until [ $(refused) != 0 ]; do sleep 0.1; done
+echo "datagram: ok"
+wget -q -O /dev/null http://$(cat /tmp/gateway):8000/datagram 2>/dev/null || true
 serve $(cat /tmp/gateway)
 until [ "$(cat /sys/class/net/eth0/carrier)" = 0 ]; do sleep 0.1; done
 echo "link then: 0"
 "#,
     ]
     .concat();
-    let run = Run::new("bzImage-cloud", &guest).through(&host).env("MIB=5");
+    let mib: u32 = std::env::var("NET_MIB").map_or(3, |mib| mib.parse().expect("NET_MIB is a number"));
+    let run = Run::new("bzImage-cloud", &guest).through(&host).env(&format!("MIB={mib}")).args(&["--memory", "512M"]);
     let folder = format!("RUN={}", run.dir.path().display());
-    let net = ["--net", "user,hostfwd=tcp:8080:80"];
+    let net = ["--net", "user,hostfwd=tcp:8080:80,hostfwd=udp:9090:90"];
     let ended = run.env(&folder).args(&net).run_to_end().success();
     assert_eq!((ended.fact("address"), ended.fact("link")), ("10.0.2.15", "1"), "{ended}");
+    assert_eq!(ended.fact("datagram"), "ok", "{ended}");
     assert_eq!((ended.fact("loaded"), ended.fact("fetched")), (ended.fact("sum"), ended.fact("sum")), "{ended}");
     let passt = (ended.fact("passt runs"), ended.fact("passt reaped"), ended.fact("link then"));
     assert_eq!(passt, ("1", "ok", "0"), "{ended}");

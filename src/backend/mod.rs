@@ -13,6 +13,8 @@ pub mod qcow2;
 pub mod raw;
 pub mod tap;
 pub mod unix;
+pub mod vhost;
+pub mod vhost_user;
 
 use std::io;
 use std::os::fd::BorrowedFd;

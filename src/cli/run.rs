@@ -29,6 +29,7 @@ use crate::virtio::mem::MemConfig;
 use crate::virtio::net::NetConfig;
 use crate::virtio::pmem::PmemConfig;
 use crate::virtio::rng::RngConfig;
+use crate::virtio::vhost_user::VhostUserConfig;
 use crate::virtio::vsock::VsockConfig;
 
 /// What the guest is told when nothing is said.
@@ -70,8 +71,9 @@ pub struct RunArgs {
     /// be given several times
     #[arg(long, value_name = "PATH")]
     disk: Vec<BlkConfig>,
-    /// Network card: tap=NAME[,queues=N][,offload=off] or user[,hostfwd=tcp:8080:80]..., both [,mac=MAC][,mtu=N]; may be
-    /// given several times
+    /// Network card: tap=NAME[,queues=N][,vhost=on][,offload=off] or user[,hostfwd=tcp:8080:80]..., both [,mac=MAC]
+    /// [,mtu=N][,mrg_rxbuf=off] and, per second, rx_bandwidth=SIZE, rx_ops=N (packets), tx_bandwidth=, tx_ops=
+    /// (rx_bandwidth_burst= and so on at once; rx is to the guest); may be given several times
     #[arg(long, value_name = "HOW")]
     net: Vec<NetConfig>,
     /// File as persistent memory, /dev/pmem0 in the guest: PATH[,size=SIZE][,readonly][,overlay=tmp]; may be given several
@@ -82,9 +84,13 @@ pub struct RunArgs {
     /// [,cache=never|auto|always][,queues=N]; the tag is share0, share1, ... otherwise; may be given several times
     #[arg(long, value_name = "PATH")]
     share: Vec<FsConfig>,
-    /// Give the guest a virtio random number generator
-    #[arg(long)]
-    rng: bool,
+    /// Device that a daemon serves: socket=PATH,type=fs|blk|net[,queues=N], for fs ,tag=NAME, for net [,mac=MAC][,mtu=N];
+    /// the guest's memory is shared with it; may be given several times
+    #[arg(long, value_name = "socket=PATH,type=KIND")]
+    vhost_user: Vec<VhostUserConfig>,
+    /// Virtio random number generator: [bandwidth=SIZE (per second)[,bandwidth_burst=SIZE]]
+    #[arg(long, value_name = "LIMIT", num_args = 0..=1, default_missing_value = "")]
+    rng: Option<RngConfig>,
     /// Sockets between host and guest: cid=N,path=SOCKET; the guest's port P of CID 2 is SOCKET_P
     #[arg(long, value_name = "cid=N,path=SOCKET")]
     vsock: Option<VsockConfig>,
@@ -184,9 +190,8 @@ impl RunArgs {
         config.nets.extend_from_slice(&self.net);
         config.pmems.extend_from_slice(&self.pmem);
         config.shares.extend_from_slice(&self.share);
-        if self.rng {
-            config.rng.get_or_insert_with(RngConfig::default);
-        }
+        config.vhost_user.extend_from_slice(&self.vhost_user);
+        config.rng = self.rng.clone().or(config.rng);
         config.vsock = self.vsock.clone().or(config.vsock);
         Ok(config)
     }

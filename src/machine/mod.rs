@@ -44,7 +44,7 @@ use crate::virtio::net::{self, Net};
 use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{self, Vsock};
-use crate::virtio::{self, VirtioDevice};
+use crate::virtio::{self, VirtioDevice, vhost_user};
 use device_memory::DeviceMemory;
 
 /// A machine could not be put together.
@@ -97,6 +97,9 @@ pub enum Error {
     /// A shared folder.
     #[error(transparent)]
     Share(#[from] passthrough::Error),
+    /// A device that a daemon serves.
+    #[error(transparent)]
+    VhostUser(#[from] vhost_user::Error),
     /// The virtio transport.
     #[error(transparent)]
     Virtio(#[from] virtio::mmio::Error),
@@ -163,7 +166,7 @@ impl Machine {
         };
         let boot = BootFiles::open(&with_device_parameters(&config, &platform)?, config.memory.size.0)?;
         let (input, output) = console::open(&config.serial, "the serial console")?;
-        let ram = GuestRam::with_areas(&config.memory, device_memory.into_areas())?;
+        let ram = GuestRam::with_areas(&config.effective_memory(), device_memory.into_areas())?;
 
         let vm = kvm.create_vm(config.acpi == Acpi::Off || boot.describe().protocol == Protocol::Pvh)?;
         vm.map_ram(&ram)?;
@@ -236,6 +239,9 @@ fn open_devices(
     }
     for (i, share) in config.shares.iter().enumerate() {
         devices.push(Box::new(Fs::new(i, share)?));
+    }
+    for (i, device) in config.vhost_user.iter().enumerate() {
+        devices.push(vhost_user::open(format!("vhost-user{i}"), device)?);
     }
     if let Some(rng) = &config.rng {
         devices.push(Box::new(Rng::new("rng", rng)));

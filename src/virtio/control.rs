@@ -30,6 +30,8 @@ pub enum Control {
     RequestMemory(u64),
     /// Of a memory device: how far it is.
     MemoryStatus,
+    /// Of a network card: plug its cable in (true), or pull it; packets are dropped then.
+    SetLink(bool),
 }
 
 /// What a device answers.

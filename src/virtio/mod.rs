@@ -21,6 +21,8 @@ pub mod rng;
 mod running;
 #[doc(hidden)]
 pub mod testing;
+mod vhost;
+pub mod vhost_user;
 pub mod vsock;
 pub mod worker;
 
@@ -169,8 +171,9 @@ pub struct Activation {
 pub enum Activated {
     /// Workers of this process, one per share. Every queue belongs to exactly one share.
     Here(Vec<Share>),
-    /// The kernel or another process (vhost, vhost-user).
-    Elsewhere(Box<dyn Remote>),
+    /// The kernel or another process (vhost, vhost-user), and workers of this process for the queues that it leaves to
+    /// them.
+    Elsewhere(Box<dyn Remote>, Vec<Share>),
 }
 
 /// Some queues of a device and who handles them.
@@ -183,8 +186,9 @@ pub struct Share {
 
 /// Queues that run outside of this process.
 pub trait Remote: Send {
-    /// Stops all queues and says where in the rings they are (`GET_VRING_BASE`), in queue order.
-    fn stop(&mut self) -> io::Result<Vec<QueueState>>;
+    /// Stops all queues and says where in the rings they are (`GET_VRING_BASE`), by their index within the device. Waits
+    /// for requests in flight, but not for ever.
+    fn stop(&mut self) -> io::Result<Vec<(u16, QueueState)>>;
 }
 
 /// What a worker wakes a handler for.

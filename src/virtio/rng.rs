@@ -1,25 +1,55 @@
 //! Entropy device (5.4): fills what the driver offers with random bytes from the host's kernel.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::Bitmap;
 
+use super::queue::{BATCH, Queue};
 use super::{
     Activated, Activation, Context, DeviceId, DeviceInfo, Event, Fault, Handler, Progress, RING_FEATURES, Share,
-    VirtioDevice, queue::Queue,
+    VirtioDevice,
 };
+use crate::event::Interest;
 use crate::memory::RamSlice;
-use crate::options;
+use crate::options::{self, Size};
+use crate::rate_limiter::{Alarm, Limits, RateLimiter};
 
 /// How many bytes a request gets at most. The driver takes what it gets (5.4.6.1), so this only bounds our work.
 pub const MAX_REQUEST: u64 = 64 << 10;
 
-/// `--rng`: an entropy device. Nothing about it can be chosen yet.
+/// `--rng`: an entropy device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct RngConfig {}
+pub struct RngConfig {
+    /// Most bytes in a second; no limit without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<Size>,
+    /// How many bytes there may be at once, for `bandwidth`; a second's worth without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth_burst: Option<Size>,
+}
+
+impl RngConfig {
+    /// Checks what can be checked; an error is a sentence.
+    pub fn validate(&self) -> Result<(), &'static str> {
+        if self.bandwidth.is_none() && self.bandwidth_burst.is_some() {
+            return Err("bandwidth_burst needs bandwidth");
+        }
+        if self.limits().is_zero() {
+            return Err("a bandwidth or burst of 0 would let nothing through");
+        }
+        Ok(())
+    }
+
+    fn limits(&self) -> Limits {
+        let bytes = self.bandwidth.map(|rate| (rate.0, self.bandwidth_burst.map(|burst| burst.0)));
+        Limits { bytes, ops: None }
+    }
+}
 
 impl FromStr for RngConfig {
     type Err = options::Error;
@@ -32,12 +62,15 @@ impl FromStr for RngConfig {
 /// The device. It has no state of its own.
 pub struct Rng {
     info: DeviceInfo,
+    limiter: Option<Arc<RateLimiter>>,
 }
 
 impl Rng {
     /// A device called `name`.
-    pub fn new(name: impl Into<String>, _config: &RngConfig) -> Self {
+    pub fn new(name: impl Into<String>, config: &RngConfig) -> Self {
+        let limits = config.limits();
         Rng {
+            limiter: limits.any().then(|| Arc::new(RateLimiter::new(limits))),
             info: DeviceInfo {
                 id: DeviceId::Rng,
                 name: name.into(),
@@ -58,23 +91,62 @@ impl VirtioDevice for Rng {
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
-        Ok(Activated::Here(vec![Share { queues: activation.queues, handler: Box::new(Source) }]))
+        let alarm = self.limiter.is_some().then(Alarm::new).transpose()?;
+        let source = Source { limiter: self.limiter.clone(), alarm };
+        Ok(Activated::Here(vec![Share { queues: activation.queues, handler: Box::new(source) }]))
     }
 }
 
-struct Source;
+const ALARM: u64 = 0;
 
-impl Handler for Source {
-    fn event(&mut self, event: Event, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
-        let (Event::Kick(_), [queue]) = (event, queues) else { return Ok(Progress::Done) };
-        queue.serve(cx.ram, |chain| {
+#[derive(Default)]
+struct Source {
+    limiter: Option<Arc<RateLimiter>>,
+    /// Rings when the limit lets more through.
+    alarm: Option<Alarm>,
+}
+
+impl Source {
+    fn serve(&mut self, queue: &mut Queue, cx: &Context<'_>) -> Result<Progress, Fault> {
+        queue.disable_notifications(cx.ram)?;
+        for _ in 0..BATCH {
+            if self.alarm.as_ref().is_some_and(Alarm::is_set) {
+                return Ok(Progress::Done);
+            }
+            let Some(chain) = queue.pop(cx.ram)? else {
+                if queue.enable_notifications(cx.ram)? {
+                    continue;
+                }
+                return Ok(Progress::Done);
+            };
             let mut writer = chain.writer(cx.ram);
             let len = writer.len().min(MAX_REQUEST);
             for slice in writer.take(len)?.slices() {
                 fill(&slice?)?;
             }
-            Ok(len as u32)
-        })
+            queue.push_used(cx.ram, chain, len as u32)?;
+            if let (Some(limiter), Some(alarm)) = (&self.limiter, &mut self.alarm) {
+                // The next request waits until this one is paid for.
+                limiter.charge(len).or_else(|wait| alarm.set(wait))?;
+            }
+        }
+        Ok(Progress::More)
+    }
+}
+
+impl Handler for Source {
+    fn event(&mut self, event: Event, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
+        let [queue] = queues else { return Ok(Progress::Done) };
+        match (event, &mut self.alarm) {
+            (Event::Start, Some(alarm)) => {
+                cx.watch(alarm.as_raw_fd(), ALARM, Interest::Read)?;
+                return Ok(Progress::Done);
+            }
+            (Event::Start, None) => return Ok(Progress::Done),
+            (Event::Ready(_), Some(alarm)) => alarm.clear(),
+            _ => {}
+        }
+        self.serve(queue, cx)
     }
 }
 
@@ -114,7 +186,7 @@ mod tests {
         let mut driver = FakeQueue::new(ram, 0x1000, 8);
         let mut queues = [driver.device(RING_FEATURES)];
         driver.add(bufs).unwrap();
-        Loopback::new(ram).deliver(&mut Source, &mut queues, Event::Kick(0))?;
+        Loopback::new(ram).deliver(&mut Source::default(), &mut queues, Event::Kick(0))?;
         Ok(driver.take_used().unwrap().1)
     }
 
@@ -146,8 +218,40 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_delays_without_spinning() {
+        let ram = GuestRam::anonymous(1 << 20);
+        let mut rng = Rng::new("rng0", &"bandwidth=1000,bandwidth_burst=100".parse().unwrap());
+        let mut driver = FakeQueue::new(&ram, 0x1000, 8);
+        let mut wire = Loopback::new(&ram);
+        let queues = vec![driver.device(RING_FEATURES)];
+        let interrupt = wire.interrupt.clone();
+        let activation = Activation { ram: ram.clone(), features: RING_FEATURES, queues, kicks: [].into(), interrupt };
+        let Ok(Activated::Here(mut shares)) = rng.activate(activation) else { panic!() };
+        let [Share { queues, handler }] = &mut shares[..] else { panic!() };
+        wire.deliver(&mut **handler, queues, Event::Start).unwrap();
+        let start = std::time::Instant::now();
+        for _ in 0..5 {
+            driver.add(&[inn(B, 100)]).unwrap();
+            wire.deliver(&mut **handler, queues, Event::Kick(0)).unwrap();
+        }
+        let mut events = 0;
+        for _ in 0..5 {
+            while driver.take_used().is_none() {
+                events += wire.deliver_ready(&mut **handler, queues, std::time::Duration::from_secs(5)).unwrap();
+            }
+        }
+        // The burst at once; each of the others when the one before it is paid for.
+        assert!(start.elapsed().as_millis() >= 300, "{:?}", start.elapsed());
+        assert!(events <= 5, "{events}");
+    }
+
+    #[test]
     fn options() {
         assert!("".parse::<RngConfig>().is_ok());
+        let check = |text: &str| text.parse::<RngConfig>().unwrap().validate();
+        assert_eq!(check("bandwidth=1K,bandwidth_burst=64K"), Ok(()));
+        assert_eq!(check("bandwidth_burst=64K"), Err("bandwidth_burst needs bandwidth"));
+        assert!(check("bandwidth=0").is_err() && check("bandwidth=1,bandwidth_burst=0").is_err());
         assert!("rate=1".parse::<RngConfig>().unwrap_err().to_string().contains("unknown key 'rate'"));
         let mut rng = Rng::new("rng0", &RngConfig::default());
         let state = rng.save().unwrap();

@@ -4,17 +4,15 @@ use std::io;
 use std::time::Instant;
 
 use super::queue::QueueState;
-use super::worker::{DRAIN_DEADLINE, Stuck, Worker};
+use super::worker::{DRAIN_DEADLINE, Positions, Stuck, Worker};
 use super::{Activated, Activation, Remote, VirtioDevice};
 
 /// Whether and where a device runs.
 pub(super) enum Run {
     /// The transport has the queues.
     Stopped,
-    /// In workers of this process.
-    Here(Vec<Worker>),
-    /// In the kernel or another process.
-    Elsewhere(Box<dyn Remote>),
+    /// In workers of this process, and in the kernel or another process.
+    Running(Vec<Worker>, Option<Box<dyn Remote>>),
 }
 
 /// Why the queues did not come back.
@@ -32,9 +30,9 @@ impl Run {
         let name = device.info().name.clone();
         let (ram, interrupt) = (activation.ram.clone(), activation.interrupt.clone());
         let kicks = activation.kicks.clone();
-        let shares = match device.activate(activation)? {
-            Activated::Here(shares) => shares,
-            Activated::Elsewhere(remote) => return Ok(Run::Elsewhere(remote)),
+        let (mut remote, shares) = match device.activate(activation)? {
+            Activated::Here(shares) => (None, shares),
+            Activated::Elsewhere(remote, shares) => (Some(remote), shares),
         };
         let single = shares.len() == 1;
         let mut workers = Vec::with_capacity(shares.len());
@@ -44,30 +42,23 @@ impl Run {
                 Ok(worker) => workers.push(worker),
                 Err(e) => {
                     let _ = stop(&mut workers, Instant::now() + DRAIN_DEADLINE, &mut []);
+                    let _ = remote.as_mut().map(|remote| remote.stop());
                     return Err(e);
                 }
             }
         }
-        Ok(Run::Here(workers))
+        Ok(Run::Running(workers, remote))
     }
 
     /// Stops the device and notes in `queues` where it was in the rings.
     pub(super) fn stop(&mut self, deadline: Instant, queues: &mut [QueueState]) -> Result<(), Error> {
-        let result = match self {
-            Run::Stopped => Ok(()),
-            Run::Here(workers) => stop(workers, deadline, queues).map_err(Error::Stuck),
-            Run::Elsewhere(remote) => match remote.stop() {
-                Ok(states) => {
-                    queues.iter_mut().zip(states).for_each(|(queue, state)| *queue = state);
-                    Ok(())
-                }
-                Err(e) => Err(Error::Lost(e)),
-            },
-        };
-        if !matches!(result, Err(Error::Stuck(_))) {
-            *self = Run::Stopped;
-        }
-        result
+        let Run::Running(workers, remote) = self else { return Ok(()) };
+        // A worker that is stuck still holds its queues, and then all of the device goes on.
+        stop(workers, deadline, queues).map_err(Error::Stuck)?;
+        let stopped = remote.as_mut().map_or(Ok(vec![]), |remote| remote.stop());
+        *self = Run::Stopped;
+        note(stopped.map_err(Error::Lost)?, queues);
+        Ok(())
     }
 
     pub(super) fn is_stopped(&self) -> bool {
@@ -75,7 +66,15 @@ impl Run {
     }
 
     pub(super) fn is_elsewhere(&self) -> bool {
-        matches!(self, Run::Elsewhere(_))
+        matches!(self, Run::Running(_, Some(_)))
+    }
+}
+
+fn note(positions: Positions, queues: &mut [QueueState]) {
+    for (index, state) in positions {
+        if let Some(queue) = queues.get_mut(usize::from(index)) {
+            *queue = state;
+        }
     }
 }
 
@@ -85,11 +84,7 @@ fn stop(workers: &mut Vec<Worker>, deadline: Instant, queues: &mut [QueueState])
     let mut result = Ok(());
     workers.retain(|worker| match worker.wait_stopped(deadline) {
         Ok(positions) => {
-            for (index, state) in positions {
-                if let Some(queue) = queues.get_mut(usize::from(index)) {
-                    *queue = state;
-                }
-            }
+            note(positions, queues);
             false
         }
         Err(stuck) => {

@@ -1,7 +1,8 @@
 //! A machine that is talked to while it runs, as there is no other way to reach a [`Controller`] from a shell.
 //!
 //! `live CONFIG` runs the machine that a JSON file describes. Lines of its standard input are requests, which it answers
-//! by a line each: `balloon SIZE`, `memory [SIZE]`, `grow DISK SIZE`, `stats`, `hints [start|end]`, `pause`, `resume`. (So the guest's console must be elsewhere.)
+//! by a line each: `balloon SIZE`, `memory [SIZE]`, `grow DISK SIZE`, `link CARD up|down`, `stats`, `hints [start|end]`,
+//! `pause`, `resume`. (So the guest's console must be elsewhere.)
 
 use std::error::Error;
 use std::io;
@@ -30,6 +31,11 @@ fn answer(controller: &Controller, request: &str) -> Result<String, Box<dyn Erro
             let (disk, size) = arguments.split_once(' ').ok_or("usage: grow DISK SIZE")?;
             controller.resize_disk(disk, size.parse::<Size>()?.0)?;
             format!("grown: {disk} to {size}")
+        }
+        ("link", arguments) => {
+            let (card, state) = arguments.split_once(' ').ok_or("usage: link CARD up|down")?;
+            controller.set_link(card, state == "up")?;
+            format!("link: {card} {state}")
         }
         ("stats", "") => format!("stats: {}", serde_json::to_string(&controller.balloon_stats()?)?),
         ("hints", "start") => controller.start_hints().map(|()| "hints: started".to_string())?,

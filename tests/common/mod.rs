@@ -4,6 +4,8 @@
 
 #![allow(dead_code)] // each test file uses its part
 
+pub mod net;
+
 use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{self, Cursor, Read, Write};

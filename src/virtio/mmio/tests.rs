@@ -478,9 +478,9 @@ struct Vhost(DeviceInfo);
 struct Kernel(Vec<QueueState>);
 
 impl Remote for Kernel {
-    fn stop(&mut self) -> io::Result<Vec<QueueState>> {
+    fn stop(&mut self) -> io::Result<Vec<(u16, QueueState)>> {
         self.0.iter_mut().for_each(|q| (q.next_avail, q.next_used) = (q.next_avail + 5, q.next_used + 5));
-        Ok(self.0.clone())
+        Ok((0..).zip(self.0.clone()).collect())
     }
 }
 
@@ -491,7 +491,7 @@ impl VirtioDevice for Vhost {
     fn read_config(&self, _: u64, _: &mut [u8]) {}
     fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
         assert!(activation.interrupt.line().fd().as_raw_fd() >= 0 && activation.kicks.len() == 2);
-        Ok(Activated::Elsewhere(Box::new(Kernel(activation.queues.iter().map(Queue::state).collect()))))
+        Ok(Activated::Elsewhere(Box::new(Kernel(activation.queues.iter().map(Queue::state).collect())), vec![]))
     }
 }
 

@@ -1,13 +1,14 @@
 //! The control queue (5.1.6.5): what the driver wants to receive, its address, how many queue pairs it uses.
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 
 use virtio_bindings::virtio_net::*;
 
 use super::{Mac, Shared};
 use crate::memory::GuestRam;
-use crate::virtio::Fault;
 use crate::virtio::chain::{Chain, Reader};
+use crate::virtio::queue::Queue;
+use crate::virtio::{Context, Event, Fault, Handler, Progress};
 
 const RX: u8 = VIRTIO_NET_CTRL_RX as u8;
 const RX_PROMISC: u8 = VIRTIO_NET_CTRL_RX_PROMISC as u8;
@@ -17,6 +18,29 @@ const MAC_TABLE_SET: u8 = VIRTIO_NET_CTRL_MAC_TABLE_SET as u8;
 const MAC_ADDR_SET: u8 = VIRTIO_NET_CTRL_MAC_ADDR_SET as u8;
 const MQ: u8 = VIRTIO_NET_CTRL_MQ as u8;
 const MQ_VQ_PAIRS_SET: u8 = VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET as u8;
+
+/// Serves the control queue of a card whose other queues are served elsewhere: the first of its share.
+pub(super) struct ControlQueue {
+    shared: Arc<Shared>,
+    features: u64,
+}
+
+impl ControlQueue {
+    pub(super) fn new(shared: Arc<Shared>, features: u64) -> Self {
+        ControlQueue { shared, features }
+    }
+}
+
+impl Handler for ControlQueue {
+    fn event(&mut self, event: Event, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
+        match (event, queues) {
+            (Event::Kick(0), [queue, ..]) if self.features & 1 << VIRTIO_NET_F_CTRL_VQ != 0 => {
+                queue.serve(cx.ram, |chain| request(&self.shared, chain, self.features, cx.ram))
+            }
+            _ => Ok(Progress::Done),
+        }
+    }
+}
 
 /// Obeys one command and answers it. Returns how many bytes were written.
 pub(super) fn request(shared: &Shared, chain: &Chain, features: u64, ram: &GuestRam) -> Result<u32, Fault> {
@@ -49,11 +73,10 @@ fn command(shared: &Shared, mut data: Reader<'_>, features: u64) -> Option<()> {
         }
         (MQ, MQ_VQ_PAIRS_SET) if features & 1 << VIRTIO_NET_F_MQ != 0 => {
             let pairs = u16::from_le_bytes(take(&mut data)?);
-            if pairs == 0 || usize::from(pairs) > shared.ports.len() {
+            if pairs == 0 || pairs > shared.max_pairs {
                 return None;
             }
-            shared.pairs.store(pairs, Ordering::SeqCst);
-            shared.pairs_changed.iter().for_each(|changed| _ = changed.write(1));
+            shared.set_pairs(pairs);
             Some(())
         }
         _ => None,

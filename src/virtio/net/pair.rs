@@ -16,12 +16,15 @@ use super::{Shared, control};
 use crate::backend::packet::{HEADER, MAX_FRAME, MAX_SLICES, MIN_FRAME, Port, Received};
 use crate::event::Interest;
 use crate::memory::{GuestRam, RamSlice};
+use crate::rate_limiter::{Alarm, RateLimiter};
 use crate::virtio::chain::Chain;
 use crate::virtio::queue::{BATCH, Queue};
 use crate::virtio::{Context, Event, Fault, Handler, Progress};
 
 const PORT: u64 = 0;
-const PAIRS_CHANGED: u64 = 1;
+const CHANGED: u64 = 1;
+const RX_ALARM: u64 = 2;
+const TX_ALARM: u64 = 3;
 /// For how large a packet room is made before any was seen: a frame of the usual MTU.
 const USUAL: usize = 2048;
 
@@ -46,11 +49,17 @@ pub(super) struct Pair {
     usual: usize,
     /// Bytes of the packet that waits in the port for more room.
     waiting: usize,
+    /// Ring when the rate limit lets more through to the guest, and from it.
+    rx_alarm: Option<Alarm>,
+    tx_alarm: Option<Alarm>,
 }
 
 impl Pair {
-    pub(super) fn new(shared: Arc<Shared>, number: usize, features: u64) -> Self {
-        Pair {
+    pub(super) fn new(shared: Arc<Shared>, number: usize, features: u64) -> io::Result<Self> {
+        let alarm = |limiter: &Option<RateLimiter>| limiter.is_some().then(Alarm::new).transpose();
+        Ok(Pair {
+            rx_alarm: alarm(&shared.rx_limiter)?,
+            tx_alarm: alarm(&shared.tx_limiter)?,
             shared,
             number,
             features,
@@ -62,7 +71,7 @@ impl Pair {
             held: Vec::new(),
             usual: USUAL,
             waiting: 0,
-        }
+        })
     }
 
     fn has(&self, feature: u32) -> bool {
@@ -71,7 +80,7 @@ impl Pair {
 
     /// Whether packets go in and out.
     fn is_up(&self) -> bool {
-        self.active && self.shared.link_up.load(Ordering::SeqCst)
+        self.active && self.shared.link_up()
     }
 }
 
@@ -85,8 +94,11 @@ impl Handler for Pair {
         self.follow(port, cx);
         let progress = match event {
             Event::Start => {
-                if let Some(changed) = self.shared.pairs_changed.get(self.number) {
-                    cx.watch(changed.as_raw_fd(), PAIRS_CHANGED, Interest::Read)?;
+                if let Some(changed) = self.shared.changed.get(self.number) {
+                    cx.watch(changed.as_raw_fd(), CHANGED, Interest::Read)?;
+                }
+                for (alarm, token) in [(&self.rx_alarm, RX_ALARM), (&self.tx_alarm, TX_ALARM)] {
+                    alarm.as_ref().map_or(Ok(()), |alarm| cx.watch(alarm.as_raw_fd(), token, Interest::Read))?;
                 }
                 Progress::Done
             }
@@ -94,7 +106,7 @@ impl Handler for Pair {
                 self.starved = false;
                 self.receive(port, rx, cx)?
             }
-            Event::Kick(1) if self.blocked => Progress::Done,
+            Event::Kick(1) if self.blocked || is_set(&self.tx_alarm) => Progress::Done,
             Event::Kick(1) => self.transmit(port, tx, cx)?,
             Event::Kick(_) => match rest {
                 [control, ..] if event == Event::Kick(2) && self.has(VIRTIO_NET_F_CTRL_VQ) => {
@@ -103,12 +115,24 @@ impl Handler for Pair {
                 _ => Progress::Done,
             },
             Event::Ready(PORT) => {
-                let sent = if self.blocked || self.sending { self.transmit(port, tx, cx)? } else { Progress::Done };
+                let sent = if (self.blocked || self.sending) && !is_set(&self.tx_alarm) {
+                    self.transmit(port, tx, cx)?
+                } else {
+                    Progress::Done
+                };
                 let received = if self.starved { Progress::Done } else { self.receive(port, rx, cx)? };
                 if sent == Progress::More { sent } else { received }
             }
+            Event::Ready(RX_ALARM) => {
+                self.rx_alarm.iter_mut().for_each(Alarm::clear);
+                self.receive(port, rx, cx)?
+            }
+            Event::Ready(TX_ALARM) => {
+                self.tx_alarm.iter_mut().for_each(Alarm::clear);
+                if self.blocked { Progress::Done } else { self.transmit(port, tx, cx)? }
+            }
             Event::Ready(_) => {
-                let _ = self.shared.pairs_changed.get(self.number).map(|changed| changed.read());
+                let _ = self.shared.changed.get(self.number).map(|changed| changed.read());
                 self.transmit(port, tx, cx)?
             }
         };
@@ -136,7 +160,7 @@ impl Pair {
         rx.disable_notifications(cx.ram)?;
         let mut largest = USUAL;
         for _ in 0..BATCH {
-            if !self.is_up() {
+            if !self.is_up() || is_set(&self.rx_alarm) {
                 return Ok(Progress::Done);
             }
             let (room, full) = self.hold(rx, self.usual.max(self.waiting), cx.ram)?;
@@ -155,6 +179,7 @@ impl Pair {
                 Ok(Received::Packet(len)) => {
                     (self.waiting, largest) = (0, largest.max(len));
                     self.deliver(rx, len, cx.ram)?;
+                    self.charge_received(len)?;
                 }
                 Ok(Received::NoRoom(len)) => (self.waiting, largest) = (len, largest.max(len)),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -170,6 +195,15 @@ impl Pair {
         }
         self.usual = largest;
         Ok(Progress::More)
+    }
+
+    /// How large a packet is shows only when it is here, so that the next one waits for it.
+    fn charge_received(&mut self, len: usize) -> io::Result<()> {
+        let (Some(limiter), Some(alarm)) = (&self.shared.rx_limiter, &mut self.rx_alarm) else { return Ok(()) };
+        match limiter.charge(len.saturating_sub(HEADER) as u64) {
+            Ok(()) => Ok(()),
+            Err(wait) => alarm.set(wait),
+        }
     }
 
     /// Pops buffers until there is room for `need` bytes: one without MRG_RXBUF (5.1.6.3.1), else as many as it takes
@@ -240,6 +274,10 @@ impl Pair {
                 }
                 return Ok(Progress::Done);
             };
+            if !self.may_send(&chain)? {
+                tx.unpop(chain);
+                return Ok(Progress::Done);
+            }
             match self.send(port, &chain, cx.ram)? {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     tx.unpop(chain);
@@ -252,6 +290,16 @@ impl Pair {
             tx.push_used(cx.ram, chain, 0)?;
         }
         Ok(Progress::More)
+    }
+
+    /// Whether the rate limit lets a packet through now; if not, it sets the alarm.
+    fn may_send(&mut self, chain: &Chain) -> io::Result<bool> {
+        let (Some(limiter), Some(alarm)) = (&self.shared.tx_limiter, &mut self.tx_alarm) else { return Ok(true) };
+        let len: u64 = chain.readable().iter().map(|segment| u64::from(segment.len)).sum();
+        match limiter.take(len.saturating_sub(HEADER as u64).min(MAX_FRAME as u64)) {
+            Ok(()) => Ok(true),
+            Err(wait) => alarm.set(wait).map(|()| false),
+        }
     }
 
     /// The inner result is the packet's, the outer one the device's.
@@ -295,7 +343,7 @@ impl Pair {
     /// Notices whether the driver uses this pair now: only between events, so that the port does too.
     fn follow(&mut self, port: &mut dyn Port, cx: &Context<'_>) {
         let active = self.shared.is_active(self.number);
-        if active == self.active || !self.shared.link_up.load(Ordering::SeqCst) {
+        if active == self.active || !self.shared.is_alive() {
             return;
         }
         (self.active, self.waiting, self.blocked) = (active, 0, false);
@@ -306,15 +354,15 @@ impl Pair {
 
     /// The other side is gone: the guest sees the cable unplugged (5.1.4).
     fn lost(&mut self, e: &io::Error, cx: &Context<'_>) {
-        if self.shared.link_up.swap(false, Ordering::SeqCst) {
-            warn!("{}: the network is gone, the guest has no link: {e}", self.shared.name);
+        if self.shared.lost(e) {
             cx.interrupt.config_changed();
         }
     }
 
     /// Waits for what the port has to give or take; not at all for one that is gone, which would always be ready.
     fn watch(&mut self, port: &dyn Port, cx: &Context<'_>) -> io::Result<()> {
-        let wanted = match (self.is_up(), !self.starved, self.blocked) {
+        let receiving = !self.starved && !is_set(&self.rx_alarm);
+        let wanted = match (self.is_up(), receiving, self.blocked) {
             (false, _, _) | (true, false, false) => None,
             (true, true, false) => Some(Interest::Read),
             (true, false, true) => Some(Interest::Write),
@@ -329,6 +377,10 @@ impl Pair {
         self.watched = wanted;
         Ok(())
     }
+}
+
+fn is_set(alarm: &Option<Alarm>) -> bool {
+    alarm.as_ref().is_some_and(Alarm::is_set)
 }
 
 /// The memory of buffers, in order.

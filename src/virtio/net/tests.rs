@@ -93,10 +93,15 @@ struct Setup {
 }
 
 fn net(pairs: usize) -> (Net, Vec<Arc<Mutex<Wire>>>) {
+    net_with(pairs, None, Extras::default())
+}
+
+fn net_with(pairs: usize, elsewhere: Option<Arc<dyn Elsewhere>>, extras: Extras) -> (Net, Vec<Arc<Mutex<Wire>>>) {
     let wires: Vec<Arc<Mutex<Wire>>> = (0..pairs).map(|_| Arc::default()).collect();
     let port = |wire: &Arc<Mutex<Wire>>| Box::new(FakePort(wire.clone(), eventfd().unwrap())) as Box<dyn Port>;
     let ports = wires.iter().map(port).collect();
-    (Net::with_ports("net0", ports, Mac([2, 0, 0, 0, 0, 1]), Some(1400), OFFLOADS).unwrap(), wires)
+    let extras = Extras { mtu: Some(1400), offloads: OFFLOADS, ..extras };
+    (Net::build("net0".into(), ports, elsewhere, Mac([2, 0, 0, 0, 0, 1]), extras).unwrap(), wires)
 }
 
 impl Setup {
@@ -106,8 +111,11 @@ impl Setup {
 
     /// Queues of the first pair and the control queue are there, others disabled.
     fn with(features: u64, pairs: usize, size: u16) -> Self {
+        Self::of(net(pairs), features, pairs, size)
+    }
+
+    fn of((mut net, wires): (Net, Vec<Arc<Mutex<Wire>>>), features: u64, pairs: usize, size: u16) -> Self {
         let ram = GuestRam::anonymous(RAM);
-        let (mut net, wires) = net(pairs);
         let [rx, tx, control] = [0x1000, 0x4000, 0x7000].map(|base| FakeQueue::new(&ram, base, size));
         let wire = Loopback::new(&ram);
         let mut queues = vec![rx.device(features), tx.device(features)];
@@ -504,7 +512,15 @@ fn configuration() {
     let json = serde_json::to_string(&user).unwrap();
     assert_eq!(json, r#"{"user":true,"hostfwd":["tcp:8080:80","udp:127.0.0.1:53:5353"],"mtu":1400}"#);
     assert_eq!(serde_json::from_str::<NetConfig>(&json).unwrap(), user);
-    for good in ["tap=vm0", "tap=vm0,queues=16,mac=02:00:00:00:00:01,mtu=68", "user", "tap=vm0,offload=off"] {
+    let limited = "tap=vm0,rx_bandwidth=1M,rx_ops=9,rx_ops_burst=1,tx_bandwidth=2M,tx_bandwidth_burst=4M,mrg_rxbuf=off";
+    for good in [
+        limited,
+        "tap=vm0,vhost=on,queues=2",
+        "tap=vm0",
+        "tap=vm0,queues=16,mac=02:00:00:00:00:01,mtu=68",
+        "user",
+        "tap=vm0,offload=off",
+    ] {
         assert_eq!(check(good), Ok(()), "{good}");
     }
     for (bad, why) in [
@@ -520,6 +536,14 @@ fn configuration() {
         ("tap=vm0,hostfwd=tcp:1:1", "'hostfwd' is for user only"),
         ("user,queues=2", "'queues' is for tap only"),
         ("user,offload=off", "'offload' is for tap only"),
+        ("user,vhost", "'vhost' is for tap only"),
+        ("user,rx_bandwidth_burst=1M", "rx_bandwidth_burst needs rx_bandwidth"),
+        ("user,tx_ops=5,rx_ops_burst=1", "rx_ops_burst needs rx_ops"),
+        ("tap=vm0,tx_bandwidth_burst=1", "tx_bandwidth_burst needs tx_bandwidth"),
+        ("tap=vm0,tx_ops_burst=1", "tx_ops_burst needs tx_ops"),
+        ("tap=vm0,tx_ops=0", "would let nothing through"),
+        ("tap=vm0,rx_bandwidth=1M,rx_bandwidth_burst=0", "would let nothing through"),
+        ("tap=vm0,vhost,rx_ops=1", "vhost=on has no rate limits"),
     ] {
         assert!(check(bad).unwrap_err().contains(why), "{bad}");
     }
@@ -533,7 +557,7 @@ fn configuration() {
         ("user,hostfwd=tcp:0:1", "not of the form"),
         ("user,hostfwd=tcp:1", "not of the form"),
         ("user,hostfwd=tcp:somewhere:1:2", "not of the form"),
-        ("tun=x", "valid keys are tap, user, hostfwd, mac, mtu, queues, offload"),
+        ("tun=x", "valid keys are tap, user, hostfwd, mac, mtu, queues, offload, mrg_rxbuf, vhost, rx_bandwidth"),
     ] {
         let error = config(bad).unwrap_err();
         assert!(error.contains(why), "{bad}: {error}");
@@ -546,6 +570,154 @@ fn configuration() {
         net.read_config(offset, &mut [0; 8]);
     }
     assert_eq!(net.info().queue_sizes, [256, 256, 256, 256, 64]);
+}
+
+#[test]
+fn a_pulled_cable_drops_packets() {
+    let mut s = Setup::new(MRG | 1 << VIRTIO_NET_F_STATUS);
+    for i in 0..4 {
+        s.rx.add(&[inn(B + i * 1000, 1000)]).unwrap();
+    }
+    s.event(Event::Start).unwrap();
+    assert_eq!(s.net.control(&Control::SetLink(true)).unwrap(), Reply::Done);
+    assert_eq!(s.net.control(&Control::SetLink(false)).unwrap(), Reply::ConfigChanged);
+    assert_eq!(s.net.config_space()[6], 0);
+    s.event(Event::Ready(1)).unwrap();
+    s.incoming(100);
+    s.event(Event::Ready(0)).unwrap();
+    s.send([0; HEADER], &[7; 60], &[]).unwrap();
+    assert!(s.tx.take_used().is_some() && s.rx.take_used().is_none());
+    assert_eq!(s.sent().len(), 0);
+    assert_eq!(s.net.control(&Control::SetLink(true)).unwrap(), Reply::ConfigChanged);
+    assert_eq!(s.net.config_space()[6], 1);
+    // What came meanwhile is lost, too.
+    let packet = s.incoming(200);
+    s.event(Event::Ready(1)).unwrap();
+    s.event(Event::Ready(0)).unwrap();
+    s.send([0; HEADER], &[7; 60], &[]).unwrap();
+    assert_eq!((s.rx.take_used().unwrap().1, s.rx.take_used(), s.sent().len()), (200, None, 1));
+    assert_eq!(s.read(B, 200), with_buffers(packet, 1));
+    assert!(s.net.control(&Control::BalloonStats).is_err());
+}
+
+#[test]
+fn both_directions_have_limits() {
+    let limits = Limits { bytes: None, ops: Some((20, Some(2))) };
+    let start = std::time::Instant::now();
+    let mut s = Setup::of(net_with(1, None, Extras { rx: limits, tx: limits, ..Extras::default() }), MRG, 1, 16);
+    s.event(Event::Start).unwrap();
+    for i in 0..8 {
+        s.rx.add(&[inn(B + i * 1000, 1000)]).unwrap();
+        s.incoming(100);
+        s.send([0; HEADER], &[7; 60], &[]).unwrap();
+    }
+    s.event(Event::Kick(0)).unwrap();
+    assert_eq!(s.sent().len(), 2);
+    assert_eq!(s.wires[0].lock().unwrap().incoming.len(), 6);
+    let (mut sent, mut events) = (2, 0);
+    while sent < 8 || !s.wires[0].lock().unwrap().incoming.is_empty() {
+        let share = &mut s.shares[0];
+        let timeout = std::time::Duration::from_secs(5);
+        let ready = s.wire.deliver_ready(&mut *share.handler, &mut share.queues, timeout).unwrap();
+        assert!(ready > 0, "nothing rings");
+        events += ready;
+        sent += s.sent().len();
+    }
+    // Six more of each, 50 ms apart; nobody spins meanwhile.
+    assert!(start.elapsed().as_millis() >= 295, "{:?}", start.elapsed());
+    assert!(events <= 16, "{events}");
+}
+
+/// Serves what it is told to without serving it.
+#[derive(Default)]
+struct Recorder {
+    running: Mutex<Vec<(u16, u16)>>,
+    pairs: AtomicU16,
+    link: AtomicBool,
+    refuse: AtomicBool,
+}
+
+impl Server for Recorder {
+    fn start(&self, _: u64, _: &GuestRam, rings: &[crate::backend::vhost::Ring<'_>]) -> io::Result<()> {
+        if self.refuse.load(Ordering::SeqCst) {
+            return Err(io::Error::other("it does not want to"));
+        }
+        *self.running.lock().unwrap() = rings.iter().map(|ring| (ring.index, ring.next_avail)).collect();
+        Ok(())
+    }
+    fn stop(&self, rings: &[u16]) -> io::Result<Vec<u16>> {
+        self.running.lock().unwrap().clear();
+        Ok(rings.iter().map(|ring| ring + 7).collect())
+    }
+}
+
+impl Elsewhere for Recorder {
+    fn features(&self) -> u64 {
+        EVENT_IDX
+    }
+    fn pairs(&self) -> u16 {
+        2
+    }
+    fn set_link(&self, up: bool) -> io::Result<()> {
+        self.link.store(up, Ordering::SeqCst);
+        Ok(())
+    }
+    fn set_pairs(&self, pairs: u16) -> io::Result<()> {
+        self.pairs.store(pairs, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+#[test]
+fn pairs_that_are_served_elsewhere() {
+    let recorder = Arc::new(Recorder::default());
+    let (mut net, wires) = net_with(2, Some(recorder.clone()), Extras::default());
+    assert_eq!(net.info().features & (RING_FEATURES | MRG), EVENT_IDX, "what the other side does not know");
+    let ram = GuestRam::anonymous(RAM);
+    let features = EVENT_IDX | CTRL | 1 << VIRTIO_NET_F_MQ;
+    let drivers: Vec<FakeQueue> = (0..5).map(|i| FakeQueue::new(&ram, 0x1000 + i * 0x1000, 16)).collect();
+    let wire = Loopback::new(&ram);
+    let kicks: Arc<[EventFd]> = (0..5).map(|_| eventfd().unwrap()).collect::<Vec<_>>().into();
+    let activate = |net: &mut Net| {
+        let queues = (0..).zip(&drivers).map(|(i, driver)| match i {
+            3 => Queue::disabled(3, driver.state()),
+            i => Queue::new(i, driver.state(), 16, features, &ram).unwrap(),
+        });
+        let interrupt = wire.interrupt.clone();
+        net.activate(Activation {
+            ram: ram.clone(),
+            features,
+            queues: queues.collect(),
+            kicks: kicks.clone(),
+            interrupt,
+        })
+    };
+    recorder.refuse.store(true, Ordering::SeqCst);
+    // A network that is not there is a card without a link.
+    let Ok(Activated::Here(shares)) = activate(&mut net) else { panic!() };
+    assert_eq!((shares.len(), shares[0].queues.len(), shares[0].queues[0].index()), (1, 5, 4));
+    assert_eq!((net.config_space()[6], wire.interrupt.line().take_count()), (0, 1));
+    recorder.refuse.store(false, Ordering::SeqCst);
+    let Ok(Activated::Elsewhere(mut remote, mut shares)) = activate(&mut net) else { panic!() };
+    assert_eq!((net.config_space()[6], wire.interrupt.line().take_count()), (1, 1));
+    assert_eq!(*recorder.running.lock().unwrap(), [(0, 0), (1, 0), (2, 0)]);
+    assert!(kicks[..3].iter().all(|kick| kick.read().is_ok()) && kicks[3].read().is_err());
+    // The control queue is ours.
+    let mut control = FakeQueue::new(&ram, 0x5000, 16);
+    ram.write(TX, &[4, 0, 2, 0]).unwrap();
+    control.add(&[out(TX, 4), inn(TX + 0x1000, 1)]).unwrap();
+    let [Share { queues, handler }] = &mut shares[..] else { panic!() };
+    wire.deliver(&mut **handler, queues, Event::Start).unwrap();
+    wire.deliver(&mut **handler, queues, Event::Kick(0)).unwrap();
+    assert_eq!((control.take_used(), recorder.pairs.load(Ordering::SeqCst)), (Some((0, 1)), 2));
+    assert!(wires.iter().all(|wire| wire.lock().unwrap().active));
+    assert_eq!(net.control(&Control::SetLink(false)).unwrap(), Reply::ConfigChanged);
+    net.control(&Control::SetLink(true)).unwrap();
+    assert!(recorder.link.load(Ordering::SeqCst));
+    ram.store_u16(drivers[1].used + 2, 5, Ordering::SeqCst).unwrap();
+    let stopped = remote.stop().unwrap();
+    let positions: Vec<_> = stopped.iter().map(|(i, state)| (*i, state.next_avail, state.next_used)).collect();
+    assert_eq!(positions, [(0, 7, 0), (1, 8, 5), (2, 9, 0)]);
 }
 
 /// Lengths of the buffers of a chain; bits of rings, headers and commands that flip.

@@ -1,0 +1,247 @@
+//! What a user asks for of a network card.
+
+use std::io;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::backend::passt::{self, Forward};
+use crate::backend::tap;
+use crate::backend::vhost;
+use crate::options::{self, Size};
+use crate::rate_limiter::Limits;
+
+/// Most queue pairs of one card: each is a thread.
+pub const MAX_PAIRS: u16 = 16;
+/// 5.1.4.1: the smallest MTU a device may announce.
+pub(in crate::virtio) const MIN_MTU: u16 = 68;
+
+/// `--net`: a network card.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// A tap of the host by its name; it is made if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// No privilege: the guest's connections become the user's own, by the passt program.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub user: bool,
+    /// Ports of the host that lead to the guest, for `user`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hostfwd: Vec<Forward>,
+    /// The card's address; random without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<Mac>,
+    /// The MTU that the guest is told, 68 to 65535; its own choice without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// Queue pairs, 1 to 16, for `tap`.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub queues: u16,
+    /// Leave checksums and segmentation to the receiver, for `tap`.
+    #[serde(default = "on", skip_serializing_if = "is_on")]
+    pub offload: bool,
+    /// Offer that a packet may be spread over several buffers; without, each of the driver's buffers has room for the
+    /// largest packet.
+    #[serde(default = "on", skip_serializing_if = "is_on")]
+    pub mrg_rxbuf: bool,
+    /// Have the kernel's vhost-net move the packets, for `tap`.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub vhost: bool,
+    /// Most bytes to the guest in a second; no limit without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_bandwidth: Option<Size>,
+    /// How many bytes may come to the guest at once, for `rx_bandwidth`; a second's worth without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_bandwidth_burst: Option<Size>,
+    /// Most packets to the guest in a second; no limit without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_ops: Option<u64>,
+    /// How many packets may come to the guest at once, for `rx_ops`; a second's worth without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_ops_burst: Option<u64>,
+    /// Most bytes from the guest in a second; no limit without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_bandwidth: Option<Size>,
+    /// How many bytes the guest may send at once, for `tx_bandwidth`; a second's worth without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_bandwidth_burst: Option<Size>,
+    /// Most packets from the guest in a second; no limit without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_ops: Option<u64>,
+    /// How many packets the guest may send at once, for `tx_ops`; a second's worth without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_ops_burst: Option<u64>,
+}
+
+fn one() -> u16 {
+    1
+}
+
+fn is_one(n: &u16) -> bool {
+    *n == 1
+}
+
+fn on() -> bool {
+    true
+}
+
+fn is_on(on: &bool) -> bool {
+    *on
+}
+
+fn is_off(on: &bool) -> bool {
+    !*on
+}
+
+impl FromStr for NetConfig {
+    type Err = options::Error;
+
+    fn from_str(text: &str) -> Result<Self, options::Error> {
+        options::from_str(text, None)
+    }
+}
+
+/// An Ethernet address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mac(pub [u8; 6]);
+
+impl Mac {
+    /// A locally administered one of a single card.
+    pub(super) fn random() -> io::Result<Self> {
+        let mut bytes = [0; 6];
+        rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+        bytes[0] = bytes[0] & 0xFC | 0x02;
+        Ok(Mac(bytes))
+    }
+}
+
+impl FromStr for Mac {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || format!("'{text}' is no address of a network card like 02:00:00:00:00:01");
+        let parts: Vec<&str> = text.split(':').collect();
+        let mut bytes = [0; 6];
+        if parts.len() != bytes.len() {
+            return Err(bad());
+        }
+        for (byte, part) in bytes.iter_mut().zip(parts) {
+            if part.len() != 2 || !part.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return Err(bad());
+            }
+            *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
+        }
+        if bytes[0] & 1 != 0 || bytes == [0; 6] { Err(bad()) } else { Ok(Mac(bytes)) }
+    }
+}
+
+impl std::fmt::Display for Mac {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl Serialize for Mac {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Mac {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// Why a network card cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Neither or both.
+    #[error("a network card needs either tap=NAME or user")]
+    Kind,
+    /// A key that has no meaning here.
+    #[error("'{0}' is for {1} only")]
+    Key(&'static str, &'static str),
+    /// No interface can be called so.
+    #[error("tap name '{0}' is not 1 to 15 characters without '/', '%', ':' and spaces")]
+    Name(String),
+    /// Out of range.
+    #[error("mtu {0} is not {MIN_MTU} to 65535")]
+    Mtu(u16),
+    /// Out of range.
+    #[error("queues {0} is not 1 to {MAX_PAIRS}")]
+    Queues(u16),
+    /// A limit that means nothing.
+    #[error("{0}")]
+    Limit(&'static str),
+    /// The tap.
+    #[error(transparent)]
+    Tap(#[from] tap::Error),
+    /// vhost-net.
+    #[error(transparent)]
+    Vhost(#[from] vhost::Error),
+    /// passt.
+    #[error(transparent)]
+    Passt(#[from] passt::Error),
+    /// A host resource is exhausted.
+    #[error("cannot set up a network card")]
+    Host(#[from] io::Error),
+}
+
+impl NetConfig {
+    /// Checks what needs nothing to be opened.
+    pub fn validate(&self) -> Result<(), Error> {
+        if self.tap.is_some() == self.user {
+            return Err(Error::Kind);
+        }
+        if let Some(name) = &self.tap {
+            let bad = |c: char| matches!(c, '/' | '%' | ':') || c.is_whitespace() || c.is_control();
+            if name.is_empty() || name.len() > 15 || name.contains(bad) || name == "." || name == ".." {
+                return Err(Error::Name(name.clone()));
+            }
+        }
+        match self {
+            NetConfig { tap: Some(_), hostfwd, .. } if !hostfwd.is_empty() => Err(Error::Key("hostfwd", "user")),
+            NetConfig { user: true, queues, .. } if *queues != 1 => Err(Error::Key("queues", "tap")),
+            NetConfig { user: true, offload: false, .. } => Err(Error::Key("offload", "tap")),
+            NetConfig { user: true, vhost: true, .. } => Err(Error::Key("vhost", "tap")),
+            NetConfig { queues, .. } if !(1..=MAX_PAIRS).contains(queues) => Err(Error::Queues(*queues)),
+            NetConfig { mtu: Some(mtu), .. } if *mtu < MIN_MTU => Err(Error::Mtu(*mtu)),
+            _ => self.validate_limits().map_err(Error::Limit),
+        }
+    }
+
+    fn validate_limits(&self) -> Result<(), &'static str> {
+        let (rx, tx) = (self.rx_limits(), self.tx_limits());
+        let needs = [
+            (self.rx_bandwidth_burst.is_some() && rx.bytes.is_none(), "rx_bandwidth_burst needs rx_bandwidth"),
+            (self.rx_ops_burst.is_some() && rx.ops.is_none(), "rx_ops_burst needs rx_ops"),
+            (self.tx_bandwidth_burst.is_some() && tx.bytes.is_none(), "tx_bandwidth_burst needs tx_bandwidth"),
+            (self.tx_ops_burst.is_some() && tx.ops.is_none(), "tx_ops_burst needs tx_ops"),
+            (rx.is_zero() || tx.is_zero(), "a limit or burst of 0 would let nothing through"),
+            (
+                self.vhost && (rx.any() || tx.any()),
+                "vhost=on has no rate limits: the kernel moves the packets (tc can limit the tap)",
+            ),
+        ];
+        needs.iter().find(|(wrong, _)| *wrong).map_or(Ok(()), |(_, why)| Err(why))
+    }
+
+    /// What may come to the guest.
+    pub(super) fn rx_limits(&self) -> Limits {
+        Limits {
+            bytes: self.rx_bandwidth.map(|rate| (rate.0, self.rx_bandwidth_burst.map(|burst| burst.0))),
+            ops: self.rx_ops.map(|rate| (rate, self.rx_ops_burst)),
+        }
+    }
+
+    /// What may come from the guest.
+    pub(super) fn tx_limits(&self) -> Limits {
+        Limits {
+            bytes: self.tx_bandwidth.map(|rate| (rate.0, self.tx_bandwidth_burst.map(|burst| burst.0))),
+            ops: self.tx_ops.map(|rate| (rate, self.tx_ops_burst)),
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! Devices that an external daemon serves, over vhost-user: file systems, disks and network cards.
+//!
+//! The daemon gets guest memory and the rings; what stays here is what the driver reads and writes in registers: features,
+//! configuration space, and a card's control queue (`net`). The daemon is not trusted: what it offers is cut down to
+//! what the kind of device has, and when it is gone, or not understood any more, the device needs a reset. A reset
+//! connects to whoever listens at the socket then.
+
+mod connection;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use log::warn;
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_blk::*;
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF};
+
+use super::net::{self, Mac, Net};
+use super::vhost::{Served, Server};
+use super::{Activated, Activation, DeviceId, DeviceInfo, RING_FEATURES, VirtioDevice};
+use crate::backend::{unix, vhost_user};
+use crate::options;
+
+pub(super) use connection::Connection;
+
+/// Most queues (of requests; pairs of a network card) of one device.
+const MAX_QUEUES: u16 = 16;
+/// Entries of each; what daemons commonly bound it by is 1024.
+const QUEUE_SIZE: u16 = 256;
+/// Longest tag of a file system (5.11.4).
+const MAX_TAG: usize = 36;
+/// Bytes of `struct virtio_fs_config`: the tag and the number of queues for requests.
+const FS_CONFIG: usize = MAX_TAG + 4;
+/// Bytes of `struct virtio_blk_config` (5.2.4) up to the end of what write-zeroes needs.
+const BLK_CONFIG: usize = 60;
+/// Where `writeback` is in it, the one field that a driver writes.
+const BLK_WRITEBACK: u64 = 32;
+/// Where `num_queues` is in it.
+const BLK_QUEUES: usize = 34;
+
+/// What a disk may have (5.2.3).
+const BLK_FEATURES: u64 = 1 << VIRTIO_BLK_F_SIZE_MAX
+    | 1 << VIRTIO_BLK_F_SEG_MAX
+    | 1 << VIRTIO_BLK_F_GEOMETRY
+    | 1 << VIRTIO_BLK_F_RO
+    | 1 << VIRTIO_BLK_F_BLK_SIZE
+    | 1 << VIRTIO_BLK_F_FLUSH
+    | 1 << VIRTIO_BLK_F_TOPOLOGY
+    | 1 << VIRTIO_BLK_F_CONFIG_WCE
+    | 1 << VIRTIO_BLK_F_MQ
+    | 1 << VIRTIO_BLK_F_DISCARD
+    | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+/// Bits that belong to the kind of device (2.2).
+const DEVICE_FEATURES: u64 = (1 << 24) - 1;
+/// What no disk has, and network cards do.
+const NO_BLK_FEATURES: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_MQ;
+/// What no network card has, and disks do.
+const NO_NET_FEATURES: u64 = 1 << VIRTIO_BLK_F_GEOMETRY | 1 << VIRTIO_BLK_F_BLK_SIZE;
+
+/// `--vhost-user`: a device that a daemon serves. The guest's memory is shared with it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VhostUserConfig {
+    /// The unix socket that the daemon listens at.
+    pub socket: PathBuf,
+    /// What kind of device it serves.
+    #[serde(rename = "type")]
+    pub kind: Kind,
+    /// Queues for requests, pairs of queues of a network card: 1 to 16.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub queues: u16,
+    /// For `fs`: by which name the guest mounts it, 1 to 36 bytes; some daemons know one themselves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<String>,
+    /// For `net`: the card's address; random without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<Mac>,
+    /// For `net`: the MTU that the guest is told, 68 to 65535; its own choice without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+}
+
+fn one() -> u16 {
+    1
+}
+
+fn is_one(n: &u16) -> bool {
+    *n == 1
+}
+
+/// Kinds of devices that daemons serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A shared folder (virtiofsd).
+    Fs,
+    /// A disk (qemu-storage-daemon, SPDK).
+    Blk,
+    /// A network card (passt, DPDK).
+    Net,
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Kind::Fs => "fs",
+            Kind::Blk => "blk",
+            Kind::Net => "net",
+        })
+    }
+}
+
+impl FromStr for VhostUserConfig {
+    type Err = options::Error;
+
+    fn from_str(text: &str) -> Result<Self, options::Error> {
+        options::from_str(text, None)
+    }
+}
+
+/// Why such a device cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Out of range.
+    #[error("queues {0} is not 1 to {MAX_QUEUES}")]
+    Queues(u16),
+    /// A path that no unix socket can have.
+    #[error("the path {0} is too long for a socket: it may have {max} bytes", max = unix::MAX_PATH)]
+    Path(PathBuf),
+    /// A key that has no meaning here.
+    #[error("'{0}' is for type={1} only")]
+    Key(&'static str, Kind),
+    /// Not a tag.
+    #[error("tag '{0}' is not 1 to {MAX_TAG} bytes")]
+    Tag(String),
+    /// Out of range.
+    #[error("mtu {0} is not 68 to 65535")]
+    Mtu(u16),
+    /// The daemon.
+    #[error(transparent)]
+    Daemon(#[from] vhost_user::Error),
+    /// It is one for something else.
+    #[error("the vhost-user daemon at {path} is none for type={kind}: {why}")]
+    Kind {
+        /// The socket.
+        path: PathBuf,
+        /// What it should have been.
+        kind: Kind,
+        /// What shows that it is not.
+        why: String,
+    },
+    /// A network card.
+    #[error(transparent)]
+    Net(#[from] net::Error),
+}
+
+impl VhostUserConfig {
+    /// Checks what needs nothing to be opened.
+    pub fn validate(&self) -> Result<(), Error> {
+        if self.socket.as_os_str().len() > unix::MAX_PATH {
+            return Err(Error::Path(self.socket.clone()));
+        }
+        match self {
+            VhostUserConfig { queues, .. } if !(1..=MAX_QUEUES).contains(queues) => Err(Error::Queues(*queues)),
+            VhostUserConfig { kind: Kind::Blk | Kind::Net, tag: Some(_), .. } => Err(Error::Key("tag", Kind::Fs)),
+            VhostUserConfig { kind: Kind::Blk | Kind::Fs, mac: Some(_), .. } => Err(Error::Key("mac", Kind::Net)),
+            VhostUserConfig { kind: Kind::Blk | Kind::Fs, mtu: Some(_), .. } => Err(Error::Key("mtu", Kind::Net)),
+            VhostUserConfig { mtu: Some(mtu), .. } if *mtu < net::MIN_MTU => Err(Error::Mtu(*mtu)),
+            VhostUserConfig { tag: Some(tag), .. } if tag.is_empty() || tag.len() > MAX_TAG => {
+                Err(Error::Tag(tag.clone()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn no_such(&self, why: impl Into<String>) -> Error {
+        Error::Kind { path: self.socket.clone(), kind: self.kind, why: why.into() }
+    }
+}
+
+/// Connects to the daemon and makes the device that it serves. `name` is for threads and warnings.
+pub fn open(name: impl Into<String>, config: &VhostUserConfig) -> Result<Box<dyn VirtioDevice>, Error> {
+    config.validate()?;
+    let connection = Connection::open(&config.socket)?;
+    let features = connection.features();
+    let rings = match config.kind {
+        Kind::Blk => config.queues,
+        Kind::Fs => config.queues + 1,
+        Kind::Net => 2 * config.queues,
+    };
+    if let Some(max) = connection.max_queues().filter(|max| rings > *max) {
+        return Err(config.no_such(format!("it serves {max} queues, of {rings} that are needed")));
+    }
+    let foreign = match config.kind {
+        Kind::Fs => DEVICE_FEATURES & !1,
+        Kind::Blk => NO_BLK_FEATURES,
+        Kind::Net => NO_NET_FEATURES,
+    };
+    if features & foreign != 0 {
+        return Err(config.no_such(format!("it offers features ({:#x}) that no such device has", features & foreign)));
+    }
+    Ok(match config.kind {
+        Kind::Fs => Box::new(VhostUser::fs(name.into(), config, connection)?),
+        Kind::Blk => Box::new(VhostUser::blk(name.into(), config, connection)?),
+        Kind::Net => Box::new(Net::by_daemon(name.into(), connection, config.queues, config.mac, config.mtu)?),
+    })
+}
+
+/// A file system or a disk.
+struct VhostUser {
+    info: DeviceInfo,
+    connection: Arc<Connection>,
+    /// What configuration space has of its own, from an offset on.
+    own: (usize, Vec<u8>),
+}
+
+impl VhostUser {
+    fn fs(name: String, config: &VhostUserConfig, connection: Connection) -> Result<Self, Error> {
+        let queues = u32::from(config.queues).to_le_bytes().to_vec();
+        let own = match &config.tag {
+            Some(tag) => {
+                let mut own = tag.clone().into_bytes();
+                own.resize(MAX_TAG, 0);
+                (0, [own, queues].concat())
+            }
+            None => {
+                let no_tag = |e: io::Error| config.no_such(format!("it knows no tag (tag=NAME gives it one): {e}"));
+                connection.read_config(FS_CONFIG).map_err(no_tag)?;
+                (MAX_TAG, queues)
+            }
+        };
+        let queue_sizes = vec![QUEUE_SIZE; usize::from(config.queues) + 1];
+        Ok(Self::new(DeviceId::Fs, name, 0, queue_sizes, connection, own))
+    }
+
+    fn blk(name: String, config: &VhostUserConfig, connection: Connection) -> Result<Self, Error> {
+        connection
+            .read_config(BLK_CONFIG)
+            .map_err(|e| config.no_such(format!("it does not say how large the disk is: {e}")))?;
+        let mut features = connection.features() & BLK_FEATURES;
+        if config.queues == 1 {
+            features &= !(1 << VIRTIO_BLK_F_MQ);
+        } else if features & 1 << VIRTIO_BLK_F_MQ == 0 {
+            return Err(config.no_such("it does not serve several queues"));
+        }
+        let own = (BLK_QUEUES, config.queues.to_le_bytes().to_vec());
+        let queue_sizes = vec![QUEUE_SIZE; usize::from(config.queues)];
+        Ok(Self::new(DeviceId::Block, name, features, queue_sizes, connection, own))
+    }
+
+    fn new(
+        id: DeviceId,
+        name: String,
+        features: u64,
+        queue_sizes: Vec<u16>,
+        connection: Connection,
+        own: (usize, Vec<u8>),
+    ) -> Self {
+        let features = features | connection.features() & RING_FEATURES;
+        let info = DeviceInfo { id, name, features, queue_sizes, shared_memory: vec![] };
+        VhostUser { info, connection: Arc::new(connection), own }
+    }
+}
+
+impl VirtioDevice for VhostUser {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let (at, own) = &self.own;
+        let mut config = self.connection.config();
+        config.resize(config.len().max(at + own.len()), 0);
+        config.iter_mut().skip(*at).zip(own).for_each(|(to, from)| *to = *from);
+        super::read_config_bytes(&config, offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let has_writeback = self.info.id == DeviceId::Block && self.info.features & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0;
+        if !(has_writeback && offset == BLK_WRITEBACK && matches!(data, [0 | 1])) {
+            return;
+        }
+        if let Err(e) = self.connection.write_config(BLK_WRITEBACK as usize, data) {
+            warn!("{}: its cache mode cannot be changed: {e}", self.info.name);
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
+        let Activation { ram, features, queues, kicks, interrupt } = activation;
+        let remote = Served::start(self.connection.clone(), features, &ram, &queues, &kicks, &interrupt)?;
+        Ok(Activated::Elsewhere(Box::new(remote), self.connection.clone().watch().into_iter().collect()))
+    }
+}

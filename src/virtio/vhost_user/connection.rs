@@ -1,0 +1,181 @@
+//! The connection to a daemon, as a device has it: outlives stops, and is made anew when the daemon was.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use log::{debug, info, warn};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+
+use crate::backend::vhost::Ring;
+use crate::backend::vhost_user::{Error, Frontend};
+use crate::event::Interest;
+use crate::memory::GuestRam;
+use crate::virtio::queue::Queue;
+use crate::virtio::vhost::Server;
+use crate::virtio::{Context, Event, Fault, Handler, Progress, Share};
+
+const SOCKET: u64 = 0;
+const CHANNEL: u64 = 1;
+
+/// A daemon, which may come and go.
+pub(in crate::virtio) struct Connection {
+    path: PathBuf,
+    /// What the first one offered; drivers were told of it.
+    features: u64,
+    max_queues: Option<u16>,
+    frontend: Mutex<Frontend>,
+    /// What is known of its configuration space.
+    config: Mutex<Vec<u8>>,
+}
+
+impl Connection {
+    /// Connects to the daemon at `path`.
+    pub(super) fn open(path: &Path) -> Result<Self, Error> {
+        let frontend = Frontend::connect(path)?;
+        if frontend.features() & 1 << VIRTIO_F_VERSION_1 == 0 {
+            let source = io::Error::new(io::ErrorKind::Unsupported, "it does not know virtio 1.0");
+            return Err(Error::Handshake { path: path.into(), source });
+        }
+        let (features, max_queues) = (frontend.features(), frontend.max_queues());
+        let (frontend, config) = (Mutex::new(frontend), Mutex::default());
+        Ok(Connection { path: path.into(), features, max_queues, frontend, config })
+    }
+
+    /// Features of rings and device that it offers.
+    pub(in crate::virtio) fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// How many rings it serves, if it says so.
+    pub(super) fn max_queues(&self) -> Option<u16> {
+        self.max_queues
+    }
+
+    fn frontend(&self) -> MutexGuard<'_, Frontend> {
+        self.frontend.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known_config(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks for the first `len` bytes of configuration space, which are known from then on.
+    pub(super) fn read_config(&self, len: usize) -> io::Result<()> {
+        let mut frontend = self.frontend();
+        if !frontend.has_config() {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "it has no configuration space"));
+        }
+        let config = frontend.config(len)?;
+        *self.known_config() = config;
+        Ok(())
+    }
+
+    /// What is known of configuration space.
+    pub(super) fn config(&self) -> Vec<u8> {
+        self.known_config().clone()
+    }
+
+    /// Writes what is known of configuration space.
+    pub(super) fn write_config(&self, offset: usize, data: &[u8]) -> io::Result<()> {
+        self.frontend().set_config(u32::try_from(offset).map_err(io::Error::other)?, data)?;
+        self.known_config().iter_mut().skip(offset).zip(data).for_each(|(to, from)| *to = *from);
+        Ok(())
+    }
+
+    /// Reads again what is known.
+    fn refresh(&self, frontend: &mut Frontend) -> io::Result<()> {
+        let len = self.known_config().len();
+        if len > 0 {
+            let config = frontend.config(len)?;
+            *self.known_config() = config;
+        }
+        Ok(())
+    }
+
+    /// Hands over rings, which then wait for [`Connection::enable`]. A connection that has ended is made anew.
+    pub(in crate::virtio) fn hand_over(&self, features: u64, ram: &GuestRam, rings: &[Ring<'_>]) -> io::Result<()> {
+        let memory = ram.shared_regions().ok_or_else(|| io::Error::other("guest memory is not shared"))?;
+        let mut frontend = self.frontend();
+        if frontend.look().is_err() {
+            *frontend = self.connect_again(features)?;
+            self.refresh(&mut frontend)?;
+        }
+        frontend.start(features, &memory, rings)
+    }
+
+    fn connect_again(&self, features: u64) -> io::Result<Frontend> {
+        let frontend = Frontend::connect(&self.path).map_err(|e| {
+            let cause = std::error::Error::source(&e).map_or(String::new(), |cause| format!(": {cause}"));
+            io::Error::other(format!("{e}{cause}"))
+        })?;
+        if features & self.features & !frontend.features() != 0 {
+            return Err(io::Error::other(format!("the new daemon at {} can do less", self.path.display())));
+        }
+        info!("connected to the new vhost-user daemon at {}", self.path.display());
+        Ok(frontend)
+    }
+
+    /// Lets rings that were handed over pass requests, or not.
+    pub(in crate::virtio) fn enable(&self, rings: impl IntoIterator<Item = (u16, bool)>) -> io::Result<()> {
+        let mut frontend = self.frontend();
+        rings.into_iter().try_for_each(|(ring, on)| frontend.enable(ring, on))
+    }
+
+    /// Takes rings back.
+    pub(in crate::virtio) fn take_back(&self, rings: &[u16]) -> io::Result<Vec<u16>> {
+        let mut frontend = self.frontend();
+        rings.iter().map(|ring| frontend.stop(*ring)).collect()
+    }
+
+    /// A share without queues that sees the daemon go.
+    pub(in crate::virtio) fn watcher(self: Arc<Self>) -> Share {
+        Share { queues: vec![], handler: Box::new(Watcher(self)) }
+    }
+}
+
+impl Server for Connection {
+    fn start(&self, features: u64, ram: &GuestRam, rings: &[Ring<'_>]) -> io::Result<()> {
+        self.hand_over(features, ram, rings)?;
+        self.enable(rings.iter().map(|ring| (ring.index, true)))
+    }
+
+    fn stop(&self, rings: &[u16]) -> io::Result<Vec<u16>> {
+        self.take_back(rings)
+    }
+
+    fn watch(self: Arc<Self>) -> Option<Share> {
+        Some(self.watcher())
+    }
+}
+
+/// Waits for the daemon to go, or to say that something has changed.
+struct Watcher(Arc<Connection>);
+
+impl Handler for Watcher {
+    fn event(&mut self, event: Event, _queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
+        let mut frontend = self.0.frontend();
+        match event {
+            Event::Start => {
+                let fds: [(u64, Option<RawFd>); 2] = [(SOCKET, Some(frontend.fd())), (CHANNEL, frontend.channel_fd())];
+                for (token, fd) in fds {
+                    fd.map_or(Ok(()), |fd| cx.watch(fd, token, Interest::Read))?;
+                }
+            }
+            Event::Ready(SOCKET) => frontend.look()?,
+            Event::Ready(CHANNEL) => match frontend.config_changed() {
+                Ok(false) => {}
+                Ok(true) => {
+                    match self.0.refresh(&mut frontend) {
+                        Ok(()) => cx.interrupt.config_changed(),
+                        Err(e) => warn!("{e}"),
+                    };
+                }
+                Err(e) => debug!("the daemon at {} will tell of no changes: {e}", self.0.path.display()),
+            },
+            _ => {}
+        }
+        Ok(Progress::Done)
+    }
+}

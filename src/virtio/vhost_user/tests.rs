@@ -1,0 +1,226 @@
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_STATUS};
+
+use super::*;
+use crate::backend::vhost_user::testing::{Answer, FakeDaemon, good};
+use crate::irq::IrqLine;
+use crate::memory::{GuestRam, MemoryConfig};
+use crate::options::Size;
+use crate::virtio::mmio::MmioTransport;
+use crate::virtio::testing::{FakeDriver, VERSION_1};
+
+const NEEDS_RESET: u32 = 64;
+const BLK: u64 = VERSION_1 | RING_FEATURES | BLK_FEATURES;
+
+fn config(daemon: &FakeDaemon, rest: &str) -> VhostUserConfig {
+    format!("socket={},{rest}", daemon.path.display()).parse().unwrap()
+}
+
+fn why(daemon: &FakeDaemon, rest: &str) -> String {
+    open("vu0", &config(daemon, rest)).err().unwrap().to_string()
+}
+
+fn ram() -> GuestRam {
+    GuestRam::new(&MemoryConfig { size: Size(1 << 20), shared: true, ..MemoryConfig::default() }).unwrap()
+}
+
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn configuration() {
+    let check = |text: &str| text.parse::<VhostUserConfig>().unwrap().validate().map_err(|e| e.to_string());
+    for good in
+        ["socket=s,type=blk,queues=16", "socket=s,type=fs,tag=x", "socket=s,type=net,mac=02:00:00:00:00:01,mtu=68"]
+    {
+        assert_eq!(check(good), Ok(()), "{good}");
+    }
+    for (bad, why) in [
+        ("socket=s,type=blk,queues=0", "queues 0 is not 1 to 16"),
+        ("socket=s,type=net,queues=17", "queues 17"),
+        ("socket=s,type=blk,tag=x", "'tag' is for type=fs only"),
+        ("socket=s,type=fs,mac=02:00:00:00:00:01", "'mac' is for type=net only"),
+        ("socket=s,type=blk,mtu=1400", "'mtu' is for type=net only"),
+        ("socket=s,type=net,mtu=67", "mtu 67 is not 68 to 65535"),
+        ("socket=s,type=fs,tag=", "tag '' is not 1 to 36 bytes"),
+        ("socket=s,type=fs,tag=0123456789012345678901234567890123456", "is not 1 to 36 bytes"),
+    ] {
+        assert!(check(bad).unwrap_err().contains(why), "{bad}");
+    }
+    assert!(check(&format!("socket={},type=fs", "x".repeat(108))).unwrap_err().contains("too long for a socket"));
+    for (bad, why) in [
+        ("socket=s", "'type=' is missing"),
+        ("type=fs", "'socket=' is missing"),
+        ("socket=s,type=gpu", "unknown value 'gpu'; valid values are fs, blk, net"),
+        ("socket=s,type=fs,x=1", "valid keys are socket, type, queues, tag, mac, mtu"),
+    ] {
+        let error = bad.parse::<VhostUserConfig>().unwrap_err().to_string();
+        assert!(error.contains(why), "{bad}: {error}");
+    }
+}
+
+#[test]
+fn daemons_of_another_kind() {
+    let fs = FakeDaemon::good(VERSION_1 | RING_FEATURES);
+    let blk = FakeDaemon::good(BLK);
+    let net = FakeDaemon::good(VERSION_1 | RING_FEATURES | 1 << VIRTIO_NET_F_MRG_RXBUF | 1 << 1);
+    for (daemon, rest) in [(&blk, "type=fs,tag=x"), (&net, "type=fs,tag=x"), (&net, "type=blk"), (&blk, "type=net")] {
+        let why = why(daemon, rest);
+        assert!(why.contains(" is none for type=") && why.contains("that no such device has"), "{rest}: {why}");
+    }
+    assert!(why(&blk, "type=blk,queues=6").contains("it serves 5 queues, of 6 that are needed"));
+    assert!(why(&fs, "type=fs,tag=x,queues=5").contains("it serves 5 queues, of 6 that are needed"));
+    assert!(why(&fs, "type=blk,queues=2").contains("does not serve several queues"));
+    let old = FakeDaemon::good(RING_FEATURES);
+    assert!(why(&old, "type=blk").contains("does not answer as one"));
+    let no_config = FakeDaemon::start(|request, payload| match request {
+        24 => Answer::Good(vec![0; 12]),
+        _ => Answer::Good(good(VERSION_1, request, payload)),
+    });
+    assert!(why(&no_config, "type=blk").contains("it does not say how large the disk is"));
+    let no_config = FakeDaemon::start(|request, payload| match request {
+        24 => Answer::Good(vec![0; 12]),
+        _ => Answer::Good(good(VERSION_1, request, payload)),
+    });
+    assert!(why(&no_config, "type=fs").contains("it knows no tag (tag=NAME gives it one)"));
+}
+
+#[test]
+fn configuration_space() {
+    let daemon = FakeDaemon::good(BLK | 1 << 28 | 1 << 33 | 1 << 34 | 1 << 26);
+    let mut blk = open("vu0", &config(&daemon, "type=blk,queues=3")).unwrap();
+    assert_eq!(blk.info().features, RING_FEATURES | BLK_FEATURES, "nothing that we know nothing of");
+    assert_eq!(blk.info().queue_sizes, [256; 3]);
+    let mut space = [0xEE; 64];
+    blk.read_config(0, &mut space);
+    let mut wanted: Vec<u8> = (0..60).chain([0xEE; 4]).collect();
+    wanted[34..36].copy_from_slice(&[3, 0]);
+    assert_eq!(space.to_vec(), wanted);
+    blk.read_config(u64::MAX, &mut space);
+    let _ = daemon.seen();
+    // Only the cache mode is written.
+    for (offset, data) in [(0, &[0u8; 8][..]), (32, &[2]), (32, &[0, 0]), (33, &[1]), (u64::MAX, &[1])] {
+        blk.write_config(offset, data);
+    }
+    assert!(daemon.seen().is_empty());
+    blk.write_config(32, &[1]);
+    assert_eq!(daemon.seen(), [25]);
+    let mut mode = [0];
+    blk.read_config(32, &mut mode);
+    assert_eq!(mode, [1]);
+
+    let daemon = FakeDaemon::good(VERSION_1 | RING_FEATURES);
+    let fs = open("vu1", &config(&daemon, "type=fs,tag=work,queues=2")).unwrap();
+    let mut space = [0xEE; 41];
+    fs.read_config(0, &mut space);
+    assert_eq!(space.to_vec(), [&b"work"[..], &[0; 32], &[2, 0, 0, 0, 0xEE]].concat());
+    assert_eq!(fs.info().queue_sizes, [256; 3]);
+    drop(fs);
+    let fs = open("vu2", &config(&daemon, "type=fs")).unwrap();
+    fs.read_config(0, &mut space);
+    assert_eq!((space[35], space[36]), (35, 1), "its own tag");
+
+    let features = VERSION_1 | RING_FEATURES | 1 << VIRTIO_NET_F_MRG_RXBUF | 1;
+    let daemon = FakeDaemon::good(features);
+    let net = open("vu3", &config(&daemon, "type=net,queues=2,mac=02:00:00:00:00:07,mtu=1400")).unwrap();
+    assert_eq!(net.info().queue_sizes, [256, 256, 256, 256, 64]);
+    assert_eq!(net.info().features & 0xFFFF, 1 | 1 << 3 | 1 << 5 | 1 << 15, "CSUM, MTU, MAC, MRG_RXBUF");
+}
+
+/// A transport with a disk of a daemon's that ends when told, and may be another one then.
+struct Setup {
+    ram: GuestRam,
+    daemon: FakeDaemon,
+    ends: Arc<AtomicBool>,
+    features: Arc<AtomicU64>,
+    transport: MmioTransport,
+}
+
+fn setup() -> Setup {
+    let (ends, features) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(BLK)));
+    let (told, offered) = (ends.clone(), features.clone());
+    let daemon = FakeDaemon::start(move |request, payload| match told.swap(false, Ordering::SeqCst) {
+        true => Answer::End,
+        false => Answer::Good(good(offered.load(Ordering::SeqCst), request, payload)),
+    });
+    let ram = ram();
+    let blk = open("vu0", &config(&daemon, "type=blk")).unwrap();
+    let transport = MmioTransport::new(blk, ram.clone(), IrqLine::new(5).unwrap()).unwrap();
+    Setup { ram, daemon, ends, features, transport }
+}
+
+#[test]
+fn a_daemon_serves_through_stops_and_resets() {
+    let s = setup();
+    let _ = s.daemon.seen();
+    let mut driver = FakeDriver::new(&s.transport, &s.ram);
+    driver.start(RING_FEATURES, 0x1000, 8);
+    assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15);
+    assert_eq!(driver.get(VIRTIO_MMIO_INTERRUPT_STATUS), 1);
+    assert_eq!(s.daemon.seen(), [2, 5, 8, 10, 9, 13, 12, 18]);
+    s.transport.pause().unwrap();
+    assert_eq!(s.daemon.seen(), [11]);
+    let queue = s.transport.save().unwrap().queues[0];
+    assert_eq!((queue.next_avail, queue.next_used), (7, 0));
+    s.transport.resume();
+    let told: Vec<_> = s.daemon.requests.try_iter().collect();
+    assert!(told.contains(&(10, [0, 0, 0, 0, 7, 0, 0, 0].to_vec())), "it goes on where it was");
+    driver.set(VIRTIO_MMIO_STATUS, 0);
+    assert_eq!((driver.get(VIRTIO_MMIO_STATUS), s.daemon.seen()), (0, vec![11]));
+    driver.start(RING_FEATURES, 0x1000, 8);
+    assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15);
+}
+
+#[test]
+fn a_daemon_that_is_gone_needs_a_reset_and_the_next_one_serves() {
+    let s = setup();
+    let mut driver = FakeDriver::new(&s.transport, &s.ram);
+    driver.start(RING_FEATURES, 0x1000, 8);
+    s.ends.store(true, Ordering::SeqCst);
+    // It ends at the next request.
+    s.transport.pause().unwrap();
+    assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15 | NEEDS_RESET);
+    s.transport.resume();
+    assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15 | NEEDS_RESET);
+    let _ = s.daemon.seen();
+    driver.set(VIRTIO_MMIO_STATUS, 0);
+    driver.start(RING_FEATURES, 0x1000, 8);
+    assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15);
+    assert_eq!(s.daemon.seen(), [1, 15, 16, 17, 3, 24, 2, 5, 8, 10, 9, 13, 12, 18]);
+    // One that can do less is no replacement.
+    s.ends.store(true, Ordering::SeqCst);
+    s.transport.pause().unwrap();
+    s.transport.resume();
+    driver.set(VIRTIO_MMIO_STATUS, 0);
+    s.features.store(VERSION_1, Ordering::SeqCst);
+    driver.start(RING_FEATURES, 0x1000, 8);
+    assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15 | NEEDS_RESET);
+}
+
+#[test]
+fn the_end_of_a_daemon_is_seen_at_once() {
+    let s = setup();
+    let mut driver = FakeDriver::new(&s.transport, &s.ram);
+    driver.start(RING_FEATURES, 0x1000, 8);
+    s.ends.store(true, Ordering::SeqCst);
+    crate::bus::BusDevice::write(&s.transport, 0x100 + 32, &[1]);
+    until("the driver is told", || driver.get(VIRTIO_MMIO_STATUS) & NEEDS_RESET != 0);
+}
+
+#[test]
+fn memory_must_be_shared() {
+    let daemon = FakeDaemon::good(BLK);
+    let blk = open("vu0", &config(&daemon, "type=blk")).unwrap();
+    let ram = GuestRam::anonymous(1 << 20);
+    let transport = MmioTransport::new(blk, ram.clone(), IrqLine::new(5).unwrap()).unwrap();
+    let mut driver = FakeDriver::new(&transport, &ram);
+    driver.start(RING_FEATURES, 0x1000, 8);
+    assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15 | NEEDS_RESET);
+}

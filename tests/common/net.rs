@@ -1,0 +1,52 @@
+//! Both halves of a network test: the shell that they share.
+
+/// What both sides serve and check. `$1` is how many MiB.
+pub const HOST: &str = r#"
+set -e
+trap '' PIPE # of a connection that comes to nothing
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf /tmp/www' EXIT
+rm -rf /tmp/www
+mkdir -p /tmp/www
+head -c ${MIB}M /dev/urandom >/tmp/www/data
+echo "sum: $(md5sum </tmp/www/data)"
+busybox httpd -f -vv -p 8000 -h /tmp/www 2>/tmp/www/log &
+"#;
+
+/// Fetches what the guest serves at `$1`, port `$2`, and tells it that this is done. (A static busybox's wget and the
+/// host's name service do not go together.)
+pub const FETCH: &str = r#"
+get() {
+    exec 3<>/dev/tcp/$1/$2 || return 1
+    printf 'GET /data HTTP/1.0\r\n\r\n' >&3
+    read -r -t 5 _ answer _ <&3 || return 1
+    while read -r line <&3 && [ "$line" != $'\r' ]; do :; done
+    cat <&3 >/tmp/www/back
+    [ "$answer" = 200 ]
+}
+fetch() {
+    # Whom nobody answers, some versions of passt remember for ever.
+    until grep -q listening /tmp/www/log; do sleep 0.2; done
+    until get $1 $2 2>/dev/null; do sleep 0.2; done
+    echo "fetched: $(md5sum </tmp/www/back)"
+    echo >/tmp/www/finished
+}
+"#;
+
+pub const GUEST: &str = r#"
+set -e
+modprobe virtio_net
+modprobe af_packet || true # some kernels have it built in
+ifconfig lo up
+mkdir /www
+# While the host, at $1, fetches.
+serve() {
+    httpd -p 80 -h /www
+    wget -q -O /dev/null http://$1:8000/listening 2>/dev/null || true
+    until wget -q -O /dev/null http://$1:8000/finished 2>/dev/null; do sleep 0.2; done
+}
+"#;
+
+/// What the host does, around vireo in `"$@"`: serve, fetch, and what `setup` has.
+pub fn host_half(setup: &str) -> String {
+    format!("{HOST}{FETCH}{setup}")
+}
