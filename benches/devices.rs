@@ -126,7 +126,7 @@ for monitor in qemu vireo; do
     for vhost in off on; do
         case $monitor in
             qemu) set -- -netdev tap,id=n,ifname=bench0,script=no,downscript=no,vhost=$vhost -device virtio-net-device,netdev=n ;;
-            vireo) set -- --net tap=bench0 ;;
+            vireo) set -- --net tap=bench0,vhost=$vhost ;;
         esac
         begin $monitor 256 "$@"
         ask up ifconfig eth0 10.9.0.2 netmask 255.255.255.0 up

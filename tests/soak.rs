@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Run, example, image, on_host, tool, vireo};
+use common::{Live, Run, example, image, on_host, resident, tool, until, vireo};
 
 /// Prints a line for each boot, so that somebody who waits sees it getting on.
 const BOOTS: &str = r#"
@@ -288,4 +288,47 @@ setpriv --reuid 65534 --regid 65534 --clear-groups -- \"$@\"";
             ["commits", "changes", "files", "the same", "first", "answer", "second"].map(|name| ended.fact(name));
         assert_eq!(facts, ["2", "0", "51", "yes", "3", "42", "0"], "{ended}");
     }
+}
+
+/// A GiB is added, used and removed five times, and each time the host has its memory again.
+#[test]
+fn a_gibibyte_comes_and_goes() {
+    let script = "
+total() { sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo; }
+base=$(total)
+has() { for n in $(seq 900); do [ $(total) = $((base + $1 * 1024)) ] && return; sleep 0.1; done; echo stuck at $(total); }
+modprobe virtio_mem
+for round in 1 2 3 4 5; do
+    has 1024
+    mount -t tmpfs -o size=1g none /mnt
+    dd if=/dev/zero of=/mnt/file bs=1M count=800 2>/dev/null
+    echo \"full $round.\"
+    umount /mnt
+    echo 3 >/proc/sys/vm/drop_caches
+    has 0
+    echo \"empty $round.\"
+done
+has 128";
+    let kept = common::scratch();
+    let console = kept.path().join("console").display().to_string();
+    let run = Run::new("bzImage-cloud", script)
+        .cmdline("console=ttyS0 quiet memhp_default_state=online_movable")
+        .args(&["--memory", "256M", "--virtio-mem", "2G", "--serial", &format!("file:{console}")]);
+    let mut live = Live::start(run);
+    let said = || String::from_utf8_lossy(&std::fs::read(&console).unwrap_or_default()).into_owned();
+    let mut left = Vec::new();
+    for round in 1..=5 {
+        assert_eq!(live.ask("memory 1G"), "memory: 1G");
+        until("full", said, |said| said.contains(&format!("full {round}.")));
+        let full = resident(&live.pid);
+        assert!(full > 800 << 20, "{full}");
+        assert_eq!(live.ask("memory 0"), "memory: 0");
+        until("empty", said, |said| said.contains(&format!("empty {round}.")));
+        left.push(resident(&live.pid) >> 20);
+    }
+    assert!(left.iter().all(|mib| *mib < left[0] + 32), "MiB left behind after each round: {left:?}");
+    assert_eq!(live.ask("memory 128M"), "memory: 128M");
+    until("the end", said, |said| said.contains("status 0"));
+    assert!(!said().contains("stuck"), "{}", said());
+    eprintln!("MiB left: {left:?}");
 }
