@@ -181,6 +181,11 @@ static void unlinked(void)
     char text[21] = "";
     count("read it", pread(fd, text, 20, 0));
     printf("text: '%s'\n", text);
+    char path[40];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    int again = open(path, O_RDWR);
+    said("open it again", again);
+    count("through that", pread(again, text, 20, 0));
     made("gone", 0600, "another");
     content_of("the name anew", "gone");
     pread(fd, text, 20, 0);
@@ -337,11 +342,11 @@ static void directories(void)
     fchdir(here);
 }
 
-/* MANY entries (500), half of them removed while they are read. */
+/* MANY entries (300), half of them removed while they are read. */
 static void many(void)
 {
     static char seen[100000];
-    int N = atoi(getenv("MANY") ?: "500");
+    int N = atoi(getenv("MANY") ?: "300");
     char name[300];
     int n = 0, doubles = 0, unknown = 0, removed = 0;
     mkdir("many", 0755);
