@@ -96,6 +96,8 @@ echo inside >one/dir/file
     echo new >one/new
     touch one/answered
 ) &
+# More than this is SIGXFSZ, which would end a process that does not mind it.
+ulimit -f 2097152
 "$@"
 echo "host: $(cat one/by-guest) $(stat -c '%u:%g %a' one/by-guest) $(ls three)"
 "#;
@@ -117,6 +119,7 @@ echo "owner: $(stat -c %u:%g /three)"
 echo x >/three/squashed
 echo "owner of a new file: $(stat -c %u:%g /three/squashed)"
 echo "chown: $(chown 5 /three/squashed 2>&1)"
+echo "too large: $(truncate -s 3G /mnt/huge 2>&1)"
 umount /mnt /two /three
 rmmod virtiofs
 modprobe virtiofs
@@ -137,6 +140,7 @@ echo "again: $(cat elsewhere/file)"
     assert_eq!(ended.fact("owner"), "1234:1234", "{ended}");
     assert_eq!(ended.fact("owner of a new file"), "1234:1234", "{ended}");
     assert!(ended.fact("chown").contains("Operation not permitted"), "{ended}");
+    assert!(ended.fact("too large").contains("File too large"), "{ended}");
     assert_eq!(ended.fact("again"), "inside", "{ended}");
     assert_eq!(ended.fact("host"), "written 12:34 604 squashed", "{ended}");
 }
