@@ -332,3 +332,24 @@ has 128";
     assert!(!said().contains("stuck"), "{}", said());
     eprintln!("MiB left: {left:?}");
 }
+
+/// Twelve thousand files of the host's, listed, and removed while they are listed.
+#[test]
+fn a_large_directory_in_a_shared_folder() {
+    let script = "mount -t virtiofs share0 /mnt && MANY=12000 fs-check /mnt many && ls /mnt";
+    let host = r#"
+base=/run/scratch
+[ -w $base ] || base=/var/tmp
+dir=$(mktemp -d $base/soak.XXXXXX)
+trap 'rm -rf $dir' EXIT
+mkdir $dir/many
+seq -f $dir/many/entry-with-a-name-%g 0 11999 | xargs touch
+"$@" --share $dir
+"#;
+    let run = Run::new("bzImage-cloud", script).with_program("fs-check");
+    let ended =
+        run.cmdline("console=ttyS0 quiet vireo.modules=virtio_mmio,virtiofs").through(host).run_to_end().success();
+    assert!(ended.stdout.contains("entries 12000, doubles 0, others 2, removed 6000\n"), "{ended}");
+    let facts = ["left", "behind the middle", "of the right type", "remove the rest"].map(|name| ended.fact(name));
+    assert_eq!(facts, ["6000", "some", "6002", "ok"], "{ended}");
+}

@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 use vireo::virtio::blk::{Blk, BlkConfig};
 use vireo_fuzz::{Request, drive};
 
-const fn request(kind: &'static [u8; 16], readable: &'static [u32]) -> Request {
+const fn request(kind: &'static [u8; 16], readable: &'static [u32]) -> Request<'static> {
     Request { queue: 0, readable: kind, writable: readable }
 }
 

@@ -32,7 +32,7 @@ fuzz_target!(|data: &[u8]| {
         let port = &host[usize::from(what & 1)];
         match what >> 1 & 3 {
             0 => port.connected(what & 8 != 0),
-            1 => port.resize(what.into(), bytes.len() as u16),
+            1 => port.resize((*what).into(), bytes.len() as u16),
             _ => assert!(port.receive(bytes) <= bytes.len()),
         }
     });

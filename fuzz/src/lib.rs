@@ -11,7 +11,8 @@ use vireo::memory::GuestRam;
 use vireo::virtio::testing::{Buf, FakeQueue, INDIRECT, Loopback, NEXT, VERSION_1, inn, out};
 use vireo::virtio::{Activated, Activation, Event, Share, VirtioDevice};
 
-const RAM: u64 = 1 << 20;
+/// Bytes of memory that a guest uses.
+pub const RAM: u64 = 1 << 20;
 const RINGS: u64 = 0x1000;
 const TABLES: u64 = 0x1_0000;
 const TABLES_END: u64 = 0x1_4000;
@@ -23,21 +24,32 @@ const LIVES: usize = 4;
 const STEPS: usize = 200;
 
 /// A request that makes sense to a device, as a beginning.
-pub struct Request {
+pub struct Request<'a> {
     /// Which queue takes it.
     pub queue: usize,
     /// What the device reads.
-    pub readable: &'static [u8],
+    pub readable: &'a [u8],
     /// Lengths of what the device writes.
-    pub writable: &'static [u32],
+    pub writable: &'a [u32],
 }
 
 /// Lets a device live through what `data` says. `host` is called with bytes for what happens on the other side.
-pub fn drive(device: &mut dyn VirtioDevice, requests: &[Request], data: &[u8], host: &mut dyn FnMut(&[u8])) {
+pub fn drive(device: &mut dyn VirtioDevice, requests: &[Request<'_>], data: &[u8], host: &mut dyn FnMut(&[u8])) {
+    drive_in(&GuestRam::anonymous(RAM), device, requests, data, host);
+}
+
+/// The same in memory that has more than [`RAM`], which the guest itself stays in.
+pub fn drive_in(
+    ram: &GuestRam,
+    device: &mut dyn VirtioDevice,
+    requests: &[Request<'_>],
+    data: &[u8],
+    host: &mut dyn FnMut(&[u8]),
+) {
     quiet();
     let mut bytes = Unstructured::new(data);
     for _ in 0..LIVES {
-        if bytes.is_empty() || Guest::start(device, requests, &mut bytes).is_none_or(|mut guest| guest.live(host)) {
+        if bytes.is_empty() || Guest::start(ram, device, requests, &mut bytes).is_none_or(|mut guest| guest.live(host)) {
             return;
         }
         device.reset();
@@ -52,7 +64,7 @@ pub fn quiet() {
 
 struct Guest<'a, 'b> {
     device: &'a mut dyn VirtioDevice,
-    requests: &'a [Request],
+    requests: &'a [Request<'a>],
     bytes: &'a mut Unstructured<'b>,
     ram: GuestRam,
     /// One for each share, as each has a worker of its own.
@@ -63,8 +75,13 @@ struct Guest<'a, 'b> {
 }
 
 impl<'a, 'b> Guest<'a, 'b> {
-    fn start(device: &'a mut dyn VirtioDevice, requests: &'a [Request], bytes: &'a mut Unstructured<'b>) -> Option<Self> {
-        let ram = GuestRam::anonymous(RAM);
+    fn start(
+        ram: &GuestRam,
+        device: &'a mut dyn VirtioDevice,
+        requests: &'a [Request<'a>],
+        bytes: &'a mut Unstructured<'b>,
+    ) -> Option<Self> {
+        let ram = ram.clone();
         let info = device.info().clone();
         // All features, or all but some.
         let without = if bytes.ratio(1, 4).ok()? { bytes.arbitrary::<u64>().ok()? } else { 0 };

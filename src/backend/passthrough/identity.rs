@@ -4,6 +4,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 
+use rustix::process::{getegid, geteuid};
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 /// A user and a group.
@@ -29,13 +30,14 @@ impl Identity {
     pub fn of_process() -> Self {
         let needed = CapabilitySet::SETUID | CapabilitySet::SETGID | CapabilitySet::DAC_OVERRIDE;
         let able = capabilities(None).is_ok_and(|sets| sets.effective.contains(needed));
-        if able && rustix::process::geteuid().is_root() { Identity::Root } else { Identity::User }
+        if able && geteuid().is_root() { Identity::Root } else { Identity::User }
     }
 
     /// Does something, like making a file, that gives it to `owner` if we can. Whether the owner might do it is not
     /// asked: who calls this has done that.
     pub fn make_as<T>(self, owner: Owner, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        if self == Identity::User || owner == (Owner { uid: 0, gid: 0 }) {
+        let own = Owner { uid: geteuid().as_raw(), gid: getegid().as_raw() };
+        if self == Identity::User || owner == own {
             return make();
         }
         set_ids(owner)
@@ -45,7 +47,7 @@ impl Identity {
                 set_capabilities(None, sets.with(CapabilitySet::DAC_OVERRIDE))?;
                 make()
             })
-            .also(|| set_ids(Owner { uid: 0, gid: 0 }))
+            .also(|| set_ids(own))
     }
 
     /// Does something, like writing, after which the set-user-id bit is gone as it would be for an ordinary user.

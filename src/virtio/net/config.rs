@@ -114,6 +114,11 @@ impl Mac {
         bytes[0] = bytes[0] & 0xFC | 0x02;
         Ok(Mac(bytes))
     }
+
+    /// Whether a single card can have it: it is no group's, and not nothing.
+    pub(super) fn is_of_a_card(self) -> bool {
+        self.0[0] & 1 == 0 && self.0 != [0; 6]
+    }
 }
 
 impl FromStr for Mac {
@@ -132,7 +137,7 @@ impl FromStr for Mac {
             }
             *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
         }
-        if bytes[0] & 1 != 0 || bytes == [0; 6] { Err(bad()) } else { Ok(Mac(bytes)) }
+        if Mac(bytes).is_of_a_card() { Ok(Mac(bytes)) } else { Err(bad()) }
     }
 }
 

@@ -68,8 +68,8 @@ fn command(shared: &Shared, mut data: Reader<'_>, features: u64) -> Option<()> {
             data.take(entries * 6).ok().map(|_| ())
         }),
         (MAC, MAC_ADDR_SET) if features & 1 << VIRTIO_NET_F_CTRL_MAC_ADDR != 0 => {
-            *shared.mac() = Mac(take(&mut data)?);
-            Some(())
+            let mac = Mac(take(&mut data)?);
+            mac.is_of_a_card().then(|| *shared.mac() = mac)
         }
         (MQ, MQ_VQ_PAIRS_SET) if features & 1 << VIRTIO_NET_F_MQ != 0 => {
             let pairs = u16::from_le_bytes(take(&mut data)?);

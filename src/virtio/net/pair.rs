@@ -139,11 +139,6 @@ impl Handler for Pair {
         self.watch(port, cx)?;
         Ok(progress)
     }
-
-    /// Nothing is in flight between events.
-    fn drain(&mut self, _queues: &mut [Queue], _cx: &Context<'_>) -> Result<Progress, Fault> {
-        Ok(Progress::Done)
-    }
 }
 
 /// Receiving (5.1.6.4).
