@@ -318,6 +318,20 @@ mod tests {
             }
             Ok(Progress::Done)
         }
+
+        fn drain(&mut self, queues: &mut [Queue], _cx: &Context<'_>) -> Result<Progress, Fault> {
+            Ok(if queues.iter().all(|q| q.in_flight() == 0) { Progress::Done } else { Progress::More })
+        }
+    }
+
+    /// Takes a request and finds fault with it.
+    struct Picky;
+
+    impl Handler for Picky {
+        fn event(&mut self, _: Event, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
+            let [queue] = queues else { return Ok(Progress::Done) };
+            queue.serve(cx.ram, |_| Err(Fault::Device("never right")))
+        }
     }
 
     struct Setup {
@@ -330,11 +344,15 @@ mod tests {
     }
 
     fn setup() -> Setup {
-        let ram = GuestRam::anonymous(1 << 20);
-        let driver = FakeQueue::new(&ram, 0x1000, 8);
         let (completions, events) = (Arc::new(eventfd().unwrap()), Arc::new(AtomicUsize::new(0)));
         let handler = Slow { completions: completions.clone(), waiting: vec![], events: events.clone() };
-        let share = Share { queues: vec![driver.device(0)], handler: Box::new(handler) };
+        serving(Box::new(handler), completions, events)
+    }
+
+    fn serving(handler: Box<dyn Handler>, completions: Arc<EventFd>, events: Arc<AtomicUsize>) -> Setup {
+        let ram = GuestRam::anonymous(1 << 20);
+        let driver = FakeQueue::new(&ram, 0x1000, 8);
+        let share = Share { queues: vec![driver.device(0)], handler };
         let interrupt = Interrupt::new(IrqLine::new(5).unwrap());
         let kicks: Arc<[EventFd]> = vec![eventfd().unwrap()].into();
         let worker = Worker::spawn("slow device nr 1".into(), share, ram, interrupt.clone(), kicks.clone()).unwrap();
@@ -409,6 +427,20 @@ mod tests {
         assert_eq!(s.events.load(Ordering::SeqCst), events);
         s.worker.request_stop();
         s.worker.wait_stopped(soon()).unwrap();
+    }
+
+    #[test]
+    fn a_request_that_a_fault_cost_is_not_waited_for() {
+        let mut s = serving(Box::new(Picky), Arc::new(eventfd().unwrap()), Arc::new(AtomicUsize::new(0)));
+        s.driver.add(&[out(B, 1)]).unwrap();
+        s.kicks[0].write(1).unwrap();
+        let deadline = soon();
+        while s.interrupt.line().take_count() == 0 {
+            assert!(Instant::now() < deadline);
+        }
+        s.worker.request_stop();
+        let positions = s.worker.wait_stopped(soon()).unwrap();
+        assert_eq!((positions[0].1.next_avail, positions[0].1.next_used), (1, 0));
     }
 
     #[test]
