@@ -111,7 +111,11 @@ chmod 666 "$RUN"/*
 setpriv --reuid=4242 --regid=4242 --clear-groups "$@" <&0 &
 vireo=$!
 children() { cat /proc/$vireo/task/*/children; }
-until [ -e /tmp/www/datagram ]; do { echo x >/dev/udp/127.0.0.1/9090; } 2>/dev/null || true; grep -q datagram /tmp/www/log && echo >/tmp/www/datagram; sleep 0.2; done
+until grep -q ready /tmp/www/log; do sleep 0.2; done
+until grep -q datagram /tmp/www/log; do
+    { echo x >/dev/udp/127.0.0.1/9090; } 2>/dev/null || true
+    sleep 0.3
+done
 fetch 127.0.0.1 8080
 passt=$(children)
 echo "passt runs: $(ls -d $(printf '/proc/%s ' $passt) | wc -l)"
@@ -141,18 +145,20 @@ echo "link: $(cat /sys/class/net/eth0/carrier)"
 wget -q -O /www/data http://$(cat /tmp/gateway):8000/data
 echo "loaded: $(md5sum </www/data)"
 # Nobody has a socket for it, but the kernel has seen it.
+wget -q -T 5 -O /dev/null http://$(cat /tmp/gateway):8000/ready 2>/dev/null || true
 refused() { awk '/^Udp: [0-9]/ { print $3 }' /proc/net/snmp; }
 until [ $(refused) != 0 ]; do sleep 0.1; done
 echo "datagram: ok"
-wget -q -O /dev/null http://$(cat /tmp/gateway):8000/datagram 2>/dev/null || true
+wget -q -T 5 -O /dev/null http://$(cat /tmp/gateway):8000/datagram 2>/dev/null || true
 serve $(cat /tmp/gateway)
 until [ "$(cat /sys/class/net/eth0/carrier)" = 0 ]; do sleep 0.1; done
 echo "link then: 0"
 "#,
     ]
     .concat();
+    // passt moves packets of 1500 bytes: in the emulated host more than this takes minutes.
     let mib: u32 = std::env::var("NET_MIB").map_or(3, |mib| mib.parse().expect("NET_MIB is a number"));
-    let run = Run::new("bzImage-cloud", &guest).through(&host).env(&format!("MIB={mib}")).args(&["--memory", "512M"]);
+    let run = Run::new("bzImage-cloud", &guest).through(&host).env(&format!("MIB={}", mib.min(30)));
     let folder = format!("RUN={}", run.dir.path().display());
     let net = ["--net", "user,hostfwd=tcp:8080:80,hostfwd=udp:9090:90"];
     let ended = run.env(&folder).args(&net).run_to_end().success();
