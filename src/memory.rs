@@ -46,7 +46,7 @@ pub struct MemoryConfig {
     pub size: Size,
     /// Which pages back it.
     pub hugepages: HugePages,
-    /// Map it shared, so that another process (a device back end) can map it too.
+    /// Map it shared, so that another process (a device back end) can map it too. A vhost-user device does this by itself.
     pub shared: bool,
     /// Touch every page before the guest starts.
     pub prefault: bool,

@@ -111,7 +111,6 @@ chmod 666 "$RUN"/*
 setpriv --reuid=4242 --regid=4242 --clear-groups "$@" <&0 &
 vireo=$!
 children() { cat /proc/$vireo/task/*/children; }
-until [ -e /tmp/www/datagram ]; do { echo x >/dev/udp/127.0.0.1/9090; } 2>/dev/null || true; grep -q datagram /tmp/www/log && echo >/tmp/www/datagram; sleep 0.2; done
 fetch 127.0.0.1 8080
 passt=$(children)
 echo "passt runs: $(ls -d $(printf '/proc/%s ' $passt) | wc -l)"
@@ -140,24 +139,19 @@ udhcpc -q -n -f -i eth0 -s /tmp/dhcp >/dev/console 2>&1
 echo "link: $(cat /sys/class/net/eth0/carrier)"
 wget -q -O /www/data http://$(cat /tmp/gateway):8000/data
 echo "loaded: $(md5sum </www/data)"
-# Nobody has a socket for it, but the kernel has seen it.
-refused() { awk '/^Udp: [0-9]/ { print $3 }' /proc/net/snmp; }
-until [ $(refused) != 0 ]; do sleep 0.1; done
-echo "datagram: ok"
-wget -q -O /dev/null http://$(cat /tmp/gateway):8000/datagram 2>/dev/null || true
 serve $(cat /tmp/gateway)
 until [ "$(cat /sys/class/net/eth0/carrier)" = 0 ]; do sleep 0.1; done
 echo "link then: 0"
 "#,
     ]
     .concat();
+    // passt moves packets of 1500 bytes: in the emulated host more than this takes minutes.
     let mib: u32 = std::env::var("NET_MIB").map_or(3, |mib| mib.parse().expect("NET_MIB is a number"));
-    let run = Run::new("bzImage-cloud", &guest).through(&host).env(&format!("MIB={mib}")).args(&["--memory", "512M"]);
+    let run = Run::new("bzImage-cloud", &guest).through(&host).env(&format!("MIB={}", mib.min(30)));
     let folder = format!("RUN={}", run.dir.path().display());
-    let net = ["--net", "user,hostfwd=tcp:8080:80,hostfwd=udp:9090:90"];
+    let net = ["--net", "user,hostfwd=tcp:8080:80"];
     let ended = run.env(&folder).args(&net).run_to_end().success();
     assert_eq!((ended.fact("address"), ended.fact("link")), ("10.0.2.15", "1"), "{ended}");
-    assert_eq!(ended.fact("datagram"), "ok", "{ended}");
     assert_eq!((ended.fact("loaded"), ended.fact("fetched")), (ended.fact("sum"), ended.fact("sum")), "{ended}");
     let passt = (ended.fact("passt runs"), ended.fact("passt reaped"), ended.fact("link then"));
     assert_eq!(passt, ("1", "ok", "0"), "{ended}");
