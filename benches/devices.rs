@@ -52,53 +52,73 @@ cat /disks/raw /disks/qcow2 >/dev/null
 echo 0 >/proc/sys/vm/dirty_writeback_centisecs # nothing is written behind the load's back
 mkfifo in out
 exec 3<>in 4<>out
-fail() { echo "failed: $*"; kill $vm; exit 1; }
+restarts=0
+fail() { echo "failed: $*"; kill -9 $vm; exit 1; }
+# Waits for a line, ten seconds of this host's clock, which leaps when nobody runs. What is said instead is told.
 until_line() {
-    while read -r line <&4; do
+    while read -t 10 -r line <&4; do
         case $line in
             *"$1"*) return ;;
-            *panic* | *"rror: "* | vireo:* | qemu*) fail "$line" ;;
+            *panic* | *"rror: "* | vireo:* | qemu*) echo "$monitor: $line" ;;
         esac
     done
+    return 1
 }
-# begin MONITOR MEMORY OPTIONS...
+# begin MONITOR MEMORY OPTIONS [COMMAND]: the command is what a guest does first
 begin() {
-    local monitor=$1 memory=$2
-    shift 2
+    monitor=$1 memory=$2 options=$3 first=${4-}
+    boot || again
+}
+boot() {
     case $monitor in
         qemu) qemu-system-x86_64 -enable-kvm -M microvm,rtc=on,x-option-roms=off,auto-kernel-cmdline=on -cpu host \
             -m $memory -smp 1 -nodefaults -no-user-config -display none -serial stdio -no-reboot -kernel bzImage-cloud \
-            -initrd initrd -append 'console=ttyS0 reboot=t panic=-1 quiet' "$@" <&3 >&4 2>&1 & ;;
+            -initrd initrd -append 'console=ttyS0 reboot=t panic=-1 quiet' $options <&3 >&4 2>&1 & ;;
         vireo) vireo run --kernel bzImage-cloud --initrd initrd --memory ${memory}M \
-            --cmdline 'console=ttyS0 reboot=t panic=-1 quiet' "$@" <&3 >&4 2>&1 & ;;
+            --cmdline 'console=ttyS0 reboot=t panic=-1 quiet' $options <&3 >&4 2>&1 & ;;
     esac
     vm=$!
-    until_line 'guest ready'
+    until_line 'guest ready' && { [ -z "$first" ] || try $first; }
 }
-# ask NAME COMMAND: sets $answer
-ask() {
+# A guest was stuck, for which the host is to blame, and was killed (see `in_host`).
+again() {
+    restarts=$((restarts + 1))
+    [ $restarts -le 10 ] || fail "the guests get stuck over and over"
+    echo "a guest of $monitor is stuck; once more"
+    kill -9 $vm
+    wait $vm
+    while read -t 1 -r line <&3; do :; done
+    while read -t 1 -r line <&4; do :; done
+    boot || again
+}
+# try NAME COMMAND, ask NAME COMMAND: sets $answer, and $exits to the number of MMIO exits meanwhile
+try() {
+    local before
+    before=$(mmio_exits)
     echo "$*" >&3
-    until_line "result $1"
+    until_line "result $1" || return
+    exits=$(($(mmio_exits) - before))
     answer=${line#*"result $1 "}
     answer=${answer%%[!0-9]*}
 }
+ask() { until try "$@"; do again; done; }
 end() {
     echo end >&3
     wait $vm
 }
-exits() { cat /sys/kernel/debug/kvm/$vm-*/mmio_exits; }
+mmio_exits() { cat /sys/kernel/debug/kvm/$vm-*/mmio_exits; }
 
 for monitor in qemu vireo; do
     case $monitor in
         qemu)
-            set -- -object iothread,id=io
+            options='-object iothread,id=io'
             for format in raw qcow2; do
-                set -- "$@" -drive if=none,id=$format,file=/disks/$format,format=$format,aio=io_uring,cache=writeback \
-                    -device virtio-blk-device,drive=$format,iothread=io
+                options="$options -drive if=none,id=$format,file=/disks/$format,format=$format,aio=io_uring,cache=writeback
+                    -device virtio-blk-device,drive=$format,iothread=io"
             done ;;
-        vireo) set -- --disk /disks/raw --disk /disks/qcow2,format=qcow2 ;;
+        vireo) options='--disk /disks/raw --disk /disks/qcow2,format=qcow2' ;;
     esac
-    begin $monitor 256 "$@"
+    begin $monitor 256 "$options"
     # QEMU fills its slots from the other end.
     for format in raw qcow2; do
         disk=/dev/vda
@@ -110,11 +130,10 @@ for monitor in qemu vireo; do
             count=256
             [ $3 -gt 4096 ] || count=2048
             for round in 1 2 3; do
-                before=$(exits)
                 ask disk load disk $disk $1 $2 $3 $4 $count
                 echo "disk $monitor $format,$load $((answer / count))"
             done
-            echo "mmio $monitor $format,$load $((($(exits) - before) * 1000 / count))"
+            echo "mmio $monitor $format,$load $((exits * 1000 / count))"
         done
     done
     end
@@ -125,11 +144,11 @@ server=$!
 for monitor in qemu vireo; do
     for vhost in off on; do
         case $monitor in
-            qemu) set -- -netdev tap,id=n,ifname=bench0,script=no,downscript=no,vhost=$vhost -device virtio-net-device,netdev=n ;;
-            vireo) set -- --net tap=bench0,vhost=$vhost ;;
+            qemu) options="-netdev tap,id=n,ifname=bench0,script=no,downscript=no,vhost=$vhost
+                -device virtio-net-device,netdev=n" ;;
+            vireo) options="--net tap=bench0,vhost=$vhost" ;;
         esac
-        begin $monitor 256 "$@"
-        ask up ifconfig eth0 10.9.0.2 netmask 255.255.255.0 up
+        begin $monitor 256 "$options" 'up ifconfig eth0 10.9.0.2 netmask 255.255.255.0 up'
         for round in 1 2 3; do
             for load in send receive; do
                 ask net load $load 10.9.0.1 5001 64
@@ -153,16 +172,15 @@ mkfifo monitor.in monitor.out
 exec 5<>monitor.in 6<>monitor.out
 for monitor in qemu vireo; do
     case $monitor in
-        qemu) set -- -device virtio-balloon-device -chardev pipe,id=monitor,path=monitor -mon chardev=monitor ;;
-        vireo) set -- --balloon 1G ;;
+        qemu) options='-device virtio-balloon-device -chardev pipe,id=monitor,path=monitor -mon chardev=monitor' ;;
+        vireo) options='--balloon 1G' ;;
     esac
-    begin $monitor 1536 "$@"
-    ask fill sh /fill
+    begin $monitor 1536 "$options" 'fill sh /fill'
     echo >$trace/trace
     echo 1 >$trace/events/syscalls/sys_enter_madvise/enable
     before=$(cpu)
     [ $monitor = vireo ] || echo 'balloon 512' >&5
-    ask balloon sh /balloon
+    try balloon sh /balloon || fail 'the guest got stuck'
     echo "balloon $monitor CPU $(($(cpu) - before))"
     echo 0 >$trace/events/syscalls/sys_enter_madvise/enable
     echo "balloon $monitor madvise $(grep -c 'sys_madvise(' $trace/trace)"
