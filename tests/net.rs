@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::net::{GUEST, host_half};
+use common::net::{DHCP, GUEST, host_half};
 use common::{Run, image, on_host, vireo};
 
 /// On a tap that is there: pings, NET_MIB mebibytes (20) both ways in large segments, and the driver may be unloaded.
@@ -124,18 +124,8 @@ exit $status
     );
     let guest = [
         GUEST,
+        DHCP,
         r#"
-cat >/tmp/dhcp <<'EOF'
-[ "$1" = bound ] || exit 0
-ifconfig eth0 $ip netmask $subnet
-route add default gw $router
-echo $router >/tmp/gateway
-echo "address: $ip"
-EOF
-chmod +x /tmp/dhcp
-sed -i '1i #!/bin/sh' /tmp/dhcp
-ifconfig eth0 up
-udhcpc -q -n -f -i eth0 -s /tmp/dhcp >/dev/console 2>&1
 echo "link: $(cat /sys/class/net/eth0/carrier)"
 wget -q -O /www/data http://$(cat /tmp/gateway):8000/data
 echo "loaded: $(md5sum </www/data)"

@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::programs::{SHARE, with_hosts_programs};
 use common::{Live, Run, example, image, on_host, resident, tool, until, vireo};
 
 /// Prints a line for each boot, so that somebody who waits sees it getting on.
@@ -67,56 +68,6 @@ fn mebibytes_in_and_out() {
     let ended = guest.end().success();
     let start = ended.bytes.windows(8).position(|w| w == b"ready 1\n").unwrap();
     assert!(ended.bytes[start..].starts_with(&expected), "it came back different");
-}
-
-/// vireo is killed in the middle of writing, over and over: the file system is sound, and holds at least what the guest
-/// was told is on the disk.
-#[test]
-fn killed_while_writing_loses_nothing_that_was_flushed() {
-    let script = "set -e
-mount -t ext4 /dev/vda /mnt
-n=$(cat /mnt/count 2>/dev/null || echo 0)
-echo begins behind $n, now
-while :; do
-    n=$((n + 1))
-    head -c 20000 /dev/urandom >/mnt/file$((n % 50))
-    echo $n | dd of=/mnt/count.new conv=fsync 2>/dev/null
-    mv /mnt/count.new /mnt/count
-    sync
-    echo flushed $n.
-done";
-    let kept = common::scratch();
-    let path = |name: &str| kept.path().join(name).display().to_string();
-    let (raw, qcow2) = (path("raw"), path("qcow2"));
-    std::fs::File::create(&raw).unwrap().set_len(64 << 20).unwrap();
-    tool(&["mke2fs", "-q", "-t", "ext4", &raw]);
-    tool(&["qemu-img", "convert", "-O", "qcow2", &raw, &qcow2]);
-    for round in 1..=5u32 {
-        for disk in [format!("{raw},engine=io_uring"), format!("{raw},engine=sync"), qcow2.clone()] {
-            let guest = Run::new("bzImage-cloud", script).args(&["--disk", &disk]).start();
-            // The guest goes on counting from where the last one was.
-            let number = |line: &str| line.strip_prefix("begins behind ")?.strip_suffix(", now")?.parse::<u32>().ok();
-            let mut last = guest.wait_for(", now\n").lines().find_map(number).unwrap();
-            for _ in 0..4 * round {
-                guest.wait_for(&format!("flushed {}.", last + 1));
-                last += 1;
-            }
-            guest.signal(9);
-            drop(guest);
-            let checked = if disk == qcow2 {
-                // Clusters may be lost, never doubly used.
-                let copy = path("copy");
-                tool(&["qemu-img", "convert", "-O", "raw", &qcow2, &copy]);
-                copy
-            } else {
-                raw.clone()
-            };
-            tool(&["sh", "-c", "e2fsck -fy \"$0\" >/dev/null; [ $? -le 1 ]", &checked]);
-            tool(&["e2fsck", "-fn", &checked]);
-            let count: u32 = tool(&["debugfs", "-R", "cat /count", &checked]).trim().parse().unwrap();
-            assert!(count >= last, "{disk}: {count} is there, {last} was flushed");
-        }
-    }
 }
 
 /// A thousand connections at once from the guest, and then a thousand to it.
@@ -214,22 +165,10 @@ done"#
 /// programs, which are shared too, read-only; by a monitor that is root, and by one that is not.
 #[test]
 fn git_and_a_c_build_in_a_shared_folder() {
-    let script = r#"
-set -e
-mount -t virtiofs root /mnt
-mount -t virtiofs work /mnt/srv
-mount -t proc proc /mnt/proc
-mount -t tmpfs tmpfs /mnt/tmp
-mount -t devtmpfs dev /mnt/dev
-cat >/mnt/srv/work.sh <<'END'
-WORK
-END
-chroot /mnt /bin/sh /srv/work.sh 2>&1
-umount /mnt/srv
-"#;
-    let work = r#"
-set -e
-export HOME=/srv PATH=/usr/local/bin:/usr/bin:/bin GIT_CONFIG_GLOBAL=/dev/null
+    let script = with_hosts_programs(
+        r#"
+mount -t virtiofs work /srv
+export HOME=/srv GIT_CONFIG_GLOBAL=/dev/null
 cd /srv
 git init -q one
 cd one
@@ -264,7 +203,10 @@ touch -d '1 hour ago' *.c Makefile
 echo "first: $(make | grep -c ^gcc)"
 echo "answer: $(./p || echo $?)"
 echo "second: $(make | grep -c ^gcc)"
-"#;
+cd /
+umount /srv
+"#,
+    );
     let folder = r#"
 base=/run/scratch
 [ -w $base ] || base=/var/tmp
@@ -278,12 +220,11 @@ mkdir work
 setpriv --reuid 65534 --regid 65534 --clear-groups -- \"$@\"";
     // What belongs to another user git does not touch.
     for (host, squash) in [("\"$@\"", ""), (user, ",squash-uid=0")] {
-        let run = Run::new("bzImage-cloud", &script.replace("WORK", work));
+        let run = Run::new("bzImage-cloud", &script);
         let run = run.cmdline("console=ttyS0 quiet vireo.modules=virtio_mmio,virtiofs");
         tool(&["chmod", "-R", "a+rwX", &run.dir.path().display().to_string()]);
-        let shares =
-            ["--share", "/,tag=root,readonly", "--share", &format!("work,tag=work{squash}"), "--memory", "512M"];
-        let ended = run.through(&format!("{folder}{host}")).args(&shares).run_to_end().success();
+        let run = run.args(&SHARE).args(&["--share", &format!("work,tag=work{squash}"), "--memory", "512M"]);
+        let ended = run.through(&format!("{folder}{host}")).run_to_end().success();
         let facts =
             ["commits", "changes", "files", "the same", "first", "answer", "second"].map(|name| ended.fact(name));
         assert_eq!(facts, ["2", "0", "51", "yes", "3", "42", "0"], "{ended}");

@@ -5,6 +5,7 @@
 #![allow(dead_code)] // each test file uses its part
 
 pub mod net;
+pub mod programs;
 
 use std::cell::Cell;
 use std::fs::{self, File};

@@ -46,6 +46,21 @@ serve() {
 }
 "#;
 
+/// In the guest: an address, and where the gateway's is then.
+pub const DHCP: &str = r#"
+cat >/tmp/dhcp <<'EOF'
+[ "$1" = bound ] || exit 0
+ifconfig eth0 $ip netmask $subnet
+route add default gw $router
+echo $router >/tmp/gateway
+echo "address: $ip"
+EOF
+chmod +x /tmp/dhcp
+sed -i '1i #!/bin/sh' /tmp/dhcp
+ifconfig eth0 up
+udhcpc -q -n -f -i eth0 -s /tmp/dhcp >/dev/console 2>&1
+"#;
+
 /// What the host does, around vireo in `"$@"`: serve, fetch, and what `setup` has.
 pub fn host_half(setup: &str) -> String {
     format!("{HOST}{FETCH}{setup}")

@@ -1,0 +1,145 @@
+//! Networks for longer than `make test` has time; `make soak` runs it.
+
+mod common;
+
+use common::net::{DHCP, GUEST, host_half};
+use common::programs::{SHARE, with_hosts_programs};
+use common::{Ended, Run};
+use serde_json::Value;
+
+/// In the guest, by the host's programs: pings `$PEER` and has iperf3 send both ways, one after the other and at once, and
+/// in four streams. What it tells is a line of JSON.
+const FLOWS: &str = r#"
+lost() { sed -n 's/.* \([0-9]*\)% packet loss.*/\1/p'; }
+flow() {
+    name=$1
+    shift
+    iperf3 -c $PEER -t 5 -i 0 -J "$@" >told || { cat told; exit 1; }
+    echo "$name: $(tr -d '\n\t' <told)"
+}
+echo "lost: $(busybox ping -c 5 -W 5 $PEER | lost) %"
+flow out
+flow in -R
+flow both --bidir
+flow four -P 4
+statistics=/sys/class/net/eth0/statistics
+echo "errors: $(cat $statistics/rx_errors $statistics/tx_errors | tr '\n' ' ')"
+# InErrs and InCsumErrors
+echo "damaged: $(awk '/^Tcp: [0-9]/ { print $14, $16 }' /proc/net/snmp)"
+"#;
+
+/// On the host: what the guest talks to, on all of its addresses.
+const SERVER: &str = r#"
+iperf3 -s >/dev/null 2>&1 &
+until grep -q ':1451 [0-9A-F]*:0000 0A ' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done
+"#;
+
+/// A tap `vm0` with the host at 192.168.78.1; and it goes again.
+const TAP: &str = r#"
+set -e
+ip link del vm0 2>/dev/null || true
+ip tuntap add vm0 mode tap vnet_hdr multi_queue
+trap 'kill $(jobs -p) 2>/dev/null || true; ip link del vm0' EXIT
+ip addr add 192.168.78.1/24 dev vm0
+ip link set vm0 up
+"#;
+
+/// Checks what the guest was told: data went through in each flow and stream. How much depends on the host more than on
+/// anything else: in an emulated one that is little.
+fn check_flows(ended: &Ended) {
+    assert_eq!(ended.fact("lost"), "0 %", "{ended}");
+    let sums = ["sum_received", "sum_received_bidir_reverse"];
+    for (name, sums) in [("out", &sums[..1]), ("in", &sums[..1]), ("both", &sums[..]), ("four", &sums[..1])] {
+        let told: Value = serde_json::from_str(ended.fact(name)).unwrap_or_else(|e| panic!("{name}: {e}: {ended}"));
+        assert_eq!(told["error"], Value::Null, "{name}: {ended}");
+        for sum in sums {
+            let sum = &told["end"][sum];
+            let (bytes, seconds) = (sum["bytes"].as_u64().unwrap_or(0), sum["seconds"].as_f64().unwrap_or(0.0));
+            assert!(bytes >= 1 << 20 && seconds > 4.9, "{name}: {bytes} bytes in {seconds} s: {ended}");
+            eprintln!("{name}: {:.1} MiB/s", bytes as f64 / seconds / f64::from(1 << 20));
+        }
+        let streams = told["end"]["streams"].as_array().unwrap();
+        let moved = |stream: &Value| stream["receiver"]["bytes"].as_u64().is_some_and(|bytes| bytes > 0);
+        assert!(streams.iter().all(moved), "{name}: a stream stood still: {ended}");
+    }
+    assert_eq!((ended.fact("errors"), ended.fact("damaged")), ("0 0 ", "0 0"), "{ended}");
+}
+
+/// A guest whose card is up after `connect`, which sets `$PEER`.
+fn guest(connect: &str) -> Run {
+    let script = [GUEST, connect, &with_hosts_programs(FLOWS)].concat();
+    let run = Run::new("bzImage-cloud", &script).args(&SHARE).args(&["--memory", "512M"]);
+    run.cmdline("console=ttyS0 quiet vireo.modules=virtio_mmio,virtiofs")
+}
+
+const ON_TAP: &str = "export PEER=192.168.78.1; ifconfig eth0 192.168.78.2 netmask 255.255.255.0 up\n";
+
+#[test]
+fn iperf3_over_a_tap() {
+    let host = [TAP, SERVER, r#""$@""#].concat();
+    let ended = guest(ON_TAP).through(&host).args(&["--net", "tap=vm0"]).run_to_end().success();
+    check_flows(&ended);
+}
+
+/// With two queues, and two CPUs that use them.
+#[test]
+fn iperf3_over_queues_of_a_tap() {
+    let host = [TAP, SERVER, r#""$@""#].concat();
+    let run = guest(ON_TAP).through(&host).args(&["--net", "tap=vm0,queues=2", "--cpus", "2"]);
+    check_flows(&run.run_to_end().success());
+}
+
+#[test]
+fn iperf3_over_vhost() {
+    let around = r#"
+(until cat /proc/[0-9]*/comm 2>/dev/null | grep -q ^vhost-; do sleep 0.2; done; echo "the kernel: has a thread for it") &
+"$@"
+"#;
+    let host = [TAP, SERVER, around].concat();
+    let ended = guest(ON_TAP).through(&host).args(&["--net", "tap=vm0,vhost=on"]).run_to_end().success();
+    assert_eq!(ended.fact("the kernel"), "has a thread for it");
+    check_flows(&ended);
+}
+
+/// An unprivileged process may ping if the kernel lets its group; that of most distributions does.
+const USER: &str = r#"
+set -e
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+echo '0 2147483647' >/proc/sys/net/ipv4/ping_group_range
+"#;
+
+#[test]
+fn iperf3_over_user_networking() {
+    let host = [USER, SERVER, r#""$@""#].concat();
+    let connect = [DHCP, "export PEER=$(cat /tmp/gateway)\n"].concat();
+    let ended = guest(&connect).through(&host).args(&["--net", "user"]).run_to_end().success();
+    check_flows(&ended);
+}
+
+/// The same file there and back: minutes in the emulated host, as passt moves packets of 1500 bytes.
+#[test]
+fn a_hundred_mebibytes_by_user_networking() {
+    let host = host_half("fetch 127.0.0.1 8080 &\n\"$@\"\n");
+    let work = r#"
+progress() {
+    for n in $(seq 10 10 90); do
+        until [ $(cat /sys/class/net/eth0/statistics/$1_bytes) -gt $((n << 20)) ]; do sleep 1; done
+        echo "$1 $n MiB"
+    done
+}
+progress rx &
+wget -q -O /www/data http://$(cat /tmp/gateway):8000/data
+echo "loaded: $(md5sum </www/data)"
+progress tx &
+serve $(cat /tmp/gateway)
+"#;
+    let run = Run::new("bzImage-cloud", &[GUEST, DHCP, work].concat()).through(&host).env("MIB=100");
+    let guest = run.args(&["--net", "user,hostfwd=tcp:8080:80", "--memory", "512M"]).start();
+    for direction in ["rx", "tx"] {
+        for n in (10..=90).step_by(10) {
+            guest.wait_for(&format!("{direction} {n} MiB"));
+        }
+    }
+    let ended = guest.end().success();
+    assert_eq!((ended.fact("loaded"), ended.fact("fetched")), (ended.fact("sum"), ended.fact("sum")), "{ended}");
+}
