@@ -4,7 +4,7 @@ PREFIX ?= /usr/local
 release := target/x86_64-unknown-linux-gnu/release/vireo
 
 .NOTPARALLEL:
-.PHONY: help build setup demo shell test bench soak install dist clean
+.PHONY: help build setup demo shell test bench soak fuzz install dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ bench: setup build ## measure the inner loops, then boots and devices beside QEM
 
 soak: setup build ## the long tests, then boot guests until one fails or SOAK_MINUTES (60) are over
 	tests/host/with-host sh -c 'cargo test --test soak --test soak_disks --test soak_net && NET_MIB=100 cargo test --test net --test vhost -- a_tap user_networking the_kernel_moves && tests/host/soak'
+
+fuzz: ## run each fuzz target for FUZZ_SECONDS (60); needs a nightly toolchain
+	fuzz/run $(FUZZ_SECONDS)
 
 install: build ## install to $(DESTDIR)$(PREFIX)
 	install -Dm755 $(release) "$(DESTDIR)$(PREFIX)/bin/vireo"
