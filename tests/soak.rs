@@ -2,7 +2,6 @@
 
 mod common;
 
-use common::programs::{SHARE, with_hosts_programs};
 use common::{Live, Run, example, image, on_host, resident, tool, until, vireo};
 
 /// Prints a line for each boot, so that somebody who waits sees it getting on.
@@ -165,10 +164,22 @@ done"#
 /// programs, which are shared too, read-only; by a monitor that is root, and by one that is not.
 #[test]
 fn git_and_a_c_build_in_a_shared_folder() {
-    let script = with_hosts_programs(
-        r#"
-mount -t virtiofs work /srv
-export HOME=/srv GIT_CONFIG_GLOBAL=/dev/null
+    let script = r#"
+set -e
+mount -t virtiofs root /mnt
+mount -t virtiofs work /mnt/srv
+mount -t proc proc /mnt/proc
+mount -t tmpfs tmpfs /mnt/tmp
+mount -t devtmpfs dev /mnt/dev
+cat >/mnt/srv/work.sh <<'END'
+WORK
+END
+chroot /mnt /bin/sh /srv/work.sh 2>&1
+umount /mnt/srv
+"#;
+    let work = r#"
+set -e
+export HOME=/srv PATH=/usr/local/bin:/usr/bin:/bin GIT_CONFIG_GLOBAL=/dev/null
 cd /srv
 git init -q one
 cd one
@@ -203,10 +214,7 @@ touch -d '1 hour ago' *.c Makefile
 echo "first: $(make | grep -c ^gcc)"
 echo "answer: $(./p || echo $?)"
 echo "second: $(make | grep -c ^gcc)"
-cd /
-umount /srv
-"#,
-    );
+"#;
     let folder = r#"
 base=/run/scratch
 [ -w $base ] || base=/var/tmp
@@ -220,11 +228,12 @@ mkdir work
 setpriv --reuid 65534 --regid 65534 --clear-groups -- \"$@\"";
     // What belongs to another user git does not touch.
     for (host, squash) in [("\"$@\"", ""), (user, ",squash-uid=0")] {
-        let run = Run::new("bzImage-cloud", &script);
+        let run = Run::new("bzImage-cloud", &script.replace("WORK", work));
         let run = run.cmdline("console=ttyS0 quiet vireo.modules=virtio_mmio,virtiofs");
         tool(&["chmod", "-R", "a+rwX", &run.dir.path().display().to_string()]);
-        let run = run.args(&SHARE).args(&["--share", &format!("work,tag=work{squash}"), "--memory", "512M"]);
-        let ended = run.through(&format!("{folder}{host}")).run_to_end().success();
+        let shares =
+            ["--share", "/,tag=root,readonly", "--share", &format!("work,tag=work{squash}"), "--memory", "512M"];
+        let ended = run.through(&format!("{folder}{host}")).args(&shares).run_to_end().success();
         let facts =
             ["commits", "changes", "files", "the same", "first", "answer", "second"].map(|name| ended.fact(name));
         assert_eq!(facts, ["2", "0", "51", "yes", "3", "42", "0"], "{ended}");

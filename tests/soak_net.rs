@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::net::{DHCP, GUEST, host_half};
+use common::net::{DHCP, GUEST};
 use common::programs::{SHARE, with_hosts_programs};
 use common::{Ended, Run};
 use serde_json::Value;
@@ -114,32 +114,4 @@ fn iperf3_over_user_networking() {
     let connect = [DHCP, "export PEER=$(cat /tmp/gateway)\n"].concat();
     let ended = guest(&connect).through(&host).args(&["--net", "user"]).run_to_end().success();
     check_flows(&ended);
-}
-
-/// The same file there and back: minutes in the emulated host, as passt moves packets of 1500 bytes.
-#[test]
-fn a_hundred_mebibytes_by_user_networking() {
-    let host = host_half("fetch 127.0.0.1 8080 &\n\"$@\"\n");
-    let work = r#"
-progress() {
-    for n in $(seq 10 10 90); do
-        until [ $(cat /sys/class/net/eth0/statistics/$1_bytes) -gt $((n << 20)) ]; do sleep 1; done
-        echo "$1 $n MiB"
-    done
-}
-progress rx &
-wget -q -O /www/data http://$(cat /tmp/gateway):8000/data
-echo "loaded: $(md5sum </www/data)"
-progress tx &
-serve $(cat /tmp/gateway)
-"#;
-    let run = Run::new("bzImage-cloud", &[GUEST, DHCP, work].concat()).through(&host).env("MIB=100");
-    let guest = run.args(&["--net", "user,hostfwd=tcp:8080:80", "--memory", "512M"]).start();
-    for direction in ["rx", "tx"] {
-        for n in (10..=90).step_by(10) {
-            guest.wait_for(&format!("{direction} {n} MiB"));
-        }
-    }
-    let ended = guest.end().success();
-    assert_eq!((ended.fact("loaded"), ended.fact("fetched")), (ended.fact("sum"), ended.fact("sum")), "{ended}");
 }
