@@ -85,7 +85,7 @@ again() {
     restarts=$((restarts + 1))
     [ $restarts -le 10 ] || fail "the guests get stuck over and over"
     echo "a guest of $monitor is stuck; once more"
-    kill -9 $vm
+    kill -9 $vm 2>/dev/null
     wait $vm
     while read -t 1 -r line <&3; do :; done
     while read -t 1 -r line <&4; do :; done

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::options::Size;
+
 /// What is limited: per second, and at once (a second's worth if not given).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
@@ -20,6 +22,17 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// As options give them: a burst counts only with its limit.
+    pub fn new(
+        bandwidth: Option<Size>,
+        bandwidth_burst: Option<Size>,
+        ops: Option<u64>,
+        ops_burst: Option<u64>,
+    ) -> Self {
+        let bytes = bandwidth.map(|rate| (rate.0, bandwidth_burst.map(|burst| burst.0)));
+        Limits { bytes, ops: ops.map(|rate| (rate, ops_burst)) }
+    }
+
     /// Whether anything is limited.
     pub fn any(&self) -> bool {
         self.bytes.is_some() || self.ops.is_some()

@@ -12,7 +12,6 @@ use vireo::virtio::rng::{Rng, RngConfig};
 use vireo::virtio::testing::{FakeDriver, inn};
 
 fuzz_target!(|data: &[u8]| {
-    vireo_fuzz::quiet();
     let mut bytes = Unstructured::new(data);
     let ram = GuestRam::anonymous(1 << 20);
     let rng = Rng::new("rng", &RngConfig::default());

@@ -7,7 +7,6 @@ use vireo::backend::image::{self, Format, ImageOptions};
 use vireo::memory::GuestRam;
 
 fuzz_target!(|data: &[u8]| {
-    vireo_fuzz::quiet();
     let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     std::fs::write(file.path(), data).unwrap();
     let options = ImageOptions {

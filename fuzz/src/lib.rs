@@ -4,8 +4,6 @@
 //! anything at all. The device runs on the fuzzer's own thread, by the fake driver of the unit tests. Whatever happens,
 //! it must neither panic nor hang nor grow, and a device that was stopped must have given everything back.
 
-use std::sync::Once;
-
 use arbitrary::{Result, Unstructured};
 use vireo::memory::GuestRam;
 use vireo::virtio::testing::{Buf, FakeQueue, INDIRECT, Loopback, NEXT, VERSION_1, inn, out};
@@ -46,7 +44,6 @@ pub fn drive_in(
     data: &[u8],
     host: &mut dyn FnMut(&[u8]),
 ) {
-    quiet();
     let mut bytes = Unstructured::new(data);
     for _ in 0..LIVES {
         if bytes.is_empty() || Guest::start(ram, device, requests, &mut bytes).is_none_or(|mut guest| guest.live(host)) {
@@ -54,12 +51,6 @@ pub fn drive_in(
         }
         device.reset();
     }
-}
-
-/// A hostile guest is worth a warning, and here that is each of millions.
-pub fn quiet() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| std::panic::set_hook(Box::new(|panic| eprintln!("{panic}"))));
 }
 
 struct Guest<'a, 'b> {

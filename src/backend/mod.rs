@@ -13,6 +13,7 @@ pub mod qcow2;
 pub mod raw;
 pub mod tap;
 pub mod unix;
+pub mod vectored;
 pub mod vhost;
 pub mod vhost_user;
 

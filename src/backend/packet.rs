@@ -2,12 +2,12 @@
 //! guest memory and a descriptor.
 
 use std::io;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
 use vm_memory::bitmap::Bitmap;
 
+use super::vectored::{MAX_BUFFERS, iovec};
 use crate::memory::RamSlice;
-use std::os::fd::AsRawFd;
 
 /// Bytes before each frame: `struct virtio_net_hdr_v1` of Linux's taps, little-endian.
 pub const HEADER: usize = 12;
@@ -15,8 +15,6 @@ pub const HEADER: usize = 12;
 pub const MIN_FRAME: usize = 14;
 /// The largest IP packet with an Ethernet header and a VLAN tag.
 pub const MAX_FRAME: usize = 65_535 + 14 + 4;
-/// How many buffers one system call takes (`UIO_MAXIOV`).
-const MAX_BUFFERS: usize = 1024;
 /// How many buffers of guest memory a packet may have: one is for our own.
 pub const MAX_SLICES: usize = MAX_BUFFERS - 1;
 
@@ -105,10 +103,6 @@ pub fn write(fd: BorrowedFd<'_>, head: &[u8], slices: &[RamSlice<'_>]) -> io::Re
     // SAFETY: every iovec is `head`, which is only read, or a RamSlice, hence mapped guest memory that outlives the call.
     let n = unsafe { libc::writev(fd.as_raw_fd(), iov.as_ptr(), iov.len() as libc::c_int) };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
-}
-
-fn iovec(slice: &RamSlice<'_>) -> libc::iovec {
-    libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() }
 }
 
 /// Copies the first bytes of guest memory, as many as there are in `to`.

@@ -14,7 +14,8 @@ use std::sync::{Mutex, PoisonError};
 use rustix::fs::FallocateFlags;
 use vm_memory::bitmap::Bitmap;
 
-use super::{AlignedBuffer, Disk};
+use super::vectored::{Direction, transfer};
+use super::{AlignedBuffer, Disk, packet};
 use crate::memory::RamSlice;
 
 /// What offsets and lengths of direct requests are multiples of; no disk has larger blocks.
@@ -24,9 +25,6 @@ const DIRECT_ADDRESS: usize = 512;
 
 /// Bytes that go through a buffer at once.
 const MAX_PIECE: usize = 1 << 20;
-
-/// How many buffers one system call takes (`UIO_MAXIOV`).
-const MAX_BUFFERS: usize = 1024;
 
 /// An open and locked disk.
 #[derive(Debug)]
@@ -108,7 +106,7 @@ impl Disk for RawDisk {
         if !self.takes(buffers, offset) {
             return self.piecewise(buffers, offset, false);
         }
-        let result = transfer(&self.file, buffers, offset, Direction::Read);
+        let result = whole(&self.file, buffers, offset, Direction::Read);
         // Also after an error: some of it may have arrived.
         for buffer in buffers {
             buffer.bitmap().mark_dirty(0, buffer.len());
@@ -120,7 +118,7 @@ impl Disk for RawDisk {
         if !self.takes(buffers, offset) {
             return self.piecewise(buffers, offset, true);
         }
-        transfer(&self.file, buffers, offset, Direction::Write)
+        whole(&self.file, buffers, offset, Direction::Write(0))
     }
 
     fn resize(&self, size: u64) -> io::Result<()> {
@@ -171,56 +169,14 @@ impl Disk for RawDisk {
     }
 }
 
-#[derive(Clone, Copy)]
-enum Direction {
-    Read,
-    Write,
-}
-
-/// Moves all bytes between guest memory and the file, however many system calls it takes.
-fn transfer(file: &File, buffers: &[RamSlice<'_>], mut offset: u64, direction: Direction) -> io::Result<()> {
-    let mut iov: Vec<libc::iovec> =
-        buffers.iter().map(|b| libc::iovec { iov_base: b.ptr_guard_mut().as_ptr().cast(), iov_len: b.len() }).collect();
-    let mut first = 0;
-    loop {
-        // Drop what is empty, so that 0 from the kernel can only mean the end of the file.
-        first += iov.iter().skip(first).take_while(|b| b.iov_len == 0).count();
-        let rest = iov.get_mut(first..).unwrap_or_default();
-        if rest.is_empty() {
-            return Ok(());
-        }
-        let mut moved = match vectored(file, rest, offset, direction) {
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-            Ok(0) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file has become shorter")),
-            result => result?,
-        };
-        offset += moved as u64;
-        for buffer in rest {
-            let here = moved.min(buffer.iov_len);
-            buffer.iov_base = buffer.iov_base.wrapping_byte_add(here);
-            buffer.iov_len -= here;
-            moved -= here;
-            if moved == 0 {
-                break;
-            }
-        }
+/// All of it, or an error.
+fn whole(file: &File, buffers: &[RamSlice<'_>], offset: u64, way: Direction) -> io::Result<()> {
+    let (moved, result) = transfer(file, buffers, offset, way);
+    result?;
+    if moved < packet::len(buffers) {
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file has become shorter"));
     }
-}
-
-/// One system call. `iov` points into guest memory: only [`transfer`] may call this.
-#[allow(unsafe_code)]
-fn vectored(file: &File, iov: &[libc::iovec], offset: u64, direction: Direction) -> io::Result<usize> {
-    let (fd, count) = (file.as_raw_fd(), iov.len().min(MAX_BUFFERS) as libc::c_int);
-    let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
-    // SAFETY: every iovec is (the rest of) a RamSlice that `transfer` borrows, hence mapped guest memory that outlives
-    // the call and that nothing holds a reference into; `count` does not exceed their number.
-    let n = unsafe {
-        match direction {
-            Direction::Read => libc::preadv(fd, iov.as_ptr(), count, offset),
-            Direction::Write => libc::pwritev(fd, iov.as_ptr(), count, offset),
-        }
-    };
-    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    Ok(())
 }
 
 /// `_IO(0x12, 119)` and `_IO(0x12, 127)` of linux/fs.h; they take an offset and a length in bytes.

@@ -46,8 +46,7 @@ impl RngConfig {
     }
 
     fn limits(&self) -> Limits {
-        let bytes = self.bandwidth.map(|rate| (rate.0, self.bandwidth_burst.map(|burst| burst.0)));
-        Limits { bytes, ops: None }
+        Limits::new(self.bandwidth, self.bandwidth_burst, None, None)
     }
 }
 

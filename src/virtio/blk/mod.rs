@@ -160,10 +160,7 @@ impl BlkConfig {
     }
 
     fn limits(&self) -> Limits {
-        Limits {
-            bytes: self.bandwidth.map(|rate| (rate.0, self.bandwidth_burst.map(|burst| burst.0))),
-            ops: self.ops.map(|rate| (rate, self.ops_burst)),
-        }
+        Limits::new(self.bandwidth, self.bandwidth_burst, self.ops, self.ops_burst)
     }
 
     fn image(&self) -> ImageOptions {

@@ -11,6 +11,7 @@ use vm_memory::bitmap::Bitmap;
 
 use super::QUEUE_SIZE;
 use crate::backend::Disk;
+use crate::backend::vectored::Vector;
 use crate::memory::{GuestRam, RamSlice};
 use crate::virtio::chain::Chain;
 
@@ -23,7 +24,7 @@ pub(super) struct Ring {
     /// Entries that wait for [`Ring::submit`].
     collected: usize,
     /// Vectors of finished requests, for the next ones.
-    spare: Vec<Vec<libc::iovec>>,
+    spare: Vec<Vector>,
     /// What the vectors point into.
     ram: GuestRam,
 }
@@ -35,7 +36,7 @@ unsafe impl Send for Ring {}
 struct InFlight {
     chain: Chain,
     /// At this address until the kernel is finished with it: the Vec may move, its contents do not.
-    iov: Vec<libc::iovec>,
+    vector: Vector,
     kind: Kind,
     /// Bytes to move, and how many have been.
     len: u64,
@@ -113,30 +114,25 @@ impl Ring {
     }
 
     /// The kernel's form of some buffers, and how many bytes they are.
-    pub(super) fn vector(&mut self, buffers: &[RamSlice<'_>]) -> (Vec<libc::iovec>, u64) {
-        let mut iov = self.spare.pop().unwrap_or_default();
-        iov.extend(
-            buffers
-                .iter()
-                .filter(|b| !b.is_empty())
-                .map(|b| libc::iovec { iov_base: b.ptr_guard_mut().as_ptr().cast(), iov_len: b.len() }),
-        );
-        (iov, buffers.iter().map(|b| b.len() as u64).sum())
+    pub(super) fn vector(&mut self, buffers: &[RamSlice<'_>]) -> (Vector, u64) {
+        let mut vector = self.spare.pop().unwrap_or_default();
+        vector.fill(buffers);
+        (vector, buffers.iter().map(|b| b.len() as u64).sum())
     }
 
-    /// Begins to fill the buffers of `iov`, which are those of `chain`.
-    pub(super) fn read(&mut self, chain: Chain, iov: Vec<libc::iovec>, len: u64, offset: u64) {
-        self.begin(InFlight { chain, iov, kind: Kind::Read, len, done: 0, offset });
+    /// Begins to fill the buffers of `vector`, which are those of `chain`.
+    pub(super) fn read(&mut self, chain: Chain, vector: Vector, len: u64, offset: u64) {
+        self.begin(InFlight { chain, vector, kind: Kind::Read, len, done: 0, offset });
     }
 
-    /// Begins to write the buffers of `iov`, which are those of `chain`; `through` to the disk.
-    pub(super) fn write(&mut self, chain: Chain, iov: Vec<libc::iovec>, len: u64, offset: u64, through: bool) {
-        self.begin(InFlight { chain, iov, kind: Kind::Write { through }, len, done: 0, offset });
+    /// Begins to write the buffers of `vector`, which are those of `chain`; `through` to the disk.
+    pub(super) fn write(&mut self, chain: Chain, vector: Vector, len: u64, offset: u64, through: bool) {
+        self.begin(InFlight { chain, vector, kind: Kind::Write { through }, len, done: 0, offset });
     }
 
     /// Begins to have on the disk what was finished before.
     pub(super) fn flush(&mut self, chain: Chain) {
-        self.begin(InFlight { chain, iov: Vec::new(), kind: Kind::Flush, len: 0, done: 0, offset: 0 });
+        self.begin(InFlight { chain, vector: Vector::default(), kind: Kind::Flush, len: 0, done: 0, offset: 0 });
     }
 
     fn begin(&mut self, request: InFlight) {
@@ -194,8 +190,7 @@ impl Ring {
                     if request.kind == Kind::Read {
                         self.mark_dirty(&request.chain);
                     }
-                    request.iov.clear();
-                    self.spare.push(request.iov);
+                    self.spare.push(request.vector);
                     let dirty = match request.kind {
                         Kind::Read => false,
                         Kind::Write { .. } => true,
@@ -247,20 +242,14 @@ impl InFlight {
         if moved == 0 {
             return Some(Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file has become shorter")));
         }
-        let mut moved = moved as usize;
-        for piece in &mut self.iov {
-            let here = moved.min(piece.iov_len);
-            piece.iov_base = piece.iov_base.wrapping_byte_add(here);
-            piece.iov_len -= here;
-            moved -= here;
-        }
-        self.iov.retain(|piece| piece.iov_len > 0);
+        self.vector.advance(moved as usize);
         None
     }
 }
 
 fn entry(file: RawFd, request: &InFlight) -> squeue::Entry {
-    let (file, iov, count) = (types::Fd(file), request.iov.as_ptr(), request.iov.len() as u32);
+    let rest = request.vector.rest();
+    let (file, iov, count) = (types::Fd(file), rest.as_ptr(), rest.len() as u32);
     let offset = request.offset + request.done;
     match request.kind {
         Kind::Read => opcode::Readv::new(file, iov, count).offset(offset).build(),

@@ -236,17 +236,11 @@ impl NetConfig {
 
     /// What may come to the guest.
     pub(super) fn rx_limits(&self) -> Limits {
-        Limits {
-            bytes: self.rx_bandwidth.map(|rate| (rate.0, self.rx_bandwidth_burst.map(|burst| burst.0))),
-            ops: self.rx_ops.map(|rate| (rate, self.rx_ops_burst)),
-        }
+        Limits::new(self.rx_bandwidth, self.rx_bandwidth_burst, self.rx_ops, self.rx_ops_burst)
     }
 
     /// What may come from the guest.
     pub(super) fn tx_limits(&self) -> Limits {
-        Limits {
-            bytes: self.tx_bandwidth.map(|rate| (rate.0, self.tx_bandwidth_burst.map(|burst| burst.0))),
-            ops: self.tx_ops.map(|rate| (rate, self.tx_ops_burst)),
-        }
+        Limits::new(self.tx_bandwidth, self.tx_bandwidth_burst, self.tx_ops, self.tx_ops_burst)
     }
 }

@@ -1,0 +1,126 @@
+//! Guest memory in the form that system calls take it in, and files read into it and written from it without a copy.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use crate::memory::RamSlice;
+
+/// How many buffers one system call takes (`UIO_MAXIOV`).
+pub const MAX_BUFFERS: usize = 1024;
+
+/// A piece of guest memory as the kernel wants it.
+pub fn iovec(slice: &RamSlice<'_>) -> libc::iovec {
+    libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() }
+}
+
+/// Buffers on their way: those that are left. Only addresses: who hands them to the kernel sees to the memory.
+#[derive(Debug, Default)]
+pub struct Vector {
+    pieces: Vec<libc::iovec>,
+    first: usize,
+}
+
+impl Vector {
+    /// Forgets what it had and takes these. Empty ones are left out, so that 0 from the kernel can only mean the end of a
+    /// file.
+    pub fn fill(&mut self, buffers: &[RamSlice<'_>]) {
+        self.first = 0;
+        self.pieces.clear();
+        self.pieces.extend(buffers.iter().filter(|b| !b.is_empty()).map(iovec));
+    }
+
+    /// What is left of them.
+    pub fn rest(&self) -> &[libc::iovec] {
+        self.pieces.get(self.first..).unwrap_or_default()
+    }
+
+    /// So many bytes were moved.
+    pub fn advance(&mut self, mut moved: usize) {
+        for piece in self.pieces.get_mut(self.first..).unwrap_or_default() {
+            let here = moved.min(piece.iov_len);
+            piece.iov_base = piece.iov_base.wrapping_byte_add(here);
+            piece.iov_len -= here;
+            moved -= here;
+            if piece.iov_len > 0 {
+                return;
+            }
+            self.first += 1;
+        }
+    }
+}
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug)]
+pub enum Direction {
+    /// From the file into guest memory.
+    Read,
+    /// To the file, with `RWF_` flags of pwritev2(2).
+    Write(libc::c_int),
+}
+
+/// Moves bytes between guest memory and the file from `offset` on, however many system calls it takes, until all is done
+/// or nothing more is. Returns how many were moved, and the error that ended it; fewer than all without one is the end of
+/// the file.
+pub fn transfer(file: &File, buffers: &[RamSlice<'_>], offset: u64, way: Direction) -> (usize, io::Result<()>) {
+    let mut vector = Vector::default();
+    vector.fill(buffers);
+    let mut done = 0;
+    while !vector.rest().is_empty() {
+        match once(file, vector.rest(), offset.saturating_add(done as u64), way) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return (done, Err(e)),
+            Ok(0) => break,
+            Ok(moved) => {
+                done += moved;
+                vector.advance(moved);
+            }
+        }
+    }
+    (done, Ok(()))
+}
+
+/// One system call. `iov` points into guest memory: only [`transfer`] may call this.
+#[allow(unsafe_code)]
+fn once(file: &File, iov: &[libc::iovec], offset: u64, way: Direction) -> io::Result<usize> {
+    let (fd, count) = (file.as_raw_fd(), iov.len().min(MAX_BUFFERS) as libc::c_int);
+    let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+    // SAFETY: every iovec is (the rest of) a RamSlice that `transfer` borrows, hence mapped guest memory that outlives
+    // the call and that nothing holds a reference into; `count` does not exceed their number.
+    let n = unsafe {
+        match way {
+            Direction::Read => libc::preadv(fd, iov.as_ptr(), count, offset),
+            // The older call, which every kernel and file system has.
+            Direction::Write(0) => libc::pwritev(fd, iov.as_ptr(), count, offset),
+            Direction::Write(flags) => libc::pwritev2(fd, iov.as_ptr(), count, offset, flags),
+        }
+    };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::GuestRam;
+
+    #[test]
+    fn what_is_left_of_buffers() {
+        let ram = GuestRam::anonymous(1 << 20);
+        let slices = [(0, 10), (20, 0), (30, 5)].map(|(at, len)| ram.slice(at, len).unwrap());
+        let mut vector = Vector::default();
+        let rest = |vector: &Vector| {
+            let start = slices[0].ptr_guard().as_ptr().addr();
+            vector.rest().iter().map(|p| (p.iov_base.addr() - start, p.iov_len)).collect::<Vec<_>>()
+        };
+        for _ in 0..2 {
+            vector.fill(&slices);
+            assert_eq!(rest(&vector), [(0, 10), (30, 5)]);
+            vector.advance(3);
+            assert_eq!(rest(&vector), [(3, 7), (30, 5)]);
+            vector.advance(8);
+            assert_eq!(rest(&vector), [(31, 4)]);
+            vector.advance(100);
+            assert!(rest(&vector).is_empty());
+        }
+    }
+}
