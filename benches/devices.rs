@@ -41,6 +41,7 @@ done
 const SCRIPT: &str = r#"
 images=$2
 cp "$images/bzImage-cloud" "$images/load" "$3" "$dir/work"
+chmod +x "$dir/work/load"
 ip link del bench0 2>/dev/null
 ip tuntap add dev bench0 mode tap && ip addr add 10.9.0.1/24 dev bench0 && ip link set bench0 up
 cat >"$dir/work/measure" <<'MEASURE'
@@ -101,7 +102,10 @@ try() {
     answer=${line#*"result $1 "}
     answer=${answer%%[!0-9]*}
 }
-ask() { until try "$@"; do again; done; }
+ask() {
+    until try "$@"; do again; done
+    [ "${answer:-0}" -gt 0 ] || fail "$*: no answer"
+}
 end() {
     echo end >&3
     wait $vm

@@ -12,9 +12,8 @@ fuzz_target!(|data: &[u8]| {
     let options = ImageOptions {
         path: file.path().to_path_buf(),
         readonly: true,
-        direct: false,
         format: Some(Format::Qcow2),
-        overlay: None,
+        ..ImageOptions::default()
     };
     let Ok(disk) = image::open(&options) else { return };
     let ram = GuestRam::anonymous(1 << 20);

@@ -16,7 +16,7 @@ use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use super::qcow2::{self, Qcow2Disk};
-use super::raw::{DIRECT_BLOCK, RawDisk};
+use super::raw::{DIRECT_BLOCK, RawDisk, RawKind};
 use super::{AlignedBuffer, Disk, SECTOR};
 
 /// What is in an image.
@@ -65,8 +65,10 @@ impl FromStr for Overlay {
 /// How to open an image.
 #[derive(Clone, Debug, Default)]
 pub struct ImageOptions {
-    /// The file or block device.
+    /// The file or device.
     pub path: PathBuf,
+    /// Bytes of a character device, which cannot tell.
+    pub size: Option<u64>,
     /// Refuse writes, and share the image with other readers.
     pub readonly: bool,
     /// Go around the host's page cache (O_DIRECT).
@@ -91,12 +93,14 @@ pub enum Error {
         source: io::Error,
     },
     /// It is no file and no block device.
-    #[error("disk {} is a {kind}; a regular file or a block device is needed", path.display())]
+    #[error("disk {} is a {kind}; a regular file or a block device is needed{hint}", path.display())]
     Kind {
         /// The file.
         path: PathBuf,
         /// What it is.
         kind: &'static str,
+        /// What would be possible; may be empty.
+        hint: &'static str,
     },
     /// Not even one sector.
     #[error("disk {} has {size} bytes, which is less than one sector of 512", path.display())]
@@ -157,8 +161,18 @@ pub enum Error {
 
 /// Opens and locks an image and what it refers to.
 pub fn open(options: &ImageOptions) -> Result<Box<dyn Disk>, Error> {
-    let ImageOptions { path, readonly, direct, format, overlay } = options;
+    let ImageOptions { path, size, readonly, direct, format, overlay } = options;
     let keys = |why| Error::Keys { path: path.into(), why };
+    if let Some(size) = *size {
+        if overlay.is_some() || format.is_some_and(|format| format != Format::Raw) {
+            return Err(keys("size is that of a character device, which is a raw disk without overlay"));
+        }
+        let (file, metadata) = open_kinds(path, *readonly, *direct, true)?;
+        if !metadata.file_type().is_char_device() {
+            return Err(keys("size is for character devices; files and block devices have their own"));
+        }
+        return Ok(Box::new(raw_disk(file, path, RawKind::Characters, size, *direct)?));
+    }
     if let Some(overlay) = overlay {
         if *readonly {
             return Err(keys("readonly and overlay exclude each other: there is nothing to write over it"));
@@ -168,7 +182,7 @@ pub fn open(options: &ImageOptions) -> Result<Box<dyn Disk>, Error> {
     let (mut file, metadata) = open_file(path, *readonly, *direct)?;
     Ok(match found_format(&mut file, path, *format)? {
         Format::Qcow2 => Box::new(Qcow2Disk::open(file, options, format.is_some())?),
-        Format::Raw => Box::new(raw_disk(file, path, &metadata, *direct)?),
+        Format::Raw => Box::new(sized_disk(file, path, &metadata, *direct)?),
     })
 }
 
@@ -184,34 +198,45 @@ pub(super) fn found_format(file: &mut File, path: &Path, format: Option<Format>)
     Ok(if start.get(..4.min(n)) == Some(b"QFI\xfb") { Format::Qcow2 } else { Format::Raw })
 }
 
-/// A disk on the file's bytes as they are; those behind the last whole sector are not shown.
-fn raw_disk(mut file: File, path: &Path, metadata: &Metadata, direct: bool) -> Result<RawDisk, Error> {
+/// A disk on a file or block device, which knows its size.
+fn sized_disk(mut file: File, path: &Path, metadata: &Metadata, direct: bool) -> Result<RawDisk, Error> {
     let failed = |source| Error::Open { path: path.into(), hint: "", source };
     let bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
+    let kind = if metadata.file_type().is_block_device() { RawKind::Blocks } else { RawKind::File };
+    raw_disk(file, path, kind, bytes, direct)
+}
+
+/// A disk on the file's bytes as they are; those behind the last whole sector are not shown.
+fn raw_disk(file: File, path: &Path, kind: RawKind, bytes: u64, direct: bool) -> Result<RawDisk, Error> {
     let size = bytes - bytes % SECTOR;
     if size == 0 {
         return Err(Error::TooSmall { path: path.into(), size: bytes });
     }
-    if direct && bytes % DIRECT_BLOCK != 0 {
+    if direct && !bytes.is_multiple_of(DIRECT_BLOCK) {
         return Err(Error::DirectSize { path: path.into(), size: bytes });
     }
     if size != bytes {
         let path = path.display();
         warn!("disk {path} has {bytes} bytes; the guest does not see the last {}, which are no sector", bytes - size);
     }
-    Ok(RawDisk::new(file, metadata.file_type().is_block_device(), direct, size))
+    Ok(RawDisk::new(file, kind, direct, size))
 }
 
 /// Opens and locks a raw disk.
 #[cfg(test)]
 pub(super) fn open_raw(path: &Path, readonly: bool, direct: bool) -> Result<RawDisk, Error> {
     let (file, metadata) = open_file(path, readonly, direct)?;
-    raw_disk(file, path, &metadata, direct)
+    sized_disk(file, path, &metadata, direct)
 }
 
 /// Opens and locks `path`. A writable disk excludes every other user, readers share. The lock goes with the file: it
 /// needs no cleaning up, however this process ends.
 pub(super) fn open_file(path: &Path, readonly: bool, direct: bool) -> Result<(File, Metadata), Error> {
+    open_kinds(path, readonly, direct, false)
+}
+
+/// The same; a character device too, if it `may` be one.
+fn open_kinds(path: &Path, readonly: bool, direct: bool, may: bool) -> Result<(File, Metadata), Error> {
     let hint = if readonly { "" } else { " for writing (readonly shares it)" };
     let failed = |source: io::Error| {
         let denied = matches!(source.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem);
@@ -223,14 +248,14 @@ pub(super) fn open_file(path: &Path, readonly: bool, direct: bool) -> Result<(Fi
         Error::Open { path: path.into(), hint, source }
     };
     // Before it is opened: opening a FIFO would wait for its other end, and some devices act on being opened.
-    check_kind(path, &path.metadata().map_err(failed)?)?;
+    check_kind(path, &path.metadata().map_err(failed)?, may)?;
     let mut options = OpenOptions::new();
     let direct = if direct { libc::O_DIRECT } else { 0 };
     options.read(true).write(!readonly).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | direct);
     let file = options.open(path).map_err(failed)?;
     // And again, on what was really opened.
     let metadata = file.metadata().map_err(failed)?;
-    check_kind(path, &metadata)?;
+    check_kind(path, &metadata, may)?;
     // io_uring would take it for an order to fail rather than to wait.
     let flags = rustix::fs::fcntl_getfl(&file).map_err(|e| failed(e.into()))?;
     rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(|e| failed(e.into()))?;
@@ -259,10 +284,15 @@ pub(super) fn is_taken(file: &File, path: &Path, readonly: bool) -> bool {
     }
 }
 
-fn check_kind(path: &Path, metadata: &Metadata) -> Result<(), Error> {
+fn check_kind(path: &Path, metadata: &Metadata, characters: bool) -> Result<(), Error> {
+    let character_device = metadata.file_type().is_char_device();
     match unfit_kind(metadata) {
         None => Ok(()),
-        Some(kind) => Err(Error::Kind { path: path.into(), kind }),
+        Some(_) if characters && character_device => Ok(()),
+        Some(kind) => {
+            let hint = if character_device { ", or the size= that this one has" } else { "" };
+            Err(Error::Kind { path: path.into(), kind, hint })
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! A file or block device as a disk, byte for byte.
+//! A file or device as a disk, byte for byte.
 //!
 //! With `direct=on` the host's page cache is gone around, and then the kernel wants whole blocks. What the guest asks for
 //! in smaller pieces goes through a buffer: the blocks around it are read, changed and written, one such write at a
@@ -26,22 +26,32 @@ const DIRECT_ADDRESS: usize = 512;
 /// Bytes that go through a buffer at once.
 const MAX_PIECE: usize = 1 << 20;
 
+/// What a raw disk lies on: each has its own ways to discard and to write zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RawKind {
+    /// A regular file.
+    File,
+    /// A block device.
+    Blocks,
+    /// A character device, flash memory for example.
+    Characters,
+}
+
 /// An open and locked disk.
 #[derive(Debug)]
 pub struct RawDisk {
     file: File,
-    /// Block devices have their own ways to discard and to write zeros.
-    block_device: bool,
+    kind: RawKind,
     size: AtomicU64,
     /// For direct disks: held while blocks are read, changed and written.
     direct: Option<Mutex<()>>,
 }
 
 impl RawDisk {
-    /// A disk on an open, locked file or block device, of which the guest sees `size` bytes: whole blocks, if it is
+    /// A disk on an open, locked file or device, of which the guest sees `size` bytes: whole blocks, if it is
     /// open for `direct` input and output.
-    pub(super) fn new(file: File, block_device: bool, direct: bool, size: u64) -> Self {
-        RawDisk { file, block_device, size: AtomicU64::new(size), direct: direct.then(Mutex::default) }
+    pub(super) fn new(file: File, kind: RawKind, direct: bool, size: u64) -> Self {
+        RawDisk { file, kind, size: AtomicU64::new(size), direct: direct.then(Mutex::default) }
     }
 
     /// A request that is not in whole blocks, by way of a buffer that is: `copy` moves between the guest's buffers and
@@ -122,8 +132,11 @@ impl Disk for RawDisk {
     }
 
     fn resize(&self, size: u64) -> io::Result<()> {
+        if self.kind == RawKind::Characters {
+            return Err(io::Error::other("a character device has the size it was opened with"));
+        }
         let now = (&self.file).seek(SeekFrom::End(0))?;
-        if size > now && self.block_device {
+        if size > now && self.kind == RawKind::Blocks {
             return Err(io::Error::other(format!("the block device has only {now} bytes")));
         }
         if self.direct.is_some() && !size.is_multiple_of(DIRECT_BLOCK) {
@@ -143,24 +156,30 @@ impl Disk for RawDisk {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        match self.file.sync_data() {
+            // It keeps nothing back.
+            Err(e) if self.kind == RawKind::Characters && is_unsupported(&e) => Ok(()),
+            result => result,
+        }
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        if self.block_device {
-            return block_range(&self.file, BLKDISCARD, offset, len);
+        match self.kind {
+            RawKind::File => {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                fallocate(&self.file, flags, offset, len)
+            }
+            RawKind::Blocks => block_range(&self.file, BLKDISCARD, offset, len),
+            RawKind::Characters => Err(io::ErrorKind::Unsupported.into()),
         }
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.file, flags, offset, len)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
-        let quick = if self.block_device {
-            block_range(&self.file, BLKZEROOUT, offset, len)
-        } else if may_unmap {
-            self.discard(offset, len)
-        } else {
-            fallocate(&self.file, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, len)
+        let quick = match self.kind {
+            RawKind::File if may_unmap => self.discard(offset, len),
+            RawKind::File => fallocate(&self.file, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, len),
+            RawKind::Blocks => block_range(&self.file, BLKZEROOUT, offset, len),
+            RawKind::Characters => return write_zeros(&self.file, offset, len),
         };
         match quick {
             Err(e) if is_unsupported(&e) => write_zeros(&self.file, offset, len),
@@ -207,7 +226,7 @@ fn fallocate(file: &File, flags: FallocateFlags, offset: u64, len: u64) -> io::R
 
 /// Whether the file system, or the device, cannot do this at all.
 pub(crate) fn is_unsupported(e: &io::Error) -> bool {
-    matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::EINVAL))
+    e.kind() == io::ErrorKind::Unsupported || matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL))
 }
 
 /// The slow way: really writes them.
@@ -226,6 +245,7 @@ fn write_zeros(file: &File, mut offset: u64, mut len: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::image::{self, ImageOptions, Overlay};
     use crate::memory::GuestRam;
     use std::path::{Path, PathBuf};
 
@@ -284,6 +304,32 @@ mod tests {
     }
 
     #[test]
+    fn a_character_device_has_the_size_that_is_said() {
+        let zero = |options: ImageOptions| image::open(&ImageOptions { path: "/dev/zero".into(), ..options });
+        let disk = zero(ImageOptions { size: Some(1 << 20), ..ImageOptions::default() }).unwrap();
+        assert_eq!(disk.size(), 1 << 20);
+        let ram = GuestRam::anonymous(1 << 20);
+        ram.write(0x1000, &[7; 4096]).unwrap();
+        let buffer = [ram.slice(0x1000, 4096).unwrap()];
+        disk.write(&buffer, (1 << 20) - 4096).unwrap();
+        disk.flush().unwrap();
+        disk.write_zeroes(0, 1 << 20, true).unwrap();
+        assert!(is_unsupported(&disk.discard(0, 4096).unwrap_err()));
+        assert!(disk.resize(2 << 20).is_err());
+        disk.read(&buffer, 0).unwrap();
+        let mut back = [7; 4096];
+        ram.read(0x1000, &mut back).unwrap();
+        assert_eq!(back, [0; 4096]);
+
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let options = ImageOptions { path: file.path().into(), size: Some(4096), ..ImageOptions::default() };
+        assert!(image::open(&options).map(drop).unwrap_err().to_string().ends_with("have their own"));
+        let over = ImageOptions { size: Some(4096), overlay: Some(Overlay::Tmp), ..ImageOptions::default() };
+        assert!(zero(over).map(drop).unwrap_err().to_string().contains("without overlay"));
+        assert!(zero(ImageOptions { size: Some(100), ..ImageOptions::default() }).is_err());
+    }
+
+    #[test]
     fn what_is_no_disk_is_refused_without_waiting() {
         let dir = tempfile::tempdir().unwrap();
         // A pipe that nobody writes to opens like a FIFO, and takes no mkfifo program: while one is started, every
@@ -299,8 +345,9 @@ mod tests {
         ] {
             for readonly in [false, true] {
                 let error = RawDisk::open(path, readonly).unwrap_err().to_string();
+                let hint = if kind == "character device" { ", or the size= that this one has" } else { "" };
                 let path = path.display();
-                assert_eq!(error, format!("disk {path} is a {kind}; a regular file or a block device is needed"));
+                assert_eq!(error, format!("disk {path} is a {kind}; a regular file or a block device is needed{hint}"));
             }
         }
         let missing = RawDisk::open(&dir.path().join("none"), false).unwrap_err();

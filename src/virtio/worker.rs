@@ -108,6 +108,9 @@ impl Drop for Worker {
 
 type Job = Box<dyn FnOnce() + Send>;
 
+/// Bytes of a worker's stack. The usual 2 MiB, where they happen to lie so, are one huge page that the first touch fills.
+const STACK: usize = 512 << 10;
+
 /// Where threads are started.
 static SPAWNER: Mutex<Option<Sender<Job>>> = Mutex::new(None);
 
@@ -115,11 +118,12 @@ static SPAWNER: Mutex<Option<Sender<Job>>> = Mutex::new(None);
 /// system call filter of the one that starts it, and DRIVER_OK arrives on a vCPU's: a worker must not share the one
 /// CPU that its vCPU is pinned to. So this is called early, by a thread that is none.
 pub fn prepare() -> io::Result<()> {
-    let mut spawner = SPAWNER.lock().unwrap_or_else(PoisonError::into_inner);
-    if spawner.is_none() {
+    let mut started = SPAWNER.lock().unwrap_or_else(PoisonError::into_inner);
+    if started.is_none() {
         let (sender, jobs) = channel::<Job>();
-        std::thread::Builder::new().name("spawner".into()).spawn(move || jobs.into_iter().for_each(|job| job()))?;
-        *spawner = Some(sender);
+        let spawner = std::thread::Builder::new().name("spawner".into()).stack_size(STACK);
+        spawner.spawn(move || jobs.into_iter().for_each(|job| job()))?;
+        *started = Some(sender);
     }
     Ok(())
 }
@@ -128,7 +132,7 @@ fn spawn(name: String, body: Job) -> io::Result<()> {
     prepare()?;
     let (sender, spawned) = sync_channel(1);
     let job = Box::new(move || {
-        let _ = sender.send(std::thread::Builder::new().name(name).spawn(body).map(|_| ()));
+        let _ = sender.send(std::thread::Builder::new().name(name).stack_size(STACK).spawn(body).map(|_| ()));
     });
     let spawner = SPAWNER.lock().unwrap_or_else(PoisonError::into_inner);
     let sent = spawner.as_ref().is_some_and(|spawner| spawner.send(job).is_ok());

@@ -62,8 +62,11 @@ pub enum Engine {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlkConfig {
-    /// The image: a regular file or a block device.
+    /// The image: a regular file, a block device or, with `size`, a character device.
     pub path: PathBuf,
+    /// Bytes of a character device, which cannot tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<Size>,
     /// Refuse writes, and share the image with other readers.
     #[serde(default)]
     pub readonly: bool,
@@ -164,8 +167,8 @@ impl BlkConfig {
     }
 
     fn image(&self) -> ImageOptions {
-        let BlkConfig { path, readonly, format, overlay, direct, .. } = self.clone();
-        ImageOptions { path, readonly, direct, format, overlay }
+        let BlkConfig { path, size, readonly, format, overlay, direct, .. } = self.clone();
+        ImageOptions { path, size: size.map(|size| size.0), readonly, direct, format, overlay }
     }
 }
 

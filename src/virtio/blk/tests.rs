@@ -301,10 +301,10 @@ fn configuration() {
         config,
         BlkConfig { path: "root.img".into(), readonly: true, id: Some("x".into()), ..BlkConfig::default() }
     );
-    let error = "root.img,size=3".parse::<BlkConfig>().unwrap_err().to_string();
+    let error = "root.img,colour=3".parse::<BlkConfig>().unwrap_err().to_string();
     assert_eq!(
         error,
-        "unknown key 'size'; valid keys are path, readonly, id, format, overlay, direct, queues, engine, bandwidth, \
+        "unknown key 'colour'; valid keys are path, size, readonly, id, format, overlay, direct, queues, engine, bandwidth, \
          bandwidth_burst, ops, ops_burst"
     );
     for id in ["", "a b", "123456789012345678901", "ä"] {
