@@ -82,7 +82,7 @@ boot() {
     until_line 'guest ready' && { [ -z "$first" ] || try $first; }
 }
 # A guest was stuck, for which the host is to blame, and was killed (see `in_host`).
-again() {
+stuck() {
     restarts=$((restarts + 1))
     [ $restarts -le 10 ] || fail "the guests get stuck over and over"
     echo "a guest of $monitor is stuck; once more"
@@ -90,8 +90,8 @@ again() {
     wait $vm
     while read -t 1 -r line <&3; do :; done
     while read -t 1 -r line <&4; do :; done
-    boot || again
 }
+again() { stuck; boot || again; }
 # try NAME COMMAND, ask NAME COMMAND: sets $answer, and $exits to the number of MMIO exits meanwhile
 try() {
     local before
@@ -168,27 +168,31 @@ kill $server
 cpu() {
     for task in /proc/$vm/task/*; do
         case $(cat $task/comm) in vcpu* | CPU*) ;; *) cat $task/schedstat ;; esac
-    done | awk '{ sum += $1 } END { printf "%d", sum }'
+    done | awk '{ sum += $1 } END { printf "%.0f", sum }'
 }
 trace=/sys/kernel/tracing
 echo 16384 >$trace/buffer_size_kb
 mkfifo monitor.in monitor.out
 exec 5<>monitor.in 6<>monitor.out
-for monitor in qemu vireo; do
-    case $monitor in
-        qemu) options='-device virtio-balloon-device -chardev pipe,id=monitor,path=monitor -mon chardev=monitor' ;;
-        vireo) options='--balloon 1G' ;;
-    esac
-    begin $monitor 1536 "$options" 'fill sh /fill'
+balloon() {
+    begin $1 1536 "$2" 'fill sh /fill'
     echo >$trace/trace
     echo 1 >$trace/events/syscalls/sys_enter_madvise/enable
     before=$(cpu)
-    [ $monitor = vireo ] || echo 'balloon 512' >&5
-    try balloon sh /balloon || fail 'the guest got stuck'
-    echo "balloon $monitor CPU $(($(cpu) - before))"
+    [ $1 = vireo ] || echo 'balloon 512' >&5
+    try balloon sh /balloon || return
+    echo "balloon $1 CPU $(($(cpu) - before))"
     echo 0 >$trace/events/syscalls/sys_enter_madvise/enable
-    echo "balloon $monitor madvise $(grep -c 'sys_madvise(' $trace/trace)"
+    echo "balloon $1 madvise $(grep -c 'sys_madvise(' $trace/trace)"
     end
+}
+for monitor in qemu vireo; do
+    case $monitor in
+        qemu) options='-device virtio-balloon-device -chardev pipe,id=monitor,path=monitor -mon chardev=monitor
+            -name guest,debug-threads=on' ;;
+        vireo) options='--balloon 1G' ;;
+    esac
+    until balloon $monitor "$options"; do stuck; done
 done
 rm /disks/raw /disks/qcow2
 MEASURE
