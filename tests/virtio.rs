@@ -122,3 +122,62 @@ echo \"rounds: $round\"";
     let ended = run.args(&["--disk", &disk]).run_to_end().success();
     assert_eq!(ended.fact("rounds"), "3");
 }
+
+/// A kernel started by another one with kexec finds every device as that one left it, busy, and makes it its own.
+#[test]
+fn another_kernel_by_kexec() {
+    let script = r#"set -e
+modprobe -a virtio_net virtio_console virtio_balloon virtiofs nd_pmem virtio_pmem virtio_mem \
+    vmw_vsock_virtio_transport
+case " $(cat /proc/cmdline) " in *' second '*) kernel=second ;; *) kernel=first ;; esac
+mkdir -p /images /run/dir
+mount -t virtiofs images /images
+mount -t virtiofs dir /run/dir
+echo $kernel >/run/dir/$kernel
+echo $kernel | dd of=/dev/vda seek=$([ $kernel = first ] && echo 0 || echo 8) conv=fsync 2>/dev/null
+echo $kernel | dd of=/dev/pmem0 seek=$([ $kernel = first ] && echo 0 || echo 8) conv=fsync 2>/dev/null
+head -c 512 /dev/hwrng >/dev/null
+echo $kernel >$(ls -d /dev/vport*p1)
+vsock echo 5 &
+ip link set eth0 up
+udhcpc -i eth0 -n -q -f -s /bin/true 2>&1 | grep -o 'lease of [0-9.]*' | sed "s/^/$kernel: /"
+if [ $kernel = first ]; then
+    read go
+    (while :; do dd if=/dev/vda of=/dev/null bs=64k iflag=direct; done) 2>/dev/null &
+    cat /dev/hwrng >/dev/null &
+    kexec /images/bzImage-cloud /run/dir/initrd "$(cat /proc/cmdline) second"
+fi
+read go
+"#;
+    let run = Run::new("bzImage-cloud", script).with_program("kexec").with_program("vsock");
+    let (disk, pmem) = (sparse(&run.path("disk"), 4 << 20), sparse(&run.path("pmem"), 16 << 20));
+    let images = format!("{},tag=images,readonly", common::image("").display());
+    let (dir, port) = (format!("{},tag=dir", run.dir.path().display()), format!("port,to=file:{}", run.path("port")));
+    let socket = format!("/tmp/vireo-test-{}-kexec.vsock", std::process::id());
+    let mut guest = run
+        .args(&["--cpus", "2", "--memory", "512M", "--disk", &disk, "--pmem", &pmem, "--rng", "--net", "user"])
+        .args(&["--vsock", &format!("cid=3,path={socket}"), "--console", "null", "--console-port", &port])
+        .args(&["--balloon", "16M", "--share", &images, "--share", &dir, "--virtio-mem", "128M,requested=0"])
+        .start();
+    for kernel in ["first", "second"] {
+        guest.wait_for(&format!("{kernel}: lease"));
+        assert_eq!(on_host(&[&common::example("vsock-peer"), &socket, "ping", "5"]).end().code(), 0, "{kernel}");
+        if kernel == "first" {
+            guest.send(b"go\n");
+        }
+    }
+    let kept = common::scratch();
+    for name in ["disk", "pmem", "port", "first", "second"] {
+        fs::hard_link(guest.dir.path().join(name), kept.path().join(name)).unwrap();
+    }
+    guest.send(b"go\n");
+    let ended = guest.end().success();
+    let file = |name: &str| fs::read(kept.path().join(name)).unwrap();
+    for name in ["disk", "pmem"] {
+        assert!(file(name).starts_with(b"first\n"), "{name}: {ended}");
+        assert!(file(name)[4096..].starts_with(b"second\n"), "{name}: {ended}");
+    }
+    assert_eq!(file("port"), b"first\nsecond\n", "{ended}");
+    assert_eq!((file("first"), file("second")), (b"first\n".to_vec(), b"second\n".to_vec()));
+    assert_eq!(ended.fact("first"), ended.fact("second"), "{ended}");
+}
