@@ -101,8 +101,9 @@ fn check_taken(ended: &Ended, input: &[u8]) {
 
 #[test]
 fn a_flood_of_input_arrives_whole() {
-    // Every byte value, in an order that shows a loss.
-    let input: Vec<u8> = (0..64u32 << 10).map(|i| (i % 251) as u8 ^ (i >> 8) as u8).collect();
+    // Every byte value, in an order that shows a loss. Linux keeps at most 64 KiB that the reader has not come to yet, and
+    // a line without flow control cannot be asked to wait.
+    let input: Vec<u8> = (0..32u32 << 10).map(|i| (i % 251) as u8 ^ (i >> 8) as u8).collect();
     let mut guest = cloud(&takes(input.len())).start();
     guest.wait_for("ready");
     guest.send(&input);
