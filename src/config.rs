@@ -213,7 +213,7 @@ pub enum Error {
     #[error("--console-port: {0}")]
     ConsolePort(String),
     /// More than one console on the standard streams.
-    #[error("only one of the serial port, the console and its ports can have the standard streams")]
+    #[error("only one of the serial port, the console and its ports can have a standard stream")]
     TwoOnStdio,
     /// No kernel.
     #[error("no kernel: give --kernel FILE (or boot.kernel in the config file)")]
@@ -257,8 +257,10 @@ impl MachineConfig {
         self.vhost_user.iter().try_for_each(VhostUserConfig::validate).map_err(|e| Error::VhostUser(e.to_string()))?;
         self.rng.iter().try_for_each(RngConfig::validate).map_err(Error::Rng)?;
         PortConfig::validate(&self.console_ports).map_err(Error::ConsolePort)?;
-        let ends = self.console.iter().chain(self.console_ports.iter().map(|port| &port.to));
-        if ends.chain([&self.serial]).filter(|end| **end == ConsoleEnd::Stdio).count() > 1 {
+        let ends = self.console.iter().chain(self.console_ports.iter().map(|port| &port.to)).chain([&self.serial]);
+        let mut taken = [0; 3];
+        ends.for_each(|end| taken.iter_mut().zip(end.streams()).for_each(|(taken, uses)| *taken += u32::from(uses)));
+        if taken.iter().any(|taken| *taken > 1) {
             return Err(Error::TwoOnStdio);
         }
         self.cpu.features.parse::<Features>().map_err(|e| Error::Features(e.to_string()))?;

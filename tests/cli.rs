@@ -144,7 +144,7 @@ fn wrong_usage_is_explained_and_exits_with_2() {
         (&["run", "--kernel", "x", "--disk", "d,readonly=maybe"], "'maybe' is neither on nor off"),
         (
             &["run", "--kernel", "x", "--serial", "tcp:1"],
-            "none of stdio, null, pty, file:PATH, pipe:PATH and socket:PATH",
+            "none of stdio, stdin, stdout, stderr, null, pty, file:PATH, pipe:PATH, socket:PATH and fd:NUMBER",
         ),
         (&["run", "--kernel", "x", "--timeout", "5d"], "'5d' is not a time; write a number with ms, s, m or h"),
         (&["run", "--kernel", "x", "--boot", "efi"], "one of auto, bzimage, direct, pvh"),

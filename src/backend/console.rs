@@ -1,4 +1,5 @@
-//! Where a console leads on the host: standard streams, a file, a pair of FIFOs, a pseudo-terminal or a socket.
+//! Where a console leads on the host: standard streams, a file, a pair of FIFOs, a pseudo-terminal, a socket or a
+//! descriptor.
 
 #![allow(unsafe_code)]
 
@@ -33,13 +34,20 @@ pub enum Error {
     Pty(#[source] io::Error),
 }
 
-/// Where a console or a port leads, as `stdio`, `null`, `pty`, `file:PATH`, `pipe:PATH` or `socket:PATH`.
+/// Where a console or a port leads, as `stdio`, `stdin`, `stdout`, `stderr`, `null`, `pty`, `file:PATH`, `pipe:PATH`,
+/// `socket:PATH` or `fd:N`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum ConsoleEnd {
     /// Standard input and output.
     #[default]
     Stdio,
+    /// Standard input alone; the guest sees its end. Output is thrown away.
+    Stdin,
+    /// Standard output alone.
+    Stdout,
+    /// Standard error.
+    Stderr,
     /// Output thrown away, no input.
     Null,
     /// A new pseudo-terminal, whose name is told on stderr.
@@ -50,7 +58,12 @@ pub enum ConsoleEnd {
     Pipe(PathBuf),
     /// A listening unix socket; one client at a time, output without one is thrown away.
     Socket(PathBuf),
+    /// A descriptor that was inherited: a connected socket, say. The guest sees the end of its input.
+    Fd(RawFd),
 }
+
+/// For who gives an end that is none.
+pub const ENDS: &str = "stdio, stdin, stdout, stderr, null, pty, file:PATH, pipe:PATH, socket:PATH and fd:NUMBER";
 
 impl FromStr for ConsoleEnd {
     type Err = String;
@@ -59,12 +72,18 @@ impl FromStr for ConsoleEnd {
         let (kind, path) = text.split_once(':').map_or((text, None), |(kind, path)| (kind, Some(path)));
         match (kind, path) {
             ("stdio", None) => Ok(ConsoleEnd::Stdio),
+            ("stdin", None) => Ok(ConsoleEnd::Stdin),
+            ("stdout", None) => Ok(ConsoleEnd::Stdout),
+            ("stderr", None) => Ok(ConsoleEnd::Stderr),
+            ("fd", Some(number)) if number.parse().is_ok_and(|fd: RawFd| fd >= 0) => {
+                Ok(ConsoleEnd::Fd(number.parse().unwrap_or(-1)))
+            }
             ("null", None) => Ok(ConsoleEnd::Null),
             ("pty", None) => Ok(ConsoleEnd::Pty),
             ("file", Some(path)) if !path.is_empty() => Ok(ConsoleEnd::File(path.into())),
             ("pipe", Some(path)) if !path.is_empty() => Ok(ConsoleEnd::Pipe(path.into())),
             ("socket", Some(path)) if !path.is_empty() => Ok(ConsoleEnd::Socket(path.into())),
-            _ => Err(format!("'{text}' is none of stdio, null, pty, file:PATH, pipe:PATH and socket:PATH")),
+            _ => Err(format!("'{text}' is none of {ENDS}")),
         }
     }
 }
@@ -87,11 +106,28 @@ impl fmt::Display for ConsoleEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ConsoleEnd::Stdio => f.write_str("stdio"),
+            ConsoleEnd::Stdin => f.write_str("stdin"),
+            ConsoleEnd::Stdout => f.write_str("stdout"),
+            ConsoleEnd::Stderr => f.write_str("stderr"),
+            ConsoleEnd::Fd(fd) => write!(f, "fd:{fd}"),
             ConsoleEnd::Null => f.write_str("null"),
             ConsoleEnd::Pty => f.write_str("pty"),
             ConsoleEnd::File(path) => write!(f, "file:{}", path.display()),
             ConsoleEnd::Pipe(path) => write!(f, "pipe:{}", path.display()),
             ConsoleEnd::Socket(path) => write!(f, "socket:{}", path.display()),
+        }
+    }
+}
+
+impl ConsoleEnd {
+    /// Which standard streams it uses: input, output, error.
+    pub fn streams(&self) -> [bool; 3] {
+        match self {
+            ConsoleEnd::Stdio => [true, true, false],
+            ConsoleEnd::Stdin => [true, false, false],
+            ConsoleEnd::Stdout => [false, true, false],
+            ConsoleEnd::Stderr => [false, false, true],
+            _ => [false; 3],
         }
     }
 }
@@ -133,6 +169,8 @@ pub enum Input {
     None,
     /// Standard input, a terminal or not; or a file.
     Stdin(File),
+    /// The same, and the guest sees when it ends.
+    Stream(File),
     /// The master of a pseudo-terminal.
     Pty(File),
     /// A FIFO.
@@ -156,17 +194,42 @@ pub enum Got {
 
 /// The standard streams.
 pub fn stdio() -> Console {
-    let eager = terminal::is_terminal(libc::STDOUT_FILENO);
-    let output = Destination { name: "stdout".into(), writer: Box::new(Unbuffered(libc::STDOUT_FILENO)), eager };
-    // A descriptor of our own for reading: the standard library's handle has a buffer that would hide input from epoll.
+    let input = duplicate(libc::STDIN_FILENO).map_or(Input::None, Input::Stdin);
+    Console { output: Some(stream("stdout", libc::STDOUT_FILENO)), input }
+}
+
+/// Standard input alone.
+pub fn stdin() -> Console {
+    // One that was closed reads as one that has ended.
+    let input = duplicate(libc::STDIN_FILENO).or_else(|_| File::open("/dev/null"));
+    Console { output: None, input: input.map_or(Input::None, Input::Stream) }
+}
+
+/// Standard output, or standard error, alone.
+pub fn output_stream(name: &str, fd: RawFd) -> Console {
+    Console { output: Some(stream(name, fd)), input: Input::None }
+}
+
+/// A descriptor for both directions.
+pub fn descriptor(fd: RawFd) -> Result<Console, Error> {
+    let name = PathBuf::from(format!("/proc/self/fd/{fd}"));
+    let open = || duplicate(fd).map_err(|e| Error::Open(name.clone(), e));
+    let output = Destination { name: format!("fd:{fd}"), writer: Box::new(open()?), eager: true };
+    Ok(Console { output: Some(output), input: Input::Stream(open()?) })
+}
+
+fn stream(name: &str, fd: RawFd) -> Destination {
+    Destination { name: name.into(), writer: Box::new(Unbuffered(fd)), eager: terminal::is_terminal(fd) }
+}
+
+/// A descriptor of our own for reading: the standard library's handle has a buffer that would hide input from epoll.
+fn duplicate(fd: RawFd) -> io::Result<File> {
     // SAFETY: dup gives a new descriptor, which is checked and then owned by the File alone.
-    let input = unsafe {
-        match libc::fcntl(libc::STDIN_FILENO, libc::F_DUPFD_CLOEXEC, 3) {
-            -1 => Input::None,
-            fd => Input::Stdin(File::from_raw_fd(fd)),
-        }
-    };
-    Console { output: Some(output), input }
+    match unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: see above.
+        fd => Ok(unsafe { File::from_raw_fd(fd) }),
+    }
 }
 
 /// A standard stream without the standard library's line buffer.
@@ -296,7 +359,7 @@ impl Input {
     pub fn fd(&self) -> Option<RawFd> {
         match self {
             Input::None => None,
-            Input::Stdin(file) | Input::Pty(file) => Some(file.as_raw_fd()),
+            Input::Stdin(file) | Input::Stream(file) | Input::Pty(file) => Some(file.as_raw_fd()),
             Input::Fifo(fifo) => Some(fifo.file.as_raw_fd()),
             Input::Socket(socket) => {
                 let client = socket.client.lock().unwrap_or_else(PoisonError::into_inner);
@@ -307,16 +370,21 @@ impl Input {
 
     /// Whether this is a terminal that somebody types on.
     pub fn is_terminal(&self) -> bool {
-        matches!(self, Input::Stdin(file) if terminal::is_terminal(file.as_raw_fd()))
+        matches!(self, Input::Stdin(file) | Input::Stream(file) if terminal::is_terminal(file.as_raw_fd()))
     }
 
     /// Whether somebody is at the other end, as far as that can be known: a file or a standard stream always counts.
     pub fn connected(&self) -> bool {
         match self {
-            Input::None | Input::Stdin(_) | Input::Fifo(_) => true,
+            Input::None | Input::Stdin(_) | Input::Stream(_) | Input::Fifo(_) => true,
             Input::Pty(master) => !hung_up(master.as_raw_fd()),
             Input::Socket(socket) => socket.client.lock().unwrap_or_else(PoisonError::into_inner).is_some(),
         }
+    }
+
+    /// Whether nobody is at the other end once it has said [`Got::End`].
+    pub fn ends(&self) -> bool {
+        matches!(self, Input::Stream(_))
     }
 
     /// Reads what is there, without waiting for more.
@@ -324,14 +392,18 @@ impl Input {
         let result = match self {
             Input::None => return Got::End,
             // Typed for another job; reading it would stop this one.
-            Input::Stdin(file) if terminal::in_background(file.as_raw_fd()) => return Got::Absent,
+            Input::Stdin(file) | Input::Stream(file) if terminal::in_background(file.as_raw_fd()) => {
+                return Got::Absent;
+            }
             Input::Pty(file) if hung_up(file.as_raw_fd()) => return Got::Absent,
             // Standard input is not ours alone to make non-blocking, and others may read what woke us; a
             // pseudo-terminal that is open again need not have been typed on.
-            Input::Stdin(file) | Input::Pty(file) if poll_now(file.as_raw_fd(), libc::POLLIN) == 0 => {
+            Input::Stdin(file) | Input::Stream(file) | Input::Pty(file)
+                if poll_now(file.as_raw_fd(), libc::POLLIN) == 0 =>
+            {
                 return Got::Nothing;
             }
-            Input::Stdin(file) | Input::Pty(file) => file.read(buffer),
+            Input::Stdin(file) | Input::Stream(file) | Input::Pty(file) => file.read(buffer),
             Input::Fifo(fifo) => return FifoInput::got(fifo.file.read(buffer)),
             Input::Socket(socket) => return socket.read(buffer),
         };
@@ -432,10 +504,11 @@ mod tests {
 
     #[test]
     fn destinations() {
-        for text in ["stdio", "null", "pty", "file:/tmp/a:b", "pipe:y", "socket:x"] {
+        for text in ["stdio", "stdin", "stdout", "stderr", "fd:3", "null", "pty", "file:/tmp/a:b", "pipe:y", "socket:x"]
+        {
             assert_eq!(text.parse::<ConsoleEnd>().unwrap().to_string(), text);
         }
-        for text in ["", "file", "file:", "stdio:x", "tcp:1"] {
+        for text in ["", "file", "file:", "stdio:x", "tcp:1", "fd:", "fd:-1", "fd:x"] {
             assert!(text.parse::<ConsoleEnd>().is_err(), "{text}");
         }
     }

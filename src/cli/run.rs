@@ -100,13 +100,13 @@ pub struct RunArgs {
     /// Memory that can be added while the guest runs: SIZE[,requested=SIZE][,block=SIZE]; SIZE is the most there can be
     #[arg(long, value_name = "SIZE")]
     virtio_mem: Option<MemConfig>,
-    /// First serial port: stdio, file:PATH, pipe:PATH, pty, socket:PATH or null [default: stdio]
+    /// First serial port: stdio, stdout, stderr, file:PATH, pipe:PATH, pty, socket:PATH, fd:N or null [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
-    /// Virtio console (console=hvc0): stdio, file:PATH, pipe:PATH, pty, socket:PATH or null; stdio is taken from the serial port
+    /// Virtio console (console=hvc0), leads where --serial can; stdio is taken from the serial port
     #[arg(long, value_name = "WHERE")]
     console: Option<ConsoleEnd>,
-    /// Virtio port for data: NAME,to=WHERE as for --console[,from=FILE]; may be given several times
+    /// Virtio port for data: NAME,to=WHERE as for --serial, or stdin[,from=FILE]; may be given several times
     #[arg(long, value_name = "NAME")]
     console_port: Vec<PortConfig>,
     /// ACPI tables, or else an MP table and virtio_mmio.device= parameters [default: on]
@@ -178,7 +178,7 @@ impl RunArgs {
         config.console = self.console.clone().or(config.console);
         config.console_ports.extend_from_slice(&self.console_port);
         let mut ends = config.console.iter().chain(config.console_ports.iter().map(|port| &port.to));
-        if self.serial.is_none() && ends.any(|end| *end == ConsoleEnd::Stdio) {
+        if self.serial.is_none() && ends.any(|end| end.streams()[..2].contains(&true)) {
             config.serial = ConsoleEnd::Null;
         }
         set(&mut config.acpi, &self.acpi);

@@ -32,6 +32,10 @@ pub struct Line {
 pub(super) fn open(end: &ConsoleEnd, what: &str) -> Result<(Input, Output), Error> {
     let opened = match end {
         ConsoleEnd::Stdio => console::stdio(),
+        ConsoleEnd::Stdin => console::stdin(),
+        ConsoleEnd::Stdout => console::output_stream("stdout", libc::STDOUT_FILENO),
+        ConsoleEnd::Stderr => console::output_stream("stderr", libc::STDERR_FILENO),
+        ConsoleEnd::Fd(fd) => console::descriptor(*fd)?,
         ConsoleEnd::Null => console::Console { output: None, input: Input::None },
         ConsoleEnd::File(path) => console::file(path)?,
         ConsoleEnd::Pipe(path) => fifo::pair(path)?,
@@ -154,7 +158,7 @@ impl ConsoleInput {
             self.feed(receiver);
         }
         // Who went away is gone when the last that came from him is.
-        let connected = self.input.connected();
+        let connected = self.input.connected() && !(self.ended && self.input.ends());
         if connected || self.pending.is_empty() {
             receiver.connected(connected);
         }

@@ -898,7 +898,7 @@ mod tests {
             PortConfig::validate(&[both]).unwrap_err().starts_with("log: from= goes with to=file:PATH and to=null")
         );
         assert!("name=x".parse::<PortConfig>().unwrap_err().to_string().contains("'to=' is missing"));
-        assert!("x,to=nowhere".parse::<PortConfig>().unwrap_err().to_string().contains("none of stdio, null"));
+        assert!("x,to=nowhere".parse::<PortConfig>().unwrap_err().to_string().contains("none of stdio, stdin"));
         let many = vec![port; 32];
         assert!(PortConfig::validate(&many).unwrap_err().starts_with("32 ports are more than the 31"));
     }
