@@ -140,7 +140,7 @@ fn wrong_usage_is_explained_and_exits_with_2() {
         (&["run", "--kernel", "x", "--cpus", "two"], "'two' is not a number"),
         (&["run", "--kernel", "x", "--cpus", "-1"], "'-1' is not a number"),
         (&["run", "--kernel", "x", "--cpus", "1,pin=1"], "unknown key 'pin'; valid keys are count, affinity"),
-        (&["run", "--kernel", "x", "--disk", "d,ro=1"], "unknown key 'ro'; valid keys are path, readonly"),
+        (&["run", "--kernel", "x", "--disk", "d,ro=1"], "unknown key 'ro'; valid keys are path, size, readonly"),
         (&["run", "--kernel", "x", "--disk", "d,readonly=maybe"], "'maybe' is neither on nor off"),
         (
             &["run", "--kernel", "x", "--serial", "tcp:1"],
