@@ -156,6 +156,8 @@ pub enum GuestEvent {
     Restarting,
     /// The console showed the end of a panic message: this kernel will do nothing more.
     PanicEnded,
+    /// The console showed what somebody waits for.
+    Judged,
 }
 
 impl GuestEvent {

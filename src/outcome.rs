@@ -10,6 +10,8 @@ use crate::options::Span;
 
 /// Exit code when vireo or the host failed, rather than the guest.
 pub const EXIT_VIREO_FAILED: u8 = 125;
+/// Exit code when the console showed what it must not, or not what was expected.
+pub const EXIT_UNEXPECTED: u8 = 73;
 /// Exit code of wrong usage.
 pub const EXIT_USAGE: u8 = 2;
 
@@ -32,6 +34,24 @@ pub enum Outcome {
     TimedOut(Duration),
     /// Stopped by a signal to vireo.
     Killed(i32),
+    /// Neither output nor work for so long.
+    Hung(Duration),
+    /// The console showed a line that was expected: the line.
+    Expected(String),
+    /// The console showed a line that it must not show: the line.
+    Refused(String),
+    /// The guest ended as it should, but none of the lines that were expected was seen before.
+    Missed(&'static str),
+    /// `exec`: the command ended with this code.
+    Exited(u8),
+    /// `exec`: the command was killed by this signal of the guest's.
+    Signalled(i32),
+    /// `exec`: the command could not be started: the code is 126 or 127, the text says why.
+    NotStarted(u8, String),
+    /// `exec`: the guest could not be made ready for the command.
+    NotReady(String),
+    /// `exec`: the guest was gone before the command's end.
+    Lost(&'static str),
 }
 
 impl Outcome {
@@ -39,10 +59,17 @@ impl Outcome {
     pub fn exit_code(&self) -> u8 {
         match self {
             Outcome::PoweredOff | Outcome::Rebooted(_) | Outcome::Halted | Outcome::Quit => 0,
+            Outcome::Expected(_) => 0,
             Outcome::Panicked(_) => 70,
-            Outcome::Crashed(_) => 71,
+            Outcome::Crashed(_) | Outcome::Lost(_) => 71,
+            Outcome::Hung(_) => 72,
+            Outcome::Refused(_) | Outcome::Missed(_) => EXIT_UNEXPECTED,
             Outcome::TimedOut(_) => 124,
-            Outcome::Killed(signal) => 128u8.saturating_add(u8::try_from(*signal).unwrap_or(0)),
+            Outcome::NotReady(_) => EXIT_VIREO_FAILED,
+            Outcome::Exited(code) | Outcome::NotStarted(code, _) => *code,
+            Outcome::Killed(signal) | Outcome::Signalled(signal) => {
+                128u8.saturating_add(u8::try_from(*signal).unwrap_or(0))
+            }
         }
     }
 
@@ -57,7 +84,21 @@ impl Outcome {
             Outcome::Crashed(_) => "crashed",
             Outcome::TimedOut(_) => "timed-out",
             Outcome::Killed(_) => "killed",
+            Outcome::Hung(_) => "hung",
+            Outcome::Expected(_) => "expected",
+            Outcome::Refused(_) => "refused",
+            Outcome::Missed(_) => "missed",
+            Outcome::Exited(_) => "exited",
+            Outcome::Signalled(_) => "signalled",
+            Outcome::NotStarted(..) => "not-started",
+            Outcome::NotReady(_) => "not-ready",
+            Outcome::Lost(_) => "lost",
         }
+    }
+
+    /// Whether the guest ended without anything having gone wrong in it, as far as it shows.
+    pub fn is_orderly(&self) -> bool {
+        matches!(self, Outcome::PoweredOff | Outcome::Rebooted(_) | Outcome::Halted)
     }
 
     /// One sentence for people.
@@ -74,6 +115,16 @@ impl Outcome {
             Outcome::Crashed(what) => format!("the guest crashed: {what}"),
             Outcome::TimedOut(limit) => format!("the guest was still running after the time limit of {}", Span(*limit)),
             Outcome::Killed(signal) => format!("stopped by signal {signal} ({})", signal_name(*signal)),
+            Outcome::Hung(limit) => format!("the guest hung: no output and no work for {}", Span(*limit)),
+            Outcome::Expected(line) => format!("the console showed what was expected: {line}"),
+            Outcome::Refused(line) => format!("the console showed what it must not: {line}"),
+            Outcome::Missed(word) => format!("the guest ended ({word}) before the console showed what was expected"),
+            Outcome::Exited(code) => format!("the command exited with {code}"),
+            Outcome::Signalled(signal) => {
+                format!("the command was killed by signal {signal} ({})", signal_name(*signal))
+            }
+            Outcome::NotStarted(_, why) | Outcome::NotReady(why) => why.clone(),
+            Outcome::Lost(word) => format!("the guest ended ({word}) before the command did"),
         }
     }
 }
@@ -84,7 +135,18 @@ fn signal_name(signal: i32) -> &'static str {
         libc::SIGTERM => "SIGTERM",
         libc::SIGHUP => "SIGHUP",
         libc::SIGQUIT => "SIGQUIT",
-        _ => "unexpected",
+        libc::SIGKILL => "SIGKILL",
+        libc::SIGSEGV => "SIGSEGV",
+        libc::SIGBUS => "SIGBUS",
+        libc::SIGILL => "SIGILL",
+        libc::SIGFPE => "SIGFPE",
+        libc::SIGABRT => "SIGABRT",
+        libc::SIGPIPE => "SIGPIPE",
+        libc::SIGALRM => "SIGALRM",
+        libc::SIGTRAP => "SIGTRAP",
+        libc::SIGUSR1 => "SIGUSR1",
+        libc::SIGUSR2 => "SIGUSR2",
+        _ => "of another kind",
     }
 }
 
@@ -253,6 +315,15 @@ mod tests {
             (Outcome::TimedOut(Duration::from_secs(1)), 124),
             (Outcome::Killed(libc::SIGTERM), 143),
             (Outcome::Killed(libc::SIGINT), 130),
+            (Outcome::Hung(Duration::from_secs(1)), 72),
+            (Outcome::Expected("x".into()), 0),
+            (Outcome::Refused("x".into()), 73),
+            (Outcome::Missed("powered-off"), 73),
+            (Outcome::Exited(42), 42),
+            (Outcome::Signalled(libc::SIGKILL), 137),
+            (Outcome::NotStarted(127, "x".into()), 127),
+            (Outcome::NotReady("x".into()), 125),
+            (Outcome::Lost("rebooted"), 71),
         ];
         for (outcome, code) in codes {
             assert_eq!(outcome.exit_code(), code, "{outcome:?}");

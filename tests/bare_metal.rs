@@ -508,7 +508,7 @@ impl Local {
         config.memory.size = Size::mib(16);
         config.balloon = Some(BalloonConfig::default());
         config.serial = SerialConfig::File(format!("/proc/self/fd/{}", writer.as_raw_fd()).into());
-        let mut machine = Machine::new(config, Instant::now()).unwrap();
+        let mut machine = Machine::new(config, None, Instant::now()).unwrap();
         drop(writer);
         machine.load().unwrap();
         let mailbox = Mailbox::new().unwrap();

@@ -12,6 +12,7 @@ pub mod passthrough;
 pub mod qcow2;
 pub mod raw;
 pub mod tap;
+pub mod transcript;
 pub mod unix;
 pub mod vectored;
 pub mod vhost;

@@ -50,6 +50,8 @@ struct State {
     buffer: Vec<u8>,
     /// Bytes that the thread has taken but not yet written.
     in_flight: usize,
+    /// Bytes that ever came.
+    pushed: u64,
     closing: bool,
     /// The destination failed: everything is thrown away.
     broken: bool,
@@ -104,6 +106,7 @@ impl Output {
     /// waking it for each of a UART's bytes would cost more than the bytes. The rest waits for [`Output::flush`].
     pub fn push(&self, bytes: &[u8]) {
         let mut state = self.lock();
+        state.pushed += bytes.len() as u64;
         if state.broken {
             return;
         }
@@ -126,6 +129,11 @@ impl Output {
             state.idle = false;
             self.0.filled.notify_one();
         }
+    }
+
+    /// How many bytes ever came.
+    pub fn pushed(&self) -> u64 {
+        self.lock().pushed
     }
 
     /// Whether the buffer is over its limit.
@@ -207,8 +215,8 @@ impl Output {
             if let Err(e) = write_all(&mut *destination.writer, &chunk) {
                 log::warn!("{}: cannot write console output ({e}); it is thrown away from here on", destination.name);
                 let mut state = self.lock();
-                let State { closing, room_wanted, .. } = *state;
-                *state = State { broken: true, closing, room_wanted, ..State::default() };
+                let State { closing, room_wanted, pushed, .. } = *state;
+                *state = State { broken: true, closing, room_wanted, pushed, ..State::default() };
                 self.tell_room(&mut state);
                 if state.closing {
                     let _ = self.0.done.write(1);

@@ -212,8 +212,12 @@ pub fn run(args: RunArgs, start: Instant) -> Result<u8, Failure> {
     }
     let report_file = args.report.as_deref().map(ReportFile::new).transpose()?;
     let signals = Signals::new(&SIGNALS)?;
-    let options =
-        RunOptions { timeout: args.timeout.map(|t| t.0), grace: args.grace.0, signals: Some(signals), paused: false };
+    let options = RunOptions {
+        timeout: args.timeout.map(|t| t.0),
+        grace: args.grace.0,
+        signals: Some(signals),
+        ..RunOptions::default()
+    };
     let result = boot(config, options, start);
     match result {
         Ok((kernel, ended)) => {
@@ -241,7 +245,7 @@ pub fn run(args: RunArgs, start: Instant) -> Result<u8, Failure> {
 }
 
 fn boot(config: MachineConfig, options: RunOptions, start: Instant) -> Result<(String, Ended), Failure> {
-    let mut machine = Machine::new(config, start)?;
+    let mut machine = Machine::new(config, None, start)?;
     machine.load()?;
     let kernel = machine.kernel().to_string();
     Ok((kernel, machine.run(options, Mailbox::new()?)?))

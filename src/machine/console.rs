@@ -9,6 +9,7 @@ use super::{Error, host};
 use crate::backend::console::{self, ConsoleEnd, Got, Input, Receiver};
 use crate::backend::fifo;
 use crate::backend::output::Output;
+use crate::backend::transcript::Transcript;
 use crate::config::MachineConfig;
 use crate::event::{GuestEvents, Interest, Poller};
 use crate::terminal::{self, Command, Escapes};
@@ -28,8 +29,8 @@ pub struct Line {
     pub output: Output,
 }
 
-/// Opens one; `what` is for messages.
-pub(super) fn open(end: &ConsoleEnd, what: &str) -> Result<(Input, Output), Error> {
+/// Opens one; `what` is for messages. A `transcript` reads along.
+pub(super) fn open(end: &ConsoleEnd, what: &str, transcript: Option<&Transcript>) -> Result<(Input, Output), Error> {
     let opened = match end {
         ConsoleEnd::Stdio => console::stdio(),
         ConsoleEnd::Stdin => console::stdin(),
@@ -47,17 +48,25 @@ pub(super) fn open(end: &ConsoleEnd, what: &str) -> Result<(Input, Output), Erro
             console
         }
     };
-    let output = opened.output.map_or_else(Output::discard, Output::new).map_err(host("the console's thread"))?;
+    let destination = match transcript {
+        Some(transcript) => Some(transcript.destination(opened.output)),
+        None => opened.output,
+    };
+    let output = destination.map_or_else(Output::discard, Output::new).map_err(host("the console's thread"))?;
     Ok((opened.input, output))
 }
 
 /// The virtio console device with what its ports lead to, if there are any.
-pub(super) fn open_virtio(config: &MachineConfig, events: &GuestEvents) -> Result<Option<(Console, Vec<Line>)>, Error> {
+pub(super) fn open_virtio(
+    config: &MachineConfig,
+    events: &GuestEvents,
+    transcript: Option<&Transcript>,
+) -> Result<Option<(Console, Vec<Line>)>, Error> {
     let (mut ports, mut ends) = (Vec::new(), Vec::new());
     let named = config.console_ports.iter().map(|port| (Some(port.name.clone()), &port.to, port.from.as_deref()));
     for (name, end, from) in config.console.iter().map(|end| (None, end, None)).chain(named) {
         let what = name.as_ref().map_or("the console".to_string(), |name| format!("port {name}"));
-        let (mut input, output) = open(end, &what)?;
+        let (mut input, output) = open(end, &what, transcript.filter(|_| name.is_none()))?;
         if let Some(from) = from {
             input = console::input_file(from)?;
         }

@@ -16,6 +16,7 @@ use uuid::Uuid;
 use crate::backend::console as host_console;
 use crate::backend::mapped;
 use crate::backend::passthrough;
+use crate::backend::transcript::Transcript;
 use crate::boot::{self, BootFiles, Platform, Protocol};
 use crate::bus::{Bus, BusDevice, Overlap};
 use crate::config::{self, Acpi, HostLimits, MachineConfig};
@@ -145,8 +146,8 @@ pub struct Machine {
 
 impl Machine {
     /// Opens and checks everything that the configuration names, and only then creates the VM. `start` is when the
-    /// process started; boot timing counts from there.
-    pub fn new(config: MachineConfig, start: Instant) -> Result<Self, Error> {
+    /// process started; boot timing counts from there. A `transcript` reads along with the consoles.
+    pub fn new(config: MachineConfig, transcript: Option<Transcript>, start: Instant) -> Result<Self, Error> {
         let mut timing = BootTiming::new(start);
         config.validate()?;
         let kvm = Kvm::open(kvm::DEV_KVM)?;
@@ -154,7 +155,9 @@ impl Machine {
         let limits = HostLimits { max_vcpus: kvm.max_vcpus(), phys_bits: cpuid.phys_bits() };
         config.validate_host(limits)?;
         let events = GuestEvents::new().map_err(host("an eventfd"))?;
-        let (virtio_console, mut lines) = console::open_virtio(&config, &events)?.unzip();
+        transcript.iter().for_each(|transcript| transcript.tell(&events));
+        let transcript = transcript.as_ref();
+        let (virtio_console, mut lines) = console::open_virtio(&config, &events, transcript)?.unzip();
         let mut device_memory = DeviceMemory::new(config.memory.size, limits.phys_bits);
         let devices = open_devices(&config, virtio_console, &mut device_memory)?;
         let platform = Platform {
@@ -165,7 +168,7 @@ impl Machine {
             serial: true,
         };
         let boot = BootFiles::open(&with_device_parameters(&config, &platform)?, config.memory.size.0)?;
-        let (input, output) = console::open(&config.serial, "the serial console")?;
+        let (input, output) = console::open(&config.serial, "the serial console", transcript)?;
         let ram = GuestRam::with_areas(&config.effective_memory(), device_memory.into_areas())?;
 
         let vm = kvm.create_vm(config.acpi == Acpi::Off || boot.describe().protocol == Protocol::Pvh)?;

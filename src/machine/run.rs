@@ -20,6 +20,7 @@ use super::console::RunningLine;
 use super::mailbox::{Mailbox, Request};
 use super::{Error, Machine, host};
 use crate::backend::mapped;
+use crate::backend::transcript::{Transcript, Verdict};
 use crate::devices::power_button::PowerButton;
 use crate::event::{GuestEvent, Interest, PanicSource, Poller, Signals};
 use crate::kvm;
@@ -40,6 +41,12 @@ pub struct RunOptions {
     pub signals: Option<Signals>,
     /// Start with the vCPUs paused.
     pub paused: bool,
+    /// The guest is stopped after so long without output and without work: at least two seconds.
+    pub hang_timeout: Option<Duration>,
+    /// What reads along with the consoles; what it judges ends the run.
+    pub transcript: Option<Transcript>,
+    /// Who gets signals, and changes of the terminal's size (SIGWINCH), first; whether he takes it.
+    pub forward: Option<Box<dyn Fn(i32) -> bool + Send>>,
 }
 
 /// Signals that [`RunOptions::signals`] should collect.
@@ -115,6 +122,7 @@ struct Running {
     restarting: bool,
     paused: bool,
     sleep_watch: SleepWatch,
+    hang_watch: HangWatch,
     dump: Option<String>,
     // Keeps the VM alive as long as anything above.
     _machine: (crate::kvm::Vm, crate::memory::GuestRam),
@@ -125,6 +133,33 @@ struct SleepWatch {
     cpu_time: Duration,
     ticks: u32,
     interval: u32,
+}
+
+/// Whether the guest still does something.
+struct HangWatch {
+    looked: Instant,
+    busy: Instant,
+    output: u64,
+    cpu_time: Duration,
+}
+
+/// How often it is looked at.
+const HANG_LOOK: Duration = Duration::from_secs(1);
+
+impl HangWatch {
+    fn new() -> Self {
+        let now = Instant::now();
+        HangWatch { looked: now, busy: now, output: 0, cpu_time: Duration::ZERO }
+    }
+
+    /// A guest that uses less than a twentieth of a processor only waits, whatever its timers do.
+    fn look(&mut self, now: Instant, output: u64, cpu_time: Duration) {
+        let used = cpu_time.saturating_sub(self.cpu_time);
+        if output != self.output || used * 20 > now - self.looked {
+            self.busy = now;
+        }
+        *self = HangWatch { looked: now, output, cpu_time, ..*self };
+    }
 }
 
 impl Running {
@@ -190,6 +225,7 @@ impl Running {
             panic_deadline: None,
             restarting: false,
             sleep_watch: SleepWatch { interval: LOOK_TICKS, ..SleepWatch::default() },
+            hang_watch: HangWatch::new(),
             dump: None,
             _machine: (vm, ram),
         })
@@ -250,6 +286,7 @@ impl Running {
     fn on_signal(&mut self) -> Option<Outcome> {
         while let Some(signal) = self.ending_signal() {
             match signal {
+                signal if self.options.forward.as_ref().is_some_and(|forward| forward(signal)) => {}
                 // Asked for a second time, or by somebody who is gone: no more patience.
                 signal if self.grace.is_some() || signal == libc::SIGHUP || signal == libc::SIGQUIT => {
                     return Some(Outcome::Killed(signal));
@@ -273,7 +310,10 @@ impl Running {
                     stop_this_process();
                 }
                 libc::SIGCONT => self.raw_mode.iter().for_each(RawMode::continued),
-                libc::SIGWINCH => self.lines.iter().for_each(RunningLine::resize),
+                libc::SIGWINCH => {
+                    self.lines.iter().for_each(RunningLine::resize);
+                    self.options.forward.iter().for_each(|forward| _ = forward(libc::SIGWINCH));
+                }
                 signal => return Some(signal),
             }
         }
@@ -350,6 +390,12 @@ impl Running {
                         self.panic_deadline = Some(Instant::now());
                     }
                 }
+                GuestEvent::Judged => {
+                    let verdict = self.options.transcript.as_ref().and_then(Transcript::verdict);
+                    if let Some(Verdict { good, line, .. }) = verdict {
+                        return Some(if good { Outcome::Expected(line) } else { Outcome::Refused(line) });
+                    }
+                }
                 GuestEvent::InitStarted => self.timing.mark(Mark::InitStarted),
                 GuestEvent::ConsoleFirstByte => self.timing.mark(Mark::FirstSerialByte),
                 GuestEvent::Restarting => self.restarting = true,
@@ -377,7 +423,10 @@ impl Running {
                 return Ok(Some(outcome));
             }
         }
-        Ok(if self.all_asleep() { Some(Outcome::Halted) } else { None })
+        if self.all_asleep() {
+            return Ok(Some(Outcome::Halted));
+        }
+        Ok(self.options.hang_timeout.filter(|limit| self.hangs_for(*limit)).map(Outcome::Hung))
     }
 
     fn on_input(&mut self, token: u64, readable: bool) -> Result<Option<Outcome>, Error> {
@@ -391,6 +440,19 @@ impl Running {
             None => {}
         }
         Ok(None)
+    }
+
+    fn hangs_for(&mut self, limit: Duration) -> bool {
+        let now = Instant::now();
+        if now - self.hang_watch.looked >= HANG_LOOK {
+            let output = self.lines.iter().map(|line| line.output.pushed()).sum();
+            let cpu_time = self.vcpus.iter().map(VcpuThread::cpu_time).sum();
+            self.hang_watch.look(now, output, cpu_time);
+        }
+        if self.paused {
+            self.hang_watch.busy = now;
+        }
+        now - self.hang_watch.busy >= limit
     }
 
     /// Whether every vCPU is halted with interrupts off. Asking costs each an exit, so it is asked only while none of
@@ -452,7 +514,7 @@ impl Running {
     /// Waits until the last byte of every console is written, or somebody loses patience.
     fn wait_for_output(&mut self, outcome: &Outcome) -> Result<(), Error> {
         // Somebody who stopped the guest wants to be gone: readers that still read get a second.
-        let impatient = matches!(outcome, Outcome::Quit | Outcome::Killed(_) | Outcome::TimedOut(_));
+        let impatient = matches!(outcome, Outcome::Quit | Outcome::Killed(_) | Outcome::TimedOut(_) | Outcome::Hung(_));
         let limit = if impatient { Some(Instant::now() + Duration::from_secs(1)) } else { self.deadline };
         let mut quit = false;
         let mut unwritten = self.lines.len();
@@ -497,4 +559,24 @@ impl Running {
 fn stop_this_process() {
     // SAFETY: raise has no memory effects; SIGSTOP cannot be blocked.
     unsafe { libc::raise(libc::SIGSTOP) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_and_work_are_life() {
+        let mut watch = HangWatch::new();
+        let start = watch.busy;
+        let at = |seconds| start + Duration::from_secs(seconds);
+        watch.look(at(1), 0, Duration::from_millis(20));
+        assert_eq!(watch.busy, start, "timers tick");
+        watch.look(at(2), 1, Duration::from_millis(40));
+        assert_eq!(watch.busy, at(2), "a byte");
+        watch.look(at(3), 1, Duration::from_millis(140));
+        assert_eq!(watch.busy, at(3), "a tenth of a processor");
+        watch.look(at(9), 1, Duration::from_millis(240));
+        assert_eq!(watch.busy, at(3));
+    }
 }

@@ -54,7 +54,7 @@ fn answer(controller: &Controller, request: &str) -> Result<String, Box<dyn Erro
 fn main() -> Result<(), Box<dyn Error>> {
     let path = std::env::args().nth(1).ok_or("usage: live CONFIG")?;
     let config: MachineConfig = serde_json::from_str(&std::fs::read_to_string(path)?)?;
-    let mut machine = Machine::new(config, Instant::now())?;
+    let mut machine = Machine::new(config, None, Instant::now())?;
     machine.load()?;
     let mailbox = Mailbox::new()?;
     let controller = Controller::new(mailbox.clone());

@@ -1,0 +1,223 @@
+//! What a console has said: its last lines for who asks how it went, a file with the time of each line, and the
+//! patterns that end a run.
+//!
+//! It reads along in the thread that writes the console's output, so a guest waits for it no more than for the output
+//! itself.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Write};
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use regex_lite::Regex;
+
+use super::output::Destination;
+use crate::event::{GuestEvent, GuestEvents};
+
+/// How many lines are kept.
+pub const LINES: usize = 50;
+/// Bytes of a line beyond which it counts as two.
+const LINE_MAX: usize = 4096;
+
+/// A regular expression that a line of the console may match.
+#[derive(Clone)]
+pub struct Pattern(Regex);
+
+impl FromStr for Pattern {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Regex::new(text).map(Pattern).map_err(|e| format!("no regular expression: {e}"))
+    }
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.as_str())
+    }
+}
+
+/// What is looked for.
+#[derive(Clone, Default)]
+pub struct Patterns {
+    /// The first of these ends the run, which was a success.
+    pub expect: Vec<Pattern>,
+    /// The first of these ends the run, which was none.
+    pub fail_on: Vec<Pattern>,
+}
+
+/// A pattern was seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// Whether it was to be expected.
+    pub good: bool,
+    /// The pattern.
+    pub pattern: String,
+    /// The line.
+    pub line: String,
+}
+
+/// The transcript of a machine's consoles. Cloning shares it.
+#[derive(Clone)]
+pub struct Transcript(Arc<Mutex<State>>);
+
+struct State {
+    start: Instant,
+    last: VecDeque<String>,
+    log: Option<File>,
+    patterns: Patterns,
+    verdict: Option<Verdict>,
+    events: Option<GuestEvents>,
+}
+
+impl Transcript {
+    /// Times count from `start`; every line goes to `log`, too.
+    pub fn new(start: Instant, log: Option<File>, patterns: Patterns) -> Self {
+        let last = VecDeque::with_capacity(LINES);
+        Transcript(Arc::new(Mutex::new(State { start, last, log, patterns, verdict: None, events: None })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who hears that a pattern was seen ([`GuestEvent::Judged`]).
+    pub fn tell(&self, events: &GuestEvents) {
+        self.lock().events = Some(events.clone());
+    }
+
+    /// A destination that is read along with; without one the text goes nowhere else.
+    pub fn destination(&self, inner: Option<Destination>) -> Destination {
+        let (name, eager, inner) = match inner {
+            Some(Destination { name, writer, eager }) => (name, eager, Some(writer)),
+            None => ("the console".into(), false, None),
+        };
+        let reader = Reader { transcript: self.clone(), line: Vec::new(), inner };
+        Destination { name, writer: Box::new(reader), eager }
+    }
+
+    /// The last lines, oldest first.
+    pub fn last_lines(&self) -> Vec<String> {
+        self.lock().last.iter().cloned().collect()
+    }
+
+    /// The first pattern that was seen.
+    pub fn verdict(&self) -> Option<Verdict> {
+        self.lock().verdict.clone()
+    }
+}
+
+struct Reader {
+    transcript: Transcript,
+    line: Vec<u8>,
+    inner: Option<Box<dyn Write + Send>>,
+}
+
+impl Write for Reader {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.inner.as_mut().map_or(Ok(bytes.len()), |inner| inner.write(bytes))?;
+        for byte in bytes.iter().take(n) {
+            if *byte == b'\n' || self.line.len() >= LINE_MAX {
+                self.end_line();
+            }
+            if !matches!(byte, b'\n' | b'\r') {
+                self.line.push(*byte);
+            }
+        }
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.as_mut().map_or(Ok(()), Write::flush)
+    }
+}
+
+impl Reader {
+    fn end_line(&mut self) {
+        let line = String::from_utf8_lossy(&self.line).into_owned();
+        self.line.clear();
+        let mut state = self.transcript.lock();
+        let time = state.start.elapsed().as_secs_f64();
+        if let Some(Err(e)) = state.log.as_mut().map(|log| log.write_all(format!("{time:12.6} {line}\n").as_bytes())) {
+            log::warn!("cannot write the console's log ({e}); it ends here");
+            state.log = None;
+        }
+        if state.verdict.is_none() {
+            let Patterns { expect, fail_on } = &state.patterns;
+            let all =
+                fail_on.iter().map(|pattern| (false, pattern)).chain(expect.iter().map(|pattern| (true, pattern)));
+            let found = all.into_iter().find(|(_, pattern)| pattern.0.is_match(&line));
+            if let Some((good, pattern)) = found {
+                state.verdict = Some(Verdict { good, pattern: pattern.to_string(), line: line.clone() });
+                state.events.iter().for_each(|events| events.post(GuestEvent::Judged));
+            }
+        }
+        if state.last.len() == LINES {
+            state.last.pop_front();
+        }
+        state.last.push_back(line);
+    }
+}
+
+impl Drop for Reader {
+    /// What came last need not have ended in a newline.
+    fn drop(&mut self) {
+        if !self.line.is_empty() {
+            self.end_line();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn patterns(expect: &[&str], fail_on: &[&str]) -> Patterns {
+        let all = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+        Patterns { expect: all(expect), fail_on: all(fail_on) }
+    }
+
+    #[test]
+    fn the_last_lines_are_kept_and_timed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let transcript = Transcript::new(Instant::now(), Some(File::create(&path).unwrap()), Patterns::default());
+        let (mut reader, writer) = io::pipe().unwrap();
+        let inner = Destination { name: "x".into(), writer: Box::new(writer), eager: true };
+        let mut destination = transcript.destination(Some(inner));
+        for n in 0..60 {
+            write!(destination.writer, "line {n}\r\n").unwrap();
+        }
+        destination.writer.write_all(&[b'x'; LINE_MAX + 1]).unwrap();
+        drop(destination);
+        let lines = transcript.last_lines();
+        assert_eq!(lines.len(), LINES);
+        assert_eq!((lines[0].as_str(), lines[47].as_str()), ("line 12", "line 59"));
+        assert_eq!((lines[48].len(), lines[49].as_str()), (LINE_MAX, "x"), "cut where it is too long");
+        let log = std::fs::read_to_string(path).unwrap();
+        assert_eq!(log.lines().count(), 62);
+        let (time, text) = log.lines().next().unwrap().trim_start().split_once(' ').unwrap();
+        assert!(time.parse::<f64>().is_ok() && text == "line 0", "{time} {text}");
+        let mut seen = String::new();
+        io::Read::read_to_string(&mut reader, &mut seen).unwrap();
+        assert!(seen.starts_with("line 0\r\nline 1\r\n") && seen.ends_with('x'), "it passes on every byte");
+    }
+
+    #[test]
+    fn the_first_pattern_judges() {
+        let events = GuestEvents::new().unwrap();
+        let transcript = Transcript::new(Instant::now(), None, patterns(&["^ok \\d+$"], &["(?i)oops"]));
+        transcript.tell(&events);
+        let mut destination = transcript.destination(None);
+        destination.writer.write_all(b"not ok 1\nok").unwrap();
+        assert_eq!((transcript.verdict(), events.take()), (None, None));
+        destination.writer.write_all(b" 12\nOops: 0002\n").unwrap();
+        assert_eq!(events.take(), Some(GuestEvent::Judged));
+        let verdict = Verdict { good: true, pattern: "^ok \\d+$".into(), line: "ok 12".into() };
+        assert_eq!(transcript.verdict(), Some(verdict));
+        assert!("(".parse::<Pattern>().is_err());
+    }
+}
