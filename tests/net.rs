@@ -111,6 +111,11 @@ chmod 666 "$RUN"/*
 setpriv --reuid=4242 --regid=4242 --clear-groups "$@" <&0 &
 vireo=$!
 children() { cat /proc/$vireo/task/*/children; }
+until grep -q ready /tmp/www/log; do sleep 0.2; done
+until grep -q datagram /tmp/www/log; do
+    { echo x >/dev/udp/127.0.0.1/9090; } 2>/dev/null || true
+    sleep 0.3
+done
 fetch 127.0.0.1 8080
 passt=$(children)
 echo "passt runs: $(ls -d $(printf '/proc/%s ' $passt) | wc -l)"
@@ -129,6 +134,12 @@ exit $status
 echo "link: $(cat /sys/class/net/eth0/carrier)"
 wget -q -O /www/data http://$(cat /tmp/gateway):8000/data
 echo "loaded: $(md5sum </www/data)"
+# Nobody has a socket for it, but the kernel has seen it.
+tell $(cat /tmp/gateway) ready
+refused() { awk '/^Udp: [0-9]/ { print $3 }' /proc/net/snmp; }
+until [ $(refused) != 0 ]; do sleep 0.1; done
+echo "datagram: ok"
+tell $(cat /tmp/gateway) datagram
 serve $(cat /tmp/gateway)
 until [ "$(cat /sys/class/net/eth0/carrier)" = 0 ]; do sleep 0.1; done
 echo "link then: 0"
@@ -138,8 +149,9 @@ echo "link then: 0"
     let mib: u32 = std::env::var("NET_MIB").map_or(3, |mib| mib.parse().expect("NET_MIB is a number"));
     let run = Run::new("bzImage-cloud", &guest).through(&host).env(&format!("MIB={mib}"));
     let folder = format!("RUN={}", run.dir.path().display());
-    let net = ["--net", "user,hostfwd=tcp:8080:80", "--memory", "512M"];
+    let net = ["--net", "user,hostfwd=tcp:8080:80,hostfwd=udp:9090:90", "--memory", "512M"];
     let ended = run.env(&folder).args(&net).run_to_end().success();
+    assert_eq!(ended.fact("datagram"), "ok", "{ended}");
     assert_eq!((ended.fact("address"), ended.fact("link")), ("10.0.2.15", "1"), "{ended}");
     assert_eq!((ended.fact("loaded"), ended.fact("fetched")), (ended.fact("sum"), ended.fact("sum")), "{ended}");
     let passt = (ended.fact("passt runs"), ended.fact("passt reaped"), ended.fact("link then"));
