@@ -5,7 +5,8 @@ mod common;
 use common::net::{DHCP, GUEST, host_half};
 use common::{Run, image, on_host, vireo};
 
-/// On a tap that is there: pings, NET_MIB mebibytes (20) both ways in large segments, and the driver may be unloaded.
+/// On a tap that is there: pings, NET_MIB mebibytes (20) both ways in large segments, something by IPv6, and the driver may
+/// be unloaded.
 #[test]
 fn a_tap_with_offloads() {
     let host = host_half(
@@ -14,7 +15,9 @@ ip link del vm0 2>/dev/null || true
 ip tuntap add vm0 mode tap vnet_hdr
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf /tmp/www; ip link del vm0' EXIT
 ip addr add 192.168.77.1/24 dev vm0
+ip addr add fd77::1/64 dev vm0 nodad
 ip link set vm0 up
+echo arrived >/tmp/www/note
 (until busybox ping -c 1 -W 1 192.168.77.2 >/dev/null; do :; done
  echo "ping in: ok"; fetch 192.168.77.2 80) &
 status=0
@@ -33,6 +36,9 @@ ifconfig eth0 192.168.77.2 netmask 255.255.255.0 up
 ping -c 2 -W 5 192.168.77.1 >/dev/null && echo "ping out: ok"
 wget -q -O /www/data http://192.168.77.1:8000/data
 echo "loaded: $(md5sum </www/data)"
+ifconfig eth0 add fd77::2/64
+until ping6 -c 1 -W 1 fd77::1 >/dev/null 2>&1; do sleep 0.1; done
+echo "over IPv6: $(wget -q -O - 'http://[fd77::1]:8000/note')"
 serve 192.168.77.1
 rmmod virtio_net
 modprobe virtio_net
@@ -46,6 +52,7 @@ wget -q -O - http://192.168.77.1:8000/data | cmp - /www/data && echo "again: ok"
     let ended = run.args(&["--net", "tap=vm0,mac=02:11:22:33:44:55", "--memory", "512M"]).run_to_end().success();
     assert_eq!(ended.fact("address"), "02:11:22:33:44:55");
     assert_eq!((ended.fact("ping in"), ended.fact("ping out"), ended.fact("again")), ("ok", "ok", "ok"), "{ended}");
+    assert_eq!(ended.fact("over IPv6"), "arrived", "{ended}");
     assert_eq!((ended.fact("loaded"), ended.fact("fetched")), (ended.fact("sum"), ended.fact("sum")), "{ended}");
     // What went through once from and twice to the guest is 700 packets of 1500 bytes in each MiB.
     let packets = |name| ended.fact(name).parse::<u32>().unwrap();
@@ -111,6 +118,11 @@ chmod 666 "$RUN"/*
 setpriv --reuid=4242 --regid=4242 --clear-groups "$@" <&0 &
 vireo=$!
 children() { cat /proc/$vireo/task/*/children; }
+until grep -q ready /tmp/www/log; do sleep 0.2; done
+until grep -q datagram /tmp/www/log; do
+    { echo x >/dev/udp/127.0.0.1/9090; } 2>/dev/null || true
+    sleep 0.3
+done
 fetch 127.0.0.1 8080
 passt=$(children)
 echo "passt runs: $(ls -d $(printf '/proc/%s ' $passt) | wc -l)"
@@ -129,18 +141,24 @@ exit $status
 echo "link: $(cat /sys/class/net/eth0/carrier)"
 wget -q -O /www/data http://$(cat /tmp/gateway):8000/data
 echo "loaded: $(md5sum </www/data)"
+# Nobody has a socket for it, but the kernel has seen it.
+tell $(cat /tmp/gateway) ready
+refused() { awk '/^Udp: [0-9]/ { print $3 }' /proc/net/snmp; }
+until [ $(refused) != 0 ]; do sleep 0.1; done
+echo "datagram: ok"
+tell $(cat /tmp/gateway) datagram
 serve $(cat /tmp/gateway)
 until [ "$(cat /sys/class/net/eth0/carrier)" = 0 ]; do sleep 0.1; done
 echo "link then: 0"
 "#,
     ]
     .concat();
-    // passt moves packets of 1500 bytes: in the emulated host more than this takes minutes.
     let mib: u32 = std::env::var("NET_MIB").map_or(3, |mib| mib.parse().expect("NET_MIB is a number"));
-    let run = Run::new("bzImage-cloud", &guest).through(&host).env(&format!("MIB={}", mib.min(30)));
+    let run = Run::new("bzImage-cloud", &guest).through(&host).env(&format!("MIB={mib}"));
     let folder = format!("RUN={}", run.dir.path().display());
-    let net = ["--net", "user,hostfwd=tcp:8080:80"];
+    let net = ["--net", "user,hostfwd=tcp:8080:80,hostfwd=udp:9090:90", "--memory", "512M"];
     let ended = run.env(&folder).args(&net).run_to_end().success();
+    assert_eq!(ended.fact("datagram"), "ok", "{ended}");
     assert_eq!((ended.fact("address"), ended.fact("link")), ("10.0.2.15", "1"), "{ended}");
     assert_eq!((ended.fact("loaded"), ended.fact("fetched")), (ended.fact("sum"), ended.fact("sum")), "{ended}");
     let passt = (ended.fact("passt runs"), ended.fact("passt reaped"), ended.fact("link then"));

@@ -3,6 +3,12 @@
 //! passt takes Ethernet frames from a unix stream socket, each behind its length as a big-endian `u32`, as QEMU's
 //! `-netdev stream` sends them. It is started with its end of a socket pair as standard input, and ends by itself when
 //! the other end, ours, is closed, however this process ends.
+//!
+//! It sends as much of a connection's data as the guest's window allows, without waiting for room in the socket, and what
+//! does not fit is lost. Some versions (that of March 2023 in Debian 12) do not notice: they learn of it from the guest,
+//! and for each repeated acknowledgement, even that of a packet that came twice, send the whole window again, until most
+//! of what the guest gets is what it has already. So the socket is given as much room as may be, and the guest the
+//! largest MTU: a fortieth of the packets, acknowledgements and repetitions.
 
 use std::io::{self, PipeReader, Read};
 use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
@@ -23,6 +29,11 @@ use crate::memory::RamSlice;
 const LENGTH: usize = 4;
 /// How much is read from passt at once, at least one frame.
 const BUFFER: usize = 128 << 10;
+/// How much passt may have sent before we read it, if the user may have so much: a window of a guest is no larger by
+/// default (Linux's `tcp_rmem`). The kernel counts memory, not bytes, and is generous by twice.
+const ROOM: usize = 6 << 20;
+/// The guest's MTU unless told otherwise, passt's own choice: nothing here sees a cable, and connections end in passt.
+pub const MTU: u16 = 65_520;
 /// How long passt may take to answer a first question, or to say why it cannot.
 const START: Duration = Duration::from_secs(2);
 
@@ -146,8 +157,8 @@ pub struct Options {
     pub forwards: Vec<Forward>,
     /// The guest's MAC address.
     pub mac: [u8; 6],
-    /// What it tells the guest as MTU, if not its own choice.
-    pub mtu: Option<u16>,
+    /// What it tells the guest as MTU.
+    pub mtu: u16,
 }
 
 /// A running passt and the guest's connection to it.
@@ -170,6 +181,7 @@ impl Passt {
         options.forwards.iter().try_for_each(Forward::check)?;
         let (socket, its) = UnixStream::pair().map_err(Error::Start)?;
         socket.set_nonblocking(true).map_err(Error::Start)?;
+        make_room(&its);
         let process = Process::start(its.into(), options)?;
         let mut passt = Self::new(socket, Some(process));
         passt.wait_until_there(options.mac)?;
@@ -314,9 +326,7 @@ impl Process {
         let mut command = Command::new("passt");
         command.args(["--foreground", "--quiet", "--stderr", "--fd", "0"]);
         command.args(options.forwards.iter().flat_map(Forward::option));
-        if let Some(mtu) = options.mtu {
-            command.args(["--mtu".into(), mtu.to_string()]);
-        }
+        command.args(["--mtu".into(), options.mtu.to_string()]);
         command.stdin(socket).stdout(Stdio::null()).stderr(its_stderr);
         // Ctrl-C on the terminal asks the guest to end, which may want its network for that.
         command.process_group(0);
@@ -350,6 +360,17 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+/// Room for what is sent on `socket`: with privilege as much as wanted, else up to the host's `net.core.wmem_max`. It works
+/// with less, only slower.
+fn make_room(socket: &UnixStream) {
+    if rustix::net::sockopt::set_socket_send_buffer_size_force(socket, ROOM).is_err() {
+        let _ = rustix::net::sockopt::set_socket_send_buffer_size(socket, ROOM);
+    }
+    if let Ok(room) = rustix::net::sockopt::socket_send_buffer_size(socket) {
+        debug!("passt may be {} KiB ahead", room >> 10);
     }
 }
 

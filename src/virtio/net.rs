@@ -235,7 +235,9 @@ impl Net {
             extras.without |= 1 << VIRTIO_NET_F_MRG_RXBUF;
         }
         let Some(tap) = &config.tap else {
-            let options = passt::Options { forwards: config.hostfwd.clone(), mac: mac.0, mtu: config.mtu };
+            let mtu = config.mtu.unwrap_or(passt::MTU);
+            extras.mtu = Some(mtu);
+            let options = passt::Options { forwards: config.hostfwd.clone(), mac: mac.0, mtu };
             let ports: Vec<Box<dyn Port>> = vec![Box::new(Passt::start(&options)?)];
             return Ok(Self::build(name.into(), ports, None, mac, extras)?);
         };

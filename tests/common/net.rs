@@ -38,10 +38,14 @@ modprobe virtio_net
 modprobe af_packet || true # some kernels have it built in
 ifconfig lo up
 mkdir /www
+# Has $2 in the log of the host, at $1.
+tell() {
+    wget -q -O /dev/null http://$1:8000/$2 2>/dev/null || true
+}
 # While the host, at $1, fetches.
 serve() {
     httpd -p 80 -h /www
-    wget -q -O /dev/null http://$1:8000/listening 2>/dev/null || true
+    tell $1 listening
     until wget -q -O /dev/null http://$1:8000/finished 2>/dev/null; do sleep 0.2; done
 }
 "#;

@@ -32,7 +32,7 @@ pub struct NetConfig {
     /// The card's address; random without.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<Mac>,
-    /// The MTU that the guest is told, 68 to 65535; its own choice without.
+    /// The MTU that the guest is told, 68 to 65535; without, its own choice, or 65520 with `user`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
     /// Queue pairs, 1 to 16, for `tap`.
