@@ -14,6 +14,10 @@ const EM_386: u16 = 3;
 const EM_X86_64: u16 = 62;
 /// More than any kernel has; a limit on what is read for the headers.
 const PROGRAM_HEADERS_MAX: u16 = 256;
+/// Longest path of a loader that is looked at.
+const PATH_MAX: u64 = 4096;
+/// More than the names or descriptions of any module.
+const SECTION_MAX: u64 = 4 << 20;
 /// More than the notes of any kernel.
 const NOTES_MAX: u64 = 64 << 10;
 /// Xen's `XEN_ELFNOTE_GUEST_OS`: the name of the kernel (xen/include/public/elfnote.h).
@@ -81,19 +85,58 @@ pub fn is_elf(head: &[u8]) -> bool {
     head.starts_with(b"\x7fELF")
 }
 
+/// Whether this is a 64-bit file, and its header.
+fn file_header(data: &Data) -> Result<(bool, Vec<u8>), Problem> {
+    let ident = data.bytes(0, 20)?;
+    let machine = Fields(&ident).u16(18);
+    let class64 = match (ident[4], ident[5], machine) {
+        (2, 1, EM_X86_64) => true,
+        (1, 1, EM_386 | EM_X86_64) => false,
+        (_, 2, _) => return Err(Problem::NotAKernel("a big-endian ELF file".into())),
+        _ => return Err(Problem::NotAKernel(format!("an ELF file for {}", machine_name(machine)))),
+    };
+    Ok((class64, data.bytes(0, if class64 { 64 } else { 52 })?))
+}
+
+/// The loader that a program wants to be started by; a static one has none.
+pub fn interpreter(data: &Data) -> Result<Option<Vec<u8>>, Problem> {
+    let (c, header) = file_header(data)?;
+    let f = Fields(&header);
+    if !matches!(f.u16(16), 2 | 3) {
+        return Err(Problem::NotAKernel("an ELF object file, not an executable".into()));
+    }
+    let (size, count) = (f.u16(if c { 54 } else { 42 }), f.u16(if c { 56 } else { 44 }));
+    let table = data.bytes(f.word(c, 32, 28), u64::from(size) * u64::from(count.min(PROGRAM_HEADERS_MAX)))?;
+    let mut headers = table.chunks_exact(usize::from(size).max(1)).map(Fields);
+    let Some(f) = headers.find(|f| f.u32(0) == PT_INTERP) else { return Ok(None) };
+    let path = data.bytes(f.word(c, 8, 4), f.word(c, 32, 16).min(PATH_MAX))?;
+    Ok(path.split(|b| *b == 0).next().map(<[u8]>::to_vec))
+}
+
+/// The bytes of a section of a 64-bit file, if it has one of this name.
+pub fn section(data: &Data, name: &[u8]) -> Result<Option<Vec<u8>>, Problem> {
+    let header = data.bytes(0, 64)?;
+    let f = Fields(&header);
+    if !is_elf(&header) || header[4] != 2 || f.u16(58) != 64 {
+        return Err(Problem::Damaged("it is no 64-bit ELF file".into()));
+    }
+    let table = data.bytes(f.u64(40), 64 * u64::from(f.u16(60)))?;
+    let sections = || table.chunks_exact(64).map(Fields);
+    let content = |f: Fields<'_>| data.bytes(f.u64(24), f.u64(32).min(SECTION_MAX));
+    let Some(names) = sections().nth(f.u16(62).into()) else { return Ok(None) };
+    let names = content(names)?;
+    let wanted = |f: &Fields<'_>| {
+        let rest = names.get(f.u32(0) as usize..).and_then(|rest| rest.strip_prefix(name));
+        rest.is_some_and(|rest| rest.first() == Some(&0))
+    };
+    sections().find(wanted).map(content).transpose()
+}
+
 impl Elf {
     /// Reads and checks the headers in `data`, which begins with the ELF magic.
     pub fn parse(data: &Data) -> Result<Elf, Problem> {
-        let ident = data.bytes(0, 20)?;
-        let machine = Fields(&ident).u16(18);
-        let class64 = match (ident[4], ident[5], machine) {
-            (2, 1, EM_X86_64) => true,
-            (1, 1, EM_386 | EM_X86_64) => false,
-            (_, 2, _) => return Err(Problem::NotAKernel("a big-endian ELF file".into())),
-            _ => return Err(Problem::NotAKernel(format!("an ELF file for {}", machine_name(machine)))),
-        };
-        let header_len = if class64 { 64 } else { 52 };
-        let header = data.bytes(0, header_len)?;
+        let (class64, header) = file_header(data)?;
+        let header_len = header.len() as u64;
         let f = Fields(&header);
         if !matches!(f.u16(16), 2 | 3) {
             return Err(Problem::NotAKernel("an ELF object file, not an executable".into()));

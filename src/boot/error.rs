@@ -25,6 +25,12 @@ pub enum Error {
         /// What is wrong with it.
         source: Problem,
     },
+    /// All that is loaded as the initrd together.
+    #[error("cannot load the initramfs")]
+    Initramfs(#[source] Problem),
+    /// What was to be packed.
+    #[error(transparent)]
+    Pack(#[from] super::pack::Error),
     /// The command line is longer than the kernel or the memory map allows.
     #[error("the kernel command line has {length} bytes; this kernel takes at most {limit}")]
     CmdlineTooLong {
@@ -60,6 +66,9 @@ pub enum Problem {
     /// `read` failed.
     #[error("cannot read it")]
     Read(#[source] io::Error),
+    /// Somebody truncated it.
+    #[error("it has become shorter than the {0} bytes that it had")]
+    Shrunk(u64),
     /// Not a regular file.
     #[error("this is {0}, not a file")]
     NotAFile(&'static str),

@@ -49,7 +49,8 @@ fn examine_plain(data: Data, head: &[u8], mode: BootMode) -> Result<Image, Probl
         if mode == BootMode::BzImage {
             return Err(Problem::NoEntry { found: "an ELF file".into(), mode: "bzimage", needs: "a bzImage" });
         }
-        let version = find_version(&data);
+        // Only memory is searched: it is there anyway.
+        let version = if let Data::Memory(_) = data { find_version(&data) } else { None };
         let mut image = elf_image(data, "vmlinux")?;
         image.info.version = version;
         Ok(image)
@@ -192,23 +193,18 @@ fn mode_name(mode: BootMode) -> &'static str {
     }
 }
 
-/// Linux's banner in an unpacked kernel. Only memory is searched: it is there anyway.
-fn find_version(data: &Data) -> Option<String> {
+/// The version in Linux's banner.
+pub fn find_version(data: &Data) -> Option<String> {
     const BANNER: &[u8] = b"Linux version ";
-    let Data::Memory(bytes) = data else { return None };
-    let mut rest = &bytes[..];
-    // Looking for the rare byte first makes this run at memory speed.
-    while let Some(at) = rest.iter().position(|b| *b == BANNER[0]) {
-        rest = &rest[at..];
-        // The format string "Linux version %s" comes in some kernels, too.
-        if let Some(text) = rest.strip_prefix(BANNER)
-            && text.first().is_some_and(u8::is_ascii_digit)
-        {
-            return bzimage::printable(&text[..text.len().min(256)]);
-        }
-        rest = &rest[1..];
-    }
-    None
+    let mut version = None;
+    // The format string "Linux version %s" comes in some kernels, too.
+    let number = |text: &[u8]| {
+        let found = text.first().is_some_and(u8::is_ascii_digit);
+        version = found.then(|| bzimage::printable(&text[..text.len().min(256)])).flatten();
+        found
+    };
+    data.find(BANNER, 0, number).ok()?;
+    version
 }
 
 /// What a file is that is no kernel, as far as its first bytes tell.

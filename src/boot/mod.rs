@@ -9,9 +9,12 @@ pub mod cache;
 mod elf;
 pub mod error;
 pub mod image;
+pub mod initramfs;
 pub mod kaslr;
 pub mod kernel;
+pub mod modules;
 pub mod mptable;
+pub mod pack;
 mod place;
 mod pvh;
 pub mod regs;
@@ -27,16 +30,17 @@ mod unpack;
 mod zero_page;
 
 use std::fmt;
-use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 pub use self::error::{Error, Problem};
 pub use self::regs::{Entry, Protocol};
 
 use self::cache::Cache;
 use self::image::Image;
+use self::initramfs::{HostFile, Piece};
+use self::pack::InitramfsConfig;
 use self::place::Plan;
 use self::zero_page::ZeroPage;
 use crate::layout;
@@ -51,15 +55,31 @@ const CMDLINE_DEFAULT: u64 = 2047;
 pub struct BootConfig {
     /// The kernel image; its format is found by content.
     pub kernel: PathBuf,
-    /// Initial RAM disk.
+    /// Initial RAM disks, one behind the other; a file may name a single one without a list.
+    #[serde(default, deserialize_with = "one_or_several", skip_serializing_if = "Vec::is_empty")]
+    pub initrd: Vec<PathBuf>,
+    /// What is packed behind them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub initrd: Option<PathBuf>,
+    pub initramfs: Option<InitramfsConfig>,
     /// Kernel command line, passed as it is.
     #[serde(default)]
     pub cmdline: String,
     /// Which entry is used.
     #[serde(default)]
     pub boot: BootMode,
+}
+
+fn one_or_several<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a path or a list of paths is wanted")]
+    enum Paths {
+        One(PathBuf),
+        Several(Vec<PathBuf>),
+    }
+    Ok(match Paths::deserialize(deserializer)? {
+        Paths::One(path) => vec![path],
+        Paths::Several(paths) => paths,
+    })
 }
 
 /// `--boot`: how a kernel is entered.
@@ -99,7 +119,7 @@ pub struct BootFiles {
     image: Image,
     cached: bool,
     entry: Entry,
-    initrd: Option<(File, u64)>,
+    initrd: Vec<Piece>,
     plan: Plan,
 }
 
@@ -150,17 +170,20 @@ impl BootFiles {
     /// The same with a cache that the caller has chosen.
     pub fn open_with(config: &BootConfig, ram_size: u64, cache: Option<&Cache>) -> Result<BootFiles, Error> {
         let of_kernel = |problem: Problem| problem.of_kernel(&config.kernel);
-        let of_initrd = |problem: Problem| problem.of_initrd(config.initrd.clone().unwrap_or_default());
+        let of_initrd = |problem: Problem| match &config.initrd[..] {
+            [path] if config.initramfs.is_none() => problem.of_initrd(path),
+            _ => Error::Initramfs(problem),
+        };
 
         let (image, cached) = open_kernel(config, cache).map_err(of_kernel)?;
         let (entry, pvh) = kernel::entry(&image.info, config.boot).map_err(of_kernel)?;
         place::check_cmdline(&image.info, &config.cmdline)?;
-        let initrd = config.initrd.as_deref().map(open_initrd).transpose().map_err(of_initrd)?;
+        let initrd = open_initrd(config, &image)?;
 
         let mut space = place::Space::new(ram_size, &image).map_err(of_kernel)?;
-        let initrd_place = match &initrd {
-            Some((_, len)) => Some(space.place_initrd(*len).map_err(of_initrd)?),
-            None => None,
+        let initrd_place = match initrd.iter().map(Piece::len).fold(0, u64::saturating_add) {
+            0 => None,
+            len => Some(space.place_initrd(len).map_err(of_initrd)?),
         };
         let plan = space.place_kernel(&image, initrd_place, pvh, &config.cmdline)?;
         let protocol = if pvh { Protocol::Pvh } else { Protocol::Linux64 };
@@ -172,16 +195,16 @@ impl BootFiles {
     pub fn load(self, ram: &GuestRam, platform: &Platform) -> Result<Entry, Error> {
         let BootFiles { config, image, entry, initrd, plan, .. } = self;
         let of_kernel = |problem: Problem| problem.of_kernel(&config.kernel);
-        let of_initrd = |problem: Problem| problem.of_initrd(config.initrd.clone().unwrap_or_default());
 
         image.load(ram, plan.kernel).map_err(of_kernel)?;
         if let (Some(delta), Some(relocations)) = (plan.kaslr, &image.relocations) {
             relocations.apply(&ram.slice(plan.kernel, image.span())?, delta)?;
         }
 
-        if let (Some((file, _)), Some(Initrd { start, len })) = (&initrd, plan.initrd) {
-            let read = source::read_to_ram(file, 0, &ram.slice(start, len)?);
-            read.map_err(|e| of_initrd(Problem::Read(e)))?;
+        let mut at = plan.initrd.map_or(0, |initrd| initrd.start);
+        for piece in initrd {
+            piece.load(ram, at)?;
+            at += piece.len(); // they were added up when they were placed
         }
         ram.write(layout::CMDLINE, config.cmdline.as_bytes())?;
         ram.write(layout::CMDLINE + config.cmdline.len() as u64, &[0])?;
@@ -241,10 +264,27 @@ fn open_kernel(config: &BootConfig, cache: Option<&Cache>) -> Result<(Image, boo
     Ok((cache.store(&source, &miss, &image).unwrap_or(image), false))
 }
 
-fn open_initrd(path: &std::path::Path) -> Result<(File, u64), Problem> {
-    match source::open(path)? {
-        (_, 0) => Err(Problem::Truncated { what: "an initrd", needs: 1, has: 0 }),
-        file_and_len => Ok(file_and_len),
+/// The initrds, each padded to what archives are aligned to, and what is packed behind them.
+fn open_initrd(config: &BootConfig, image: &Image) -> Result<Vec<Piece>, Error> {
+    let mut pieces = Vec::new();
+    let mut padding = 0;
+    for path in &config.initrd {
+        pieces.push(Piece::Bytes(vec![0; padding]));
+        let file = open_one(path).map_err(|problem| problem.of_initrd(path))?;
+        padding = initramfs::padding(file.len);
+        pieces.push(Piece::File(file));
+    }
+    if let Some(packed) = &config.initramfs {
+        pieces.push(Piece::Bytes(vec![0; padding]));
+        pieces.extend(pack::pack(config, packed, image)?);
+    }
+    Ok(pieces)
+}
+
+fn open_one(path: &Path) -> Result<HostFile, Problem> {
+    match HostFile::open(path)? {
+        HostFile { len: 0, .. } => Err(Problem::Truncated { what: "an initrd", needs: 1, has: 0 }),
+        file => Ok(file),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Files that a user names, and the bytes behind an image: in a file or unpacked in memory.
 
+use std::borrow::Cow;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -91,6 +92,34 @@ impl Data {
             Data::File(file, _) => read_to_ram(file, offset, ram).map_err(Problem::Read)?,
         }
         Ok(())
+    }
+
+    /// The first place of `needle`, whose rarest byte is at `rare` in it, where `wanted` agrees with the bytes behind it.
+    pub fn find(
+        &self,
+        needle: &[u8],
+        rare: usize,
+        mut wanted: impl FnMut(&[u8]) -> bool,
+    ) -> Result<Option<u64>, Problem> {
+        // Blocks overlap by more than a needle and what is looked at behind it.
+        const BLOCK: u64 = 256 << 10;
+        const OVERLAP: u64 = 512;
+        let mut offset = 0;
+        while offset < self.len() {
+            let len = (BLOCK + OVERLAP).min(self.len() - offset);
+            let block = match self {
+                Data::Memory(bytes) => Cow::Borrowed(&bytes[offset as usize..][..len as usize]),
+                Data::File(..) => Cow::Owned(self.bytes(offset, len)?),
+            };
+            let places = memchr::memchr_iter(needle.get(rare).copied().unwrap_or_default(), &block);
+            for start in places.filter_map(|at| at.checked_sub(rare)) {
+                if block.get(start..).and_then(|rest| rest.strip_prefix(needle)).is_some_and(&mut wanted) {
+                    return Ok(Some(offset + start as u64));
+                }
+            }
+            offset += BLOCK;
+        }
+        Ok(None)
     }
 
     /// A reader of `len` bytes from `offset`.

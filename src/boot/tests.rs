@@ -146,7 +146,7 @@ fn initrd_and_cmdline_arrive() {
     let initrd = files.write("initrd", &[0xAB; 5000]);
     let cmdline = "console=ttyS0 quiet";
     let (_, ram, entry) = boot(&testing::linux(0), |c| {
-        c.initrd = Some(initrd);
+        c.initrd = vec![initrd];
         c.cmdline = cmdline.into();
     })
     .unwrap();
@@ -166,7 +166,7 @@ fn what_does_not_fit_is_told_with_what_would() {
     let sparse = |name: &str, len| {
         let path = files.path(name);
         OpenOptions::new().write(true).create(true).truncate(true).open(&path).unwrap().set_len(len).unwrap();
-        Some(path)
+        vec![path]
     };
     let linux = testing::linux(0);
     let error = refusal(&linux, |c| c.initrd = sparse("big", 100 << 20));
@@ -175,7 +175,7 @@ fn what_does_not_fit_is_told_with_what_would() {
     assert!(error.ends_with("fit below the kernel's limit, whatever the memory size"), "{error}");
     let error = refusal(&linux, |c| c.initrd = sparse("empty", 0));
     assert_eq!(error, "truncated: an initrd needs 1 bytes, has 0");
-    let error = refusal(&linux, |c| c.initrd = Some("/nonexistent/initrd".into()));
+    let error = refusal(&linux, |c| c.initrd = vec!["/nonexistent/initrd".into()]);
     assert_eq!(error, "cannot open it: No such file or directory (os error 2)");
     let error = refusal(&linux, |c| c.cmdline = "x".repeat(2048));
     assert_eq!(error, "the kernel command line has 2048 bytes; this kernel takes at most 2047");

@@ -58,7 +58,8 @@ pub fn unpack(format: Compression, input: impl Read, size: Option<u64>) -> Resul
     unpack_within(format, input, size, UNPACKED_MAX)
 }
 
-fn unpack_within(format: Compression, input: impl Read, size: Option<u64>, max: u64) -> Result<Vec<u8>, Problem> {
+/// The same with another limit.
+pub fn unpack_within(format: Compression, input: impl Read, size: Option<u64>, max: u64) -> Result<Vec<u8>, Problem> {
     let name = format.name();
     let failed = |source| Problem::Unpack { format: name, source };
     let limit = size.unwrap_or(max);

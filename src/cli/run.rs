@@ -12,6 +12,8 @@ use serde::Serialize;
 use super::{Failure, Usage, chain, print, say};
 use crate::backend::console::ConsoleEnd;
 use crate::boot::BootMode;
+use crate::boot::modules::ModulesConfig;
+use crate::boot::pack::{FileConfig, InitramfsConfig};
 use crate::config::{Acpi, CpuConfig, MachineConfig};
 use crate::devices::serial::SerialConfig;
 use crate::event::Signals;
@@ -48,9 +50,27 @@ pub struct RunArgs {
     /// Kernel: bzImage, vmlinux (also gz, zst, xz, lz4, bz2) or PVH ELF, found by content
     #[arg(long, value_name = "FILE", required_unless_present = "config")]
     kernel: Option<PathBuf>,
-    /// Initial RAM disk
+    /// Initial RAM disk; given several times, one behind the other
     #[arg(long, value_name = "FILE")]
-    initrd: Option<PathBuf>,
+    initrd: Vec<PathBuf>,
+    /// Make this static program or script /init
+    #[arg(long, value_name = "PROG")]
+    init: Option<PathBuf>,
+    /// Pack this static busybox with its applets as /bin [default: the one in PATH]
+    #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = "busybox")]
+    busybox: Option<PathBuf>,
+    /// Pack what is in a folder as the root directory; may be given several times
+    #[arg(long, value_name = "DIR")]
+    initramfs_dir: Vec<PathBuf>,
+    /// Pack a file; may be given several times
+    #[arg(long, value_name = "HOST:GUEST")]
+    file: Vec<FileConfig>,
+    /// Pack kernel modules and what they need; /vireo/modules in the guest has their paths in load order
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    modules: Vec<String>,
+    /// Where they are: /lib/modules/VERSION, or a folder above it [default: beside the kernel, then this host's]
+    #[arg(long, value_name = "DIR")]
+    modules_dir: Option<PathBuf>,
     /// Kernel command line, passed as it is [default: console=ttyS0, console=hvc0 with --console]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
@@ -182,7 +202,10 @@ impl RunArgs {
             config.serial = ConsoleEnd::Null;
         }
         set(&mut config.acpi, &self.acpi);
-        config.boot.initrd = self.initrd.clone().or(config.boot.initrd);
+        if !self.initrd.is_empty() {
+            config.boot.initrd.clone_from(&self.initrd);
+        }
+        self.initramfs(&mut config.boot.initramfs);
         config.uuid = self.uuid.or(config.uuid);
         config.disks.extend_from_slice(&self.disk);
         config.balloon = self.balloon.clone().or(config.balloon);
@@ -194,6 +217,20 @@ impl RunArgs {
         config.rng = self.rng.clone().or(config.rng);
         config.vsock = self.vsock.clone().or(config.vsock);
         Ok(config)
+    }
+
+    /// What the flags add to the initramfs that is packed.
+    fn initramfs(&self, config: &mut Option<InitramfsConfig>) {
+        let mut packed = config.take().unwrap_or_default();
+        packed.init = self.init.clone().or(packed.init);
+        packed.busybox = self.busybox.clone().or(packed.busybox);
+        packed.dirs.extend_from_slice(&self.initramfs_dir);
+        packed.files.extend_from_slice(&self.file);
+        let mut modules = packed.modules.take().unwrap_or_default();
+        modules.names.extend_from_slice(&self.modules);
+        modules.dir = self.modules_dir.clone().or(modules.dir);
+        packed.modules = Some(modules).filter(|modules| *modules != ModulesConfig::default());
+        *config = Some(packed).filter(|packed| *packed != InitramfsConfig::default());
     }
 }
 

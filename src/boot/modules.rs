@@ -1,0 +1,443 @@
+//! Which kernel modules a guest needs, and where on the host they are.
+//!
+//! ```text
+//! names ── modules.dep (or, in an unpacked package, each module's .modinfo) ──> files in load order
+//!   └────── modules.builtin, or else the kernel image itself ──> nothing to pack
+//! ```
+//!
+//! A kernel takes only modules of its own version, so that is what is looked for: beside the kernel's file, then among
+//! this host's. Nothing here trusts the files: texts, modules and the depth of dependencies are bounded.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::error::Problem;
+use super::image::Image;
+use super::source::{self, Data};
+use super::unpack::{self, Compression};
+use super::{elf, kernel};
+
+/// Longest text of a modules directory. Distributions' have 2 MiB.
+const TEXT_MAX: u64 = 16 << 20;
+/// Longest module, unpacked.
+const MODULE_MAX: u64 = 128 << 20;
+/// Most modules that are packed.
+const MODULES_MAX: usize = 20_000;
+/// Most files of a directory without modules.dep, which may be a kernel's source.
+const FILES_MAX: u32 = 1 << 20;
+/// How deep dependencies may go. In real kernels it is less than ten.
+const DEPTH_MAX: u32 = 40;
+/// What is behind `.ko`.
+const SUFFIXES: [&str; 4] = ["", ".xz", ".zst", ".gz"];
+/// The module whose driver has another name in the kernel image, and that name.
+const VIRTIO_MMIO: (&str, &str) = ("virtio_mmio", "virtio-mmio");
+
+/// Kernel modules that are packed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModulesConfig {
+    /// `/lib/modules/VERSION`, or a folder above it; otherwise it is looked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dir: Option<PathBuf>,
+    /// Modules that the guest must have, unless they are built in.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub names: Vec<String>,
+    /// Modules that are packed if they exist.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub optional: Vec<String>,
+}
+
+/// A module that is packed.
+#[derive(Debug)]
+pub struct Module {
+    /// Its path in the guest.
+    pub guest: String,
+    /// Its file here.
+    pub host: PathBuf,
+    /// What is in it, unpacked.
+    pub data: Data,
+}
+
+/// Modules cannot be packed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file that has to do with them.
+    #[error("kernel modules: cannot use {}", path.display())]
+    File {
+        /// Which one.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Problem,
+    },
+    /// The kernel has not what is needed, and nobody else.
+    #[error("kernel {version} has no {name} built in, and no modules of it were found; looked in {places}")]
+    NoModules {
+        /// The kernel's version.
+        version: String,
+        /// What it lacks.
+        name: String,
+        /// Where its modules might have been.
+        places: String,
+    },
+    /// A module that does not exist.
+    #[error("kernel {version} has no module {name}: it is neither built in nor in {}", dir.display())]
+    NoModule {
+        /// The kernel's version.
+        version: String,
+        /// What it lacks.
+        name: String,
+        /// Where its modules are.
+        dir: PathBuf,
+    },
+    /// A directory with another kernel's.
+    #[error("the modules in {} are for kernel {found}, and this kernel is {version}", dir.display())]
+    OtherVersion {
+        /// Where.
+        dir: PathBuf,
+        /// For which kernel they were made.
+        found: String,
+        /// Which one boots.
+        version: String,
+    },
+    /// Dependencies without an end.
+    #[error("the dependencies of module {0} go deeper than {DEPTH_MAX}")]
+    TooDeep(String),
+}
+
+/// The modules that `config` asks for and what they need, in load order, for the kernel `image` from the file `kernel`.
+pub fn find(config: &ModulesConfig, kernel: &Path, image: &Image) -> Result<Vec<Module>, Error> {
+    if config.names.is_empty() && config.optional.is_empty() {
+        return Ok(Vec::new());
+    }
+    let version = release(image).unwrap_or_default();
+    let places = places(config, kernel, &version);
+    let Some(dir) = places.iter().find(|dir| holds_modules(dir)) else {
+        let missing = config.names.iter().find(|name| !built_in(image, name));
+        let Some(name) = missing.cloned() else { return Ok(Vec::new()) };
+        let places = describe(&places, config);
+        let version = if version.is_empty() { "of unknown version".into() } else { version };
+        return Err(Error::NoModules { version, name, places });
+    };
+    let texts = Texts::read(dir)?;
+    let mut search = Search::new(dir, &version, &texts);
+    for name in &config.names {
+        if !search.visit(name, 0)? && !built_in(image, name) {
+            return Err(Error::NoModule { version, name: name.clone(), dir: dir.clone() });
+        }
+    }
+    for name in &config.optional {
+        match search.visit(name, 0) {
+            Ok(_) | Err(Error::NoModule { .. }) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(search.found)
+}
+
+/// `uname -r`, if it can be part of a path.
+fn release(image: &Image) -> Option<String> {
+    let version = image.info.version.clone().or_else(|| kernel::find_version(&image.data))?;
+    let release = version.split(' ').next().unwrap_or_default();
+    let fits = !release.starts_with('.') && !release.contains('/') && release.len() < 200;
+    fits.then(|| release.to_string())
+}
+
+/// Where modules may be, best first.
+fn places(config: &ModulesConfig, kernel: &Path, version: &str) -> Vec<PathBuf> {
+    let below = |root: &Path| ["lib/modules", "usr/lib/modules"].map(|dir| root.join(dir).join(version));
+    if let Some(dir) = &config.dir {
+        let [lib, usr] = below(dir);
+        let nested = [dir.join(version), lib, usr];
+        // Without a version only the directory itself can be meant.
+        return nested.into_iter().filter(|_| !version.is_empty()).chain([dir.clone()]).collect();
+    }
+    if version.is_empty() {
+        return Vec::new();
+    }
+    let mut places = Vec::new();
+    let kernel = kernel.canonicalize().unwrap_or_else(|_| kernel.into());
+    if let Some(beside) = kernel.parent() {
+        // /usr/lib/modules/VERSION/vmlinuz, and boot/vmlinuz of an unpacked package.
+        places.extend(beside.ends_with(version).then(|| beside.to_path_buf()));
+        places.extend([beside, beside.parent().unwrap_or(beside)].into_iter().flat_map(below));
+    }
+    for place in below(Path::new("/")) {
+        if !places.contains(&place) {
+            places.push(place);
+        }
+    }
+    places
+}
+
+fn holds_modules(dir: &Path) -> bool {
+    ["modules.dep", "modules.builtin", "kernel"].iter().any(|name| dir.join(name).exists())
+}
+
+/// Places in words; and in the directory that the user named, what is there instead.
+fn describe(places: &[PathBuf], config: &ModulesConfig) -> String {
+    let mut text = places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(", ");
+    if places.is_empty() {
+        text.push_str("no place, since the kernel does not tell its version");
+    }
+    for dir in config.dir.iter().flat_map(|dir| [dir.clone(), dir.join("lib/modules"), dir.join("usr/lib/modules")]) {
+        for entry in fs::read_dir(&dir).into_iter().flatten().flatten().take(1000) {
+            if holds_modules(&entry.path()) {
+                text.push_str(&format!(" (there are those of kernel {})", entry.file_name().display()));
+                return text;
+            }
+        }
+    }
+    text
+}
+
+/// Whether the kernel image has the name that the driver has there. Images that the guest unpacks can't be looked into:
+/// who boots such a kernel knows it.
+fn built_in(image: &Image, name: &str) -> bool {
+    let name = name.replace('-', "_");
+    let name = if name == VIRTIO_MMIO.0 { VIRTIO_MMIO.1 } else { &name };
+    let needle = [name.as_bytes(), b"\0"].concat();
+    // Rarer in kernels than most.
+    let rare = needle.iter().position(|b| b"vxz".contains(b)).unwrap_or(0);
+    image.packed || image.data.find(&needle, rare, |_| true).ok().flatten().is_some()
+}
+
+/// The text files of a modules directory.
+struct Texts {
+    /// modules.dep, or what is like it made from a walk.
+    dep: String,
+    /// Whether it was made so: then dependencies are in the modules.
+    walked: bool,
+    softdep: String,
+    builtin: String,
+    alias: String,
+}
+
+impl Texts {
+    fn read(dir: &Path) -> Result<Texts, Error> {
+        let text = |name: &str| {
+            let path = dir.join(name);
+            if !path.exists() {
+                return Ok(String::new());
+            }
+            read_text(&path).map_err(|source| Error::File { path, source })
+        };
+        let (dep, walked) = match text("modules.dep")? {
+            dep if dep.is_empty() => (walk(dir)?, true),
+            dep => (dep, false),
+        };
+        Ok(Texts {
+            dep,
+            walked,
+            softdep: text("modules.softdep")?,
+            builtin: text("modules.builtin")?,
+            alias: text("modules.alias")?,
+        })
+    }
+}
+
+fn read_text(path: &Path) -> Result<String, Problem> {
+    let (file, len) = source::open(path)?;
+    if len > TEXT_MAX {
+        return Err(Problem::Damaged(format!("it has {len} bytes")));
+    }
+    String::from_utf8(Data::File(file, len).bytes(0, len)?).map_err(|_| Problem::Damaged("it is no text".into()))
+}
+
+/// The paths of all modules below `dir`, a line each.
+fn walk(dir: &Path) -> Result<String, Error> {
+    let mut text = String::new();
+    let mut folders = vec![PathBuf::new()];
+    let mut count = 0u32;
+    while let Some(folder) = folders.pop() {
+        let path = dir.join(&folder);
+        let read = fs::read_dir(&path).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+        let mut entries = read.map_err(|e| Error::File { path: path.clone(), source: Problem::Open(e) })?;
+        entries.sort_by_key(fs::DirEntry::file_name);
+        for entry in entries {
+            let name = folder.join(entry.file_name());
+            let Some(path) = name.to_str().filter(|path| !path.contains(['\n', ':'])) else { continue };
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => folders.push(name),
+                Ok(kind) if kind.is_file() && stem(path).is_some() => text.extend([path, ":\n"]),
+                _ => {}
+            }
+            count += 1;
+            if count > FILES_MAX {
+                let source = Problem::Damaged("there are more files than of any kernel".into());
+                return Err(Error::File { path: dir.into(), source });
+            }
+        }
+    }
+    Ok(text)
+}
+
+/// The name of the module at `path`.
+fn stem(path: &str) -> Option<&str> {
+    let name = path.rsplit('/').next()?;
+    let (stem, suffix) = name.split_once(".ko")?;
+    SUFFIXES.contains(&suffix).then_some(stem)
+}
+
+/// In names of modules `-` and `_` are the same.
+fn same_name(a: &str, b: &str) -> bool {
+    let same = |b: u8| if b == b'-' { b'_' } else { b };
+    a.len() == b.len() && a.bytes().map(same).eq(b.bytes().map(same))
+}
+
+/// A line of modules.dep.
+#[derive(Clone, Copy)]
+struct Line<'a> {
+    name: &'a str,
+    path: &'a str,
+    depends: &'a str,
+}
+
+/// Dependencies being followed.
+struct Search<'a> {
+    dir: &'a Path,
+    version: &'a str,
+    texts: &'a Texts,
+    lines: Vec<Line<'a>>,
+    /// Names that were looked at, so that each is packed once and circles end.
+    seen: Vec<&'a str>,
+    /// In load order.
+    found: Vec<Module>,
+}
+
+impl<'a> Search<'a> {
+    fn new(dir: &'a Path, version: &'a str, texts: &'a Texts) -> Self {
+        let line = |line: &'a str| {
+            let (path, depends) = line.split_once(':')?;
+            Some(Line { name: stem(path)?, path, depends })
+        };
+        let lines = texts.dep.lines().filter_map(line).collect();
+        Search { dir, version, texts, lines, seen: Vec::new(), found: Vec::new() }
+    }
+
+    /// Takes the module `name` behind all that it needs. Says whether there is one, built in perhaps.
+    fn visit(&mut self, name: &str, depth: u32) -> Result<bool, Error> {
+        if let Some(line) = self.lines.iter().find(|line| same_name(line.name, name)) {
+            return self.take(*line, depth).map(|()| true);
+        }
+        if self.texts.builtin.lines().any(|line| stem(line).is_some_and(|builtin| same_name(builtin, name))) {
+            return Ok(true);
+        }
+        let mut any = false;
+        for target in self.alias(name)? {
+            // A second alias would be one too many.
+            if let Some(line) = self.lines.iter().find(|line| same_name(line.name, &target)) {
+                self.take(*line, depth)?;
+                any = true;
+            }
+        }
+        Ok(any)
+    }
+
+    fn take(&mut self, line: Line<'a>, depth: u32) -> Result<(), Error> {
+        if self.seen.contains(&line.name) {
+            return Ok(());
+        }
+        if depth > DEPTH_MAX || self.seen.len() > MODULES_MAX {
+            return Err(Error::TooDeep(line.name.into()));
+        }
+        self.seen.push(line.name);
+        let host = self.dir.join(line.path);
+        let of_file = |source| Error::File { path: host.clone(), source };
+        let data = open(&host).map_err(of_file)?;
+        let named_so = self.dir.file_name().is_some_and(|name| name == self.version);
+        let info = match self.texts.walked || !named_so {
+            true => modinfo(&data).map_err(of_file)?,
+            false => String::new(),
+        };
+        self.check_version(&info)?;
+        let softdeps = match self.texts.walked {
+            true => values(&info, "softdep").flat_map(before).collect::<Vec<_>>(),
+            false => self.softdeps(line.name),
+        };
+        for softdep in softdeps {
+            self.visit(softdep, depth + 1)?; // kernels do without, if they must
+        }
+        // Those of modules.dep stand in reverse; all are files. Those of a module are names.
+        let depends: Vec<&str> = match self.texts.walked {
+            true => {
+                values(&info, "depends").flat_map(|names| names.split(',')).filter(|name| !name.is_empty()).collect()
+            }
+            false => line.depends.split_ascii_whitespace().rev().filter_map(stem).collect(),
+        };
+        for name in depends {
+            if !self.visit(name, depth + 1)? {
+                let (version, dir) = (self.version.into(), self.dir.into());
+                return Err(Error::NoModule { version, name: name.into(), dir });
+            }
+        }
+        let (path, _) = line.path.rsplit_once(".ko").unwrap_or((line.path, ""));
+        let guest = format!("/lib/modules/{}/{path}.ko", self.version);
+        self.found.push(Module { guest, host, data });
+        Ok(())
+    }
+
+    /// What modules.softdep wants loaded before `name`.
+    fn softdeps(&self, name: &str) -> Vec<&'a str> {
+        let lines = self.texts.softdep.lines().filter_map(|line| line.strip_prefix("softdep ")?.split_once(' '));
+        lines.filter(|(module, _)| same_name(module, name)).flat_map(|(_, rest)| before(rest)).collect()
+    }
+
+    /// The modules that say that they are `name`, too. Without modules.alias only ciphers and checksums are asked: those
+    /// are what others name by alias.
+    fn alias(&self, name: &str) -> Result<Vec<String>, Error> {
+        if !self.texts.walked {
+            let lines = self.texts.alias.lines().filter_map(|line| line.strip_prefix("alias ")?.rsplit_once(' '));
+            return Ok(lines.filter(|(alias, _)| same_name(alias, name)).map(|(_, module)| module.into()).collect());
+        }
+        let mut modules = Vec::new();
+        for line in self.lines.iter().filter(|line| line.path.contains("/crypto/")) {
+            let path = self.dir.join(line.path);
+            let info = open(&path).and_then(|data| modinfo(&data)).map_err(|source| Error::File { path, source })?;
+            if values(&info, "alias").any(|alias| same_name(alias, name)) {
+                modules.push(line.name.to_string());
+            }
+        }
+        Ok(modules)
+    }
+
+    /// A module of another version is refused by the kernel, without saying so aloud.
+    fn check_version(&self, info: &str) -> Result<(), Error> {
+        let found = values(info, "vermagic").next().and_then(|magic| magic.split(' ').next());
+        match found {
+            Some(found) if !self.version.is_empty() && found != self.version => {
+                Err(Error::OtherVersion { dir: self.dir.into(), found: found.into(), version: self.version.into() })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A module's content, unpacked if need be.
+fn open(path: &Path) -> Result<Data, Problem> {
+    let (file, len) = source::open(path)?;
+    let data = Data::File(file, len);
+    match Compression::detect(&data.head(16)?) {
+        Some(format) => Ok(Data::Memory(unpack::unpack_within(format, data.reader(0, len)?, None, MODULE_MAX)?)),
+        None if len > MODULE_MAX => Err(Problem::Damaged(format!("it has {len} bytes"))),
+        None => Ok(data),
+    }
+}
+
+/// What a module says of itself: `key=value`, each ended by a NUL.
+fn modinfo(data: &Data) -> Result<String, Problem> {
+    let section = elf::section(data, b".modinfo")?;
+    let section = section.ok_or_else(|| Problem::Damaged("there is no .modinfo in it".into()))?;
+    Ok(String::from_utf8_lossy(&section).into_owned())
+}
+
+fn values<'a>(info: &'a str, key: &str) -> impl Iterator<Item = &'a str> {
+    info.split('\0').filter_map(move |field| field.strip_prefix(key)?.strip_prefix('='))
+}
+
+/// The modules of a soft dependency that come first: `pre: a b post: c`.
+fn before(text: &str) -> impl Iterator<Item = &str> {
+    let words = text.split_ascii_whitespace().skip_while(|word| *word != "pre:").skip(1);
+    words.take_while(|word| *word != "post:")
+}

@@ -1,0 +1,265 @@
+//! The initramfs that is packed for a guest: what `--init`, `--busybox`, `--initramfs-dir`, `--file` and `--module` ask
+//! for, as an [`Archive`].
+//!
+//! The first program that the guest runs is looked at before it is packed: one that could not start there (made for
+//! another machine, linked with libraries or a script for an interpreter that nobody packed) is refused, since all that
+//! the guest's kernel would say of it is a panic.
+
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::error::Problem;
+use super::image::Image;
+use super::initramfs::{self, Archive, HostFile, Piece};
+use super::modules::{self, ModulesConfig};
+use super::source::Data;
+use super::{BootConfig, elf};
+use crate::backend::unix::make_room_for_descriptors;
+
+/// Where the guest finds the paths of its modules, one a line, in the order in which they are loaded.
+pub const MODULE_LIST: &str = "/vireo/modules";
+/// The applets of a busybox that does not tell them.
+const APPLETS: &str = "ash awk cat chmod chroot cp cut date dd df dmesg echo env false find free grep head hostname \
+                       ifconfig insmod ip kill less ln ls lsmod mkdir mknod mktemp modprobe more mount mv nc od ping \
+                       poweroff printf ps pwd reboot rm rmdir rmmod route sed seq setsid sh sleep sort stat stty sync \
+                       tail tar tee test touch tr true udhcpc umount uname vi wc which xargs yes";
+/// More than `busybox --list` prints.
+const APPLETS_MAX: u64 = 64 << 10;
+/// How much of a script's first line the kernel reads (BINPRM_BUF_SIZE).
+const SCRIPT_HEAD: u64 = 256;
+
+/// What is packed behind the initrds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct InitramfsConfig {
+    /// The program that becomes `/init`: static, or a script.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<PathBuf>,
+    /// A static busybox for `/bin`, with its applets; a name without a slash is looked for in PATH and `/bin`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub busybox: Option<PathBuf>,
+    /// Folders whose content becomes the root directory's.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub dirs: Vec<PathBuf>,
+    /// Single files.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<FileConfig>,
+    /// Kernel modules.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub modules: Option<ModulesConfig>,
+}
+
+/// `--file HOST:GUEST`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileConfig {
+    /// The file here.
+    pub host: PathBuf,
+    /// Its path in the guest.
+    pub guest: PathBuf,
+}
+
+impl FromStr for FileConfig {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.rsplit_once(':') {
+            Some((host, guest)) if !host.is_empty() && guest.starts_with('/') => {
+                Ok(FileConfig { host: host.into(), guest: guest.into() })
+            }
+            _ => Err("HOST:GUEST is wanted, with an absolute path for the guest"),
+        }
+    }
+}
+
+/// An initramfs cannot be packed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Something that goes into it.
+    #[error(transparent)]
+    Archive(#[from] initramfs::Error),
+    /// Kernel modules.
+    #[error(transparent)]
+    Modules(#[from] modules::Error),
+    /// The first program.
+    #[error("{} cannot be the guest's init: {what}", path.display())]
+    Init {
+        /// Which one.
+        path: PathBuf,
+        /// Why not.
+        what: String,
+    },
+    /// No busybox, or none that works.
+    #[error("--busybox: {0}")]
+    Busybox(String),
+}
+
+/// Opens all that `config` names for the kernel `image` and packs it.
+pub fn pack(boot: &BootConfig, config: &InitramfsConfig, image: &Image) -> Result<Vec<Piece>, Error> {
+    make_room_for_descriptors(4096);
+    let mut archive = Archive::new();
+    for dir in &config.dirs {
+        archive.tree(dir, Path::new("/"))?;
+    }
+    if config.init.is_some() || !config.dirs.is_empty() {
+        base(&mut archive)?;
+    }
+    if let Some(path) = &config.busybox {
+        busybox(&mut archive, path)?;
+    }
+    if let Some(modules) = &config.modules {
+        add_modules(&mut archive, modules::find(modules, &boot.kernel, image)?)?;
+    }
+    for FileConfig { host, guest } in &config.files {
+        let file = open(host)?;
+        let mode = mode(&file);
+        archive.file(guest, mode, file)?;
+    }
+    if let Some(path) = &config.init {
+        let file = open(path)?;
+        // What an initrd brings is not looked at.
+        let has = |path: &Path| !boot.initrd.is_empty() || archive.contains(path);
+        check_init(&file, has).map_err(|what| Error::Init { path: path.clone(), what })?;
+        archive.file(Path::new("/init"), 0o755, file)?;
+    }
+    Ok(archive.finish()?)
+}
+
+fn open(path: &Path) -> Result<HostFile, Error> {
+    Ok(HostFile::open(path).map_err(|source| initramfs::Error::Host { path: path.into(), source })?)
+}
+
+fn mode(file: &HostFile) -> u32 {
+    use std::os::unix::fs::MetadataExt;
+    file.file.metadata().map_or(0o644, |metadata| metadata.mode() & 0o777)
+}
+
+/// What every first program needs: a console to write to and places to mount things.
+fn base(archive: &mut Archive) -> Result<(), Error> {
+    for dir in ["/dev", "/proc", "/sys"] {
+        archive.directory(Path::new(dir), 0o755)?;
+    }
+    for (path, mode, device) in [("/dev/console", 0o600, (5, 1)), ("/dev/null", 0o666, (1, 3))] {
+        if !archive.contains(Path::new(path)) {
+            archive.device(Path::new(path), libc::S_IFCHR | mode, device)?;
+        }
+    }
+    Ok(())
+}
+
+fn add_modules(archive: &mut Archive, modules: Vec<modules::Module>) -> Result<(), Error> {
+    let mut list = String::new();
+    for module in modules {
+        list.push_str(&module.guest);
+        list.push('\n');
+        let guest = Path::new(&module.guest);
+        match module.data {
+            Data::Memory(bytes) => archive.bytes(guest, 0o644, &bytes)?,
+            Data::File(file, len) => archive.file(guest, 0o644, HostFile { file, len, path: module.host })?,
+        }
+    }
+    Ok(archive.bytes(Path::new(MODULE_LIST), 0o644, list.as_bytes())?)
+}
+
+/// The busybox, and a link for each applet whose name is free.
+fn busybox(archive: &mut Archive, path: &Path) -> Result<(), Error> {
+    let path = if path.as_os_str().as_bytes().contains(&b'/') { path.into() } else { look_up(path)? };
+    let file = open(&path)?;
+    let refused = |what: &str| Error::Busybox(format!("{} {what}", path.display()));
+    match program(&file) {
+        Ok(Program::Static) => {}
+        Ok(Program::Dynamic(_)) => {
+            return Err(refused("is linked dynamically; a static one is needed (Debian's package busybox-static)"));
+        }
+        Ok(Program::Script(_)) => return Err(refused("is a script")),
+        Err(what) => return Err(refused(&what)),
+    }
+    archive.file(Path::new("/bin/busybox"), 0o755, file)?;
+    let listed = list_applets(&path);
+    let applets = listed.as_deref().unwrap_or(APPLETS).split_ascii_whitespace();
+    // They are names that a program printed.
+    let plain =
+        |name: &&str| name.len() <= 32 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-[".contains(&b));
+    for applet in applets.filter(plain).filter(|name| *name != "busybox") {
+        let link = Path::new("/bin").join(applet);
+        if !archive.contains(&link) {
+            archive.symlink(&link, Path::new("busybox"))?;
+        }
+    }
+    // Scripts that begin with it are found everywhere.
+    let env = Path::new("/usr/bin/env");
+    if archive.contains(env) { Ok(()) } else { Ok(archive.symlink(env, Path::new("/bin/busybox"))?) }
+}
+
+fn look_up(name: &Path) -> Result<PathBuf, Error> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let candidates = std::env::split_paths(&path).chain(["/bin".into(), "/usr/bin".into()]);
+    let mut candidates = candidates.map(|dir: PathBuf| dir.join(name));
+    candidates.find(|path| path.is_file()).ok_or_else(|| {
+        Error::Busybox(format!("there is no {} in PATH; install busybox-static, or name a file", name.display()))
+    })
+}
+
+/// What `busybox --list` prints, if it does.
+fn list_applets(path: &Path) -> Option<String> {
+    let mut command = Command::new(path);
+    command.arg("--list").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().ok()?;
+    let mut text = String::new();
+    let read = child.stdout.take()?.take(APPLETS_MAX).read_to_string(&mut text);
+    let _ = child.kill(); // it has said what it had to say
+    let _ = child.wait();
+    read.ok().filter(|len| *len > 0).map(|_| text)
+}
+
+/// What kind of program a file is.
+enum Program {
+    Static,
+    /// The loader that starts it.
+    Dynamic(PathBuf),
+    /// What is behind `#!`.
+    Script(PathBuf),
+}
+
+fn program(file: &HostFile) -> Result<Program, String> {
+    let cannot = |e: Problem| e.to_string();
+    let data = Data::File(file.file.try_clone().map_err(|e| e.to_string())?, file.len);
+    let head = data.head(SCRIPT_HEAD).map_err(cannot)?;
+    if let Some(line) = head.strip_prefix(b"#!") {
+        let line = line.split(|b| *b == b'\n').next().unwrap_or_default().trim_ascii();
+        let interpreter = line.split(|b| matches!(b, b' ' | b'\t')).next().unwrap_or_default();
+        if !interpreter.is_empty() {
+            return Ok(Program::Script(std::ffi::OsStr::from_bytes(interpreter).into()));
+        }
+    }
+    if !elf::is_elf(&head) {
+        return Err("it is neither an ELF program nor a script that begins with #!".into());
+    }
+    match elf::interpreter(&data) {
+        Ok(Some(loader)) => Ok(Program::Dynamic(std::ffi::OsStr::from_bytes(&loader).into())),
+        Ok(None) => Ok(Program::Static),
+        Err(Problem::NotAKernel(found)) => Err(format!("it is {found}; guests run x86-64 programs")),
+        Err(e) => Err(cannot(e)),
+    }
+}
+
+/// Fails with what would help unless the guest could start this program. `has` tells what there will be in the guest.
+fn check_init(file: &HostFile, has: impl Fn(&Path) -> bool) -> Result<(), String> {
+    match program(file)? {
+        Program::Dynamic(loader) if !has(&loader) => Err(format!(
+            "it is linked dynamically and needs {}, which is not in the initramfs; link it statically (cc -static), or \
+             bring its libraries with --initramfs-dir",
+            loader.display()
+        )),
+        Program::Script(interpreter) if !has(&interpreter) => Err(format!(
+            "it is a script for {}, which is not in the initramfs; --busybox brings /bin/sh, --initramfs-dir whatever else",
+            interpreter.display()
+        )),
+        _ => Ok(()),
+    }
+}
