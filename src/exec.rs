@@ -1,0 +1,435 @@
+//! `vireo exec`: a machine for one command, and the talk with the init in its guest.
+//!
+//! ```text
+//! vireo exec -- make test
+//!   initramfs: vireo as /init, the modules that this kernel needs, the request
+//!   shares: the root (read-only; what the guest writes stays in its memory), folders
+//!   ports: stdin, stdout, stderr as they are; orders and reports ([`guest::protocol`](crate::guest::protocol))
+//! ```
+//!
+//! The serial console is the kernel's alone and goes to the transcript. The machine ends with the command's report: what
+//! the command wrote is in the rings by then, and those are emptied before anything is let go.
+
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use rustix::fs::MemfdFlags;
+
+use crate::backend::console::ConsoleEnd;
+use crate::boot::modules::ModulesConfig;
+use crate::boot::pack::{FileConfig, InitramfsConfig};
+use crate::config::MachineConfig;
+use crate::control::Controller;
+use crate::guest::protocol::{
+    Bytes, CONTROL, LINE_MAX, Mount, Order, REQUEST, ROOT, Report, Request, Root, STDERR, STDIN, STDOUT,
+};
+use crate::outcome::Outcome;
+use crate::terminal;
+use crate::virtio::blk::BlkConfig;
+use crate::virtio::console::PortConfig;
+use crate::virtio::fs::FsConfig;
+
+/// What every guest of `exec` needs of its kernel.
+const MODULES: [&str; 2] = ["virtio_mmio", "virtio_console"];
+/// File systems that a disk may have.
+const DISK_MODULES: [&str; 6] = ["ext4", "xfs", "btrfs", "squashfs", "erofs", "crc32c_generic"];
+/// What the kernel is told; the command line of the user follows.
+const CMDLINE: &str = "console=ttyS0 quiet reboot=t panic=-1";
+/// Where distributions keep their kernels.
+const BOOT: &str = "/boot";
+
+/// `--root`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RootFrom {
+    /// A folder of the host, or an image of a file system; which, its kind tells.
+    Path(PathBuf),
+    /// The initramfs, with a busybox in it.
+    Initramfs,
+}
+
+impl FromStr for RootFrom {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(if text == "initramfs" { RootFrom::Initramfs } else { RootFrom::Path(text.into()) })
+    }
+}
+
+/// `--share DIR[:GUEST][:ro|rw]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Folder {
+    /// On the host.
+    pub host: PathBuf,
+    /// In the guest.
+    pub guest: PathBuf,
+    /// Writes reach the host.
+    pub writable: bool,
+}
+
+impl FromStr for Folder {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (rest, writable) = match text.rsplit_once(':') {
+            Some((rest, "rw")) => (rest, true),
+            Some((rest, "ro")) => (rest, false),
+            _ => (text, false),
+        };
+        let (host, guest) = rest.split_once(':').unwrap_or((rest, ""));
+        if host.is_empty() {
+            return Err("DIR[:GUEST][:ro|rw] is wanted".into());
+        }
+        let host = std::path::absolute(host).map_err(|e| e.to_string())?;
+        let guest = if guest.is_empty() { host.clone() } else { guest.into() };
+        if !guest.is_absolute() {
+            return Err(format!("'{}' is no absolute path of the guest's", guest.display()));
+        }
+        Ok(Folder { host, guest, writable })
+    }
+}
+
+/// What is to be run, and in what surroundings.
+#[derive(Clone, Debug)]
+pub struct Command {
+    /// The words; none for a shell.
+    pub words: Vec<OsString>,
+    /// `NAME=VALUE`, or `NAME` for our own value, or `*` for all of ours.
+    pub env: Vec<OsString>,
+    /// Where it starts; our own working directory by default.
+    pub cwd: Option<PathBuf>,
+    /// The root file system.
+    pub root: RootFrom,
+    /// Its writes reach the host.
+    pub writable: bool,
+    /// Folders in it.
+    pub folders: Vec<Folder>,
+    /// Where the kernel's modules are.
+    pub modules: Option<PathBuf>,
+}
+
+/// A command cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No kernel was named, and there is none.
+    #[error("there is no kernel in {BOOT} ({BOOT}/vmlinuz-*); give --kernel FILE")]
+    NoKernel,
+    /// There are some, but not for us.
+    #[error(
+        "{} may be read by root only, as on Ubuntu; 'sudo chmod +r {}' allows it, or give --kernel FILE",
+        .0.display(), .0.display()
+    )]
+    SecretKernel(PathBuf),
+    /// The root.
+    #[error("cannot use {} as the root", .0.display())]
+    Root(PathBuf, #[source] io::Error),
+    /// Something of the host's.
+    #[error("cannot set up {0}")]
+    Host(&'static str, #[source] io::Error),
+}
+
+/// The newest kernel of this host that we may read.
+pub fn host_kernel() -> Result<PathBuf, Error> {
+    let entries = fs::read_dir(BOOT).map_err(|_| Error::NoKernel)?.flatten();
+    let mut kernels: Vec<(Vec<u64>, PathBuf)> = entries
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            Some((numbers(name.strip_prefix("vmlinuz-")?), entry.path()))
+        })
+        .collect();
+    kernels.sort();
+    let newest = kernels.last().map(|(_, path)| path.clone()).ok_or(Error::NoKernel)?;
+    let readable = kernels.into_iter().rev().map(|(_, path)| path).find(|path| File::open(path).is_ok());
+    readable.ok_or(Error::SecretKernel(newest))
+}
+
+/// The numbers in a version, so that 6.10 is newer than 6.9.
+fn numbers(version: &str) -> Vec<u64> {
+    version.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
+}
+
+/// A command about to run: our end of its control port, and what its machine must not outlive.
+pub struct Session {
+    control: UnixStream,
+    /// The port's other end, and the request, until the machine has its own copies.
+    _held: Vec<OwnedFd>,
+    terminal: bool,
+}
+
+impl Command {
+    /// Adds what the command needs to the machine that the user described.
+    pub fn prepare(&self, config: &mut MachineConfig) -> Result<Session, Error> {
+        let streams = Streams::look();
+        let root = self.add_root(config)?;
+        let mut mounts = Vec::new();
+        for (folder, n) in self.folders.iter().zip(0..) {
+            let tag = format!("folder{n}");
+            mounts.push(Mount { tag: tag.clone(), path: folder.guest.as_os_str().into(), writable: folder.writable });
+            let readonly = !folder.writable;
+            config.shares.push(FsConfig { path: folder.host.clone(), tag: Some(tag), readonly, ..FsConfig::default() });
+        }
+        let request = Request {
+            command: self.words.iter().map(|word| word.as_os_str().into()).collect(),
+            env: self.environment(streams.terminal.is_some()),
+            cwd: self.cwd.clone().or_else(|| env::current_dir().ok()).unwrap_or_default().as_os_str().into(),
+            terminal: streams.terminal,
+            merged: streams.merged,
+            root,
+            mounts,
+            network: !config.nets.is_empty(),
+        };
+        let request = in_memory(&request).map_err(|e| Error::Host("the request to the guest", e))?;
+        let (control, theirs) = UnixStream::pair().map_err(|e| Error::Host("a pair of sockets", e))?;
+        let ends = [
+            (CONTROL, ConsoleEnd::Fd(theirs.as_raw_fd())),
+            (STDIN, ConsoleEnd::Stdin),
+            (STDOUT, ConsoleEnd::Stdout),
+            (STDERR, ConsoleEnd::Stderr),
+        ];
+        let wanted = ends.len() - usize::from(streams.terminal.is_some() || streams.merged);
+        let port = |(name, to): (&str, _)| PortConfig { name: name.into(), to, from: None };
+        config.console_ports.extend(ends.into_iter().take(wanted).map(port));
+        if config.serial == ConsoleEnd::Stdio {
+            config.serial = ConsoleEnd::Null;
+        }
+        config.boot.cmdline = format!("{CMDLINE} {}", config.boot.cmdline).trim_end().to_string();
+        self.pack(config, &request);
+        Ok(Session { control, _held: vec![theirs.into(), request.into()], terminal: streams.terminal.is_some() })
+    }
+
+    /// The initramfs: this program, the request, modules.
+    fn pack(&self, config: &mut MachineConfig, request: &File) {
+        let initramfs = config.boot.initramfs.get_or_insert_with(InitramfsConfig::default);
+        initramfs.init = Some("/proc/self/exe".into());
+        let host = format!("/proc/self/fd/{}", request.as_raw_fd()).into();
+        initramfs.files.push(FileConfig { host, guest: REQUEST.into() });
+        if self.root == RootFrom::Initramfs {
+            initramfs.busybox.get_or_insert_with(|| "busybox".into());
+        }
+        let modules = initramfs.modules.get_or_insert_with(ModulesConfig::default);
+        modules.dir = self.modules.clone().or(modules.dir.take());
+        let with = |wanted: bool, names: &[&str]| -> Vec<String> {
+            names.iter().filter(|_| wanted).map(ToString::to_string).collect()
+        };
+        let overlay = !self.writable && self.root != RootFrom::Initramfs;
+        modules.names.extend(with(true, &MODULES));
+        modules.names.extend(with(!config.shares.is_empty(), &["virtiofs"]));
+        modules.names.extend(with(overlay, &["overlay"]));
+        modules.names.extend(with(!config.disks.is_empty(), &["virtio_blk"]));
+        modules.optional.extend(with(!config.disks.is_empty(), &DISK_MODULES));
+        modules.names.extend(with(!config.nets.is_empty(), &["virtio_net"]));
+        modules.optional.extend(with(!config.nets.is_empty(), &["af_packet"]));
+        modules.names.extend(with(config.vsock.is_some(), &["vmw_vsock_virtio_transport"]));
+        modules.optional.extend(with(config.rng.is_some(), &["virtio_rng"]));
+        modules.optional.extend(with(config.balloon.is_some(), &["virtio_balloon"]));
+        modules.optional.extend(with(config.virtio_mem.is_some(), &["virtio_mem"]));
+        modules.optional.extend(with(!config.pmems.is_empty(), &["nd_pmem", "virtio_pmem"]));
+    }
+
+    fn add_root(&self, config: &mut MachineConfig) -> Result<Root, Error> {
+        let RootFrom::Path(path) = &self.root else { return Ok(Root::Initramfs) };
+        let writable = self.writable;
+        let metadata = fs::metadata(path).map_err(|e| Error::Root(path.clone(), e))?;
+        if metadata.is_dir() {
+            let (path, tag) = (path.clone(), Some(ROOT.into()));
+            config.shares.insert(0, FsConfig { path, tag, readonly: !writable, ..FsConfig::default() });
+            return Ok(Root::Share { writable });
+        }
+        let (path, id) = (path.clone(), Some(ROOT.into()));
+        config.disks.insert(0, BlkConfig { path, id, readonly: !writable, ..BlkConfig::default() });
+        Ok(Root::Disk { writable })
+    }
+
+    /// All that the command finds: a path to look for programs in, the kind of terminal, and what was asked for.
+    fn environment(&self, terminal: bool) -> Vec<(Bytes, Bytes)> {
+        let mut pairs: Vec<(OsString, OsString)> = Vec::new();
+        let mut set = |name: &OsStr, value: OsString| {
+            pairs.retain(|(other, _)| other != name);
+            pairs.push((name.into(), value));
+        };
+        let path = env::var_os("PATH").filter(|_| self.root == RootFrom::Path("/".into()));
+        set("PATH".as_ref(), path.unwrap_or_else(|| "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into()));
+        set("HOME".as_ref(), "/root".into());
+        if let Some(kind) = env::var_os("TERM").filter(|_| terminal) {
+            set("TERM".as_ref(), kind);
+        }
+        for item in &self.env {
+            let text = item.to_string_lossy();
+            match text.split_once('=') {
+                Some((name, value)) => set(name.as_ref(), value.into()),
+                None if text == "*" => env::vars_os().for_each(|(name, value)| set(&name, value)),
+                None => _ = env::var_os(item).map(|value| set(item, value)),
+            }
+        }
+        pairs.iter().map(|(name, value)| (name.as_os_str().into(), value.as_os_str().into())).collect()
+    }
+}
+
+/// What our own streams are.
+struct Streams {
+    /// The size of the terminal that both input and output are.
+    terminal: Option<(u16, u16)>,
+    /// Both outputs lead to the same place.
+    merged: bool,
+}
+
+impl Streams {
+    fn look() -> Self {
+        let both = terminal::is_terminal(libc::STDIN_FILENO) && terminal::is_terminal(libc::STDOUT_FILENO);
+        let terminal = both.then(|| terminal::window_size(libc::STDOUT_FILENO).unwrap_or((80, 24)));
+        let place = |fd: io::Result<rustix::fs::Stat>| fd.ok().map(|stat| (stat.st_dev, stat.st_ino));
+        let (out, err) = (rustix::fs::fstat(io::stdout()), rustix::fs::fstat(io::stderr()));
+        let (out, err) = (place(out.map_err(Into::into)), place(err.map_err(Into::into)));
+        Streams { terminal, merged: out.is_some() && out == err }
+    }
+}
+
+/// A file that is nowhere.
+fn in_memory(request: &Request) -> io::Result<File> {
+    let mut file = File::from(rustix::fs::memfd_create("vireo-request", MemfdFlags::CLOEXEC)?);
+    file.write_all(&serde_json::to_vec(request)?)?;
+    Ok(file)
+}
+
+/// Who sends orders: the loop, for signals. Cloning shares the port.
+#[derive(Clone)]
+pub struct Orders {
+    control: Arc<Mutex<UnixStream>>,
+    started: Arc<AtomicBool>,
+}
+
+impl Orders {
+    /// Passes a signal on; whether the command is there to get it.
+    pub fn signal(&self, signal: i32) -> bool {
+        if signal == libc::SIGWINCH {
+            return terminal::window_size(libc::STDOUT_FILENO)
+                .is_some_and(|(columns, rows)| self.send(&Order::Resize(columns, rows)));
+        }
+        self.started.load(Ordering::Acquire) && self.send(&Order::Signal(signal))
+    }
+
+    /// A guest that does not read its orders gets no more of them.
+    fn send(&self, order: &Order) -> bool {
+        let Ok(line) = serde_json::to_string(order) else { return false };
+        let mut control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
+        control.write_all(format!("{line}\n").as_bytes()).is_ok()
+    }
+}
+
+impl Session {
+    /// Whether the command gets a terminal, which is ours in raw mode.
+    pub fn terminal(&self) -> bool {
+        self.terminal
+    }
+
+    /// Hears the guest's reports, and stops the machine with the last. Call it once the machine is made; `words` are for
+    /// the sentences.
+    pub fn listen(self, machine: Controller, words: &[OsString]) -> Result<Orders, Error> {
+        let failed = |e| Error::Host("the talk with the guest", e);
+        let reports = BufReader::new(self.control.try_clone().map_err(failed)?);
+        self.control.set_nonblocking(false).map_err(failed)?;
+        // Never waits for a guest that does not read.
+        self.control.set_write_timeout(Some(std::time::Duration::from_millis(100))).map_err(failed)?;
+        let started = Arc::new(AtomicBool::new(false));
+        let orders = Orders { control: Arc::new(Mutex::new(self.control)), started: started.clone() };
+        let name = words.first().map_or("a shell".into(), |word| word.to_string_lossy().into_owned());
+        let hear = move || hear(reports, &started, &machine, &name);
+        thread::Builder::new().name("reports".into()).stack_size(128 << 10).spawn(hear).map_err(failed)?;
+        Ok(orders)
+    }
+}
+
+fn hear(mut reports: BufReader<UnixStream>, started: &AtomicBool, machine: &Controller, name: &str) {
+    let mut line = String::new();
+    // A line that is too long, or no report, ends the talk: then the guest is judged by how it ends.
+    while reports.by_ref().take(LINE_MAX as u64).read_line(&mut line).is_ok_and(|len| len > 0) {
+        let Ok(report) = serde_json::from_str(&line) else { return };
+        line.clear();
+        let outcome = match report {
+            Report::Started => {
+                started.store(true, Ordering::Release);
+                continue;
+            }
+            Report::Exited(code) => Outcome::Exited(code),
+            Report::Signalled(signal) => Outcome::Signalled(signal),
+            Report::NotReady(why) => Outcome::NotReady(format!("the guest could not be made ready: {}", printable(&why))),
+            Report::NotStarted(errno) => not_started(errno, name),
+        };
+        return machine.stop(outcome);
+    }
+}
+
+/// As shells have it: 127 for what is not there, 126 for what is but cannot be run.
+fn not_started(errno: i32, name: &str) -> Outcome {
+    let code = if errno == libc::ENOENT { 127 } else { 126 };
+    let hint = match errno {
+        libc::ENOEXEC => " (another architecture, or a script without #!)",
+        libc::ENOENT if Path::new(name).exists() => " (the interpreter or loader that it names is not in the guest)",
+        _ => "",
+    };
+    let error = io::Error::from_raw_os_error(errno);
+    Outcome::NotStarted(code, format!("cannot run {name} in the guest: {error}{hint}"))
+}
+
+/// A guest's text on a terminal.
+fn printable(text: &str) -> String {
+    text.chars().take(1000).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn newer_kernels_are_newer() {
+        assert!(numbers("6.10.0-1-amd64") > numbers("6.9.12-3-amd64"));
+        assert!(numbers("6.1.0-9") < numbers("6.1.0-56"));
+    }
+
+    #[test]
+    fn folders() {
+        let folder = |text: &str| text.parse::<Folder>();
+        let plain = folder("/srv/a").unwrap();
+        assert_eq!((plain.host.as_path(), plain.guest.as_path(), plain.writable), ("/srv/a".as_ref(), "/srv/a".as_ref(), false));
+        let full = folder("/srv/a:/mnt:rw").unwrap();
+        assert_eq!((full.guest.as_path(), full.writable), ("/mnt".as_ref(), true));
+        assert!(folder("/srv/a:rw").unwrap().writable);
+        assert!(folder("").is_err() && folder("/a:b").is_err());
+    }
+
+    #[test]
+    fn what_could_not_be_started_has_the_codes_of_shells() {
+        let Outcome::NotStarted(code, text) = not_started(libc::ENOENT, "nosuch") else { panic!() };
+        assert_eq!((code, text.as_str()), (127, "cannot run nosuch in the guest: No such file or directory (os error 2)"));
+        assert!(matches!(not_started(libc::EACCES, "x"), Outcome::NotStarted(126, _)));
+    }
+
+    #[test]
+    fn reports_stop_the_machine() {
+        let mailbox = crate::machine::mailbox::Mailbox::new().unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let session = Session { control: ours, _held: Vec::new(), terminal: false };
+        let orders = session.listen(Controller::new(mailbox.clone()), &["true".into()]).unwrap();
+        assert!(!orders.signal(libc::SIGTERM), "nobody is there to get it yet");
+        theirs.write_all(b"\"started\"\n{\"exited\":3}\n").unwrap();
+        let request = loop {
+            match mailbox.take_request() {
+                Some(request) => break request,
+                None => thread::yield_now(),
+            }
+        };
+        assert!(matches!(request, crate::machine::mailbox::Request::Stop(Outcome::Exited(3))));
+        assert!(orders.signal(libc::SIGTERM));
+        let mut line = String::new();
+        BufReader::new(theirs).read_line(&mut line).unwrap();
+        assert_eq!(line, "{\"signal\":15}\n");
+    }
+}

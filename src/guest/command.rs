@@ -1,0 +1,280 @@
+//! The command: started as it would be on the host, its streams moved to the ports and back, until it ends.
+//!
+//! What it writes goes from its pipe to the port by `splice`, without a copy here. What it left in the pipes when it
+//! ended is moved, too; processes that it left behind keep nobody waiting.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::pipe::{SpliceFlags, splice};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, wait};
+use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
+
+use super::ports::{self, Control};
+use super::protocol::{Order, Report, Request, STDERR, STDIN, STDOUT};
+use super::{Error, Result, cannot};
+
+/// Bytes that are moved at once.
+const PIECE: usize = 64 << 10;
+/// What is looked for when no command was given.
+const SHELLS: [&str; 2] = ["/bin/bash", "/bin/sh"];
+
+/// Runs the command to its end.
+pub(super) fn run(request: &Request, control: &mut Control) -> Result<Report> {
+    let mut command = command(request);
+    let mut streams = match request.terminal {
+        Some(size) => Streams::terminal(&mut command, size)?,
+        None => Streams::pipes(&mut command, request.merged)?,
+    };
+    let child = match command.spawn() {
+        Ok(child) => child,
+        Err(e) => return Ok(Report::NotStarted(e.raw_os_error().unwrap_or(libc::EIO))),
+    };
+    // Our copies of the command's ends would keep its pipes open.
+    drop(command);
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or_else(|| Error::Other("the command has no process number".into()))?;
+    control.send(&Report::Started)?;
+    let terminal = streams.terminal.take();
+    control.listen(move |order| match order {
+        // A number that is no signal of the kernel's is ignored by it.
+        Order::Signal(number) => {
+            if let Some(signal) = Signal::from_named_raw(number) {
+                let _ = kill_process_group(pid, signal);
+            }
+        }
+        Order::Resize(columns, rows) => {
+            let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+            terminal.iter().for_each(|terminal| _ = tcsetwinsize(terminal, size));
+        }
+    })?;
+    let report = wait_for(pid)?;
+    streams.finish();
+    Ok(report)
+}
+
+fn command(request: &Request) -> Command {
+    let words: Vec<OsString> = request.command.iter().cloned().map(Into::into).collect();
+    let mut command = match words.split_first() {
+        Some((program, arguments)) => {
+            let mut command = Command::new(program);
+            command.args(arguments);
+            command
+        }
+        None => Command::new(SHELLS.into_iter().find(|shell| Path::new(shell).exists()).unwrap_or("/bin/sh")),
+    };
+    let cwd: OsString = request.cwd.clone().into();
+    // A folder that is not there is not worth a failure that would look like the command's.
+    let cwd = if Path::new(&cwd).is_dir() { cwd } else { "/".into() };
+    command.current_dir(cwd).env_clear();
+    command.envs(request.env.iter().cloned().map(|(name, value)| (OsString::from(name), OsString::from(value))));
+    command
+}
+
+/// Waits for the command, and for every process that lost its parent.
+fn wait_for(pid: Pid) -> Result<Report> {
+    loop {
+        match wait(WaitOptions::empty()) {
+            Ok(Some((ended, status))) if ended == pid => {
+                if let Some(code) = status.exit_status() {
+                    return Ok(Report::Exited(code as u8));
+                }
+                if let Some(signal) = status.terminating_signal() {
+                    return Ok(Report::Signalled(signal));
+                }
+            }
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(e) => return Err(cannot("wait for the command")(e)),
+        }
+    }
+}
+
+/// The threads that move what the command reads and writes.
+struct Streams {
+    /// Set, and told, when the command has ended: what is in the pipes then is the last.
+    ended: Arc<(AtomicBool, OwnedFd)>,
+    outputs: Vec<JoinHandle<()>>,
+    terminal: Option<OwnedFd>,
+}
+
+impl Streams {
+    fn new() -> Result<Self> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC).map_err(cannot("make an eventfd"))?;
+        Ok(Streams { ended: Arc::new((AtomicBool::new(false), event)), outputs: Vec::new(), terminal: None })
+    }
+
+    /// A process group of its own, with pipes.
+    fn pipes(command: &mut Command, merged: bool) -> Result<Self> {
+        let mut streams = Self::new()?;
+        let pipe = || io::pipe().map_err(cannot("make a pipe"));
+        let (input, to_command) = pipe()?;
+        let (from_command, output) = pipe()?;
+        command.process_group(0).stdin(input);
+        let port = ports::open(STDOUT, false)?;
+        if merged {
+            command.stderr(output.try_clone().map_err(cannot("copy a descriptor"))?);
+        } else {
+            let (errors, output) = pipe()?;
+            command.stderr(output);
+            streams.move_output(errors.into(), ports::open(STDERR, false)?)?;
+        }
+        command.stdout(output);
+        streams.move_output(from_command.into(), port)?;
+        move_input(ports::open(STDIN, true)?, File::from(OwnedFd::from(to_command)))?;
+        Ok(streams)
+    }
+
+    /// A session of its own on a terminal.
+    #[allow(unsafe_code)]
+    fn terminal(command: &mut Command, (columns, rows): (u16, u16)) -> Result<Self> {
+        let mut streams = Self::new()?;
+        let (master, slave) = open_terminal().map_err(cannot("make a terminal"))?;
+        let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&master, size).map_err(cannot("set the terminal's size"))?;
+        let copy = |fd: &OwnedFd| fd.try_clone().map_err(cannot("copy a descriptor"));
+        command.stdin(Stdio::from(copy(&slave)?)).stdout(Stdio::from(copy(&slave)?)).stderr(Stdio::from(slave));
+        let take_terminal = || {
+            rustix::process::setsid()?;
+            // SAFETY: standard input of the new process is the terminal, open until exec.
+            rustix::process::ioctl_tiocsctty(unsafe { BorrowedFd::borrow_raw(libc::STDIN_FILENO) })?;
+            Ok(())
+        };
+        // SAFETY: between fork and exec the closure makes two system calls and nothing else.
+        unsafe { command.pre_exec(take_terminal) };
+        streams.move_output(copy(&master)?, ports::open(STDOUT, false)?)?;
+        move_input(ports::open(STDIN, true)?, File::from(copy(&master)?))?;
+        streams.terminal = Some(master);
+        Ok(streams)
+    }
+
+    fn move_output(&mut self, from: OwnedFd, port: File) -> Result<()> {
+        let ended = self.ended.clone();
+        let work = move || {
+            let mut pump = Pump { from, port, buffer: None };
+            while !pump.step(&ended) {}
+        };
+        self.outputs.push(thread::Builder::new().spawn(work).map_err(cannot("start a thread"))?);
+        Ok(())
+    }
+
+    /// Waits until what the command has written is moved.
+    fn finish(self) {
+        self.ended.0.store(true, Ordering::Release);
+        let _ = rustix::io::write(&self.ended.1, &1u64.to_ne_bytes());
+        self.outputs.into_iter().for_each(|thread| _ = thread.join());
+    }
+}
+
+struct Pump {
+    from: OwnedFd,
+    port: File,
+    /// For what cannot be spliced: a terminal.
+    buffer: Option<Vec<u8>>,
+}
+
+impl Pump {
+    /// Waits for output and moves some of it; whether that was the last.
+    fn step(&mut self, (ended, told): &(AtomicBool, OwnedFd)) -> bool {
+        let last = ended.load(Ordering::Acquire);
+        let readable = if last {
+            ready(&self.from, PollFlags::IN, Wait::No)
+        } else {
+            ready(&self.from, PollFlags::IN, Wait::Or(told))
+        };
+        if !readable {
+            return last;
+        }
+        match self.copy() {
+            Ok(0) => true,
+            Ok(_) | Err(Errno::INTR) => false,
+            Err(Errno::AGAIN) => {
+                ready(&self.port, PollFlags::OUT, Wait::Yes);
+                false
+            }
+            // EIO: nobody has the terminal open any more.
+            Err(_) => true,
+        }
+    }
+
+    fn copy(&mut self) -> std::result::Result<usize, Errno> {
+        if self.buffer.is_none() {
+            match splice(&self.from, None, &self.port, None, PIECE, SpliceFlags::NONBLOCK | SpliceFlags::MOVE) {
+                Err(Errno::INVAL) => self.buffer = Some(vec![0; PIECE / 2]),
+                result => return result,
+            }
+        }
+        let Some(buffer) = &mut self.buffer else { return Ok(0) };
+        let len = rustix::io::read(&self.from, buffer.as_mut_slice())?;
+        let mut rest = buffer.get(..len).unwrap_or(&[]);
+        while !rest.is_empty() {
+            match rustix::io::write(&self.port, rest) {
+                Ok(n) => rest = rest.get(n..).unwrap_or(&[]),
+                Err(Errno::AGAIN) => _ = ready(&self.port, PollFlags::OUT, Wait::Yes),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(len)
+    }
+}
+
+enum Wait<'a> {
+    Yes,
+    No,
+    /// Or until this one can be read.
+    Or(&'a OwnedFd),
+}
+
+/// Whether `fd` is ready, after having waited.
+fn ready(fd: impl AsFd, flags: PollFlags, wait: Wait<'_>) -> bool {
+    let at_once = Timespec::default();
+    let (other, timeout) = match wait {
+        Wait::Yes => (None, None),
+        Wait::No => (None, Some(&at_once)),
+        Wait::Or(other) => (Some(other), None),
+    };
+    let mut fds = vec![PollFd::new(&fd, flags)];
+    fds.extend(other.map(|other| PollFd::new(other, PollFlags::IN)));
+    poll(&mut fds, timeout).is_ok() && fds.first().is_some_and(|fd| !fd.revents().is_empty())
+}
+
+/// Moves the port's input to the command, in a thread that nobody waits for.
+fn move_input(mut port: File, mut to: File) -> Result<()> {
+    let work = move || {
+        let mut buffer = vec![0; PIECE / 2];
+        loop {
+            match port.read(&mut buffer) {
+                Ok(0) => return, // and with it `to` is closed, which the command sees
+                Ok(len) => {
+                    if to.write_all(buffer.get(..len).unwrap_or(&[])).is_err() {
+                        return; // the command does not read any more; the rest stays with the host
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return,
+            }
+        }
+    };
+    thread::Builder::new().spawn(work).map(drop).map_err(cannot("start a thread"))
+}
+
+/// Both sides of a new terminal.
+fn open_terminal() -> io::Result<(OwnedFd, OwnedFd)> {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    unlockpt(&master)?;
+    let path = ptsname(&master, Vec::new())?;
+    let slave = rustix::fs::open(path, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?;
+    Ok((master, slave))
+}

@@ -1,0 +1,144 @@
+//! The guest's file systems: what the kernel shows of itself, the root, folders of the host.
+
+use std::ffi::{CStr, OsString};
+use std::fs;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
+
+use super::protocol::{Mount, ROOT, Root};
+use super::{Error, Result, cannot};
+
+/// Where the new root is put together, in the initramfs.
+const NEW_ROOT: &str = "/vireo/root";
+const LOWER: &str = "/vireo/lower";
+const UPPER: &str = "/vireo/upper";
+
+/// Mounts a file system that lies on nothing; one that is there already is fine.
+fn mount_new(kind: &str, source: &str, target: &str, flags: MountFlags, options: Option<&CStr>) -> Result<()> {
+    fs::create_dir_all(target).map_err(cannot(format!("make {target}")))?;
+    match mount(source, target, kind, flags, options) {
+        Ok(()) | Err(rustix::io::Errno::BUSY) => Ok(()),
+        Err(e) => Err(cannot(format!("mount {kind} on {target}"))(e)),
+    }
+}
+
+/// What the kernel shows of itself.
+pub(super) fn kernel_mounts() -> Result<()> {
+    let safe = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+    mount_new("proc", "proc", "/proc", safe, None)?;
+    mount_new("sysfs", "sysfs", "/sys", safe, None)?;
+    mount_new("devtmpfs", "dev", "/dev", MountFlags::NOSUID, None)
+}
+
+/// What programs expect beside it.
+pub(super) fn guest_mounts() -> Result<()> {
+    let safe = MountFlags::NOSUID | MountFlags::NODEV;
+    mount_new(
+        "devpts",
+        "devpts",
+        "/dev/pts",
+        MountFlags::NOSUID | MountFlags::NOEXEC,
+        Some(c"mode=620,gid=5,ptmxmode=666"),
+    )?;
+    mount_new("tmpfs", "shm", "/dev/shm", safe, Some(c"mode=1777"))?;
+    mount_new("tmpfs", "run", "/run", safe, Some(c"mode=755"))?;
+    for (link, target) in [("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")] {
+        let _ = symlink(format!("/proc/self/fd{target}"), Path::new("/dev").join(link));
+    }
+    // Kernels without control groups are kernels, too.
+    let _ = mount("cgroup2", "/sys/fs/cgroup", "cgroup2", safe | MountFlags::NOEXEC, None);
+    Ok(())
+}
+
+/// Makes what was asked for the root directory of everything that follows.
+pub(super) fn enter_root(root: &Root) -> Result<()> {
+    let (writable, source, kinds) = match root {
+        Root::Share { writable } => (*writable, ROOT.to_string(), vec!["virtiofs".to_string()]),
+        Root::Disk { writable } => (*writable, disk()?, disk_file_systems()?),
+        Root::Initramfs => return Ok(()),
+    };
+    if writable {
+        mount_one_of(&kinds, &source, NEW_ROOT, MountFlags::empty())?;
+    } else {
+        mount_one_of(&kinds, &source, LOWER, MountFlags::RDONLY)?;
+        mount_new("tmpfs", "upper", UPPER, MountFlags::empty(), Some(c"mode=755"))?;
+        for dir in ["data", "work"] {
+            let dir = Path::new(UPPER).join(dir);
+            fs::create_dir(&dir).map_err(cannot(format!("make {}", dir.display())))?;
+        }
+        let options = c"lowerdir=/vireo/lower,upperdir=/vireo/upper/data,workdir=/vireo/upper/work";
+        mount_new("overlay", "overlay", NEW_ROOT, MountFlags::empty(), Some(options))?;
+    }
+    for name in ["dev", "proc", "sys"] {
+        let target = Path::new(NEW_ROOT).join(name);
+        // A folder that is no root of an operating system yet becomes one; the host's own are there.
+        fs::create_dir_all(&target).map_err(cannot(format!("make /{name}")))?;
+        mount_move(Path::new("/").join(name), &target).map_err(cannot(format!("move /{name}")))?;
+    }
+    std::env::set_current_dir(NEW_ROOT).map_err(cannot("enter the root"))?;
+    mount_move(".", "/").map_err(cannot("move the root"))?;
+    rustix::process::chroot(".").map_err(cannot("change the root"))?;
+    std::env::set_current_dir("/").map_err(cannot("enter the root"))
+}
+
+/// Mounts the first of these kinds that fits.
+fn mount_one_of(kinds: &[String], source: &str, target: &str, flags: MountFlags) -> Result<()> {
+    fs::create_dir_all(target).map_err(cannot(format!("make {target}")))?;
+    let mut last = io::Error::from_raw_os_error(libc::ENODEV);
+    for kind in kinds {
+        match mount(source, target, kind.as_str(), flags, None) {
+            Ok(()) => return Ok(()),
+            // Another kind's disk.
+            Err(e) if matches!(e, rustix::io::Errno::INVAL | rustix::io::Errno::NODEV) => last = e.into(),
+            Err(e) => return Err(cannot(format!("mount {source} as {kind}"))(e)),
+        }
+    }
+    Err(cannot(format!("mount {source} as any of {}", kinds.join(", ")))(last))
+}
+
+/// The disk whose serial number says that it is the root.
+fn disk() -> Result<String> {
+    for entry in fs::read_dir("/sys/block").map_err(cannot("read /sys/block"))?.flatten() {
+        if fs::read_to_string(entry.path().join("serial")).is_ok_and(|serial| serial.trim() == ROOT) {
+            return Ok(format!("/dev/{}", entry.file_name().to_string_lossy()));
+        }
+    }
+    Err(Error::Other("the guest does not see the disk of its root file system".into()))
+}
+
+/// Kinds of file systems that this kernel mounts disks as.
+fn disk_file_systems() -> Result<Vec<String>> {
+    let text = fs::read_to_string("/proc/filesystems").map_err(cannot("read /proc/filesystems"))?;
+    Ok(text.lines().filter(|line| !line.starts_with("nodev")).map(|line| line.trim().to_string()).collect())
+}
+
+/// A folder of the host's, where it was asked for.
+pub(super) fn mount_share(share: &Mount) -> Result<()> {
+    let path: OsString = share.path.clone().into();
+    let path = Path::new(&path);
+    let flags = if share.writable { MountFlags::empty() } else { MountFlags::RDONLY };
+    fs::create_dir_all(path).map_err(cannot(format!("make {}", path.display())))?;
+    mount(share.tag.as_str(), path, "virtiofs", flags, None).map_err(cannot(format!("mount {}", path.display())))
+}
+
+/// Has names looked up by these servers, whatever the host's file says; that one stays as it is.
+pub(super) fn name_servers(servers: &[Ipv4Addr]) -> Result<()> {
+    let text: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
+    let (file, target) = ("/run/vireo-resolv.conf", "/etc/resolv.conf");
+    fs::write(file, text).map_err(cannot(format!("write {file}")))?;
+    // A link of systemd-resolved's leads into /run, which is empty here.
+    if let Ok(link) = fs::read_link(target) {
+        let place = Path::new("/etc").join(link);
+        let made = place.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::copy(file, &place));
+        return made.map(drop).map_err(cannot(format!("write {}", place.display())));
+    }
+    if !Path::new(target).exists() {
+        let made = fs::create_dir_all("/etc").and_then(|()| fs::copy(file, target));
+        return made.map(drop).map_err(cannot(format!("write {target}")));
+    }
+    mount_bind(file, target).map_err(cannot(format!("replace {target}")))
+}
