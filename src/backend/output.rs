@@ -204,6 +204,9 @@ impl Output {
                 state = self.0.filled.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
             if state.buffer.is_empty() && state.closing {
+                drop(state);
+                // Who reads along hears of the end before anybody asks what was read.
+                drop(destination);
                 let _ = self.0.done.write(1);
                 return;
             }

@@ -104,6 +104,11 @@ impl Transcript {
         self.lock().last.iter().cloned().collect()
     }
 
+    /// Whether there are patterns that a run succeeds by.
+    pub fn expects(&self) -> bool {
+        !self.lock().patterns.expect.is_empty()
+    }
+
     /// The first pattern that was seen.
     pub fn verdict(&self) -> Option<Verdict> {
         self.lock().verdict.clone()

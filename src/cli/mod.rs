@@ -3,6 +3,7 @@
 pub mod doctor;
 mod logging;
 pub mod run;
+pub mod watch;
 
 use std::error::Error;
 use std::fmt::Write as _;
@@ -47,7 +48,7 @@ Example:
   vireo run --kernel /boot/vmlinuz --initrd initrd.img
 
 Exit status: 0 the guest powered off, rebooted or halted; 2 wrong usage; 70 its kernel panicked; 71 it crashed; \
-124 time limit; 125 vireo or the host failed; 128+N stopped by signal N.";
+72 it hung; 73 its console showed what it must not, or not what was expected; 124 time limit; 125 vireo or the host failed; 128+N stopped by signal N.";
 
 /// Where vireo's own messages go.
 #[derive(Args)]

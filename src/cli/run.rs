@@ -9,7 +9,8 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
-use super::{Failure, Usage, chain, print, say};
+use super::watch::WatchArgs;
+use super::{Failure, Usage, chain, print};
 use crate::backend::console::ConsoleEnd;
 use crate::boot::BootMode;
 use crate::boot::modules::ModulesConfig;
@@ -147,6 +148,8 @@ pub struct RunArgs {
     /// After SIGTERM pressed the power button, how long the guest may take
     #[arg(long, value_name = "TIME", default_value = "10s", allow_negative_numbers = true)]
     grace: Span,
+    #[command(flatten)]
+    watch: WatchArgs,
     /// Write how the guest ended to a file, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -165,7 +168,7 @@ fn parse_uuid(text: &str) -> Result<uuid::Uuid, String> {
 
 /// A file of the user's could not be used.
 #[derive(Debug, thiserror::Error)]
-enum FileError {
+pub(super) enum FileError {
     #[error("cannot read {0}")]
     Read(PathBuf, #[source] io::Error),
     #[error("{0} is no machine description")]
@@ -253,18 +256,15 @@ pub fn run(args: RunArgs, start: Instant) -> Result<u8, Failure> {
         timeout: args.timeout.map(|t| t.0),
         grace: args.grace.0,
         signals: Some(signals),
-        ..RunOptions::default()
+        ..args.watch.options(start)?
     };
     let result = boot(config, options, start);
     match result {
         Ok((kernel, ended)) => {
-            if args.boot_timing {
+            if args.boot_timing && !args.watch.quiet() {
                 let _ = io::stderr().write_all(ended.timing.table().as_bytes());
             }
-            if let Some(dump) = &ended.dump {
-                let _ = writeln!(io::stderr(), "{dump}");
-            }
-            say(&ended.outcome.sentence());
+            args.watch.tell(&ended);
             if let Some(file) = &report_file {
                 file.write(&Report::new(&ended.outcome, kernel, &ended.timing, ended.exits))?;
             }
@@ -282,7 +282,7 @@ pub fn run(args: RunArgs, start: Instant) -> Result<u8, Failure> {
 }
 
 fn boot(config: MachineConfig, options: RunOptions, start: Instant) -> Result<(String, Ended), Failure> {
-    let mut machine = Machine::new(config, None, start)?;
+    let mut machine = Machine::new(config, options.transcript.clone(), start)?;
     machine.load()?;
     let kernel = machine.kernel().to_string();
     Ok((kernel, machine.run(options, Mailbox::new()?)?))

@@ -43,7 +43,8 @@ pub struct RunOptions {
     pub paused: bool,
     /// The guest is stopped after so long without output and without work: at least two seconds.
     pub hang_timeout: Option<Duration>,
-    /// What reads along with the consoles; what it judges ends the run.
+    /// What reads along with the consoles; what it judges ends the run, and an orderly end without what it expects is
+    /// [`Outcome::Missed`].
     pub transcript: Option<Transcript>,
     /// Who gets signals, and changes of the terminal's size (SIGWINCH), first; whether he takes it.
     pub forward: Option<Box<dyn Fn(i32) -> bool + Send>>,
@@ -93,6 +94,7 @@ impl Machine {
         running.mailbox.close();
         let outcome = result?;
         running.wait_for_output(&outcome)?;
+        let outcome = running.judged(outcome);
         let exits = running.exits;
         Ok(Ended { outcome, dump: running.dump, exits, timing: running.timing })
     }
@@ -261,8 +263,8 @@ impl Running {
         self.exits.coalesced += self.board.drain();
         self.on_guest_events();
         match self.panicked {
-            Some(source) => Outcome::Panicked(source),
-            None => outcome,
+            Some(source) if !matches!(outcome, Outcome::Expected(_)) => Outcome::Panicked(source),
+            _ => outcome,
         }
     }
 
@@ -391,9 +393,8 @@ impl Running {
                     }
                 }
                 GuestEvent::Judged => {
-                    let verdict = self.options.transcript.as_ref().and_then(Transcript::verdict);
-                    if let Some(Verdict { good, line, .. }) = verdict {
-                        return Some(if good { Outcome::Expected(line) } else { Outcome::Refused(line) });
+                    if let Some(outcome) = self.verdict() {
+                        return Some(outcome);
                     }
                 }
                 GuestEvent::InitStarted => self.timing.mark(Mark::InitStarted),
@@ -409,6 +410,25 @@ impl Running {
             }
         }
         None
+    }
+
+    /// What the console's lines say, if they do.
+    fn verdict(&self) -> Option<Outcome> {
+        let Verdict { good, line, .. } = self.options.transcript.as_ref()?.verdict()?;
+        Some(if good { Outcome::Expected(line) } else { Outcome::Refused(line) })
+    }
+
+    /// The outcome when all output is written. What a pattern said of the last lines comes before the end that the guest
+    /// itself made right after them, which may be heard of first.
+    fn judged(&self, outcome: Outcome) -> Outcome {
+        let expecting = self.options.transcript.as_ref().is_some_and(Transcript::expects);
+        match (&outcome, self.verdict()) {
+            (Outcome::Quit | Outcome::Killed(_), _) => outcome,
+            (_, Some(good @ Outcome::Expected(_))) => good,
+            (end, Some(bad)) if end.is_orderly() => bad,
+            (end, None) if expecting && end.is_orderly() => Outcome::Missed(end.word()),
+            _ => outcome,
+        }
     }
 
     fn on_tick(&mut self) -> Result<Option<Outcome>, Error> {

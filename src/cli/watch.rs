@@ -1,0 +1,93 @@
+//! Flags about watching a guest, which every command that runs one has: when it is taken for hung, what its console
+//! must and must not show, what is kept of it, and how much is said of its end.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+
+use super::run::FileError;
+use super::{Failure, say};
+use crate::backend::transcript::{Pattern, Patterns, Transcript};
+use crate::machine::run::{Ended, RunOptions};
+use crate::options::Span;
+
+/// The shortest time after which a guest can be said to hang.
+const HANG_TIMEOUT_MIN: Duration = Duration::from_secs(2);
+
+/// Flags that `run` and `exec` share.
+#[derive(Args)]
+pub struct WatchArgs {
+    /// End a guest that for this time neither printed nor worked, with exit status 72
+    #[arg(long, value_name = "TIME", allow_negative_numbers = true, value_parser = parse_hang_timeout)]
+    hang_timeout: Option<Span>,
+    /// End the run, with exit status 0, when a line of the console matches; 73 if the guest ends before; may be given
+    /// several times
+    #[arg(long, value_name = "REGEX", allow_hyphen_values = true)]
+    expect: Vec<Pattern>,
+    /// End the run, with exit status 73, when a line of the console matches; may be given several times
+    #[arg(long, value_name = "REGEX", allow_hyphen_values = true)]
+    fail_on: Vec<Pattern>,
+    /// Write each line of the console to a file, with the seconds since the start
+    #[arg(long, value_name = "FILE")]
+    console_log: Option<PathBuf>,
+    /// Write the guest's memory and registers to a file, for crash, drgn and gdb, if it panicked, crashed, hung, ran into
+    /// the time limit or into --fail-on
+    #[arg(long, value_name = "FILE")]
+    vmcore: Option<PathBuf>,
+    /// Say nothing of how the guest ended: only the guest's own output, and failures of vireo itself
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+fn parse_hang_timeout(text: &str) -> Result<Span, String> {
+    match text.parse::<Span>() {
+        Ok(span) if span.0 < HANG_TIMEOUT_MIN => Err(format!("must be at least {}", Span(HANG_TIMEOUT_MIN))),
+        Ok(span) => Ok(span),
+        Err(e) => Err(e.to_string()),
+    }
+}
+
+impl WatchArgs {
+    /// Opens what the flags name; what they don't speak of is as by default. The transcript is always there. `start` is
+    /// when the process started.
+    pub fn options(&self, start: Instant) -> Result<RunOptions, Failure> {
+        let create = |path: &PathBuf| File::create(path).map_err(|e| FileError::Write(path.clone(), e));
+        let log = self.console_log.as_ref().map(create).transpose()?;
+        let patterns = Patterns { expect: self.expect.clone(), fail_on: self.fail_on.clone() };
+        Ok(RunOptions {
+            hang_timeout: self.hang_timeout.map(|limit| limit.0),
+            transcript: Some(Transcript::new(start, log, patterns)),
+            ..RunOptions::default()
+        })
+    }
+
+    /// Whether vireo says nothing of its own.
+    pub fn quiet(&self) -> bool {
+        self.quiet
+    }
+
+    /// Says how the guest ended, unless it is not wanted.
+    pub fn tell(&self, ended: &Ended) {
+        if !self.quiet {
+            if let Some(dump) = &ended.dump {
+                let _ = writeln!(io::stderr(), "{dump}");
+            }
+            say(&ended.outcome.sentence());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_may_think_for_two_seconds() {
+        assert!(parse_hang_timeout("2s").is_ok());
+        assert_eq!(parse_hang_timeout("1s").unwrap_err(), "must be at least 2s");
+        assert!(parse_hang_timeout("soon").unwrap_err().contains("not a time"));
+    }
+}
