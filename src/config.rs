@@ -260,7 +260,8 @@ impl MachineConfig {
         let ends = self.console.iter().chain(self.console_ports.iter().map(|port| &port.to)).chain([&self.serial]);
         let mut taken = [0; 3];
         ends.for_each(|end| taken.iter_mut().zip(end.streams()).for_each(|(taken, uses)| *taken += u32::from(uses)));
-        if taken.iter().any(|taken| *taken > 1) {
+        // What comes on standard error is messages, of whoever has some.
+        if taken[..2].iter().any(|taken| *taken > 1) {
             return Err(Error::TwoOnStdio);
         }
         self.cpu.features.parse::<Features>().map_err(|e| Error::Features(e.to_string()))?;

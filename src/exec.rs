@@ -179,7 +179,7 @@ impl Command {
         let request = Request {
             command: self.words.iter().map(|word| word.as_os_str().into()).collect(),
             env: self.environment(streams.terminal.is_some()),
-            cwd: self.cwd.clone().or_else(|| env::current_dir().ok()).unwrap_or_default().as_os_str().into(),
+            cwd: self.start().as_os_str().into(),
             terminal: streams.terminal,
             merged: streams.merged,
             root,
@@ -203,6 +203,12 @@ impl Command {
         config.boot.cmdline = format!("{CMDLINE} {}", config.boot.cmdline).trim_end().to_string();
         self.pack(config, &request);
         Ok(Session { control, _held: vec![theirs.into(), request.into()], terminal: streams.terminal.is_some() })
+    }
+
+    /// Where the command starts: where we are, if the guest sees the same files.
+    fn start(&self) -> PathBuf {
+        let here = || env::current_dir().ok().filter(|_| self.root == RootFrom::Path("/".into()));
+        self.cwd.clone().or_else(here).unwrap_or_else(|| "/".into())
     }
 
     /// The initramfs: this program, the request, modules.
@@ -240,7 +246,9 @@ impl Command {
         let metadata = fs::metadata(path).map_err(|e| Error::Root(path.clone(), e))?;
         if metadata.is_dir() {
             let (path, tag) = (path.clone(), Some(ROOT.into()));
-            config.shares.insert(0, FsConfig { path, tag, readonly: !writable, ..FsConfig::default() });
+            // The guest writes over it.
+            let flat = !writable;
+            config.shares.insert(0, FsConfig { path, tag, readonly: !writable, flat, ..FsConfig::default() });
             return Ok(Root::Share { writable });
         }
         let (path, id) = (path.clone(), Some(ROOT.into()));
@@ -256,7 +264,10 @@ impl Command {
             pairs.push((name.into(), value));
         };
         let path = env::var_os("PATH").filter(|_| self.root == RootFrom::Path("/".into()));
-        set("PATH".as_ref(), path.unwrap_or_else(|| "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into()));
+        set(
+            "PATH".as_ref(),
+            path.unwrap_or_else(|| "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into()),
+        );
         set("HOME".as_ref(), "/root".into());
         if let Some(kind) = env::var_os("TERM").filter(|_| terminal) {
             set("TERM".as_ref(), kind);
@@ -360,7 +371,9 @@ fn hear(mut reports: BufReader<UnixStream>, started: &AtomicBool, machine: &Cont
             }
             Report::Exited(code) => Outcome::Exited(code),
             Report::Signalled(signal) => Outcome::Signalled(signal),
-            Report::NotReady(why) => Outcome::NotReady(format!("the guest could not be made ready: {}", printable(&why))),
+            Report::NotReady(why) => {
+                Outcome::NotReady(format!("the guest could not be made ready: {}", printable(&why)))
+            }
             Report::NotStarted(errno) => not_started(errno, name),
         };
         return machine.stop(outcome);
@@ -398,7 +411,10 @@ mod tests {
     fn folders() {
         let folder = |text: &str| text.parse::<Folder>();
         let plain = folder("/srv/a").unwrap();
-        assert_eq!((plain.host.as_path(), plain.guest.as_path(), plain.writable), ("/srv/a".as_ref(), "/srv/a".as_ref(), false));
+        assert_eq!(
+            (plain.host.as_path(), plain.guest.as_path(), plain.writable),
+            ("/srv/a".as_ref(), "/srv/a".as_ref(), false)
+        );
         let full = folder("/srv/a:/mnt:rw").unwrap();
         assert_eq!((full.guest.as_path(), full.writable), ("/mnt".as_ref(), true));
         assert!(folder("/srv/a:rw").unwrap().writable);
@@ -408,7 +424,10 @@ mod tests {
     #[test]
     fn what_could_not_be_started_has_the_codes_of_shells() {
         let Outcome::NotStarted(code, text) = not_started(libc::ENOENT, "nosuch") else { panic!() };
-        assert_eq!((code, text.as_str()), (127, "cannot run nosuch in the guest: No such file or directory (os error 2)"));
+        assert_eq!(
+            (code, text.as_str()),
+            (127, "cannot run nosuch in the guest: No such file or directory (os error 2)")
+        );
         assert!(matches!(not_started(libc::EACCES, "x"), Outcome::NotStarted(126, _)));
     }
 

@@ -21,6 +21,7 @@
 pub mod cli;
 pub mod control;
 pub mod doctor;
+pub mod exec;
 pub mod guest;
 pub mod machine;
 pub mod config;

@@ -132,7 +132,8 @@ done"#
         run = run.args(&["--console-port", port]);
     }
     let mut guest = run.start();
-    let told = guest.wait_for_stderr("port pty is on ");
+    guest.wait_for_stderr("port pty is on ");
+    let told = guest.wait_for_stderr("\n");
     let pty = told.split("port pty is on ").nth(1).unwrap().lines().next().unwrap().to_string();
     // The other end: sends it all, and prints the sum of what comes back.
     let both = format!("echo ready; (cat \"$1\" >&3 & head -c {LEN} <&3 | md5sum; wait)");

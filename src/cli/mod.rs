@@ -1,6 +1,7 @@
 //! The command line: clap types, one file per sub-command. The only place that knows a flag.
 
 pub mod doctor;
+pub mod exec;
 mod logging;
 pub mod run;
 pub mod watch;
@@ -17,7 +18,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::doctor::device::{self, HostFacts};
 use crate::outcome::{EXIT_USAGE, EXIT_VIREO_FAILED};
-use crate::{config, machine};
+use crate::{config, guest, machine};
 
 /// A failure of vireo itself: its chain of causes is printed once, by [`main`].
 pub type Failure = Box<dyn Error + Send + Sync>;
@@ -45,6 +46,7 @@ const VERSION: &str = concat!(
 
 const AFTER_HELP: &str = "\
 Example:
+  vireo exec -- uname -r
   vireo run --kernel /boot/vmlinuz --initrd initrd.img
 
 Exit status: 0 the guest powered off, rebooted or halted; 2 wrong usage; 70 its kernel panicked; 71 it crashed; \
@@ -65,6 +67,8 @@ struct LogArgs {
 enum Command {
     /// Boot a kernel and wait for its end
     Run(Box<run::RunArgs>),
+    /// Run a command under a kernel, with this host's files, and exit with its code
+    Exec(Box<exec::ExecArgs>),
     /// Check what this host's KVM is good for
     Doctor(doctor::DoctorArgs),
     /// Print completions for a shell
@@ -85,11 +89,15 @@ struct Usage(#[from] config::Error);
 
 /// Runs the command line. `start` is when the process started.
 pub fn main(start: Instant) -> ExitCode {
+    if guest::is_init() {
+        guest::main();
+    }
     crate::terminal::restore_on_panic();
     let cli = Cli::try_parse().unwrap_or_else(|error| with_commands(error).exit());
     let result =
         logging::init(cli.log.log_level.as_deref(), cli.log.log_file.as_deref()).and_then(|()| match cli.command {
             Command::Run(args) => run::run(*args, start),
+            Command::Exec(args) => exec::run(*args, start),
             Command::Doctor(args) => doctor::run(&args),
             Command::Completions { shell } => completions(shell),
             Command::Man => manual(),

@@ -102,7 +102,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "PATH")]
     pmem: Vec<PmemConfig>,
     /// Folder of the host (mount -t virtiofs share0 /mnt): PATH[,tag=NAME][,readonly][,squash_uid=N]
-    /// [,cache=never|auto|always][,queues=N]; the tag is share0, share1, ... otherwise; may be given several times
+    /// [,cache=never|auto|always][,flat][,queues=N]; the tag is share0, share1, ... otherwise; may be given several times
     #[arg(long, value_name = "PATH")]
     share: Vec<FsConfig>,
     /// Device that a daemon serves: socket=PATH,type=fs|blk|net[,queues=N], for fs ,tag=NAME, for net [,mac=MAC][,mtu=N];
@@ -237,7 +237,8 @@ impl RunArgs {
     }
 }
 
-fn set<T: Clone>(target: &mut T, flag: &Option<T>) {
+/// What a flag says goes before what was there.
+pub(super) fn set<T: Clone>(target: &mut T, flag: &Option<T>) {
     if let Some(value) = flag {
         *target = value.clone();
     }
@@ -259,19 +260,30 @@ pub fn run(args: RunArgs, start: Instant) -> Result<u8, Failure> {
         ..args.watch.options(start)?
     };
     let result = boot(config, options, start);
+    conclude(result, report_file.as_ref(), |ended| {
+        if args.boot_timing && !args.watch.quiet() {
+            let _ = io::stderr().write_all(ended.timing.table().as_bytes());
+        }
+        args.watch.tell(ended);
+    })
+}
+
+/// Tells how it ended and writes the report; returns the exit status.
+pub(super) fn conclude(
+    result: Result<(String, Ended), Failure>,
+    report_file: Option<&ReportFile>,
+    tell: impl FnOnce(&Ended),
+) -> Result<u8, Failure> {
     match result {
         Ok((kernel, ended)) => {
-            if args.boot_timing && !args.watch.quiet() {
-                let _ = io::stderr().write_all(ended.timing.table().as_bytes());
-            }
-            args.watch.tell(&ended);
-            if let Some(file) = &report_file {
+            tell(&ended);
+            if let Some(file) = report_file {
                 file.write(&Report::new(&ended.outcome, kernel, &ended.timing, ended.exits))?;
             }
             Ok(ended.outcome.exit_code())
         }
         Err(failure) => {
-            if let Some(file) = &report_file {
+            if let Some(file) = report_file {
                 file.write(&serde_json::json!({
                     "outcome": "failed", "detail": chain(&*failure), "exit_code": EXIT_VIREO_FAILED,
                 }))?;
@@ -289,7 +301,7 @@ fn boot(config: MachineConfig, options: RunOptions, start: Instant) -> Result<(S
 }
 
 /// Where the report goes.
-struct ReportFile {
+pub(super) struct ReportFile {
     path: PathBuf,
     /// A FIFO or device, open from the start.
     special: Option<File>,
@@ -297,7 +309,7 @@ struct ReportFile {
 
 impl ReportFile {
     /// Fails if the report cannot be written: now rather than when the guest has run for an hour.
-    fn new(path: &Path) -> Result<Self, FileError> {
+    pub(super) fn new(path: &Path) -> Result<Self, FileError> {
         let fail = |e| FileError::Write(path.into(), e);
         let mut report = ReportFile { path: path.into(), special: None };
         match fs::metadata(path) {

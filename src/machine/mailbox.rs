@@ -61,7 +61,7 @@ impl Mailbox {
         let _ = self.fd.write(1);
     }
 
-    pub(super) fn take_request(&self) -> Option<Request> {
+    pub(crate) fn take_request(&self) -> Option<Request> {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner).as_mut()?.pop_front()
     }
 

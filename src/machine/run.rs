@@ -46,6 +46,8 @@ pub struct RunOptions {
     /// What reads along with the consoles; what it judges ends the run, and an orderly end without what it expects is
     /// [`Outcome::Missed`].
     pub transcript: Option<Transcript>,
+    /// A terminal that is read from stays as it is; otherwise it is put into raw mode.
+    pub cooked: bool,
     /// Who gets signals, and changes of the terminal's size (SIGWINCH), first; whether he takes it.
     pub forward: Option<Box<dyn Fn(i32) -> bool + Send>>,
 }
@@ -167,7 +169,8 @@ impl HangWatch {
 impl Running {
     fn start(machine: Machine, options: RunOptions, mailbox: Arc<Mailbox>) -> Result<Self, Error> {
         let Machine { config, ram, vcpus, board, lines, devices, power_button, mut timing, vm, .. } = machine;
-        let on_terminal = lines.iter().find(|line| line.input.is_terminal()).and_then(|line| line.input.fd());
+        let typed = lines.iter().find(|line| !options.cooked && line.input.is_terminal());
+        let on_terminal = typed.and_then(|line| line.input.fd());
         let raw_mode = on_terminal.map_or(Ok(None), RawMode::enter).map_err(host("the terminal"))?;
         if !config.pmems.is_empty() {
             mapped::explain_bus_errors();

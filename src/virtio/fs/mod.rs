@@ -93,6 +93,9 @@ pub struct FsConfig {
     /// Show all files as this user's and group's, and do everything as the monitor's own.
     #[serde(default, alias = "squash-uid", skip_serializing_if = "Option::is_none")]
     pub squash_uid: Option<u32>,
+    /// What is mounted inside looks like part of the same file system: overlayfs takes nothing else to lie on.
+    #[serde(default)]
+    pub flat: bool,
     /// `never`, `auto` or `always`.
     #[serde(default)]
     pub cache: Cache,

@@ -45,6 +45,8 @@ pub(super) struct Server {
     pub listing: Mutex<Listing>,
     /// The guest has begun (INIT), and has not ended.
     begun: AtomicBool,
+    /// Mounts of the host's are never told of.
+    flat: bool,
     /// Mounts of the host's are told of as such.
     pub submounts: AtomicBool,
 }
@@ -84,6 +86,7 @@ impl Server {
         Ok(Server {
             readonly: config.readonly,
             squash: config.squash_uid,
+            flat: config.flat,
             cache: config.cache,
             identity: Identity::of_process(),
             umask: passthrough::umask(),
@@ -264,10 +267,12 @@ impl Server {
             | init::PARALLEL_DIROPS
             | init::MAX_PAGES
             | init::CACHE_SYMLINKS
-            | init::SUBMOUNTS
             | init::HANDLE_KILLPRIV_V2;
         if self.cache != Cache::Always {
             wanted |= init::AUTO_INVAL_DATA;
+        }
+        if !self.flat {
+            wanted |= init::SUBMOUNTS;
         }
         let flags = wanted & offered;
         self.clear();
