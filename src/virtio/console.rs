@@ -277,7 +277,11 @@ impl Handler for Ports {
                 self.host_changed(queues, cx)
             }
             Event::Kick(queue) => match Role::of(queue) {
-                Role::Receive(port) => self.feed(port, queues, cx.ram),
+                Role::Receive(port) => {
+                    let progress = self.feed(port, queues, cx.ram)?;
+                    self.tell_end(port, queues, cx.ram)?;
+                    Ok(progress)
+                }
                 Role::Transmit(port) => self.transmit(port, output::LIMIT, queues, cx.ram),
                 Role::ControlReceive => self.send_control(queues, cx.ram),
                 Role::ControlTransmit => self.receive_control(queues, cx.ram),
@@ -367,6 +371,17 @@ impl Ports {
             self.shared.events.post(GuestEvent::ConsoleInputRoom);
         }
         Ok(progress)
+    }
+
+    /// Who went away is gone when the guest has the last that came from him, which may be now.
+    fn tell_end(&mut self, index: usize, queues: &mut [Queue], ram: &GuestRam) -> Result<(), Fault> {
+        let Some(port) = self.shared.ports.get(index) else { return Ok(()) };
+        let ended = {
+            let input = lock(&port.input);
+            !input.connected && input.bytes.is_empty()
+        };
+        let told = lock(&self.shared.state).ports.get(index).is_none_or(|port| !port.connected);
+        if ended && !told { self.send_control(queues, ram).map(drop) } else { Ok(()) }
     }
 
     /// Moves output to the host as far as there is room for it: up to `limit` bytes.
@@ -669,6 +684,23 @@ mod tests {
         assert_eq!(s.heard(), [(0, RESIZE, 1, vec![100, 0, 0x23, 1]), (2, PORT_OPEN, 1, vec![])]);
         s.host[2].connected(false);
         assert_eq!(s.heard(), [(2, PORT_OPEN, 0, vec![])]);
+    }
+
+    #[test]
+    fn the_end_is_told_with_the_last_byte() {
+        let mut s = setup(0);
+        s.open_all();
+        s.host[1].connected(true);
+        s.deliver(Event::Ready(WAKE)).unwrap();
+        assert_eq!(s.heard(), [(1, PORT_OPEN, 1, vec![])]);
+        s.host[1].receive(b"last");
+        s.host[1].connected(false);
+        s.deliver(Event::Ready(WAKE)).unwrap();
+        assert!(s.add(Role::ControlReceive, &[inn(DATA + 0x1000, 0x100)]));
+        s.kick(Role::ControlReceive).unwrap();
+        assert_eq!(s.drivers[2].take_used(), None, "there is still something to read");
+        assert_eq!(s.receive(1, 100).unwrap(), b"last");
+        assert!(s.drivers[2].take_used().is_some(), "without anybody asking");
     }
 
     #[test]
