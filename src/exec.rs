@@ -43,7 +43,7 @@ const MODULES: [&str; 2] = ["virtio_mmio", "virtio_console"];
 /// File systems that a disk may have.
 const DISK_MODULES: [&str; 6] = ["ext4", "xfs", "btrfs", "squashfs", "erofs", "crc32c_generic"];
 /// What the kernel is told; the command line of the user follows.
-const CMDLINE: &str = "console=ttyS0 quiet reboot=t panic=-1";
+const CMDLINE: &str = "console=ttyS0 quiet reboot=t";
 /// Where distributions keep their kernels.
 const BOOT: &str = "/boot";
 

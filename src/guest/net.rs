@@ -5,8 +5,10 @@
 use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
-use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
 
 use super::{Error, Result, cannot};
 
@@ -43,13 +45,103 @@ pub(super) fn configure() -> Result<Vec<Ipv4Addr>> {
     let mac: Vec<u8> = text.trim().split(':').map_while(|byte| u8::from_str_radix(byte, 16).ok()).collect();
     let mac: [u8; 6] = mac.try_into().map_err(|_| Error::Other(format!("{card} has no address")))?;
     let what = || format!("set up the network card {card}");
-    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 68)).map_err(cannot(what()))?;
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).map_err(cannot(what()))?;
     up(&socket, &card).map_err(cannot(what()))?;
-    socket.set_broadcast(true).map_err(cannot(what()))?;
-    bind_to(&socket, &card).map_err(cannot(what()))?;
-    let lease = ask(&socket, mac).map_err(cannot(format!("get an address for {card} by DHCP")))?;
+    let lease = Wire::open(&card).and_then(|wire| ask(&wire, mac));
+    let lease = lease.map_err(cannot(format!("get an address for {card} by DHCP")))?;
     lease.apply(&socket, &card).map_err(cannot(what()))?;
     Ok(lease.name_servers)
+}
+
+/// Bytes of an IP header without options, and of a UDP header.
+const IP: usize = 20;
+const UDP: usize = 8;
+
+/// IP packets from and to a card that has no address yet, for which servers may well answer to the one it will have: a
+/// packet socket sees those, too.
+struct Wire {
+    socket: OwnedFd,
+    everybody: libc::sockaddr_ll,
+}
+
+impl Wire {
+    fn open(card: &str) -> io::Result<Self> {
+        let index = fs::read_to_string(format!("/sys/class/net/{card}/ifindex"))?;
+        let protocol = (libc::ETH_P_IP as u16).to_be();
+        // SAFETY: makes a descriptor, which is checked before it is owned.
+        let socket = unsafe {
+            match libc::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, i32::from(protocol)) {
+                -1 => return Err(io::Error::last_os_error()),
+                fd => OwnedFd::from_raw_fd(fd),
+            }
+        };
+        let everybody = libc::sockaddr_ll {
+            sll_family: libc::AF_PACKET as u16,
+            sll_protocol: protocol,
+            sll_ifindex: index.trim().parse().map_err(io::Error::other)?,
+            sll_hatype: 0,
+            sll_pkttype: 0,
+            sll_halen: 6,
+            sll_addr: [255, 255, 255, 255, 255, 255, 0, 0],
+        };
+        let wire = Wire { socket, everybody };
+        let (address, len) = (std::ptr::from_ref(&wire.everybody).cast(), size_of::<libc::sockaddr_ll>() as u32);
+        // SAFETY: the address is as long as it says.
+        match unsafe { libc::bind(wire.socket.as_raw_fd(), address, len) } {
+            0 => Ok(wire),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Sends a message from nobody to everybody.
+    fn send(&self, message: &[u8]) -> io::Result<()> {
+        let packet = wrap(message);
+        let (address, len) = (std::ptr::from_ref(&self.everybody).cast(), size_of::<libc::sockaddr_ll>() as u32);
+        // SAFETY: packet and address are as long as they say.
+        let sent =
+            unsafe { libc::sendto(self.socket.as_raw_fd(), packet.as_ptr().cast(), packet.len(), 0, address, len) };
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// The next message for a client, if one comes before `deadline`.
+    fn receive(&self, deadline: Instant) -> Option<Vec<u8>> {
+        loop {
+            let left = deadline.checked_duration_since(Instant::now())?;
+            let timeout = rustix::event::Timespec::try_from(left).ok()?;
+            let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
+            if poll(&mut fds, Some(&timeout)).ok()? == 0 {
+                return None;
+            }
+            let mut buffer = [0; 2048];
+            let len = rustix::io::read(&self.socket, &mut buffer).ok()?;
+            if let Some(message) = unwrap(buffer.get(..len)?) {
+                return Some(message.to_vec());
+            }
+        }
+    }
+}
+
+/// An IP packet (RFC 791) with a UDP datagram (RFC 768) from port 68 to port 67.
+fn wrap(message: &[u8]) -> Vec<u8> {
+    let udp = (UDP + message.len()) as u16;
+    let mut packet = vec![0x45, 0];
+    packet.extend((IP as u16 + udp).to_be_bytes());
+    packet.extend([0, 0, 0, 0, 64, 17, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255]);
+    let sum: u32 = packet.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let sum = !((sum & 0xFFFF) + (sum >> 16)) as u16;
+    packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    packet.extend([0, 68, 0, 67]);
+    packet.extend(udp.to_be_bytes());
+    packet.extend([0, 0]); // no checksum
+    packet.extend(message);
+    packet
+}
+
+/// What is in a packet, if it is a datagram to port 68.
+fn unwrap(packet: &[u8]) -> Option<&[u8]> {
+    let header = usize::from(*packet.first()? & 0xF) * 4;
+    let datagram = packet.get(header.max(IP)..)?;
+    (packet.get(9) == Some(&17) && datagram.get(2..4)? == [0, 68]).then(|| datagram.get(UDP..)).flatten()
 }
 
 /// The first Ethernet card.
@@ -72,20 +164,21 @@ struct Lease {
     name_servers: Vec<Ipv4Addr>,
 }
 
-fn ask(socket: &UdpSocket, mac: [u8; 6]) -> io::Result<Lease> {
-    socket.set_read_timeout(Some(WAIT))?;
-    let xid = u32::from_be_bytes([mac[2], mac[3], mac[4], mac[5]]) ^ std::process::id();
+fn ask(wire: &Wire, mac: [u8; 6]) -> io::Result<Lease> {
+    let xid = u32::from_be_bytes([mac[2], mac[3], mac[4], mac[5]]) ^ 0x7669_7265;
     let mut offer: Option<Lease> = None;
     for _ in 0..TRIES {
-        let message = message(mac, xid, offer.as_ref());
-        socket.send_to(&message, (Ipv4Addr::BROADCAST, 67))?;
-        let mut buffer = [0; 1500];
-        // What is not for us is passed over; a flood of it is bounded by the number of tries.
-        let Ok(len) = socket.recv(&mut buffer) else { continue };
-        match parse(buffer.get(..len).unwrap_or(&[]), xid) {
-            Some((OFFER, lease)) if offer.is_none() => offer = Some(lease),
-            Some((ACK, lease)) if offer.is_some() => return Ok(lease),
-            _ => {}
+        wire.send(&message(mac, xid, offer.as_ref()))?;
+        let deadline = Instant::now() + WAIT;
+        while let Some(answer) = wire.receive(deadline) {
+            match parse(&answer, xid) {
+                Some((ACK, lease)) if offer.is_some() => return Ok(lease),
+                Some((OFFER, lease)) if offer.is_none() => {
+                    offer = Some(lease);
+                    break;
+                }
+                _ => {}
+            }
         }
     }
     Err(io::Error::new(io::ErrorKind::TimedOut, "no server answers"))
@@ -195,15 +288,6 @@ fn up(socket: &UdpSocket, name: &str) -> io::Result<()> {
     control(socket, libc::SIOCSIFFLAGS, &mut interface)
 }
 
-fn bind_to(socket: &UdpSocket, name: &str) -> io::Result<()> {
-    let (level, option) = (libc::SOL_SOCKET, libc::SO_BINDTODEVICE);
-    // SAFETY: the kernel reads as many bytes of the name as it has.
-    match unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, name.as_ptr().cast(), name.len() as u32) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 fn interface(name: &str) -> libc::ifreq {
     // SAFETY: the structure is plain numbers, for which zeros are valid.
     let mut interface: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -255,6 +339,21 @@ mod tests {
         let request = message([2, 0, 0, 0, 0, 1], 7, Some(&lease));
         assert_eq!(request[240..243], [MESSAGE, 1, REQUEST]);
         assert_eq!(request[243..249], [ADDRESS, 4, 10, 0, 2, 15]);
+    }
+
+    #[test]
+    fn packets_are_packets() {
+        let packet = wrap(b"hello!");
+        assert_eq!(packet.len(), 34);
+        let sum: u32 = packet[..20].chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+        assert_eq!((sum & 0xFFFF) + (sum >> 16), 0xFFFF);
+        assert_eq!(unwrap(&packet), None, "it is for a server");
+        let mut answer = packet;
+        answer[23] = 68;
+        assert_eq!(unwrap(&answer), Some(&b"hello!"[..]));
+        for len in 0..answer.len() {
+            let _ = unwrap(&answer[..len]);
+        }
     }
 
     proptest! {
