@@ -339,6 +339,7 @@ impl Archive {
 
     /// The header of an entry, and before it the directories that it lies in, unless they are there.
     fn add(&mut self, name: &[u8], header: Header<'_>, what: Seen) -> Result<(), Error> {
+        let name = &self.resolve(name, false)[..];
         if name.is_empty() {
             return Err(of_guest(b"", "this is the root directory"));
         }
@@ -348,7 +349,6 @@ impl Archive {
         if name == TRAILER {
             return Err(of_guest(name, "this name ends an archive"));
         }
-        let name = &self.resolve(name, false)[..];
         for (at, _) in name.iter().enumerate().filter(|(_, b)| **b == b'/') {
             match self.seen.get(&name[..at]) {
                 Some(Seen::Directory | Seen::Symlink(_)) => {}
