@@ -362,6 +362,10 @@ mod tests {
         assert_eq!((config.memory.size, config.cpu.count), (Size::mib(1024), 2));
         let again: MachineConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(again, config);
+        for (initrd, count) in [("", 0), (r#","initrd":"i""#, 1), (r#","initrd":["i","j"]"#, 2)] {
+            let text = format!(r#"{{"boot":{{"kernel":"k"{initrd}}}}}"#);
+            assert_eq!(serde_json::from_str::<MachineConfig>(&text).unwrap().boot.initrd.len(), count);
+        }
         let error = serde_json::from_str::<MachineConfig>(r#"{"boot":{"kernel":"k","init":"x"}}"#).unwrap_err();
         assert!(error.to_string().contains("unknown field `init`"), "{error}");
     }

@@ -150,6 +150,7 @@ fn wrong_usage_is_explained_and_exits_with_2() {
         (&["run", "--kernel", "x", "--boot", "efi"], "one of auto, bzimage, direct, pvh"),
         (&["run", "--kernel", "x", "--acpi", "maybe"], "possible values: on, off"),
         (&["run", "--kernel", "x", "--uuid", "1"], "a UUID is wanted, like "),
+        (&["run", "--kernel", "x", "--file", "a"], "HOST:GUEST is wanted, with an absolute path for the guest"),
         (&["run", "--kernel", "x", "--log-level", "loud"], "possible values: off, error"),
         (&["doctor", "--jsno"], "'--json'"),
         (&["completions", "tcsh"], "possible values: bash"),
@@ -245,6 +246,62 @@ fn what_goes_with_the_kernel_is_checked_too() {
 }
 
 #[test]
+fn what_is_packed_for_the_guest_is_checked_before_it_runs() {
+    let (_folder, path) = folder();
+    let kernel = Kernel::new(&elf(guests::power_off()));
+    let kernel = path_text(kernel.path());
+    let script = path.join("script");
+    fs::write(&script, "#!/bin/sh\n").unwrap();
+    let plain = path.join("plain");
+    fs::write(&plain, "echo").unwrap();
+    let mut foreign = elf(guests::power_off());
+    foreign[18] = 183;
+    let arm64 = path.join("arm64");
+    fs::write(&arm64, foreign).unwrap();
+    let (nowhere, script, plain) = (path.join("nowhere"), path_text(&script), path_text(&plain));
+    for (args, says) in [
+        (&["--init", path_text(&nowhere)][..], "/nowhere: cannot open it: No such file or directory"),
+        (&["--init", path_text(&path)], "this is a directory, not a file"),
+        (
+            &["--init", script],
+            "cannot be the guest's init: it is a script for /bin/sh, which is not in the initramfs; --busybox",
+        ),
+        (
+            &["--init", "/bin/bash"],
+            "it is linked dynamically and needs /lib64/ld-linux-x86-64.so.2, which is not in the",
+        ),
+        (&["--init", path_text(&arm64)], "it is an ELF file for arm64; guests run x86-64 programs"),
+        (&["--init", plain], "it is neither an ELF program nor a script that begins with #!"),
+        (&["--busybox", "/bin/bash"], "--busybox: /bin/bash is linked dynamically; a static one is needed"),
+        (&["--busybox", "no-such-box"], "there is no no-such-box in PATH; install busybox-static, or name a file"),
+        (&["--initramfs-dir", path_text(&nowhere)], "cannot pack "),
+        (&["--initramfs-dir", plain], "Not a directory"),
+        (&["--file", &format!("{plain}:/a/../b")], "cannot pack anything at /a/../b: '..' may lead out of the archive"),
+        (&["--file", "/dev/zero:/zero"], "cannot pack /dev/zero: this is a character device, not a file"),
+        (
+            &["--modules", "virtio_mmio"],
+            "has no virtio_mmio built in, and no modules of it were found; looked in no place",
+        ),
+        (
+            &["--modules", "a", "--modules-dir", path_text(&path)],
+            "has no a built in, and no modules of it were found; looked in /",
+        ),
+    ] {
+        contains(&refused(&[&["--kernel", kernel], args].concat()), says);
+    }
+    let large = path.join("large");
+    File::create(&large).unwrap().set_len(1 << 30).unwrap();
+    let large = format!("{}:/large", path_text(&large));
+    contains(
+        &refused(&["--kernel", kernel, "--file", &large]),
+        "cannot load the initramfs: it needs 1029M of memory or more",
+    );
+    // Where an initrd may bring the shell, it is believed.
+    words(&["run", "--memory", "16M", "--kernel", kernel, "--initrd", plain, "--initrd", plain, "--init", script])
+        .expect(0);
+}
+
+#[test]
 fn consoles_that_cannot_be_are_named() {
     let (_folder, path) = folder();
     let kernel = Kernel::new(&elf(guests::power_off()));
@@ -331,7 +388,7 @@ fn log_files_that_cannot_be_written_are_refused() {
 #[test]
 fn a_printed_configuration_is_a_configuration_file() {
     let (_folder, path) = folder();
-    let flags = "run --kernel /k --initrd /i --cmdline a=b,c --memory 1G,shared=on,hugepages=off --cpus 2,affinity=0-1 \
+    let flags = "run --kernel /k --initrd /i --initrd /j --init /p --busybox --file a:/b --modules c,d --initramfs-dir /r --cmdline a=b,c --memory 1G,shared=on,hugepages=off --cpus 2,affinity=0-1 \
                  --cpu -avx2 --disk /d,readonly,id=x --disk /e --rng --vsock cid=3,path=/v --serial file:/s --acpi off --boot pvh \
                  --uuid 123e4567-e89b-12d3-a456-426614174000 --print-config";
     let printed = words(&flags.split_whitespace().collect::<Vec<_>>()).expect(0).stdout;

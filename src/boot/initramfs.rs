@@ -3,8 +3,8 @@
 //!
 //! An [`Archive`] copies no large file: headers and small contents are bytes, the rest stays an open file until
 //! [`Piece::load`] has the kernel read it straight into guest RAM. Of a path that is added twice the guest keeps the later
-//! one. Directories are named with a slash at the end: where an earlier archive or folder has a symbolic link to a
-//! directory (`/bin`, `/lib` of merged systems), unpacking then goes through the link instead of replacing it.
+//! one. Where a folder has a symbolic link to a directory (`/bin`, `/lib` of merged systems), what comes later goes through
+//! it; and directories are named with a slash at the end, with which unpacking keeps such links of earlier archives, too.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -195,18 +195,17 @@ impl Archive {
         let root = fs::metadata(host).map_err(|e| failed(host, e))?;
         let mut folders = vec![(host.to_path_buf(), clean(guest)?, root)];
         while let Some((folder, name, metadata)) = folders.pop() {
-            let read = fs::read_dir(&folder).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-            let mut entries = read.map_err(|e| failed(&folder, e))?;
-            entries.sort_by_key(fs::DirEntry::file_name);
+            let entries = source::folder(&folder);
+            let entries = entries.map_err(|source| Error::Host { path: folder.clone(), source })?;
             self.add_directory(&name, metadata.mode(), mtime(&metadata))?;
             for entry in entries {
-                let path = entry.path();
-                let metadata = entry.metadata().map_err(|e| failed(&path, e))?;
+                let path = folder.join(&entry);
+                let metadata = path.symlink_metadata().map_err(|e| failed(&path, e))?;
                 let mut name = name.clone();
                 if !name.is_empty() {
                     name.push(b'/');
                 }
-                name.extend_from_slice(entry.file_name().as_bytes());
+                name.extend_from_slice(entry.as_bytes());
                 match metadata.is_dir() {
                     true => folders.push((path, name, metadata)),
                     false => self.tree_entry(path, &name, &metadata, &mut links)?,
@@ -268,7 +267,12 @@ impl Archive {
     }
 
     fn lookup(&self, name: &[u8]) -> bool {
-        let mut rest: Vec<Vec<u8>> = components(name).rev().map(<[u8]>::to_vec).collect();
+        name.is_empty() || self.seen.contains_key(&self.resolve(name, true))
+    }
+
+    /// The path without links on the way; `last` says whether one at its end is followed, too.
+    fn resolve(&self, name: &[u8], last: bool) -> Vec<u8> {
+        let mut rest: Vec<&[u8]> = components(name).rev().collect();
         let mut at: Vec<u8> = Vec::new();
         let mut links = 0;
         while let Some(component) = rest.pop() {
@@ -280,21 +284,17 @@ impl Archive {
             if parent > 0 {
                 at.push(b'/');
             }
-            at.extend_from_slice(&component);
-            match self.seen.get(&at) {
-                None => return false,
-                Some(Seen::Symlink(target)) => {
-                    links += 1;
-                    if links > LINKS_MAX {
-                        return false;
-                    }
-                    at.truncate(if target.starts_with(b"/") { 0 } else { parent });
-                    rest.extend(components(target).rev().map(<[u8]>::to_vec));
-                }
-                Some(Seen::Directory | Seen::Other) => {}
+            at.extend_from_slice(component);
+            if let Some(Seen::Symlink(target)) = self.seen.get(&at)
+                && (last || !rest.is_empty())
+                && links < LINKS_MAX
+            {
+                links += 1;
+                at.truncate(if target.starts_with(b"/") { 0 } else { parent });
+                rest.extend(components(target).rev());
             }
         }
-        true
+        at
     }
 
     fn next_inode(&mut self) -> Result<u32, Error> {
@@ -339,6 +339,7 @@ impl Archive {
 
     /// The header of an entry, and before it the directories that it lies in, unless they are there.
     fn add(&mut self, name: &[u8], header: Header<'_>, what: Seen) -> Result<(), Error> {
+        let name = &self.resolve(name, false)[..];
         if name.is_empty() {
             return Err(of_guest(b"", "this is the root directory"));
         }
@@ -504,11 +505,11 @@ mod tests {
             entries.keys().collect::<Vec<_>>(),
             [
                 "bin",
-                "bin/sh",
                 "dev/",
                 "dev/console",
                 "usr/",
                 "usr/bin/",
+                "usr/bin/sh",
                 "usr/bin/small",
                 "usr/large",
                 "usr/other-name"

@@ -8,7 +8,6 @@
 //! A kernel takes only modules of its own version, so that is what is looked for: beside the kernel's file, then among
 //! this host's. Nothing here trusts the files: texts, modules and the depth of dependencies are bounded.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -182,11 +181,10 @@ fn describe(places: &[PathBuf], config: &ModulesConfig) -> String {
         text.push_str("no place, since the kernel does not tell its version");
     }
     for dir in config.dir.iter().flat_map(|dir| [dir.clone(), dir.join("lib/modules"), dir.join("usr/lib/modules")]) {
-        for entry in fs::read_dir(&dir).into_iter().flatten().flatten().take(1000) {
-            if holds_modules(&entry.path()) {
-                text.push_str(&format!(" (there are those of kernel {})", entry.file_name().display()));
-                return text;
-            }
+        let mut others = source::folder(&dir).unwrap_or_default().into_iter();
+        if let Some(version) = others.find(|name| holds_modules(&dir.join(name))) {
+            text.push_str(&format!(" (there are those of kernel {})", version.display()));
+            break;
         }
     }
     text
@@ -200,7 +198,7 @@ fn built_in(image: &Image, name: &str) -> bool {
     let needle = [name.as_bytes(), b"\0"].concat();
     // Rarer in kernels than most.
     let rare = needle.iter().position(|b| b"vxz".contains(b)).unwrap_or(0);
-    image.packed || image.data.find(&needle, rare, |_| true).ok().flatten().is_some()
+    image.packed || image.data.find(&needle, rare, |_| true).is_ok_and(|found| found)
 }
 
 /// The text files of a modules directory.
@@ -252,15 +250,12 @@ fn walk(dir: &Path) -> Result<String, Error> {
     let mut count = 0u32;
     while let Some(folder) = folders.pop() {
         let path = dir.join(&folder);
-        let read = fs::read_dir(&path).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
-        let mut entries = read.map_err(|e| Error::File { path: path.clone(), source: Problem::Open(e) })?;
-        entries.sort_by_key(fs::DirEntry::file_name);
-        for entry in entries {
-            let name = folder.join(entry.file_name());
-            let Some(path) = name.to_str().filter(|path| !path.contains(['\n', ':'])) else { continue };
-            match entry.file_type() {
-                Ok(kind) if kind.is_dir() => folders.push(name),
-                Ok(kind) if kind.is_file() && stem(path).is_some() => text.extend([path, ":\n"]),
+        for entry in source::folder(&path).map_err(|source| Error::File { path: path.clone(), source })? {
+            let name = folder.join(&entry);
+            let Some(relative) = name.to_str().filter(|path| !path.contains(['\n', ':'])) else { continue };
+            match path.join(&entry).symlink_metadata() {
+                Ok(metadata) if metadata.is_dir() => folders.push(name),
+                Ok(metadata) if metadata.is_file() && stem(relative).is_some() => text.extend([relative, ":\n"]),
                 _ => {}
             }
             count += 1;
@@ -440,4 +435,214 @@ fn values<'a>(info: &'a str, key: &str) -> impl Iterator<Item = &'a str> {
 fn before(text: &str) -> impl Iterator<Item = &str> {
     let words = text.split_ascii_whitespace().skip_while(|word| *word != "pre:").skip(1);
     words.take_while(|word| *word != "post:")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use proptest::prelude::*;
+
+    use super::super::BootMode;
+    use super::super::testing::{self, Files};
+    use super::*;
+
+    const VERSION: &str = "6.1.0-test";
+
+    /// A module file that says these things of itself.
+    fn ko(info: &[&str]) -> Vec<u8> {
+        let info = info.iter().flat_map(|field| [field, "\0"]).collect::<String>();
+        let names = "\0.modinfo\0.shstrtab\0";
+        let (info_at, names_at) = (64u64, 64 + info.len() as u64);
+        let table_at = names_at + names.len() as u64;
+        let mut out = vec![0; 64];
+        out[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        out[40..48].copy_from_slice(&table_at.to_le_bytes());
+        out[58..64].copy_from_slice(&[64, 0, 3, 0, 2, 0]);
+        out.extend(info.bytes().chain(names.bytes()));
+        for (name, at, len) in [(0u32, 0, 0), (1, info_at, info.len()), (10, names_at, names.len())] {
+            let start = out.len();
+            out.resize(start + 64, 0);
+            out[start..start + 4].copy_from_slice(&name.to_le_bytes());
+            out[start + 24..start + 32].copy_from_slice(&at.to_le_bytes());
+            out[start + 32..start + 40].copy_from_slice(&(len as u64).to_le_bytes());
+        }
+        out
+    }
+
+    fn image() -> Image {
+        let bytes = testing::bzimage(Compression::Gzip, &testing::linux(0));
+        kernel::examine(Data::Memory(bytes), BootMode::Auto).unwrap()
+    }
+
+    /// Files below an unpacked package's root.
+    struct Package(Files);
+
+    impl Package {
+        fn new() -> Package {
+            Package(Files::new())
+        }
+
+        fn dir(&self) -> PathBuf {
+            self.0.path("lib/modules").join(VERSION)
+        }
+
+        fn write(&self, name: &str, bytes: impl AsRef<[u8]>) {
+            let path = self.dir().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, bytes).unwrap();
+        }
+
+        /// Finds what is needed, with the modules beside the kernel; names as they are in the guest.
+        fn find(&self, names: &str, optional: &str) -> Result<Vec<String>, Error> {
+            fs::create_dir_all(self.0.path("boot")).unwrap();
+            self.find_for(&ModulesConfig { dir: None, names: list(names), optional: list(optional) }, &image())
+        }
+
+        fn find_for(&self, config: &ModulesConfig, image: &Image) -> Result<Vec<String>, Error> {
+            let found = find(config, &self.0.path("boot/vmlinuz"), image)?;
+            let below = format!("/lib/modules/{VERSION}/kernel/");
+            Ok(found.into_iter().map(|module| module.guest.strip_prefix(&below).unwrap().to_string()).collect())
+        }
+    }
+
+    fn list(names: &str) -> Vec<String> {
+        names.split_whitespace().map(String::from).collect()
+    }
+
+    /// A package of a few modules; with the texts that depmod makes, or without.
+    fn package(depmod: bool) -> Package {
+        let package = Package::new();
+        let magic = format!("vermagic={VERSION} SMP mod_unload");
+        let write = |path: &str, info: &[&str]| package.write(path, ko(&[info, &[&magic]].concat()));
+        write("kernel/drivers/virtio/virtio.ko", &["depends="]);
+        write("kernel/drivers/virtio/virtio_ring.ko", &["depends=virtio"]);
+        write("kernel/drivers/virtio/virtio_mmio.ko", &["alias=platform:x", "depends=virtio,virtio_ring"]);
+        write("kernel/fs/check-fs.ko", &["softdep=pre: crc32c nothing post: virtio", "depends=virtio-ring"]);
+        write("kernel/crypto/crc32c_generic.ko", &["alias=crc32c", "alias=crypto-crc32c"]);
+        let packed = testing::compress(Compression::Gzip, &ko(&["depends=check_fs", &magic]));
+        package.write("kernel/fs/packed.ko.gz", packed);
+        package.write("modules.builtin", "kernel/drivers/virtio/virtio_console.ko\n");
+        if depmod {
+            package.write(
+                "modules.dep",
+                "kernel/drivers/virtio/virtio.ko:\nkernel/drivers/virtio/virtio_ring.ko: kernel/drivers/virtio/virtio.ko\n\
+                 kernel/drivers/virtio/virtio_mmio.ko: kernel/drivers/virtio/virtio_ring.ko kernel/drivers/virtio/virtio.ko\n\
+                 kernel/fs/check-fs.ko: kernel/drivers/virtio/virtio_ring.ko kernel/drivers/virtio/virtio.ko\n\
+                 kernel/crypto/crc32c_generic.ko:\nkernel/fs/packed.ko.gz: kernel/fs/check-fs.ko\n",
+            );
+            package.write("modules.softdep", "# made\nsoftdep check_fs pre: crc32c nothing post: virtio\n");
+            package.write("modules.alias", "# made\nalias crc32c crc32c_generic\nalias pci:v* virtio\n");
+        }
+        package
+    }
+
+    #[test]
+    fn modules_come_behind_what_they_need() {
+        for depmod in [true, false] {
+            let package = package(depmod);
+            let mmio = ["drivers/virtio/virtio.ko", "drivers/virtio/virtio_ring.ko", "drivers/virtio/virtio_mmio.ko"];
+            assert_eq!(package.find("virtio-mmio virtio_mmio", "").unwrap(), mmio);
+            let packed = &mmio[..2].iter().chain(&["fs/check-fs.ko", "fs/packed.ko"]).copied().collect::<Vec<_>>();
+            let packed = [&["crypto/crc32c_generic.ko"][..], packed].concat();
+            assert_eq!(package.find("packed", "").unwrap(), packed, "depmod: {depmod}");
+            assert_eq!(package.find("virtio_console", "virtiofs virtio").unwrap(), mmio[..1]);
+            let module = &find(
+                &ModulesConfig { names: list("packed"), ..Default::default() },
+                &package.0.path("boot/vmlinuz"),
+                &image(),
+            )
+            .unwrap()[4];
+            assert!(module.data.head(4).unwrap() == b"\x7fELF" && module.host.ends_with("packed.ko.gz"));
+            let error = package.find("virtio_mmio virtiofs", "").unwrap_err().to_string();
+            let place = package.dir().canonicalize().unwrap();
+            let text =
+                format!("kernel 6.1.0-test has no module virtiofs: it is neither built in nor in {}", place.display());
+            assert_eq!(error, text);
+        }
+    }
+
+    #[test]
+    fn directories_are_taken_by_every_name_and_other_versions_are_named() {
+        let package = package(false);
+        let config = |dir| ModulesConfig { dir: Some(dir), names: list("virtio_ring"), optional: Vec::new() };
+        let dir = package.dir();
+        for dir in [&dir, dir.parent().unwrap(), &package.0.path("")] {
+            assert_eq!(package.find_for(&config(dir.into()), &image()).unwrap().len(), 2, "{}", dir.display());
+        }
+        let renamed = package.0.path("mine");
+        fs::rename(&dir, &renamed).unwrap();
+        assert_eq!(package.find_for(&config(renamed.clone()), &image()).unwrap().len(), 2);
+        let mut other = image();
+        other.info.version = Some("6.2.0 (builder)".into());
+        let error = package.find_for(&config(renamed.clone()), &other).unwrap_err().to_string();
+        assert!(error.ends_with("/mine are for kernel 6.1.0-test, and this kernel is 6.2.0"), "{error}");
+        fs::rename(&renamed, &dir).unwrap();
+        let error = package.find_for(&config(package.0.path("")), &other).unwrap_err().to_string();
+        assert!(
+            error.starts_with("kernel 6.2.0 has no virtio_ring built in, and no modules of it were found; looked in ")
+        );
+        assert!(error.ends_with(" (there are those of kernel 6.1.0-test)"), "{error}");
+    }
+
+    #[test]
+    fn without_modules_the_kernel_itself_is_asked() {
+        let package = Package::new();
+        let config = ModulesConfig { names: list("virtio_mmio overlay"), ..Default::default() };
+        let mut image = image();
+        let error = package.find_for(&config, &image).unwrap_err().to_string();
+        let place = package.dir().display().to_string();
+        assert!(
+            error.starts_with("kernel 6.1.0-test has no virtio_mmio built in") && error.contains(&place),
+            "{error}"
+        );
+        let Data::Memory(bytes) = &mut image.data else { panic!("it was unpacked") };
+        bytes.extend(vec![b'v'; 600_000]);
+        bytes.extend(b"virtio-mmio\0");
+        let error = package.find_for(&config, &image).unwrap_err().to_string();
+        assert!(error.contains("has no overlay built in"), "{error}");
+        let Data::Memory(bytes) = &mut image.data else { panic!("it was unpacked") };
+        bytes.extend(b"overlay\0");
+        assert!(package.find_for(&config, &image).unwrap().is_empty());
+        for strange in ["", "../..", "a/b (x)"] {
+            image.info.version = Some(strange.into());
+            image.data = Data::Memory(Vec::new());
+            let error = package.find_for(&config, &image).unwrap_err().to_string();
+            assert!(error.ends_with("looked in no place, since the kernel does not tell its version"), "{error}");
+        }
+    }
+
+    #[test]
+    fn circles_end_and_chains_are_bounded() {
+        let package = Package::new();
+        let name = |n: usize| format!("kernel/m{n}.ko");
+        let mut dep = String::from("kernel/a.ko: kernel/b.ko\nkernel/b.ko: kernel/a.ko\n");
+        for n in 0..200 {
+            dep += &format!("{}: {}\n", name(n), name(n + 1));
+            package.write(&name(n), ko(&[]));
+        }
+        ["kernel/a.ko", "kernel/b.ko"].iter().for_each(|name| package.write(name, ko(&[])));
+        package.write("modules.dep", dep);
+        assert_eq!(package.find("a", "").unwrap(), ["b.ko", "a.ko"]);
+        assert!(matches!(package.find("m0", ""), Err(Error::TooDeep(_))));
+        package.write("modules.dep", "kernel/a.ko: kernel/gone.ko\nkernel/none.ko:\n");
+        assert!(package.find("a", "").unwrap_err().to_string().contains("has no module gone"));
+        assert!(package.find("", "a").unwrap().is_empty());
+        assert!(matches!(package.find("none", ""), Err(Error::File { source: Problem::Open(_), .. })));
+        package.write("modules.dep", [0xFF, 0xFE, b':']);
+        assert!(package.find("a", "").unwrap_err().to_string().ends_with("/modules.dep"));
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_modules_never_panic(flips in proptest::collection::vec((0usize..400, 0u8..8), 0..6), keep in 0usize..400) {
+            let mut bytes = ko(&["depends=a,b", "softdep=pre: c", "vermagic=6.1.0-test SMP"]);
+            for (at, bit) in flips {
+                let at = at % bytes.len();
+                bytes[at] ^= 1 << bit;
+            }
+            bytes.truncate(keep);
+            let _ = modinfo(&Data::Memory(bytes));
+        }
+    }
 }

@@ -263,3 +263,87 @@ fn check_init(file: &HostFile, has: impl Fn(&Path) -> bool) -> Result<(), String
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{self, Files};
+    use super::*;
+
+    fn refusal(files: &Files, content: &[u8], prepare: impl FnOnce(&mut Archive)) -> String {
+        let file = HostFile::open(&files.write("init", content)).unwrap();
+        let mut archive = Archive::new();
+        prepare(&mut archive);
+        check_init(&file, |path| archive.contains(path)).err().unwrap_or_default()
+    }
+
+    /// A program with a loader, or without.
+    fn program(loader: Option<&[u8]>) -> Vec<u8> {
+        let mut bytes = testing::elf64(0, &[], &[]);
+        if let Some(loader) = loader {
+            // The only program header there is becomes a PT_INTERP.
+            bytes[64..68].copy_from_slice(&3u32.to_le_bytes());
+            bytes[72..80].copy_from_slice(&120u64.to_le_bytes());
+            bytes[96..104].copy_from_slice(&(loader.len() as u64).to_le_bytes());
+            bytes.truncate(120);
+            bytes.extend(loader);
+        }
+        bytes
+    }
+
+    #[test]
+    fn programs_that_could_not_start_are_refused_with_what_helps() {
+        let files = Files::new();
+        let shell = |archive: &mut Archive| archive.bytes(Path::new("/bin/sh"), 0o755, b"").unwrap();
+        assert_eq!(refusal(&files, &program(None), |_| ()), "");
+        let loader = b"/lib64/ld-linux-x86-64.so.2\0";
+        let said = refusal(&files, &program(Some(loader)), |_| ());
+        assert!(
+            said.starts_with("it is linked dynamically and needs /lib64/ld-linux-x86-64.so.2, which is not"),
+            "{said}"
+        );
+        let merged = |archive: &mut Archive| {
+            archive.symlink(Path::new("/lib64"), Path::new("usr/lib64")).unwrap();
+            archive.bytes(Path::new("/usr/lib64/ld-linux-x86-64.so.2"), 0o755, b"").unwrap();
+        };
+        assert_eq!(refusal(&files, &program(Some(loader)), merged), "");
+        for line in ["#!/bin/sh\n", "#! /bin/sh -e\necho", "#!/bin/sh"] {
+            assert_eq!(refusal(&files, line.as_bytes(), shell), "");
+            let said = refusal(&files, line.as_bytes(), |_| ());
+            assert!(said.starts_with("it is a script for /bin/sh, which is not in the initramfs; --busybox"), "{said}");
+        }
+        let mut foreign = program(None);
+        foreign[18] = 183;
+        assert_eq!(refusal(&files, &foreign, |_| ()), "it is an ELF file for arm64; guests run x86-64 programs");
+        for nothing in [&b""[..], b"#!\n", b"echo"] {
+            assert!(refusal(&files, nothing, shell).starts_with("it is neither an ELF program nor a script"));
+        }
+        assert!(refusal(&files, &program(Some(loader))[..70], shell).starts_with("truncated: "));
+    }
+
+    #[test]
+    fn busybox_brings_its_applets_where_names_are_free() {
+        let mut archive = Archive::new();
+        archive.bytes(Path::new("/usr/bin/ls"), 0o755, b"other").unwrap();
+        archive.symlink(Path::new("/bin"), Path::new("usr/bin")).unwrap();
+        busybox(&mut archive, Path::new("busybox")).unwrap();
+        for name in ["/bin/busybox", "/bin/sh", "/bin/ls", "/usr/bin/env"] {
+            assert!(archive.contains(Path::new(name)), "{name}");
+        }
+        let files = Files::new();
+        let mut said = |path: &Path| busybox(&mut archive, path).unwrap_err().to_string();
+        let dynamic = program(Some(b"/lib/ld.so\0"));
+        assert!(said(&files.write("dynamic", &dynamic)).contains("is linked dynamically; a static one is needed"));
+        assert!(said(&files.write("script", b"#!/bin/sh\n")).ends_with("/script is a script"));
+        assert!(said(Path::new("no-such-box")).starts_with("--busybox: there is no no-such-box in PATH; install"));
+        assert!(said(&files.path("gone")).starts_with("cannot pack "));
+    }
+
+    #[test]
+    fn files_are_named_here_and_there() {
+        let parsed = |text: &str| text.parse::<FileConfig>().map(|f| (f.host, f.guest));
+        assert_eq!(parsed("a:b:/etc/c"), Ok(("a:b".into(), "/etc/c".into())));
+        for bad in ["", "a", "a:", ":/b", "a:b"] {
+            assert!(parsed(bad).is_err(), "{bad}");
+        }
+    }
+}

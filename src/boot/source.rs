@@ -1,7 +1,8 @@
 //! Files that a user names, and the bytes behind an image: in a file or unpacked in memory.
 
 use std::borrow::Cow;
-use std::fs::{File, Metadata, OpenOptions};
+use std::ffi::OsString;
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -24,6 +25,15 @@ pub fn open(path: &Path) -> Result<(File, u64), Problem> {
         _ => "something else",
     };
     Err(Problem::NotAFile(found))
+}
+
+/// What is in a folder, in the order of names.
+pub fn folder(path: &Path) -> Result<Vec<OsString>, Problem> {
+    let entries = fs::read_dir(path).map_err(Problem::Open)?;
+    let mut names =
+        entries.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>().map_err(Problem::Read)?;
+    names.sort_unstable();
+    Ok(names)
 }
 
 /// The bytes of an image.
@@ -94,13 +104,8 @@ impl Data {
         Ok(())
     }
 
-    /// The first place of `needle`, whose rarest byte is at `rare` in it, where `wanted` agrees with the bytes behind it.
-    pub fn find(
-        &self,
-        needle: &[u8],
-        rare: usize,
-        mut wanted: impl FnMut(&[u8]) -> bool,
-    ) -> Result<Option<u64>, Problem> {
+    /// Whether there is a `needle`, whose rarest byte is at `rare` in it, where `wanted` agrees with the bytes behind it.
+    pub fn find(&self, needle: &[u8], rare: usize, mut wanted: impl FnMut(&[u8]) -> bool) -> Result<bool, Problem> {
         // Blocks overlap by more than a needle and what is looked at behind it.
         const BLOCK: u64 = 256 << 10;
         const OVERLAP: u64 = 512;
@@ -111,15 +116,18 @@ impl Data {
                 Data::Memory(bytes) => Cow::Borrowed(&bytes[offset as usize..][..len as usize]),
                 Data::File(..) => Cow::Owned(self.bytes(offset, len)?),
             };
-            let places = memchr::memchr_iter(needle.get(rare).copied().unwrap_or_default(), &block);
-            for start in places.filter_map(|at| at.checked_sub(rare)) {
-                if block.get(start..).and_then(|rest| rest.strip_prefix(needle)).is_some_and(&mut wanted) {
-                    return Ok(Some(offset + start as u64));
+            let mut from = 0;
+            while let Some(at) = memchr::memchr(needle.get(rare).copied().unwrap_or_default(), &block[from..]) {
+                let start = (from + at).checked_sub(rare);
+                let rest = start.and_then(|start| block.get(start..)?.strip_prefix(needle));
+                if rest.is_some_and(&mut wanted) {
+                    return Ok(true);
                 }
+                from += at + 1;
             }
             offset += BLOCK;
         }
-        Ok(None)
+        Ok(false)
     }
 
     /// A reader of `len` bytes from `offset`.

@@ -161,6 +161,27 @@ fn initrd_and_cmdline_arrive() {
 }
 
 #[test]
+fn initrds_are_put_together_at_multiples_of_four() {
+    let files = Files::new();
+    let initrd = vec![files.write("one", &[1; 5]), files.write("two", &[2; 7]), files.write("three", &[3; 2])];
+    let config = |c: &mut BootConfig| c.initrd = initrd;
+    let (_, ram, _) = boot(&testing::linux(0), config).unwrap();
+    assert_eq!(ram.read_obj::<u32>(layout::ZERO_PAGE + 0x21C).unwrap(), 18);
+    let start = u64::from(ram.read_obj::<u32>(layout::ZERO_PAGE + 0x218).unwrap());
+    let bytes = ram.read_obj::<[u8; 18]>(start).unwrap();
+    assert_eq!(bytes, [1, 1, 1, 1, 1, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 0, 3, 3]);
+
+    let (host, guest) = (files.write("file", b"content"), "/a/file".into());
+    let packed = pack::InitramfsConfig { files: vec![pack::FileConfig { host, guest }], ..Default::default() };
+    let initrd = vec![files.write("odd", &[7; 9])];
+    let (_, ram, _) = boot(&testing::linux(0), |c| (c.initrd, c.initramfs) = (initrd, Some(packed))).unwrap();
+    let len = ram.read_obj::<u32>(layout::ZERO_PAGE + 0x21C).unwrap();
+    let start = u64::from(ram.read_obj::<u32>(layout::ZERO_PAGE + 0x218).unwrap());
+    assert_eq!(ram.read_obj::<[u8; 9]>(start + 9).unwrap(), *b"\0\0\x00070701");
+    assert_eq!((len % 4, ram.read_obj::<[u8; 10]>(start + u64::from(len) - 12).unwrap()), (0, *b"AILER!!!\0\0"));
+}
+
+#[test]
 fn what_does_not_fit_is_told_with_what_would() {
     let files = Files::new();
     let sparse = |name: &str, len| {
