@@ -32,6 +32,8 @@ pub enum Outcome {
     TimedOut(Duration),
     /// Stopped by a signal to vireo.
     Killed(i32),
+    /// gdb's `kill`.
+    KilledByDebugger,
 }
 
 impl Outcome {
@@ -42,6 +44,7 @@ impl Outcome {
             Outcome::Panicked(_) => 70,
             Outcome::Crashed(_) => 71,
             Outcome::TimedOut(_) => 124,
+            Outcome::KilledByDebugger => 128 + libc::SIGKILL as u8,
             Outcome::Killed(signal) => 128u8.saturating_add(u8::try_from(*signal).unwrap_or(0)),
         }
     }
@@ -56,7 +59,7 @@ impl Outcome {
             Outcome::Panicked(_) => "panicked",
             Outcome::Crashed(_) => "crashed",
             Outcome::TimedOut(_) => "timed-out",
-            Outcome::Killed(_) => "killed",
+            Outcome::Killed(_) | Outcome::KilledByDebugger => "killed",
         }
     }
 
@@ -73,6 +76,7 @@ impl Outcome {
             }
             Outcome::Crashed(what) => format!("the guest crashed: {what}"),
             Outcome::TimedOut(limit) => format!("the guest was still running after the time limit of {}", Span(*limit)),
+            Outcome::KilledByDebugger => "killed by the debugger".into(),
             Outcome::Killed(signal) => format!("stopped by signal {signal} ({})", signal_name(*signal)),
         }
     }
@@ -253,6 +257,7 @@ mod tests {
             (Outcome::TimedOut(Duration::from_secs(1)), 124),
             (Outcome::Killed(libc::SIGTERM), 143),
             (Outcome::Killed(libc::SIGINT), 130),
+            (Outcome::KilledByDebugger, 137),
         ];
         for (outcome, code) in codes {
             assert_eq!(outcome.exit_code(), code, "{outcome:?}");
