@@ -1,10 +1,13 @@
 //! The handle to a running machine, for other threads: signals, an API, a debugger, tests.
 
+use std::io;
 use std::sync::Arc;
 
-use crate::machine::mailbox::{Mailbox, Request, answer};
+use crate::kvm::debug;
+use crate::machine::mailbox::{Mailbox, Request, Traps, answer};
 use crate::machine::{BALLOON, MEMORY};
 use crate::outcome::Outcome;
+use crate::vcpu::Reply as VcpuReply;
 use crate::virtio::balloon::{BalloonStats, FreeHints};
 use crate::virtio::control::{Control, ControlError, Reply};
 use crate::virtio::mem::MemStatus;
@@ -29,9 +32,29 @@ impl Controller {
 
     /// Lets them go on.
     pub fn resume(&self) -> bool {
+        self.resume_only(None)
+    }
+
+    /// Lets these vCPUs go on while the others stay where they are; all with `None`.
+    pub fn resume_only(&self, vcpus: Option<Vec<u32>>) -> bool {
         let (done, wait) = answer();
-        self.0.send(Request::Resume(done));
+        self.0.send(Request::Resume(vcpus, done));
         wait.recv().is_ok()
+    }
+
+    /// Has `traps` told of vCPUs that stop for the debugger, until it is dropped. Without it they go on.
+    pub fn attach(&self, traps: &Arc<Traps>) {
+        self.0.send(Request::Attach(Arc::downgrade(traps)));
+    }
+
+    /// Has a vCPU do something for a debugger. The machine must be paused.
+    pub fn debug(&self, vcpu: u32, request: debug::Request) -> io::Result<debug::Answer> {
+        let (done, wait) = answer();
+        self.0.send(Request::Debug(vcpu, request.into(), done));
+        match wait.recv() {
+            Ok(VcpuReply::Debug(answer)) => answer,
+            _ => Err(io::ErrorKind::BrokenPipe.into()),
+        }
     }
 
     /// Asks a device, by its name, for something; waits for the answer.

@@ -11,6 +11,8 @@ use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::kvm::debug::Trap;
+
 /// A set of file descriptors to wait on, each with a token.
 pub struct Poller {
     epoll: Epoll,
@@ -158,6 +160,8 @@ pub enum GuestEvent {
     PanicEnded,
     /// The console showed what somebody waits for.
     Judged,
+    /// A vCPU stopped for the debugger.
+    Trapped(Trap),
 }
 
 impl GuestEvent {

@@ -14,11 +14,12 @@
 //! # Layers
 //!
 //! Each imports only what stands to its right:
-//! `cli > control, doctor > machine > config > boot, vcpu > virtio, devices > backend, rate_limiter > terminal, bus,
+//! `cli > gdb > control, doctor > machine > config > boot, vcpu > virtio, devices > backend, rate_limiter > terminal, bus,
 //! irq, event, memory, kvm, layout, options, outcome`. A device imports neither `kvm` nor the virtio transport nor `std::thread`.
 //! `unsafe` is denied crate-wide and opened only in the few modules that talk to the kernel.
 
 pub mod cli;
+pub mod gdb;
 pub mod control;
 pub mod doctor;
 pub mod exec;

@@ -52,6 +52,8 @@ pub enum Outcome {
     NotReady(String),
     /// `exec`: the guest was gone before the command's end.
     Lost(&'static str),
+    /// gdb's `kill`.
+    KilledByDebugger,
 }
 
 impl Outcome {
@@ -67,6 +69,7 @@ impl Outcome {
             Outcome::TimedOut(_) => 124,
             Outcome::NotReady(_) => EXIT_VIREO_FAILED,
             Outcome::Exited(code) | Outcome::NotStarted(code, _) => *code,
+            Outcome::KilledByDebugger => 128 + libc::SIGKILL as u8,
             Outcome::Killed(signal) | Outcome::Signalled(signal) => {
                 128u8.saturating_add(u8::try_from(*signal).unwrap_or(0))
             }
@@ -83,7 +86,7 @@ impl Outcome {
             Outcome::Panicked(_) => "panicked",
             Outcome::Crashed(_) => "crashed",
             Outcome::TimedOut(_) => "timed-out",
-            Outcome::Killed(_) => "killed",
+            Outcome::Killed(_) | Outcome::KilledByDebugger => "killed",
             Outcome::Hung(_) => "hung",
             Outcome::Expected(_) => "expected",
             Outcome::Refused(_) => "refused",
@@ -114,6 +117,7 @@ impl Outcome {
             }
             Outcome::Crashed(what) => format!("the guest crashed: {what}"),
             Outcome::TimedOut(limit) => format!("the guest was still running after the time limit of {}", Span(*limit)),
+            Outcome::KilledByDebugger => "killed by the debugger".into(),
             Outcome::Killed(signal) => format!("stopped by signal {signal} ({})", signal_name(*signal)),
             Outcome::Hung(limit) => format!("the guest hung: no output and no work for {}", Span(*limit)),
             Outcome::Expected(line) => format!("the console showed what was expected: {line}"),
@@ -324,6 +328,7 @@ mod tests {
             (Outcome::NotStarted(127, "x".into()), 127),
             (Outcome::NotReady("x".into()), 125),
             (Outcome::Lost("rebooted"), 71),
+            (Outcome::KilledByDebugger, 137),
         ];
         for (outcome, code) in codes {
             assert_eq!(outcome.exit_code(), code, "{outcome:?}");

@@ -7,11 +7,16 @@
 //!   paused ─────────────▶ running ─────────────────────────────────────▶ ended
 //!      ▲                   │  ▲ enter ─▶ exit ─▶ drain coalesced writes ─▶ dispatch
 //!      └───────────────────┘  └──────────────────── wait for output room ◀─┘
-//!             Pause
+//!        Pause, a trap
 //! ```
+//!
+//! A trap of the debugger's pauses the vCPU that ran into it, and is told as a [`crate::event::GuestEvent`]: that all stop is for who
+//! listens to see to.
 //!
 //! [`VcpuThread::send`] queues a command, sets `immediate_exit` and sends a signal; the thread clears
 //! `immediate_exit` before it looks at its queue, so no command is ever slept over.
+
+mod answers;
 
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
@@ -21,15 +26,13 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use kvm_bindings::{
-    CpuId, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_STOPPED, KVM_MP_STATE_UNINITIALIZED, Msrs,
-    kvm_msr_entry, kvm_regs, kvm_sregs,
-};
+use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
 use crate::backend::output::Output;
 use crate::bus::Bus;
 use crate::event::GuestEvents;
+use crate::kvm::debug::{Answer, Control, Request};
 use crate::kvm::dump;
 use crate::kvm::exit::{self, Exit};
 use crate::kvm::ring::{CoalescedRing, ImmediateExit};
@@ -149,7 +152,7 @@ fn internal_error(suberror: u32, data: &[u64]) -> String {
 }
 
 /// What a vCPU thread can be told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Command {
     /// Leave the guest with nothing pending and wait; answered by [`Reply::Paused`].
     Pause,
@@ -157,17 +160,21 @@ pub enum Command {
     Resume,
     /// Say whether this vCPU sleeps for good; answered by [`Reply::Asleep`].
     LookAsleep,
+    /// Do this for the debugger; answered by [`Reply::Debug`].
+    Debug(Box<Request>),
     /// End the thread.
     Stop,
 }
 
 /// What a vCPU thread answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Reply {
     /// It left the guest, and no access is half done.
     Paused,
     /// Whether it is halted with interrupts off, or was never started.
     Asleep(bool),
+    /// What came of a debugger's request.
+    Debug(io::Result<Answer>),
 }
 
 /// A vCPU that is not running.
@@ -236,8 +243,16 @@ impl Vcpu {
         let kicked = Arc::new(AtomicBool::new(false));
         let (id, immediate_exit) = (self.id, self.immediate_exit.clone());
         let output = board.output.clone();
-        let state =
-            Running { vcpu: self, board, commands: command_rx, replies: reply_tx, kicked: kicked.clone(), refusals: 0 };
+        let state = Running {
+            vcpu: self,
+            board,
+            commands: command_rx,
+            replies: reply_tx,
+            kicked: kicked.clone(),
+            refusals: 0,
+            control: Control::default(),
+            trapped: false,
+        };
         let thread = thread::Builder::new().name(format!("vcpu{id}")).stack_size(256 << 10).spawn(move || {
             if let Some(cpu) = pin
                 && let Err(e) = pin_to(cpu)
@@ -259,11 +274,15 @@ struct Running {
     kicked: Arc<AtomicBool>,
     /// How often in a row KVM wanted to be entered again.
     refusals: u32,
+    /// What makes it stop for the debugger.
+    control: Control,
+    /// Whether it has stopped so.
+    trapped: bool,
 }
 
 impl Running {
     fn run(mut self, paused: bool, ended: impl FnOnce(u32, End)) -> Exits {
-        let end = if paused && self.pause().is_err() { End::Stopped } else { self.run_guest() };
+        let end = if paused && self.pause(true).is_err() { End::Stopped } else { self.run_guest() };
         let end = self.with_dump(end);
         self.vcpu.exits.coalesced += self.board.drain();
         if !matches!(end, End::Stopped) {
@@ -280,16 +299,19 @@ impl Running {
             while let Ok(command) = self.commands.try_recv() {
                 match command {
                     Command::Pause => {
-                        if let Err(end) = self.finish_access().and_then(|()| self.pause()) {
+                        if let Err(end) = self.finish_access().and_then(|()| self.pause(true)) {
                             return end;
                         }
                     }
-                    Command::Resume => {}
-                    Command::LookAsleep => {
-                        let _ = self.replies.send(Reply::Asleep(self.asleep()));
-                    }
                     Command::Stop => return End::Stopped,
+                    other => self.answer(other),
                 }
+            }
+            if self.trapped {
+                if let Err(end) = self.pause(false) {
+                    return end;
+                }
+                continue;
             }
             if self.board.events.ended() {
                 return End::GuestEnded;
@@ -316,13 +338,20 @@ impl Running {
         self.refusals = 0;
         // What the guest wrote before the access that made it exit comes first.
         self.vcpu.exits.coalesced += self.board.drain();
-        self.board.dispatch(exit, &mut self.vcpu.exits)
+        match exit {
+            Exit::Debug { exception, pc, dr6 } => {
+                self.vcpu.exits.total += 1;
+                self.vcpu.exits.other += 1;
+                self.on_trap(exception, pc, dr6).map_err(End::Kvm)
+            }
+            exit => self.board.dispatch(exit, &mut self.vcpu.exits),
+        }
     }
 
     /// KVM wants to be entered again: once when the vCPU was started, for ever if the host refuses it a thread.
     fn enter_again(&mut self, refusal: io::Error) -> Result<(), End> {
         const LIMIT: u32 = 3;
-        self.refusals = if is_unstarted(&self.vcpu.fd) { 0 } else { self.refusals + 1 };
+        self.refusals = if answers::is_unstarted(&self.vcpu.fd) { 0 } else { self.refusals + 1 };
         if self.refusals > LIMIT {
             return Err(End::Kvm(refusal));
         }
@@ -341,29 +370,24 @@ impl Running {
         }
     }
 
-    /// Waits for the end of a pause.
-    fn pause(&mut self) -> Result<(), End> {
-        let _ = self.replies.send(Reply::Paused);
+    /// Waits for the end of a pause, which somebody has asked for, or not.
+    fn pause(&mut self, asked: bool) -> Result<(), End> {
+        if asked {
+            self.answer(Command::Pause);
+        }
         loop {
             match self.commands.recv() {
                 Ok(Command::Resume) => {
+                    self.trapped = false;
                     // Tells a guest with kvmclock that it was stopped, so that its watchdogs don't bark. Fails when
                     // the guest does not use it.
                     let _ = self.vcpu.fd.kvmclock_ctrl();
                     return Ok(());
                 }
-                Ok(Command::Pause) => _ = self.replies.send(Reply::Paused),
-                Ok(Command::LookAsleep) => _ = self.replies.send(Reply::Asleep(self.asleep())),
                 Ok(Command::Stop) | Err(_) => return Err(End::Stopped),
+                Ok(other) => self.answer(other),
             }
         }
-    }
-
-    fn asleep(&self) -> bool {
-        const INTERRUPT_FLAG: u64 = 1 << 9;
-        let fd = &self.vcpu.fd;
-        let halted = || fd.get_mp_state().is_ok_and(|s| s.mp_state == KVM_MP_STATE_HALTED);
-        is_unstarted(fd) || halted() && fd.get_regs().is_ok_and(|r| r.rflags & INTERRUPT_FLAG == 0)
     }
 
     fn with_dump(&self, end: End) -> End {
@@ -378,12 +402,6 @@ impl Running {
             end => end,
         }
     }
-}
-
-/// Whether a vCPU waits for INIT and SIPI.
-fn is_unstarted(vcpu: &VcpuFd) -> bool {
-    let state = vcpu.get_mp_state().map(|state| state.mp_state);
-    matches!(state, Ok(KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED | KVM_MP_STATE_STOPPED))
 }
 
 /// A running vCPU, as the machine sees it.

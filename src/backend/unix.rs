@@ -2,14 +2,17 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv, socket_with};
+use rustix::net::{
+    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, recv, socket_with,
+};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Longest path of a socket in bytes: `sun_path` has 108 of them, one for the zero at the end.
@@ -36,6 +39,15 @@ pub struct Listener {
 impl Listener {
     /// Listens at `path`. A socket that a dead process left there is replaced; anything else stays and is an error.
     pub fn bind(path: &Path) -> Result<Self, Error> {
+        Listener::listen(path, Mode::from_bits_retain(0o777))
+    }
+
+    /// The same for nobody but the user.
+    pub fn bind_private(path: &Path) -> Result<Self, Error> {
+        Listener::listen(path, Mode::RUSR | Mode::WUSR)
+    }
+
+    fn listen(path: &Path, mode: Mode) -> Result<Self, Error> {
         let open = |e| Error::Open(path.into(), e);
         if let Ok(meta) = fs::symlink_metadata(path) {
             if !meta.file_type().is_socket() {
@@ -47,10 +59,8 @@ impl Listener {
                 _ => return Err(Error::Taken(path.into(), "another process listens there")),
             }
         }
-        let socket = UnixListener::bind(path).map_err(open)?;
-        let listener = Listener { socket, path: path.into() };
-        listener.socket.set_nonblocking(true).map_err(open)?;
-        Ok(listener)
+        let socket = bound(path, mode).map_err(|e| open(e.into()))?;
+        Ok(Listener { socket: socket.into(), path: path.into() })
     }
 
     /// The next client, non-blocking; `None` when there is none now.
@@ -76,6 +86,17 @@ impl Drop for Listener {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// A listening socket whose file has `mode`, less what the umask takes, from the start: Linux makes it with the mode of
+/// the descriptor.
+fn bound(path: &Path, mode: Mode) -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    fchmod(&socket, mode)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, 128)?;
+    Ok(socket)
 }
 
 /// Connects to the socket at `path`; the stream is non-blocking. `WouldBlock`: somebody listens there who has too many

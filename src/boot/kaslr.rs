@@ -131,6 +131,15 @@ pub fn disabled(cmdline: &str) -> bool {
     words(cmdline).any(|word| word == "nokaslr")
 }
 
+/// The same command line for a debugger, whose symbols are where the kernel was linked: unless the user has a word on it.
+pub fn settled(cmdline: &str) -> String {
+    if words(cmdline).any(|word| word == "kaslr" || word == "nokaslr") {
+        return cmdline.into();
+    }
+    // In front: what follows "--" is init's.
+    format!("nokaslr {cmdline}").trim_end().into()
+}
+
 /// Whether the user limits which memory the kernel may use, so that a random physical address could be outside.
 pub fn memory_limited(cmdline: &str) -> bool {
     words(cmdline).any(|word| word.starts_with("mem=") || word.starts_with("memmap="))

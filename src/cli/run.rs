@@ -10,14 +10,16 @@ use clap::Args;
 use serde::Serialize;
 
 use super::watch::WatchArgs;
-use super::{Failure, Usage, chain, print};
+use super::{Failure, Usage, chain, print, say};
 use crate::backend::console::ConsoleEnd;
-use crate::boot::BootMode;
 use crate::boot::modules::ModulesConfig;
 use crate::boot::pack::{FileConfig, InitramfsConfig};
+use crate::boot::{BootMode, kaslr};
 use crate::config::{Acpi, CpuConfig, MachineConfig};
+use crate::control::Controller;
 use crate::devices::serial::SerialConfig;
 use crate::event::Signals;
+use crate::gdb;
 use crate::machine::Machine;
 use crate::machine::mailbox::Mailbox;
 use crate::machine::run::{Ended, RunOptions, SIGNALS};
@@ -153,6 +155,13 @@ pub struct RunArgs {
     /// Write how the guest ended to a file, as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    /// Let a gdb debug the guest: a port of 127.0.0.1 (0: any free one) or unix:PATH, a socket for this user only; the
+    /// kernel gets nokaslr, unless the command line has nokaslr or kaslr
+    #[arg(long, value_name = "PORT|unix:PATH")]
+    gdb: Option<gdb::Address>,
+    /// With --gdb: the guest's first instruction waits for the gdb's continue
+    #[arg(long, visible_alias = "wait", requires = "gdb")]
+    gdb_wait: bool,
     /// Print when each step of the boot was reached
     #[arg(long)]
     boot_timing: bool,
@@ -209,6 +218,9 @@ impl RunArgs {
             config.boot.initrd.clone_from(&self.initrd);
         }
         self.initramfs(&mut config.boot.initramfs);
+        if self.gdb.is_some() {
+            config.boot.cmdline = kaslr::settled(&config.boot.cmdline);
+        }
         config.uuid = self.uuid.or(config.uuid);
         config.disks.extend_from_slice(&self.disk);
         config.balloon = self.balloon.clone().or(config.balloon);
@@ -257,9 +269,10 @@ pub fn run(args: RunArgs, start: Instant) -> Result<u8, Failure> {
         timeout: args.timeout.map(|t| t.0),
         grace: args.grace.0,
         signals: Some(signals),
+        paused: args.gdb_wait,
         ..args.watch.options(start)?
     };
-    let result = boot(config, options, start);
+    let result = boot(config, options, start, args.gdb.as_ref());
     conclude(result, report_file.as_ref(), |ended| {
         if args.boot_timing && !args.watch.quiet() {
             let _ = io::stderr().write_all(ended.timing.table().as_bytes());
@@ -293,11 +306,30 @@ pub(super) fn conclude(
     }
 }
 
-fn boot(config: MachineConfig, options: RunOptions, start: Instant) -> Result<(String, Ended), Failure> {
+fn boot(
+    config: MachineConfig,
+    options: RunOptions,
+    start: Instant,
+    gdb: Option<&gdb::Address>,
+) -> Result<(String, Ended), Failure> {
+    let gdb = gdb.map(gdb::Server::open).transpose()?;
+    let vcpus = config.cpu.count;
     let mut machine = Machine::new(config, options.transcript.clone(), start)?;
     machine.load()?;
     let kernel = machine.kernel().to_string();
-    Ok((kernel, machine.run(options, Mailbox::new()?)?))
+    let mailbox = Mailbox::new()?;
+    let serving = match gdb {
+        Some(server) => {
+            say(&format!("gdb: target remote {}", server.target()));
+            Some(server.start(Controller::new(mailbox.clone()), machine.ram().clone(), vcpus)?)
+        }
+        None => None,
+    };
+    let result = machine.run(options, mailbox);
+    if let Some(serving) = serving {
+        serving.finish(result.as_ref().map_or(EXIT_VIREO_FAILED, |ended| ended.outcome.exit_code()));
+    }
+    Ok((kernel, result?))
 }
 
 /// Where the report goes.

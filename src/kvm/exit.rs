@@ -63,6 +63,15 @@ pub enum Exit<'a> {
         /// Processor-specific reason.
         reason: u64,
     },
+    /// A trap that KVM_SET_GUEST_DEBUG asked for, or a guest's own among them.
+    Debug {
+        /// Vector.
+        exception: u32,
+        /// Linear address of the instruction.
+        pc: u64,
+        /// As DR6 says.
+        dr6: u64,
+    },
     /// An exit that nothing here asked for.
     Other(u32),
 }
@@ -118,6 +127,10 @@ fn decode(run: &mut kb::kvm_run) -> Exit<'_> {
                 Exit::InternalError { suberror: internal.suberror, data: internal.data[..count].to_vec() }
             }
             kb::KVM_EXIT_FAIL_ENTRY => Exit::FailEntry { reason: exit.fail_entry.hardware_entry_failure_reason },
+            kb::KVM_EXIT_DEBUG => {
+                let debug = exit.debug.arch;
+                Exit::Debug { exception: debug.exception, pc: debug.pc, dr6: debug.dr6 }
+            }
             reason => Exit::Other(reason),
         }
     }

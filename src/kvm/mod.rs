@@ -4,6 +4,7 @@
 //! in the vCPU, decisions in [`crate::machine`].
 
 pub mod cpuid;
+pub mod debug;
 pub mod dump;
 pub mod exit;
 pub mod ring;

@@ -3,21 +3,26 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::event;
+use crate::kvm::debug::{self, Trap};
 use crate::outcome::Outcome;
-use crate::vcpu::End;
+use crate::vcpu::{End, Reply as VcpuReply};
 use crate::virtio::control::{Control, ControlError, Reply};
 
 /// What a running machine can be asked for, through its [`Mailbox`].
 pub enum Request {
     /// Stop the vCPUs and devices with nothing half done; answered when it is so.
     Pause(Sender<()>),
-    /// Go on.
-    Resume(Sender<()>),
+    /// Go on: all vCPUs, or only these.
+    Resume(Option<Vec<u32>>, Sender<()>),
+    /// Tell these of vCPUs that stop for the debugger, as long as somebody has them.
+    Attach(Weak<Traps>),
+    /// Have a vCPU do something for a debugger while the machine is paused.
+    Debug(u32, Box<debug::Request>, Sender<VcpuReply>),
     /// Ask the device of that name for something; answered with what it says.
     Device(String, Control, Sender<Result<Reply, ControlError>>),
     /// Press the ACPI power button.
@@ -67,6 +72,36 @@ impl Mailbox {
 
     pub(super) fn take_end(&self) -> Option<(u32, End)> {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+}
+
+/// Where a debugger hears of the vCPUs that stopped for it.
+pub struct Traps {
+    queue: Mutex<VecDeque<Trap>>,
+    fd: EventFd,
+}
+
+impl Traps {
+    /// None yet.
+    pub fn new() -> io::Result<Self> {
+        Ok(Traps { queue: Mutex::default(), fd: event::eventfd()? })
+    }
+
+    /// Adds one. A vCPU that stopped stops again only after it went on, so there are no more than the debugger lets be.
+    pub fn push(&self, trap: Trap) {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).push_back(trap);
+        let _ = self.fd.write(1);
+    }
+
+    /// The oldest one.
+    pub fn take(&self) -> Option<Trap> {
+        let _ = self.fd.read();
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
+    /// Becomes readable when one comes.
+    pub fn fd(&self) -> &EventFd {
+        &self.fd
     }
 }
 

@@ -215,6 +215,11 @@ impl Machine {
         Ok(())
     }
 
+    /// The guest's memory.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
     /// What kernel was found.
     pub fn kernel(&self) -> &str {
         &self.kernel

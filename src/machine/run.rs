@@ -9,15 +9,17 @@
 //! When the outcome stands, the vCPUs and devices are stopped and the loop goes on until the console's last byte is
 //! written: it still hears a second signal, Ctrl-A X and the time limit, so a reader that never reads cannot hold it.
 
+mod stops;
+
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::console::RunningLine;
-use super::mailbox::{Mailbox, Request};
+use super::mailbox::{Mailbox, Request, Traps};
 use super::{Error, Machine, host};
 use crate::backend::mapped;
 use crate::backend::transcript::{Transcript, Verdict};
@@ -89,7 +91,8 @@ const WRITTEN: u64 = 1 << 17;
 impl Machine {
     /// Starts the vCPUs and waits until the guest has ended and its output is written.
     pub fn run(self, options: RunOptions, mailbox: Arc<Mailbox>) -> Result<Ended, Error> {
-        let mut running = Running::start(self, options, mailbox)?;
+        // Nobody may wait for an answer that doesn't come.
+        let mut running = Running::start(self, options, mailbox.clone()).inspect_err(|_| mailbox.close())?;
         let result = running.wait_for_end();
         // Also on an error: nothing may run on behind the caller's back.
         running.stop();
@@ -128,6 +131,8 @@ struct Running {
     sleep_watch: SleepWatch,
     hang_watch: HangWatch,
     dump: Option<String>,
+    /// Hears of traps.
+    debugger: Weak<Traps>,
     // Keeps the VM alive as long as anything above.
     _machine: (crate::kvm::Vm, crate::memory::GuestRam),
 }
@@ -232,6 +237,7 @@ impl Running {
             sleep_watch: SleepWatch { interval: LOOK_TICKS, ..SleepWatch::default() },
             hang_watch: HangWatch::new(),
             dump: None,
+            debugger: Weak::new(),
             _machine: (vm, ram),
         })
     }
@@ -332,13 +338,17 @@ impl Running {
                     self.pause();
                     let _ = done.send(());
                 }
-                Request::Resume(done) => {
-                    self.resume();
+                Request::Resume(only, done) => {
+                    self.resume(only.as_deref());
                     let _ = done.send(());
                 }
                 Request::Device(name, control, done) => {
                     let device = self.devices.iter().find(|device| device.info().name == name);
                     let _ = done.send(device.map_or(Err(ControlError::NoDevice(name)), |d| d.control(&control)));
+                }
+                Request::Attach(traps) => self.debugger = traps,
+                Request::Debug(vcpu, request, done) => {
+                    self.debug(vcpu, request).into_iter().for_each(|reply| _ = done.send(reply));
                 }
                 Request::PressPowerButton => self.power_button.press(),
                 Request::Stop(outcome) => return Ok(Some(outcome)),
@@ -400,6 +410,7 @@ impl Running {
                         return Some(outcome);
                     }
                 }
+                GuestEvent::Trapped(trap) => self.trapped(trap),
                 GuestEvent::InitStarted => self.timing.mark(Mark::InitStarted),
                 GuestEvent::ConsoleFirstByte => self.timing.mark(Mark::FirstSerialByte),
                 GuestEvent::Restarting => self.restarting = true,
@@ -496,31 +507,9 @@ impl Running {
         }
         self.vcpus.iter().for_each(|v| v.send(Command::LookAsleep));
         // Every answer is taken, or the next look would take this one's.
-        let awake = self.vcpus.iter().filter(|v| v.reply() != Some(Reply::Asleep(true))).count();
+        let awake = self.vcpus.iter().filter(|v| !matches!(v.reply(), Some(Reply::Asleep(true)))).count();
         self.sleep_watch.interval = (self.sleep_watch.interval * 2).min(LOOK_TICKS_MAX);
         awake == 0
-    }
-
-    fn pause(&mut self) {
-        if self.paused {
-            return;
-        }
-        self.vcpus.iter().for_each(|v| v.send(Command::Pause));
-        for vcpu in &self.vcpus {
-            // A thread that has ended doesn't answer, and doesn't run either.
-            let _ = vcpu.reply();
-        }
-        self.exits.coalesced += self.board.drain();
-        self.devices.iter().filter_map(|d| d.pause().err()).for_each(|stuck| log::warn!("{stuck}"));
-        self.paused = true;
-    }
-
-    fn resume(&mut self) {
-        if self.paused {
-            self.devices.iter().for_each(|d| d.resume());
-            self.vcpus.iter().for_each(|v| v.send(Command::Resume));
-            self.paused = false;
-        }
     }
 
     /// Ends the vCPUs, then the devices, and declares the console's output complete.

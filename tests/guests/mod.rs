@@ -459,6 +459,32 @@ guest! {
 }
 
 guest! {
+    /// For a debugger: counts RBX down from 5 to 0 at [`DEBUGGED_LOOP`], where it writes it to [`DEBUGGED_COUNT`], then
+    /// spins until RSI is not 0, and powers off.
+    debugged = vireo_guest_debugged,
+    "mov rax, 0x1122334455667788",
+    "mov ebx, 5",
+    "2: mov qword ptr [{count}], rbx",
+    "nop",
+    "dec ebx",
+    "jnz 2b",
+    "xor esi, esi",
+    "3: test esi, esi",
+    "jz 3b",
+    "mov dx, {power}",
+    "mov al, {off}",
+    "out dx, al",
+    "4: hlt",
+    "jmp 4b";
+    count = const DEBUGGED_COUNT, power = const layout::SLEEP_CONTROL_PORT, off = const OFF,
+}
+
+/// Where [`debugged`] writes.
+pub const DEBUGGED_COUNT: u64 = START + 0x1000;
+/// Where it writes from; the instruction behind it is `nop`.
+pub const DEBUGGED_LOOP: u64 = START + 15;
+
+guest! {
     /// Does what the [`Op`]s behind it say, sends 8 bytes for each that reads, and powers off.
     run_script = vireo_guest_run_script,
     "cld",

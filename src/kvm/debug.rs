@@ -1,0 +1,305 @@
+//! What a debugger does to a vCPU: its registers as plain values, addresses as its page tables have them, and
+//! KVM_SET_GUEST_DEBUG (Documentation/virt/kvm/api.rst, 4.87), with the decision whose trap it is that made it exit.
+
+use std::io;
+use std::sync::Arc;
+
+use kvm_bindings as kb;
+use kvm_bindings::{kvm_fpu, kvm_guest_debug, kvm_regs, kvm_sregs, kvm_xsave};
+use kvm_ioctls::VcpuFd;
+
+/// Debug registers for addresses (Intel SDM, volume 3, 18.2.1).
+pub const HARDWARE_SLOTS: usize = 4;
+
+/// What can be asked of a vCPU that is paused.
+#[derive(Clone, Debug)]
+pub enum Request {
+    /// All its registers; answered by [`Answer::Registers`].
+    Read,
+    /// Sets those that differ.
+    Write(Box<Registers>),
+    /// The guest-physical address behind a linear one; answered by [`Answer::Address`].
+    Translate(u64),
+    /// What makes it stop from now on.
+    Control(Control),
+}
+
+/// What a vCPU says to a [`Request`].
+#[derive(Clone, Debug)]
+pub enum Answer {
+    /// It is done.
+    Done,
+    /// What [`Request::Read`] wants.
+    Registers(Box<Registers>),
+    /// What [`Request::Translate`] wants; `None` where nothing is mapped.
+    Address(Option<u64>),
+}
+
+/// Registers of a vCPU.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Registers {
+    /// Those of programs.
+    pub general: kvm_regs,
+    /// Segments and control registers.
+    pub special: kvm_sregs,
+    /// x87 and SSE.
+    pub float: kvm_fpu,
+}
+
+/// What a hardware breakpoint waits for; the number is that of DR7.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// The instruction there is about to be executed.
+    Execute = 0,
+    /// Something was written.
+    Write = 1,
+    /// Something was written or read.
+    Any = 3,
+}
+
+/// A hardware breakpoint or watchpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hardware {
+    /// Linear address, a multiple of `len`.
+    pub addr: u64,
+    /// 1, 2, 4 or 8 bytes; 1 for instructions.
+    pub len: u8,
+    /// What it waits for.
+    pub access: Access,
+}
+
+/// What makes a vCPU stop for the debugger.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Control {
+    /// Stop after one instruction, in which no interrupt comes, as far as KVM can hold them off.
+    pub step: bool,
+    /// Where breakpoint instructions of the debugger's are; others are the guest's own.
+    pub breakpoints: Arc<[u64]>,
+    /// The debug registers.
+    pub hardware: [Option<Hardware>; HARDWARE_SLOTS],
+}
+
+/// Why a vCPU stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// It made the step.
+    Step,
+    /// It is at a breakpoint instruction of the debugger's.
+    Breakpoint,
+    /// What a debug register waits for.
+    Hardware(Hardware),
+}
+
+/// A vCPU that stopped for the debugger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trap {
+    /// Which.
+    pub vcpu: u32,
+    /// Why.
+    pub cause: Cause,
+}
+
+/// #DB and #BP.
+const DB_VECTOR: u32 = 1;
+const BP_VECTOR: u32 = 3;
+/// DR7: breakpoints are exact; this bit is always set.
+const DR7_BASE: u64 = 1 << 9 | 1 << 10;
+
+impl Control {
+    /// Whether a trap is the debugger's; `Err` is the KVM_GUESTDBG_INJECT_* flag that gives it to the guest.
+    pub fn judge(&self, exception: u32, pc: u64, dr6: u64) -> Result<Cause, u32> {
+        if exception == BP_VECTOR {
+            return if self.breakpoints.contains(&pc) {
+                Ok(Cause::Breakpoint)
+            } else {
+                Err(kb::KVM_GUESTDBG_INJECT_BP)
+            };
+        }
+        let hit = self.hardware.iter().enumerate().find(|(slot, hardware)| hardware.is_some() && dr6 >> slot & 1 == 1);
+        match hit {
+            Some((_, Some(hardware))) => Ok(Cause::Hardware(*hardware)),
+            _ if self.step && exception == DB_VECTOR => Ok(Cause::Step),
+            _ => Err(kb::KVM_GUESTDBG_INJECT_DB),
+        }
+    }
+
+    /// Tells KVM, with a flag of [`Control::judge`] or 0.
+    pub fn apply(&self, vcpu: &VcpuFd, inject: u32) -> io::Result<()> {
+        let mut debug = self.guest_debug();
+        debug.control |= inject;
+        let result = match vcpu.set_guest_debug(&debug) {
+            // Kernels before 5.16 cannot hold interrupts off.
+            Err(e) if e.errno() == libc::EINVAL && debug.control & kb::KVM_GUESTDBG_BLOCKIRQ != 0 => {
+                debug.control &= !kb::KVM_GUESTDBG_BLOCKIRQ;
+                vcpu.set_guest_debug(&debug)
+            }
+            result => result,
+        };
+        result.map_err(os)
+    }
+
+    fn guest_debug(&self) -> kvm_guest_debug {
+        let mut debug = kvm_guest_debug::default();
+        if self.step {
+            debug.control |= kb::KVM_GUESTDBG_SINGLESTEP | kb::KVM_GUESTDBG_BLOCKIRQ;
+        }
+        if !self.breakpoints.is_empty() {
+            debug.control |= kb::KVM_GUESTDBG_USE_SW_BP;
+        }
+        let registers = &mut debug.arch.debugreg;
+        for (slot, hardware) in self.hardware.iter().enumerate() {
+            let Some(Hardware { addr, len, access }) = hardware else { continue };
+            let len = match len {
+                1 => 0,
+                2 => 1,
+                4 => 3u64,
+                _ => 2,
+            };
+            registers[slot] = *addr;
+            registers[7] |= DR7_BASE | 2 << (slot * 2) | (*access as u64 | len << 2) << (16 + slot * 4);
+            debug.control |= kb::KVM_GUESTDBG_USE_HW_BP;
+        }
+        if debug.control != 0 {
+            debug.control |= kb::KVM_GUESTDBG_ENABLE;
+        }
+        debug
+    }
+}
+
+/// Reads all registers.
+pub fn read(vcpu: &VcpuFd) -> io::Result<Registers> {
+    let general = vcpu.get_regs().map_err(os)?;
+    // Not KVM_GET_FPU, which leaves MXCSR out.
+    let float = float(&vcpu.get_xsave().map_err(os)?);
+    Ok(Registers { general, special: vcpu.get_sregs().map_err(os)?, float })
+}
+
+/// The legacy region of XSAVE (Intel SDM, volume 1, 13.4.1).
+fn float(xsave: &kvm_xsave) -> kvm_fpu {
+    let words = &xsave.region;
+    let wide = |at: usize| u64::from(words[at]) | u64::from(words[at + 1]) << 32;
+    let row = |at: usize| (u128::from(wide(at)) | u128::from(wide(at + 2)) << 64).to_le_bytes();
+    let mut float = kvm_fpu {
+        fcw: words[0] as u16,
+        fsw: (words[0] >> 16) as u16,
+        ftwx: words[1] as u8,
+        last_opcode: (words[1] >> 16) as u16,
+        last_ip: wide(2),
+        last_dp: wide(4),
+        mxcsr: words[6],
+        ..kvm_fpu::default()
+    };
+    (8..).step_by(4).zip(&mut float.fpr).for_each(|(at, to)| *to = row(at));
+    (40..).step_by(4).zip(&mut float.xmm).for_each(|(at, to)| *to = row(at));
+    float
+}
+
+/// Puts the values into it, and says that they are there (13.4.2).
+fn set_float(xsave: &mut kvm_xsave, float: &kvm_fpu) {
+    let words = &mut xsave.region;
+    let mut put = |at: usize, bytes: &[u8]| {
+        for (word, bytes) in words.iter_mut().skip(at).zip(bytes.chunks_exact(4)) {
+            *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        }
+    };
+    put(0, &(u32::from(float.fcw) | u32::from(float.fsw) << 16).to_le_bytes());
+    put(1, &(u32::from(float.ftwx) | u32::from(float.last_opcode) << 16).to_le_bytes());
+    put(2, &float.last_ip.to_le_bytes());
+    put(4, &float.last_dp.to_le_bytes());
+    put(6, &float.mxcsr.to_le_bytes());
+    put(8, float.fpr.as_flattened());
+    put(40, float.xmm.as_flattened());
+    words[128] |= 0b11;
+}
+
+/// Sets the registers that differ: setting any has effects of its own, such as forgetting an exception that waits.
+pub fn write(vcpu: &VcpuFd, wanted: &Registers) -> io::Result<()> {
+    let Registers { general, special, float } = read(vcpu)?;
+    if wanted.special != special {
+        vcpu.set_sregs(&wanted.special).map_err(os)?;
+    }
+    if wanted.general != general {
+        vcpu.set_regs(&wanted.general).map_err(os)?;
+    }
+    if wanted.float != float {
+        let mut xsave = vcpu.get_xsave().map_err(os)?;
+        set_float(&mut xsave, &wanted.float);
+        // SAFETY: KVM reads as much as KVM_GET_XSAVE wrote, which fails where that is more than the structure.
+        #[allow(unsafe_code)]
+        unsafe { vcpu.set_xsave(&xsave) }.map_err(os)?;
+    }
+    Ok(())
+}
+
+/// What is behind a linear address.
+pub fn translate(vcpu: &VcpuFd, addr: u64) -> io::Result<Option<u64>> {
+    let found = vcpu.translate_gva(addr).map_err(os)?;
+    Ok((found.valid != 0).then_some(found.physical_address))
+}
+
+fn os(error: kvm_ioctls::Error) -> io::Error {
+    io::Error::from_raw_os_error(error.errno())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hardware(slots: &[(usize, Hardware)]) -> [Option<Hardware>; HARDWARE_SLOTS] {
+        let mut all = [None; HARDWARE_SLOTS];
+        slots.iter().for_each(|(slot, hardware)| all[*slot] = Some(*hardware));
+        all
+    }
+
+    #[test]
+    fn debug_registers_are_as_the_manual_has_them() {
+        let at = |addr, len, access| Hardware { addr, len, access };
+        let all = hardware(&[
+            (0, at(0x1000, 1, Access::Execute)),
+            (1, at(0x2002, 2, Access::Write)),
+            (2, at(0x3004, 4, Access::Any)),
+            (3, at(0x4008, 8, Access::Write)),
+        ]);
+        let debug = Control { hardware: all, ..Control::default() }.guest_debug();
+        assert_eq!(debug.control, kb::KVM_GUESTDBG_ENABLE | kb::KVM_GUESTDBG_USE_HW_BP);
+        assert_eq!(debug.arch.debugreg[..4], [0x1000, 0x2002, 0x3004, 0x4008]);
+        // From the top: LEN and R/W of 3 to 0 (8 bytes are 10, written 01; 4 are 11, any access is 11), then G3 to G0.
+        assert_eq!(debug.arch.debugreg[7], 0b1001_1111_0101_0000 << 16 | 0b110_1010_1010);
+        assert_eq!(Control::default().guest_debug().control, 0);
+        let step = Control { step: true, breakpoints: [1].into(), ..Control::default() };
+        let flags = kb::KVM_GUESTDBG_SINGLESTEP | kb::KVM_GUESTDBG_USE_SW_BP | kb::KVM_GUESTDBG_BLOCKIRQ;
+        assert_eq!(step.guest_debug().control, kb::KVM_GUESTDBG_ENABLE | flags);
+    }
+
+    #[test]
+    fn x87_and_sse_make_the_round_trip() {
+        let mut xsave = kvm_xsave::default();
+        xsave.region.iter_mut().zip(1..).for_each(|(word, n)| *word = 0x0102_0305u32.wrapping_mul(n));
+        xsave.region[1] &= 0xFFFF_00FF; // reserved
+        let mut copy = kvm_xsave { region: xsave.region, ..Default::default() };
+        copy.region[..7].fill(0);
+        copy.region[8..104].fill(0);
+        set_float(&mut copy, &float(&xsave));
+        xsave.region[128] |= 3;
+        assert_eq!(copy.region, xsave.region);
+        assert_eq!(
+            (float(&xsave).mxcsr, float(&xsave).xmm[15][15]),
+            (7 * 0x0102_0305, ((104 * 0x0102_0305u32) >> 24) as u8)
+        );
+    }
+
+    #[test]
+    fn traps_of_the_guests_own_are_given_to_it() {
+        let watch = Hardware { addr: 8, len: 8, access: Access::Write };
+        let mut control = Control { breakpoints: [0x1000].into(), ..Control::default() };
+        assert_eq!(control.judge(BP_VECTOR, 0x1000, 0), Ok(Cause::Breakpoint));
+        assert_eq!(control.judge(BP_VECTOR, 0x1001, 0), Err(kb::KVM_GUESTDBG_INJECT_BP));
+        assert_eq!(control.judge(DB_VECTOR, 0x1000, 1 << 14), Err(kb::KVM_GUESTDBG_INJECT_DB));
+        control.hardware = hardware(&[(2, watch)]);
+        assert_eq!(control.judge(DB_VECTOR, 0, 0b0100), Ok(Cause::Hardware(watch)));
+        assert_eq!(control.judge(DB_VECTOR, 0, 0b1011), Err(kb::KVM_GUESTDBG_INJECT_DB));
+        control.step = true;
+        assert_eq!(control.judge(DB_VECTOR, 0, 1 << 14), Ok(Cause::Step));
+        assert_eq!(control.judge(DB_VECTOR, 0, 1 << 14 | 0b0100), Ok(Cause::Hardware(watch)));
+    }
+}
