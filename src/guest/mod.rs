@@ -44,15 +44,19 @@ pub fn is_init() -> bool {
 /// The life of a guest. Does not return: when the first process ends, the kernel panics.
 pub fn main() -> ! {
     if let Err(error) = run() {
-        // The console's log is where such a sentence is looked for.
-        let text = format!("vireo-init: {error}\n");
-        let _ = fs::write("/dev/kmsg", &text).or_else(|_| io::stderr().write_all(text.as_bytes()));
+        tell_kernel(&error.to_string());
     }
     rustix::fs::sync();
     loop {
         let _ = rustix::system::reboot(rustix::system::RebootCommand::PowerOff);
         std::thread::sleep(std::time::Duration::from_secs(1));
     }
+}
+
+/// The console's log is where such a sentence is looked for, when there is no other way to tell it.
+fn tell_kernel(text: &str) {
+    let text = format!("<3>vireo-init: {text}\n");
+    let _ = fs::write("/dev/kmsg", &text).or_else(|_| io::stderr().write_all(text.as_bytes()));
 }
 
 fn run() -> Result<()> {
@@ -79,7 +83,8 @@ fn load_modules() -> Result<()> {
         let file = fs::File::open(path).map_err(cannot(format!("open the module {path}")))?;
         match rustix::system::finit_module(&file, c"", 0) {
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            Err(e) => return Err(cannot(format!("load the module {path}"))(e)),
+            // One that another only likes to have; what is really missing is missed soon enough.
+            Err(e) => tell_kernel(&format!("cannot load the module {path}: {e}")),
         }
     }
     Ok(())
