@@ -14,6 +14,10 @@
 /// One page, 4 KiB.
 pub const PAGE_SIZE: u64 = 4096;
 
+/// BIOS data area: the segment of the EBDA.
+pub const BDA_EBDA_SEGMENT: u64 = 0x40E;
+/// BIOS data area: how many KiB of memory there are below the EBDA.
+pub const BDA_MEMORY_SIZE: u64 = 0x413;
 /// GDT that the boot processor starts with (boot protocol and PVH entries).
 pub const GDT: u64 = 0x500;
 /// End of the GDT area.
@@ -38,6 +42,13 @@ pub const PAGE_TABLES_END: u64 = 0xF000;
 pub const CMDLINE: u64 = 0x2_0000;
 /// Largest command line with its NUL; kernels may take less (`cmdline_size`).
 pub const CMDLINE_MAX: u64 = 0x1_0000;
+
+/// Multiboot information, its module and its memory map; on the next page the module's string.
+pub const MULTIBOOT_INFO: u64 = 0x3_0000;
+/// The string of the multiboot module: a path, which has no more than a page.
+pub const MULTIBOOT_STRING: u64 = 0x3_1000;
+/// End of the multiboot area.
+pub const MULTIBOOT_END: u64 = 0x3_2000;
 
 /// Extended BIOS data area; conventional memory ends here.
 pub const EBDA: u64 = 0x9_FC00;
@@ -133,4 +144,4 @@ pub const BOOT_TIMER_INIT_STARTED: u8 = 123;
 
 const _: () = assert!(VIRTIO_SLOTS >= 16);
 const _: () = assert!(VIRTIO_MMIO + VIRTIO_SLOTS as u64 * VIRTIO_MMIO_SIZE <= IOAPIC);
-const _: () = assert!(CMDLINE + CMDLINE_MAX <= EBDA);
+const _: () = assert!(CMDLINE + CMDLINE_MAX <= MULTIBOOT_INFO && MULTIBOOT_END <= EBDA);

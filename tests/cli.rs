@@ -147,7 +147,7 @@ fn wrong_usage_is_explained_and_exits_with_2() {
             "none of stdio, stdin, stdout, stderr, null, pty, file:PATH, pipe:PATH, socket:PATH and fd:NUMBER",
         ),
         (&["run", "--kernel", "x", "--timeout", "5d"], "'5d' is not a time; write a number with ms, s, m or h"),
-        (&["run", "--kernel", "x", "--boot", "efi"], "one of auto, bzimage, direct, pvh"),
+        (&["run", "--kernel", "x", "--boot", "efi"], "one of auto, bzimage, direct, pvh, multiboot"),
         (&["run", "--kernel", "x", "--acpi", "maybe"], "possible values: on, off"),
         (&["run", "--kernel", "x", "--uuid", "1"], "a UUID is wanted, like "),
         (&["run", "--kernel", "x", "--log-level", "loud"], "possible values: off, error"),

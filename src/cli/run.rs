@@ -45,7 +45,7 @@ const VIRTIO_CMDLINE: &str = "console=hvc0";
                   --cmdline 'console=ttyS0 quiet' --timeout 60s"
 )]
 pub struct RunArgs {
-    /// Kernel: bzImage, vmlinux (also gz, zst, xz, lz4, bz2) or PVH ELF, found by content
+    /// Kernel: bzImage, vmlinux (also gz, zst, xz, lz4, bz2), PVH ELF or multiboot, found by content
     #[arg(long, value_name = "FILE", required_unless_present = "config")]
     kernel: Option<PathBuf>,
     /// Initial RAM disk
@@ -54,7 +54,8 @@ pub struct RunArgs {
     /// Kernel command line, passed as it is [default: console=ttyS0, console=hvc0 with --console]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
-    /// How the kernel is entered: bzimage runs its own decompressor, direct is the 64-bit entry
+    /// How the kernel is entered: bzimage runs its own decompressor, direct is the 64-bit entry, pvh and multiboot are
+    /// 32-bit ones
     #[arg(long, value_name = "MODE", value_parser = parse_boot)]
     boot: Option<BootMode>,
     /// RAM: SIZE[,hugepages=2M|thp|off][,shared=on|off][,prefault=on|off] [default: 256M]
@@ -136,7 +137,7 @@ pub struct RunArgs {
 }
 
 fn parse_boot(text: &str) -> Result<BootMode, String> {
-    serde_json::from_value(text.into()).map_err(|_| "one of auto, bzimage, direct, pvh is wanted".into())
+    serde_json::from_value(text.into()).map_err(|_| "one of auto, bzimage, direct, pvh, multiboot is wanted".into())
 }
 
 fn parse_uuid(text: &str) -> Result<uuid::Uuid, String> {

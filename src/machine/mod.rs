@@ -171,9 +171,13 @@ impl Machine {
         let (input, output) = console::open(&config.serial, "the serial console", transcript)?;
         let ram = GuestRam::with_areas(&config.effective_memory(), device_memory.into_areas())?;
 
-        let vm = kvm.create_vm(config.acpi == Acpi::Off || boot.describe().protocol == Protocol::Pvh)?;
+        let protocol = boot.describe().protocol;
+        let vm = kvm.create_vm(config.acpi == Acpi::Off || protocol != Protocol::Linux64)?;
         vm.map_ram(&ram)?;
         let vcpus = create_vcpus(&vm, &cpuid, &config)?;
+        if config.acpi == Acpi::Off || protocol == Protocol::Multiboot {
+            vcpus.iter().take(1).try_for_each(Vcpu::connect_pic)?;
+        }
         let ring = coalesce(&vm, &vcpus, &platform.virtio_slots)?;
 
         let serial_irq = irq_line(&vm, layout::SERIAL_GSI)?;
@@ -288,9 +292,6 @@ fn create_vcpus(vm: &Vm, cpuid: &Template, config: &MachineConfig) -> Result<Vec
     let count = config.cpu.count;
     let vcpus: Vec<Vcpu> =
         (0..count).map(|id| Vcpu::new(vm, id, &cpuid.for_vcpu(id, count)?)).collect::<Result<_, _>>()?;
-    if config.acpi == Acpi::Off {
-        vcpus.iter().take(1).try_for_each(Vcpu::connect_pic)?;
-    }
     Ok(vcpus)
 }
 
