@@ -121,6 +121,24 @@ pub const I8042_COMMAND: u16 = 0x64;
 pub const I8042_LEN: u16 = 5;
 /// PCI configuration address port. There is no PCI; the port only exists so that writes to it coalesce.
 pub const PCI_CONFIG_ADDRESS: u16 = 0xCF8;
+/// isa-debug-exit (QEMU's `hw/misc/debugexit.c`, at the place that its users agree on), four ports.
+pub const DEBUG_EXIT_PORT: u16 = 0xF4;
+/// Number of ports of the debug exit.
+pub const DEBUG_EXIT_LEN: u16 = 4;
+/// First port of pc-testdev: an echo, the page to flush, the echo again.
+pub const TESTDEV_PORT: u16 = 0xE0;
+/// Number of ports from [`TESTDEV_PORT`] on.
+pub const TESTDEV_LEN: u16 = 12;
+/// pc-testdev's interrupt lines, one port for each pin of the IO-APIC.
+pub const TESTDEV_IRQ_PORT: u16 = 0x2000;
+/// pc-testdev's memory.
+pub const TESTDEV_MEMORY: u64 = 0xFF00_0000;
+/// Length of pc-testdev's memory.
+pub const TESTDEV_MEMORY_LEN: u64 = 0x1_0000;
+/// fw_cfg: selector, and behind it the data port (QEMU's `docs/specs/fw_cfg`).
+pub const FW_CFG_PORT: u16 = 0x510;
+/// Number of fw_cfg's ports.
+pub const FW_CFG_LEN: u16 = 2;
 /// pvpanic event port (QEMU's `docs/specs/pvpanic`).
 pub const PVPANIC_PORT: u16 = 0x505;
 /// First port of the power block; the four that follow are its registers.

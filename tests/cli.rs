@@ -332,7 +332,7 @@ fn log_files_that_cannot_be_written_are_refused() {
 fn a_printed_configuration_is_a_configuration_file() {
     let (_folder, path) = folder();
     let flags = "run --kernel /k --initrd /i --cmdline a=b,c --memory 1G,shared=on,hugepages=off --cpus 2,affinity=0-1 \
-                 --cpu -avx2 --disk /d,readonly,id=x --disk /e --rng --vsock cid=3,path=/v --serial file:/s --acpi off --boot pvh \
+                 --cpu -avx2 --disk /d,readonly,id=x --disk /e --rng --vsock cid=3,path=/v --serial file:/s --acpi off --boot pvh --debug-exit --testdev \
                  --uuid 123e4567-e89b-12d3-a456-426614174000 --print-config";
     let printed = words(&flags.split_whitespace().collect::<Vec<_>>()).expect(0).stdout;
     let config = path.join("machine.json");

@@ -37,6 +37,9 @@ const DEFAULT_CMDLINE: &str = "console=ttyS0";
 /// The same with `--console`.
 const VIRTIO_CMDLINE: &str = "console=hvc0";
 
+/// The same with `--testdev`: words on the command line are a test's arguments.
+const TEST_CMDLINE: &str = "";
+
 /// Flags of `vireo run`.
 #[derive(Args)]
 #[command(
@@ -51,7 +54,8 @@ pub struct RunArgs {
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// Kernel command line, passed as it is [default: console=ttyS0, console=hvc0 with --console]
+    /// Kernel command line, passed as it is [default: console=ttyS0, console=hvc0 with --console,
+    /// none with --testdev]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
     /// How the kernel is entered: bzimage runs its own decompressor, direct is the 64-bit entry, pvh and multiboot are
@@ -113,6 +117,12 @@ pub struct RunArgs {
     /// ACPI tables, or else an MP table and virtio_mmio.device= parameters [default: on]
     #[arg(long, value_name = "on|off", hide_possible_values = true)]
     acpi: Option<Acpi>,
+    /// QEMU's isa-debug-exit: what a guest writes to port 0xf4, times two and one, is vireo's exit status
+    #[arg(long)]
+    debug_exit: bool,
+    /// QEMU's pc-testdev, and fw_cfg with vCPU count and RAM size, as kvm-unit-tests expect them
+    #[arg(long)]
+    testdev: bool,
     /// SMBIOS system UUID [default: random]
     #[arg(long, value_name = "UUID", value_parser = parse_uuid)]
     uuid: Option<uuid::Uuid>,
@@ -161,7 +171,12 @@ impl RunArgs {
         let mut config = match &self.config {
             None => {
                 let mut config = MachineConfig::default();
-                config.boot.cmdline = if self.console.is_some() { VIRTIO_CMDLINE } else { DEFAULT_CMDLINE }.into();
+                config.boot.cmdline = match self.console {
+                    _ if self.testdev => TEST_CMDLINE,
+                    Some(_) => VIRTIO_CMDLINE,
+                    None => DEFAULT_CMDLINE,
+                }
+                .into();
                 config
             }
             Some(path) => {
@@ -184,6 +199,8 @@ impl RunArgs {
         }
         set(&mut config.acpi, &self.acpi);
         config.boot.initrd = self.initrd.clone().or(config.boot.initrd);
+        config.debug_exit |= self.debug_exit;
+        config.testdev |= self.testdev;
         config.uuid = self.uuid.or(config.uuid);
         config.disks.extend_from_slice(&self.disk);
         config.balloon = self.balloon.clone().or(config.balloon);

@@ -6,6 +6,7 @@ pub mod console;
 mod device_memory;
 pub mod mailbox;
 pub mod run;
+mod testing;
 
 use std::io;
 use std::sync::Arc;
@@ -141,7 +142,7 @@ pub struct Machine {
     timing: BootTiming,
     kernel: String,
     // Last, because dropping it ends what the fields above are part of.
-    vm: Vm,
+    vm: Arc<Vm>,
 }
 
 impl Machine {
@@ -172,7 +173,7 @@ impl Machine {
         let ram = GuestRam::with_areas(&config.effective_memory(), device_memory.into_areas())?;
 
         let protocol = boot.describe().protocol;
-        let vm = kvm.create_vm(config.acpi == Acpi::Off || protocol != Protocol::Linux64)?;
+        let vm = Arc::new(kvm.create_vm(config.acpi == Acpi::Off || protocol != Protocol::Linux64)?);
         vm.map_ram(&ram)?;
         let vcpus = create_vcpus(&vm, &cpuid, &config)?;
         if config.acpi == Acpi::Off || protocol == Protocol::Multiboot {
@@ -185,8 +186,9 @@ impl Machine {
         let mut all_lines = vec![console::Line { input, receiver: serial.clone(), output: output.clone() }];
         all_lines.append(lines.get_or_insert_default());
         let power_button = PowerButton::new(irq_line(&vm, layout::GED_GSI)?);
-        let pio = pio_bus(&events, serial.clone())?;
-        let (mmio, devices) = mmio_bus(&vm, &ram, devices)?;
+        let mut pio = pio_bus(&events, serial.clone())?;
+        let (mut mmio, devices) = mmio_bus(&vm, &ram, devices)?;
+        testing::add(&config, &vm, &ram, &events, &mut pio, &mut mmio)?;
         let board = Arc::new(Board { pio, mmio, ring, events, output, ram: ram.clone() });
         timing.mark(Mark::KvmReady);
 
