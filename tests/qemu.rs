@@ -1,12 +1,15 @@
-//! What test suites expect of QEMU: multiboot kernels, the debug exit, the test device and fw_cfg. All with guests of a few instructions on whatever /dev/kvm there
+//! What test suites expect of QEMU: multiboot kernels, the debug exit, the test device and fw_cfg; and the script that
+//! stands in for QEMU where a suite wants to call that. All with guests of a few instructions on whatever /dev/kvm there
 //! is.
 
 mod guests;
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 
 use ::vireo::layout;
-use guests::vireo::{Ended, Kernel, Running, folder, run};
+use guests::vireo::{Ended, Kernel, Running, folder, run, vireo};
 use guests::{Op, elf, multiboot_elf, multiboot_flat, multiboot_header, multiboot_report, script};
 
 const TESTING: [&str; 2] = ["--testdev", "--debug-exit"];
@@ -142,4 +145,71 @@ fn the_test_device_remembers_and_flushes() {
 #[test]
 fn a_line_of_the_test_device_interrupts_for_as_long_as_it_is_held() {
     assert_eq!(run(&elf(guests::level_interrupt()), &TESTING).expect(1).stdout, b"iii.");
+}
+
+/// The script with arguments as kvm-unit-tests' x86/run gives them.
+fn as_qemu(args: &[&str]) -> Ended {
+    start_as_qemu(args).end()
+}
+
+fn start_as_qemu(args: &[&str]) -> Running {
+    let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/vireo-as-qemu"));
+    command.env("VIREO", vireo().get_program()).args(args);
+    Running::start(command)
+}
+
+#[test]
+fn a_script_takes_the_arguments_of_kvm_unit_tests() {
+    assert!(as_qemu(&["--help"]).expect(0).stdout.starts_with(b"QEMU "));
+    let devices = as_qemu(&["-device", "?"]).expect(0).stdout;
+    assert!(devices.starts_with(b"name \"pc-testdev\""));
+    let kernel = Kernel::new(&multiboot_elf(multiboot_report()));
+    let name = kernel.path().to_str().unwrap();
+    let usual = [
+        "--no-reboot",
+        "-nodefaults",
+        "-device",
+        "pc-testdev",
+        "-device",
+        "isa-debug-exit,iobase=0xf4,iosize=0x4",
+        "-vnc",
+        "none",
+        "-serial",
+        "stdio",
+        "-machine",
+        "accel=kvm",
+        "-kernel",
+        name,
+        "-smp",
+        "2",
+        "-append",
+        "a  b",
+        "-m",
+        "20",
+        "-cpu",
+        "max,+x2apic,+tsc-deadline",
+    ];
+    let ended = as_qemu(&usual);
+    assert_eq!(ended.stderr, "", "a suite takes any word there for a failure");
+    let told = information(ended);
+    assert_eq!(told.strings[0], format!("{name} a  b"));
+    assert_eq!(told.words[2], 19 << 10);
+    let with = |more: &[&str]| as_qemu(&[&usual, more].concat());
+    with(&["-device", "intel-iommu"]).expect(77).says("no device intel-iommu");
+    with(&["-machine", "kernel_irqchip=split"]).expect(77).says("kernel_irqchip=split");
+    with(&["-cpu", "kvm64,hv_synic"]).expect(77).says("no -cpu with hv_synic");
+    with(&["-S"]).expect(77).says("-S");
+    as_qemu(&["-kernel", "_NO_FILE_4Uhere_"]).expect(1).says("could not open kernel file '_NO_FILE_4Uhere_'");
+    let crashing = Kernel::new(&multiboot_elf(&[0x0F, 0x0B]));
+    as_qemu(&["-kernel", crashing.path().to_str().unwrap()]).expect(71).says("triple fault");
+}
+
+#[test]
+fn a_signal_to_the_script_ends_the_guest() {
+    let endless = Kernel::new(&elf(guests::flood()));
+    let running = start_as_qemu(&["-kernel", endless.path().to_str().unwrap()]);
+    running.stdout.wait("byte", |bytes| !bytes.is_empty());
+    running.signal(libc::SIGTERM);
+    // Nobody holds the streams any more.
+    running.end().expect(143).says("stopped by signal 15");
 }
