@@ -75,6 +75,12 @@ pub struct MachineConfig {
     /// ACPI tables, or else an MP table and `virtio_mmio.device=` parameters.
     #[serde(default)]
     pub acpi: Acpi,
+    /// QEMU's isa-debug-exit at port 0xF4: the guest names vireo's exit status.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub debug_exit: bool,
+    /// QEMU's pc-testdev, and fw_cfg with the numbers of vCPUs and bytes: what kvm-unit-tests expect.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub testdev: bool,
     /// SMBIOS system UUID; random without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uuid: Option<Uuid>,

@@ -162,12 +162,14 @@ pub enum GuestEvent {
     Judged,
     /// A vCPU stopped for the debugger.
     Trapped(Trap),
+    /// The guest wants this exit status (`--debug-exit`).
+    DebugExit(u8),
 }
 
 impl GuestEvent {
     /// Whether no vCPU may run on after this.
     pub fn ends_guest(self) -> bool {
-        matches!(self, GuestEvent::PowerOff | GuestEvent::Reset(_))
+        matches!(self, GuestEvent::PowerOff | GuestEvent::Reset(_) | GuestEvent::DebugExit(_))
     }
 }
 

@@ -14,6 +14,10 @@
 /// One page, 4 KiB.
 pub const PAGE_SIZE: u64 = 4096;
 
+/// BIOS data area: the segment of the EBDA.
+pub const BDA_EBDA_SEGMENT: u64 = 0x40E;
+/// BIOS data area: how many KiB of memory there are below the EBDA.
+pub const BDA_MEMORY_SIZE: u64 = 0x413;
 /// GDT that the boot processor starts with (boot protocol and PVH entries).
 pub const GDT: u64 = 0x500;
 /// End of the GDT area.
@@ -38,6 +42,13 @@ pub const PAGE_TABLES_END: u64 = 0xF000;
 pub const CMDLINE: u64 = 0x2_0000;
 /// Largest command line with its NUL; kernels may take less (`cmdline_size`).
 pub const CMDLINE_MAX: u64 = 0x1_0000;
+
+/// Multiboot information, its module and its memory map; on the next page the module's string.
+pub const MULTIBOOT_INFO: u64 = 0x3_0000;
+/// The string of the multiboot module: a path, which has no more than a page.
+pub const MULTIBOOT_STRING: u64 = 0x3_1000;
+/// End of the multiboot area.
+pub const MULTIBOOT_END: u64 = 0x3_2000;
 
 /// Extended BIOS data area; conventional memory ends here.
 pub const EBDA: u64 = 0x9_FC00;
@@ -110,6 +121,24 @@ pub const I8042_COMMAND: u16 = 0x64;
 pub const I8042_LEN: u16 = 5;
 /// PCI configuration address port. There is no PCI; the port only exists so that writes to it coalesce.
 pub const PCI_CONFIG_ADDRESS: u16 = 0xCF8;
+/// isa-debug-exit (QEMU's `hw/misc/debugexit.c`, at the place that its users agree on), four ports.
+pub const DEBUG_EXIT_PORT: u16 = 0xF4;
+/// Number of ports of the debug exit.
+pub const DEBUG_EXIT_LEN: u16 = 4;
+/// First port of pc-testdev: an echo, the page to flush, the echo again.
+pub const TESTDEV_PORT: u16 = 0xE0;
+/// Number of ports from [`TESTDEV_PORT`] on.
+pub const TESTDEV_LEN: u16 = 12;
+/// pc-testdev's interrupt lines, one port for each pin of the IO-APIC.
+pub const TESTDEV_IRQ_PORT: u16 = 0x2000;
+/// pc-testdev's memory.
+pub const TESTDEV_MEMORY: u64 = 0xFF00_0000;
+/// Length of pc-testdev's memory.
+pub const TESTDEV_MEMORY_LEN: u64 = 0x1_0000;
+/// fw_cfg: selector, and behind it the data port (QEMU's `docs/specs/fw_cfg`).
+pub const FW_CFG_PORT: u16 = 0x510;
+/// Number of fw_cfg's ports.
+pub const FW_CFG_LEN: u16 = 2;
 /// pvpanic event port (QEMU's `docs/specs/pvpanic`).
 pub const PVPANIC_PORT: u16 = 0x505;
 /// First port of the power block; the four that follow are its registers.
@@ -133,4 +162,4 @@ pub const BOOT_TIMER_INIT_STARTED: u8 = 123;
 
 const _: () = assert!(VIRTIO_SLOTS >= 16);
 const _: () = assert!(VIRTIO_MMIO + VIRTIO_SLOTS as u64 * VIRTIO_MMIO_SIZE <= IOAPIC);
-const _: () = assert!(CMDLINE + CMDLINE_MAX <= EBDA);
+const _: () = assert!(CMDLINE + CMDLINE_MAX <= MULTIBOOT_INFO && MULTIBOOT_END <= EBDA);

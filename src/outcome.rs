@@ -24,6 +24,8 @@ pub enum Outcome {
     Rebooted(&'static str),
     /// All vCPUs halted with interrupts off: nothing will ever wake them.
     Halted,
+    /// The guest named the exit status itself, on the port of `--debug-exit`.
+    DebugExit(u8),
     /// Ctrl-A X on the terminal.
     Quit,
     /// The kernel panicked, known from this source.
@@ -68,7 +70,7 @@ impl Outcome {
             Outcome::Refused(_) | Outcome::Missed(_) => EXIT_UNEXPECTED,
             Outcome::TimedOut(_) => 124,
             Outcome::NotReady(_) => EXIT_VIREO_FAILED,
-            Outcome::Exited(code) | Outcome::NotStarted(code, _) => *code,
+            Outcome::DebugExit(code) | Outcome::Exited(code) | Outcome::NotStarted(code, _) => *code,
             Outcome::KilledByDebugger => 128 + libc::SIGKILL as u8,
             Outcome::Killed(signal) | Outcome::Signalled(signal) => {
                 128u8.saturating_add(u8::try_from(*signal).unwrap_or(0))
@@ -82,6 +84,7 @@ impl Outcome {
             Outcome::PoweredOff => "powered-off",
             Outcome::Rebooted(_) => "rebooted",
             Outcome::Halted => "halted",
+            Outcome::DebugExit(_) => "debug-exit",
             Outcome::Quit => "quit",
             Outcome::Panicked(_) => "panicked",
             Outcome::Crashed(_) => "crashed",
@@ -110,6 +113,7 @@ impl Outcome {
             Outcome::PoweredOff => "the guest powered off".into(),
             Outcome::Rebooted(how) => format!("the guest rebooted ({how})"),
             Outcome::Halted => "the guest halted: every vCPU sleeps with interrupts off".into(),
+            Outcome::DebugExit(code) => format!("the guest ended by debug exit with status {code}"),
             Outcome::Quit => "ended from the terminal by Ctrl-A X".into(),
             Outcome::Panicked(PanicSource::Pvpanic) => "the guest kernel panicked (told by its pvpanic driver)".into(),
             Outcome::Panicked(PanicSource::Console) => {
@@ -314,6 +318,7 @@ mod tests {
             (Outcome::PoweredOff, 0),
             (Outcome::Rebooted("triple fault"), 0),
             (Outcome::Halted, 0),
+            (Outcome::DebugExit(33), 33),
             (Outcome::Panicked(PanicSource::Console), 70),
             (Outcome::Crashed("x".into()), 71),
             (Outcome::TimedOut(Duration::from_secs(1)), 124),

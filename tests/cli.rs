@@ -147,7 +147,7 @@ fn wrong_usage_is_explained_and_exits_with_2() {
             "none of stdio, stdin, stdout, stderr, null, pty, file:PATH, pipe:PATH, socket:PATH and fd:NUMBER",
         ),
         (&["run", "--kernel", "x", "--timeout", "5d"], "'5d' is not a time; write a number with ms, s, m or h"),
-        (&["run", "--kernel", "x", "--boot", "efi"], "one of auto, bzimage, direct, pvh"),
+        (&["run", "--kernel", "x", "--boot", "efi"], "one of auto, bzimage, direct, pvh, multiboot"),
         (&["run", "--kernel", "x", "--acpi", "maybe"], "possible values: on, off"),
         (&["run", "--kernel", "x", "--uuid", "1"], "a UUID is wanted, like "),
         (&["run", "--kernel", "x", "--file", "a"], "HOST:GUEST is wanted, with an absolute path for the guest"),
@@ -389,7 +389,7 @@ fn log_files_that_cannot_be_written_are_refused() {
 fn a_printed_configuration_is_a_configuration_file() {
     let (_folder, path) = folder();
     let flags = "run --kernel /k --initrd /i --initrd /j --init /p --busybox --file a:/b --modules c,d --initramfs-dir /r --cmdline a=b,c --memory 1G,shared=on,hugepages=off --cpus 2,affinity=0-1 \
-                 --cpu -avx2 --disk /d,readonly,id=x --disk /e --rng --vsock cid=3,path=/v --serial file:/s --acpi off --boot pvh \
+                 --cpu -avx2 --disk /d,readonly,id=x --disk /e --rng --vsock cid=3,path=/v --serial file:/s --acpi off --boot pvh --debug-exit --testdev \
                  --uuid 123e4567-e89b-12d3-a456-426614174000 --print-config";
     let printed = words(&flags.split_whitespace().collect::<Vec<_>>()).expect(0).stdout;
     let config = path.join("machine.json");

@@ -163,6 +163,11 @@ impl Elf {
         Ok(elf)
     }
 
+    /// Whether a note says what this is and how it is entered, so that no other header needs to be believed.
+    pub fn tells_its_entry(&self) -> bool {
+        self.pvh.is_some() || self.linux_note
+    }
+
     fn program_header(&mut self, data: &Data, f: &Fields<'_>) -> Result<(), Problem> {
         let c = self.class64;
         let kind = f.u32(0);

@@ -74,8 +74,8 @@ pub enum Problem {
     NotAFile(&'static str),
     /// Nothing that vireo can boot.
     #[error(
-        "this is {0}; vireo boots x86-64 bzImage, vmlinux (also gzip, zstd, xz, lz4 or bzip2 compressed) and PVH ELF \
-         files"
+        "this is {0}; vireo boots x86-64 bzImage, vmlinux (also gzip, zstd, xz, lz4 or bzip2 compressed), PVH \
+         ELF and multiboot files"
     )]
     NotAKernel(String),
     /// It ends too early.

@@ -24,6 +24,9 @@ pub struct ImageInfo {
     pub entry64: Option<u64>,
     /// Physical address of the PVH entry.
     pub pvh: Option<u32>,
+    /// Physical address of the entry by multiboot. The cache keeps no such kernels.
+    #[serde(skip)]
+    pub multiboot: Option<u32>,
     /// Whether this is Linux.
     pub linux: bool,
     /// The setup header of the bzImage that it comes from.

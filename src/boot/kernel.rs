@@ -4,16 +4,18 @@
 //! compressed file ─┐
 //! bzImage payload ─┴─ unpack ─> ELF ─> Image: pieces, entries, relocations
 //! bzImage with --boot bzimage ──────> Image: one piece, the guest unpacks it
+//! multiboot header ─────────────────> Image: pieces by the header's addresses or ELF's
 //! ```
 
-use super::BootMode;
 use super::bzimage::{self, BzImage};
 use super::elf::{self, Elf};
 use super::error::Problem;
 use super::image::{Image, ImageInfo, Piece};
 use super::kaslr::{Relocations, START_KERNEL_MAP};
+use super::regs::Protocol;
 use super::source::Data;
 use super::unpack::{self, Compression};
+use super::{BootMode, multiboot};
 use crate::layout;
 
 /// How much of a file is looked at to tell what it is. ISO images have their mark at 32 KiB.
@@ -49,14 +51,25 @@ fn examine_plain(data: Data, head: &[u8], mode: BootMode) -> Result<Image, Probl
         if mode == BootMode::BzImage {
             return Err(Problem::NoEntry { found: "an ELF file".into(), mode: "bzimage", needs: "a bzImage" });
         }
-        // Only memory is searched: it is there anyway.
-        let version = if let Data::Memory(_) = data { find_version(&data) } else { None };
-        let mut image = elf_image(data, "vmlinux")?;
-        image.info.version = version;
-        Ok(image)
+        match multiboot::Header::find(head) {
+            Some(header) if mode == BootMode::Multiboot => multiboot::image(data, &header),
+            Some(header) if mode == BootMode::Auto && !Elf::parse(&data)?.tells_its_entry() => {
+                multiboot::image(data, &header)
+            }
+            _ => vmlinux(data),
+        }
+    } else if let Some(header) = multiboot::Header::find(head).filter(multiboot::Header::has_addresses) {
+        multiboot::image(data, &header)
     } else {
         Err(Problem::NotAKernel(guess(head)))
     }
+}
+
+fn vmlinux(data: Data) -> Result<Image, Problem> {
+    let version = find_version(&data);
+    let mut image = elf_image(data, "vmlinux")?;
+    image.info.version = version;
+    Ok(image)
 }
 
 fn examine_bzimage(data: Data, mode: BootMode) -> Result<Image, Problem> {
@@ -109,6 +122,7 @@ fn packed_image(data: Data, bz: BzImage) -> Result<Image, Problem> {
         end,
         entry64: Some(entry),
         pvh: None,
+        multiboot: None,
         linux: true,
         setup: Some(bz.setup),
         pieces: vec![Piece { paddr: start, offset, len }],
@@ -138,7 +152,9 @@ fn elf_image(data: Data, format: &str) -> Result<Image, Problem> {
     let linux = elf.linux_note || (kernel_map && entry64.is_some());
     if pvh.is_none() && entry64.is_none() {
         return Err(match (elf.pvh, elf.class64) {
-            (None, false) => Problem::NotAKernel("a 32-bit ELF file without a PVH entry".into()),
+            (None, false) => {
+                Problem::NotAKernel("a 32-bit ELF file with neither a PVH note nor a multiboot header".into())
+            }
             (entry, _) => {
                 let entry = entry.unwrap_or(elf.entry);
                 Problem::Damaged(format!("the entry at {entry:#x} lies in no segment"))
@@ -152,13 +168,14 @@ fn elf_image(data: Data, format: &str) -> Result<Image, Problem> {
     pieces.iter_mut().try_for_each(|piece| trim_zeros(&data, piece))?;
     pieces.retain(|piece| piece.len > 0);
     let format = if linux || pvh.is_none() { format } else { "PVH ELF" }.to_string();
-    let info = ImageInfo { format, version: None, start, end, entry64, pvh, linux, setup: None, pieces };
+    let info =
+        ImageInfo { format, version: None, start, end, entry64, pvh, multiboot: None, linux, setup: None, pieces };
     Ok(Image { info, data, mappable: false, relocations, packed: false })
 }
 
 /// Leaves out zeros at the end of a piece, which fresh RAM has anyway: a payload's data segment contains the kernel's
 /// whole bss.
-fn trim_zeros(data: &Data, piece: &mut Piece) -> Result<(), Problem> {
+pub(super) fn trim_zeros(data: &Data, piece: &mut Piece) -> Result<(), Problem> {
     let floor = piece.len.saturating_sub(TRIM_MAX);
     while piece.len > floor {
         let block = data.bytes(piece.offset + piece.len.saturating_sub(64 << 10), piece.len.min(64 << 10))?;
@@ -171,13 +188,15 @@ fn trim_zeros(data: &Data, piece: &mut Piece) -> Result<(), Problem> {
     Ok(())
 }
 
-/// The entry that `mode` asks for, as a physical address of the image as linked, and whether it is the PVH one.
-pub fn entry(info: &ImageInfo, mode: BootMode) -> Result<(u64, bool), Problem> {
-    let pvh = info.pvh.map(|entry| (u64::from(entry), true));
-    let entry64 = info.entry64.map(|entry| (entry, false));
+/// The entry that `mode` asks for, as a physical address of the image as linked, and which one it is.
+pub fn entry(info: &ImageInfo, mode: BootMode) -> Result<(u64, Protocol), Problem> {
+    let pvh = info.pvh.map(|entry| (u64::from(entry), Protocol::Pvh));
+    let entry64 = info.entry64.map(|entry| (entry, Protocol::Linux64));
+    let multiboot = info.multiboot.map(|entry| (u64::from(entry), Protocol::Multiboot));
     let (entry, needs) = match mode {
         BootMode::Auto if info.linux => (entry64.or(pvh), "an entry"),
-        BootMode::Auto => (pvh.or(entry64), "an entry"),
+        BootMode::Auto => (pvh.or(entry64).or(multiboot), "an entry"),
+        BootMode::Multiboot => (multiboot, "a multiboot header"),
         BootMode::Pvh => (pvh, "a PVH entry (CONFIG_PVH)"),
         BootMode::Direct | BootMode::BzImage => (entry64, "a 64-bit entry"),
     };
@@ -190,6 +209,7 @@ fn mode_name(mode: BootMode) -> &'static str {
         BootMode::BzImage => "bzimage",
         BootMode::Direct => "direct",
         BootMode::Pvh => "pvh",
+        BootMode::Multiboot => "multiboot",
     }
 }
 

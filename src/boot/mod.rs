@@ -15,6 +15,7 @@ pub mod kernel;
 pub mod modules;
 pub mod mptable;
 pub mod pack;
+mod multiboot;
 mod place;
 mod pvh;
 pub mod regs;
@@ -98,7 +99,7 @@ fn one_or_several<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Path
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BootMode {
-    /// Unpack what can be unpacked, then the 64-bit entry for Linux and PVH for the rest.
+    /// Unpack what can be unpacked, then the 64-bit entry for Linux and PVH or multiboot for the rest.
     #[default]
     Auto,
     /// A bzImage as it is: the guest runs its own decompressor.
@@ -107,6 +108,15 @@ pub enum BootMode {
     Direct,
     /// The PVH entry of the (unpacked) ELF.
     Pvh,
+    /// By the file's multiboot header.
+    Multiboot,
+}
+
+impl BootMode {
+    /// Whether kernels that are entered so may come from the cache: it has them unpacked, as ELF files.
+    fn is_cached(self) -> bool {
+        !matches!(self, BootMode::BzImage | BootMode::Multiboot)
+    }
 }
 
 /// What the firmware tables tell the guest about its machine.
@@ -175,7 +185,7 @@ pub struct Description {
 impl BootFiles {
     /// Opens and checks the kernel, the initrd and the command line for a machine with `ram_size` bytes of RAM.
     pub fn open(config: &BootConfig, ram_size: u64) -> Result<BootFiles, Error> {
-        let cache = if config.boot == BootMode::BzImage { None } else { Cache::of_user() };
+        let cache = if config.boot.is_cached() { Cache::of_user() } else { None };
         BootFiles::open_with(config, ram_size, cache.as_ref())
     }
 
@@ -188,19 +198,22 @@ impl BootFiles {
         };
 
         let (image, cached) = open_kernel(config, cache).map_err(of_kernel)?;
-        let (entry, pvh) = kernel::entry(&image.info, config.boot).map_err(of_kernel)?;
+        let (entry, protocol) = kernel::entry(&image.info, config.boot).map_err(of_kernel)?;
+        let mut config = config.clone();
+        if protocol == Protocol::Multiboot {
+            config.cmdline = multiboot::command_line(&config);
+        }
         place::check_cmdline(&image.info, &config.cmdline)?;
-        let initrd = open_initrd(config, &image)?;
+        let initrd = open_initrd(&config, &image)?;
 
         let mut space = place::Space::new(ram_size, &image).map_err(of_kernel)?;
         let initrd_place = match initrd.iter().map(Piece::len).fold(0, u64::saturating_add) {
             0 => None,
             len => Some(space.place_initrd(len).map_err(of_initrd)?),
         };
-        let plan = space.place_kernel(&image, initrd_place, pvh, &config.cmdline)?;
-        let protocol = if pvh { Protocol::Pvh } else { Protocol::Linux64 };
+        let plan = space.place_kernel(&image, initrd_place, protocol, &config.cmdline)?;
         let entry = Entry { address: entry - image.info.start + plan.kernel, protocol };
-        Ok(BootFiles { config: config.clone(), image, cached, entry, initrd, plan })
+        Ok(BootFiles { config, image, cached, entry, initrd, plan })
     }
 
     /// Fills `ram`, which is fresh, with all that the kernel needs to start, and says where it starts.
@@ -233,6 +246,10 @@ impl BootFiles {
         let memory = memory_map(ram);
         match entry.protocol {
             Protocol::Pvh => pvh::write(ram, plan.initrd, rsdp, &memory)?,
+            Protocol::Multiboot => {
+                let module = plan.initrd.zip(config.initrd.first().map(PathBuf::as_path));
+                multiboot::write(ram, module, &memory)?;
+            }
             Protocol::Linux64 => {
                 let (setup, seed) = (image.info.setup.as_ref(), kaslr::random()?);
                 let (kernel, kaslr) = (plan.kernel, plan.kaslr.is_some());
@@ -263,7 +280,7 @@ impl BootFiles {
 /// The kernel, unpacked, and whether the cache had it.
 fn open_kernel(config: &BootConfig, cache: Option<&Cache>) -> Result<(Image, bool), Problem> {
     let (file, len) = source::open(&config.kernel)?;
-    let Some(cache) = cache.filter(|_| config.boot != BootMode::BzImage) else {
+    let Some(cache) = cache.filter(|_| config.boot.is_cached()) else {
         return Ok((kernel::examine(source::Data::File(file, len), config.boot)?, false));
     };
     let miss = match cache.find(&file) {
@@ -272,6 +289,9 @@ fn open_kernel(config: &BootConfig, cache: Option<&Cache>) -> Result<(Image, boo
     };
     let source = file.try_clone().map_err(Problem::Open)?;
     let image = kernel::examine(source::Data::File(file, len), config.boot)?;
+    if image.info.multiboot.is_some() {
+        return Ok((image, false));
+    }
     // The stored form can be mapped, and frees the memory that unpacking took.
     Ok((cache.store(&source, &miss, &image).unwrap_or(image), false))
 }
@@ -316,7 +336,11 @@ pub fn memory_map(ram: &GuestRam) -> Vec<MemoryRange> {
 
 impl fmt::Display for Description {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let entry = if self.protocol == Protocol::Pvh { "PVH" } else { "64-bit" };
+        let entry = match self.protocol {
+            Protocol::Linux64 => "64-bit",
+            Protocol::Pvh => "PVH",
+            Protocol::Multiboot => "multiboot",
+        };
         write!(f, "kernel {}", self.version.as_deref().unwrap_or("of unknown version"))?;
         write!(f, " ({}), {entry} entry at {:#x}", self.format, self.entry)?;
         write!(f, ", {}", if self.kaslr { "addresses randomised" } else { "not relocated" })?;

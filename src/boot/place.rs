@@ -2,7 +2,7 @@
 
 use super::error::{Error, Problem};
 use super::image::{Image, ImageInfo};
-use super::{CMDLINE_DEFAULT, Initrd, kaslr};
+use super::{CMDLINE_DEFAULT, Initrd, Protocol, kaslr};
 use crate::layout::{self, PAGE_SIZE};
 use crate::options::Size;
 
@@ -60,7 +60,8 @@ impl Space {
             let (start, end, hole) = (info.start, info.end, layout::MMIO_HOLE);
             return Err(Problem::Damaged(format!("it wants memory at {start:#x}..{end:#x}, above {hole:#x}")));
         }
-        let kernel_end = info.end.next_multiple_of(PAGE_SIZE);
+        // The first MiB is for ours, though a multiboot kernel may lie there, too.
+        let kernel_end = info.end.next_multiple_of(PAGE_SIZE).max(layout::HIGH_RAM);
         if kernel_end > end {
             return Err(too_small(kernel_end, ram_size));
         }
@@ -86,12 +87,18 @@ impl Space {
         Ok(Initrd { start, len })
     }
 
-    /// Chooses the kernel's addresses: where it was linked, or random ones for a Linux that can be relocated. `pvh`
-    /// says that it is entered there, where Linux expects to be as linked.
-    pub fn place_kernel(&self, image: &Image, initrd: Option<Initrd>, pvh: bool, cmdline: &str) -> Result<Plan, Error> {
+    /// Chooses the kernel's addresses: where it was linked, or random ones for a Linux that can be relocated. At its PVH
+    /// entry it expects to be as linked.
+    pub fn place_kernel(
+        &self,
+        image: &Image,
+        initrd: Option<Initrd>,
+        protocol: Protocol,
+        cmdline: &str,
+    ) -> Result<Plan, Error> {
         let info = &image.info;
         let as_linked = Plan { kernel: info.start, kaslr: None, initrd };
-        if image.relocations.is_none() || pvh || kaslr::disabled(cmdline) {
+        if image.relocations.is_none() || protocol != Protocol::Linux64 || kaslr::disabled(cmdline) {
             return Ok(as_linked);
         }
         let setup = info.setup.as_ref();

@@ -1,10 +1,12 @@
 //! Registers, descriptors and page tables of the boot processor at its first instruction.
 //!
 //! The 64-bit boot protocol wants long mode with low memory mapped one to one, flat segments with selectors 0x10 and
-//! 0x18, and RSI on the zero page. PVH wants 32-bit protected mode without paging and EBX on the start info.
+//! 0x18, and RSI on the zero page. PVH wants 32-bit protected mode without paging and EBX on the start info; so does
+//! multiboot, with its own information and a magic number in EAX.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
+use super::multiboot;
 use crate::layout;
 use crate::memory::{GuestRam, OutOfRam};
 
@@ -35,6 +37,8 @@ pub enum Protocol {
     Linux64,
     /// Xen's PVH boot ABI.
     Pvh,
+    /// Multiboot, version 1.
+    Multiboot,
 }
 
 /// Where and how the boot processor starts.
@@ -51,7 +55,7 @@ impl Entry {
     pub fn write_tables(&self, ram: &GuestRam) -> Result<(), OutOfRam> {
         let code = if self.protocol == Protocol::Linux64 { CODE64 } else { CODE32 };
         ram.write_obj(layout::GDT, [0, 0, code, DATA])?;
-        if self.protocol == Protocol::Pvh {
+        if self.protocol != Protocol::Linux64 {
             return Ok(());
         }
         let (pml4, pdpt) = (layout::PAGE_TABLES, layout::PAGE_TABLES + layout::PAGE_SIZE);
@@ -75,6 +79,7 @@ impl Entry {
         match self.protocol {
             Protocol::Linux64 => regs.rsi = layout::ZERO_PAGE,
             Protocol::Pvh => regs.rbx = layout::PVH_START_INFO,
+            Protocol::Multiboot => (regs.rax, regs.rbx) = (multiboot::BOOTED, layout::MULTIBOOT_INFO),
         }
         let mut sregs = *base;
         sregs.gdt.base = layout::GDT;
@@ -140,5 +145,7 @@ mod tests {
         assert_eq!((sregs.cr0, sregs.cr4, sregs.efer), (0x11, 0, 0));
         assert_eq!((sregs.cs.l, sregs.cs.db, sregs.cs.limit), (0, 1, u32::MAX));
         assert_eq!(sregs.apic_base, base.apic_base);
+        let (regs, same) = Entry { protocol: Protocol::Multiboot, ..entry }.registers(&base);
+        assert_eq!((regs.rax, regs.rbx, same), (0x2BAD_B002, layout::MULTIBOOT_INFO, sregs));
     }
 }

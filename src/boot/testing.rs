@@ -88,6 +88,16 @@ fn elf(class64: bool, entry: u64, segments: &[Seg], note: &[Note]) -> Vec<u8> {
     out
 }
 
+/// 256 bytes that begin with a multiboot header: one that places them at `address`, or, for 0, leaves that to ELF.
+pub fn multiboot(address: u32) -> Vec<u8> {
+    let flags = if address == 0 { 3 } else { 1 << 16 };
+    let checksum = 0u32.wrapping_sub(0x1BAD_B002).wrapping_sub(flags);
+    let words = [0x1BAD_B002, flags, checksum, address, address, 0, address + 0x1000, address + 0x20];
+    let mut bytes = words.map(u32::to_le_bytes).concat();
+    bytes.resize(256, 0x90);
+    bytes
+}
+
 /// A Linux without relocations: text of `len` bytes at 16 MiB, and data with a bss.
 pub fn plain_linux(len: usize) -> Vec<u8> {
     let len = len.max(0x1000).next_multiple_of(0x1000);

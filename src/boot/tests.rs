@@ -127,6 +127,42 @@ fn pvh_for_other_kernels_or_on_request() {
 }
 
 #[test]
+fn multiboot_for_files_that_say_nothing_better() {
+    let segment = || [Seg(0x20_0000, 0x20_0000, testing::multiboot(0), 0x1000)];
+    for kernel in [testing::elf32(0x20_0020, &segment(), &[]), testing::elf64(0x20_0020, &segment(), &[])] {
+        let packed = testing::compress(Compression::Gzip, &kernel);
+        for (bytes, format) in [(kernel, "multiboot ELF"), (packed, "multiboot ELF in gzip")] {
+            let (description, ram, entry) = boot(&bytes, |c| c.cmdline = "a b".into()).unwrap();
+            assert_eq!((entry.protocol, entry.address), (Protocol::Multiboot, 0x20_0020));
+            assert_eq!(description.format, format);
+            let mut text = [0; 64];
+            ram.read(layout::CMDLINE, &mut text).unwrap();
+            let text = text.split(|byte| *byte == 0).next().unwrap();
+            assert!(text.ends_with(b"/kernel a b"), "{}", String::from_utf8_lossy(text));
+        }
+    }
+    let note = 0x20_0010u32.to_le_bytes();
+    let both = testing::elf32(0x20_0020, &segment(), &[(b"Xen\0", 18, &note)]);
+    assert_eq!(boot(&both, |_| ()).unwrap().2.protocol, Protocol::Pvh);
+    assert_eq!(boot(&both, |c| c.boot = BootMode::Multiboot).unwrap().2.protocol, Protocol::Multiboot);
+    let direct = boot(&testing::elf64(0x20_0020, &segment(), &[]), |c| c.boot = BootMode::Direct).unwrap();
+    assert_eq!(direct.2.protocol, Protocol::Linux64);
+    let error = refusal(&testing::linux(0), |c| c.boot = BootMode::Multiboot);
+    assert_eq!(error, "this is vmlinux; --boot multiboot needs a multiboot header");
+    let files = Files::new();
+    // In the first MiB, with an initrd that leaves nothing of the rest.
+    let low = testing::multiboot(0x8000);
+    let (_, ram, entry) = boot(&low, |c| c.initrd = vec![files.write("initrd", &vec![7; 63 << 20])]).unwrap();
+    assert_eq!(entry.address, 0x8020);
+    let module: u32 = ram.read_obj(ram.read_obj::<u32>(layout::MULTIBOOT_INFO + 24).unwrap().into()).unwrap();
+    assert_eq!(module, 1 << 20);
+    let error = refusal(&low, |c| c.initrd = vec![files.write("large", &vec![7; (63 << 20) + 1])]);
+    assert_eq!(error, "it needs 65M of memory or more, the machine has 64M");
+    let error = refusal(&low, |c| c.cmdline = "x".repeat(0xFFFF));
+    assert!(error.ends_with("this kernel takes at most 65535"), "{error}");
+}
+
+#[test]
 fn a_bzimage_may_stay_packed() {
     let bytes = testing::bzimage(Compression::Gzip, &testing::linux(0));
     let (description, ram, entry) = boot(&bytes, |c| c.boot = BootMode::BzImage).unwrap();
@@ -238,7 +274,10 @@ fn other_files_are_named_for_what_they_are() {
     elf[18] = 183;
     assert!(refusal(&elf, |_| ()).starts_with("this is an ELF file for arm64; vireo boots"));
     let elf = testing::elf32(0x20_0000, &[Seg(0x20_0000, 0, vec![1], 1)], &[]);
-    assert!(refusal(&elf, |_| ()).starts_with("this is a 32-bit ELF file without a PVH entry; vireo boots"));
+    assert!(
+        refusal(&elf, |_| ())
+            .starts_with("this is a 32-bit ELF file with neither a PVH note nor a multiboot header; vireo boots")
+    );
     let error = refusal(&testing::plain_linux(0), |c| c.boot = BootMode::BzImage);
     assert_eq!(error, "this is an ELF file; --boot bzimage needs a bzImage");
     let mut old = testing::bzimage(Compression::Gzip, &testing::linux(0));
@@ -322,22 +361,23 @@ fn truncated_anywhere_is_an_error() {
 proptest! {
     /// Whatever is accepted loads into RAM, whatever it says about itself.
     #[test]
-    fn flipped_bits_never_do_harm(which in 0usize..10, flips in proptest::collection::vec((any::<u16>(), 0u8..8), 1..6),
-                                  near_headers in any::<bool>(), mode in 0usize..4) {
+    fn flipped_bits_never_do_harm(which in 0usize..12, flips in proptest::collection::vec((any::<u16>(), 0u8..8), 1..6),
+                                  near_headers in any::<bool>(), mode in 0usize..5) {
         let linux = testing::linux(0);
         let mut image = match which {
             0 | 1 => linux.clone(),
             2 => testing::elf32(0, &[Seg(1 << 20, 0, vec![1; 99], 99)], &[(b"Xen\0", 18, &[0, 0, 16, 0])]),
+            11 => testing::multiboot(0x8000),
             n if n < 7 => testing::bzimage(FORMATS[n - 3], &linux),
             n => testing::compress(FORMATS[n - 7], &linux),
         };
         for (at, bit) in flips {
-            let range = if near_headers { image.len().min(if which < 3 { 400 } else { 0x280 }) } else { image.len() };
+            let range = if near_headers { image.len().min(if which < 3 || which == 11 { 400 } else { 0x280 }) } else { image.len() };
             // The interesting part of a bzImage's header is its end.
             let at = if near_headers && (3..7).contains(&which) { 0x1F0 + at as usize % 0x90 } else { at as usize % range };
             image[at] ^= 1 << bit;
         }
-        let boot_mode = [BootMode::Auto, BootMode::BzImage, BootMode::Direct, BootMode::Pvh][mode];
+        let boot_mode = [BootMode::Auto, BootMode::BzImage, BootMode::Direct, BootMode::Pvh, BootMode::Multiboot][mode];
         let files = Files::new();
         let config = BootConfig { kernel: files.write("kernel", &image), boot: boot_mode, ..Default::default() };
         if let Ok(boot) = BootFiles::open_with(&config, RAM, None) {

@@ -42,6 +42,9 @@ const DEFAULT_CMDLINE: &str = "console=ttyS0";
 /// The same with `--console`.
 const VIRTIO_CMDLINE: &str = "console=hvc0";
 
+/// The same with `--testdev`: words on the command line are a test's arguments.
+const TEST_CMDLINE: &str = "";
+
 /// Flags of `vireo run`.
 #[derive(Args)]
 #[command(
@@ -50,7 +53,7 @@ const VIRTIO_CMDLINE: &str = "console=hvc0";
                   --cmdline 'console=ttyS0 quiet' --timeout 60s"
 )]
 pub struct RunArgs {
-    /// Kernel: bzImage, vmlinux (also gz, zst, xz, lz4, bz2) or PVH ELF, found by content
+    /// Kernel: bzImage, vmlinux (also gz, zst, xz, lz4, bz2), PVH ELF or multiboot, found by content
     #[arg(long, value_name = "FILE", required_unless_present = "config")]
     kernel: Option<PathBuf>,
     /// Initial RAM disk; given several times, one behind the other
@@ -74,10 +77,12 @@ pub struct RunArgs {
     /// Where they are: /lib/modules/VERSION, or a folder above it [default: beside the kernel, then this host's]
     #[arg(long, value_name = "DIR")]
     modules_dir: Option<PathBuf>,
-    /// Kernel command line, passed as it is [default: console=ttyS0, console=hvc0 with --console]
+    /// Kernel command line, passed as it is [default: console=ttyS0, console=hvc0 with --console,
+    /// none with --testdev]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
-    /// How the kernel is entered: bzimage runs its own decompressor, direct is the 64-bit entry
+    /// How the kernel is entered: bzimage runs its own decompressor, direct is the 64-bit entry, pvh and multiboot are
+    /// 32-bit ones
     #[arg(long, value_name = "MODE", value_parser = parse_boot)]
     boot: Option<BootMode>,
     /// RAM: SIZE[,hugepages=2M|thp|off][,shared=on|off][,prefault=on|off] [default: 256M]
@@ -135,6 +140,12 @@ pub struct RunArgs {
     /// ACPI tables, or else an MP table and virtio_mmio.device= parameters [default: on]
     #[arg(long, value_name = "on|off", hide_possible_values = true)]
     acpi: Option<Acpi>,
+    /// QEMU's isa-debug-exit: what a guest writes to port 0xf4, times two and one, is vireo's exit status
+    #[arg(long)]
+    debug_exit: bool,
+    /// QEMU's pc-testdev, and fw_cfg with vCPU count and RAM size, as kvm-unit-tests expect them
+    #[arg(long)]
+    testdev: bool,
     /// SMBIOS system UUID [default: random]
     #[arg(long, value_name = "UUID", value_parser = parse_uuid)]
     uuid: Option<uuid::Uuid>,
@@ -168,7 +179,7 @@ pub struct RunArgs {
 }
 
 fn parse_boot(text: &str) -> Result<BootMode, String> {
-    serde_json::from_value(text.into()).map_err(|_| "one of auto, bzimage, direct, pvh is wanted".into())
+    serde_json::from_value(text.into()).map_err(|_| "one of auto, bzimage, direct, pvh, multiboot is wanted".into())
 }
 
 fn parse_uuid(text: &str) -> Result<uuid::Uuid, String> {
@@ -192,7 +203,12 @@ impl RunArgs {
         let mut config = match &self.config {
             None => {
                 let mut config = MachineConfig::default();
-                config.boot.cmdline = if self.console.is_some() { VIRTIO_CMDLINE } else { DEFAULT_CMDLINE }.into();
+                config.boot.cmdline = match self.console {
+                    _ if self.testdev => TEST_CMDLINE,
+                    Some(_) => VIRTIO_CMDLINE,
+                    None => DEFAULT_CMDLINE,
+                }
+                .into();
                 config
             }
             Some(path) => {
@@ -221,6 +237,8 @@ impl RunArgs {
         if self.gdb.is_some() {
             config.boot.cmdline = kaslr::settled(&config.boot.cmdline);
         }
+        config.debug_exit |= self.debug_exit;
+        config.testdev |= self.testdev;
         config.uuid = self.uuid.or(config.uuid);
         config.disks.extend_from_slice(&self.disk);
         config.balloon = self.balloon.clone().or(config.balloon);

@@ -1,7 +1,10 @@
 //! Legacy devices, one file each. What a guest writes to them becomes a [`crate::event::GuestEvent`].
 
+pub mod debug_exit;
+pub mod fw_cfg;
 pub mod i8042;
 pub mod power;
 pub mod power_button;
 pub mod pvpanic;
 pub mod serial;
+pub mod testdev;

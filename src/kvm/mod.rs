@@ -184,6 +184,11 @@ impl Vm {
         self.fd.register_irqfd(line.fd(), line.gsi()).map_err(failed("KVM_IRQFD"))
     }
 
+    /// Holds a GSI active, or lets go of it.
+    pub fn set_irq(&self, gsi: u32, active: bool) -> Result<(), Error> {
+        self.fd.set_irq_line(gsi, active).map_err(failed("KVM_IRQ_LINE"))
+    }
+
     /// Lets the guest's 4-byte write of `value` at the MMIO address `addr` signal `fd` without an exit.
     pub fn connect_kick(&self, fd: &EventFd, addr: u64, value: u32) -> Result<(), Error> {
         self.fd.register_ioevent(fd, &IoEventAddress::Mmio(addr), value).map_err(failed("KVM_IOEVENTFD"))

@@ -6,6 +6,7 @@ pub mod console;
 mod device_memory;
 pub mod mailbox;
 pub mod run;
+mod testing;
 
 use std::io;
 use std::sync::Arc;
@@ -141,7 +142,7 @@ pub struct Machine {
     timing: BootTiming,
     kernel: String,
     // Last, because dropping it ends what the fields above are part of.
-    vm: Vm,
+    vm: Arc<Vm>,
 }
 
 impl Machine {
@@ -171,9 +172,13 @@ impl Machine {
         let (input, output) = console::open(&config.serial, "the serial console", transcript)?;
         let ram = GuestRam::with_areas(&config.effective_memory(), device_memory.into_areas())?;
 
-        let vm = kvm.create_vm(config.acpi == Acpi::Off || boot.describe().protocol == Protocol::Pvh)?;
+        let protocol = boot.describe().protocol;
+        let vm = Arc::new(kvm.create_vm(config.acpi == Acpi::Off || protocol != Protocol::Linux64)?);
         vm.map_ram(&ram)?;
         let vcpus = create_vcpus(&vm, &cpuid, &config)?;
+        if config.acpi == Acpi::Off || protocol == Protocol::Multiboot {
+            vcpus.iter().take(1).try_for_each(Vcpu::connect_pic)?;
+        }
         let ring = coalesce(&vm, &vcpus, &platform.virtio_slots)?;
 
         let serial_irq = irq_line(&vm, layout::SERIAL_GSI)?;
@@ -181,8 +186,9 @@ impl Machine {
         let mut all_lines = vec![console::Line { input, receiver: serial.clone(), output: output.clone() }];
         all_lines.append(lines.get_or_insert_default());
         let power_button = PowerButton::new(irq_line(&vm, layout::GED_GSI)?);
-        let pio = pio_bus(&events, serial.clone())?;
-        let (mmio, devices) = mmio_bus(&vm, &ram, devices)?;
+        let mut pio = pio_bus(&events, serial.clone())?;
+        let (mut mmio, devices) = mmio_bus(&vm, &ram, devices)?;
+        testing::add(&config, &vm, &ram, &events, &mut pio, &mut mmio)?;
         let board = Arc::new(Board { pio, mmio, ring, events, output, ram: ram.clone() });
         timing.mark(Mark::KvmReady);
 
@@ -293,9 +299,6 @@ fn create_vcpus(vm: &Vm, cpuid: &Template, config: &MachineConfig) -> Result<Vec
     let count = config.cpu.count;
     let vcpus: Vec<Vcpu> =
         (0..count).map(|id| Vcpu::new(vm, id, &cpuid.for_vcpu(id, count)?)).collect::<Result<_, _>>()?;
-    if config.acpi == Acpi::Off {
-        vcpus.iter().take(1).try_for_each(Vcpu::connect_pic)?;
-    }
     Ok(vcpus)
 }
 

@@ -134,7 +134,7 @@ struct Running {
     /// Hears of traps.
     debugger: Weak<Traps>,
     // Keeps the VM alive as long as anything above.
-    _machine: (crate::kvm::Vm, crate::memory::GuestRam),
+    _machine: (Arc<crate::kvm::Vm>, crate::memory::GuestRam),
 }
 
 #[derive(Default)]
@@ -393,6 +393,7 @@ impl Running {
             match event {
                 GuestEvent::PowerOff => return Some(Outcome::PoweredOff),
                 GuestEvent::Reset(how) => return Some(Outcome::Rebooted(how)),
+                GuestEvent::DebugExit(code) => return Some(Outcome::DebugExit(code)),
                 GuestEvent::Panicked(source) => {
                     // The driver's word is better than the console's, whichever came first.
                     if self.panicked.is_none() || source == PanicSource::Pvpanic {

@@ -55,6 +55,18 @@ impl GuestRam {
         Ok(released)
     }
 
+    /// Takes the page around `addr` from the guest's second-level page tables, if it is RAM; its content stays, and the
+    /// guest's next access maps it again. For that it is made executable in this process and then not any more: every
+    /// change of protection makes the kernel tell KVM, and this one takes nothing from whoever uses the page meanwhile.
+    pub fn unmap_from_guest(&self, addr: u64) {
+        for (region, mapping) in self.boot_regions().zip(&self.0.mappings) {
+            let page = addr / layout::PAGE_SIZE * layout::PAGE_SIZE;
+            if let Some(start) = page.checked_sub(region.start).filter(|_| page < region.end()) {
+                mapping.change_protection(start..start + layout::PAGE_SIZE);
+            }
+        }
+    }
+
     /// Drops private pages of the region at `start`; `piece` counts from there.
     fn release_anonymous(&self, mapping: &Mapping, start: u64, piece: Range<u64>) -> io::Result<()> {
         let mut images = self.0.images.lock().unwrap_or_else(PoisonError::into_inner);
@@ -89,6 +101,18 @@ impl Mapping {
             Ok(())
         } else {
             Err(io::Error::last_os_error())
+        }
+    }
+
+    /// Lets a piece be executed, and takes that back. Where the host refuses the first, nothing happens.
+    #[allow(unsafe_code)]
+    fn change_protection(&self, piece: Range<u64>) {
+        let Ok((addr, len)) = self.checked(piece) else { return };
+        let plain = libc::PROT_READ | libc::PROT_WRITE;
+        for protection in [plain | libc::PROT_EXEC, plain] {
+            // SAFETY: the range was just checked to lie inside this mapping of ours, which stays readable and writable
+            // throughout; nothing in this process ever jumps there.
+            unsafe { libc::mprotect(addr as *mut libc::c_void, len, protection) };
         }
     }
 

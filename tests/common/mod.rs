@@ -128,16 +128,30 @@ pub struct Run {
     args: Vec<String>,
     wrapper: Vec<String>,
     env: Vec<String>,
+    /// Of `vireo run`.
     cmdline: String,
+    /// Of `vireo exec`: the command.
+    words: Option<Vec<String>>,
 }
 
 impl Run {
+    /// `vireo exec`, about to be started: the stock kernel with its modules, and the host's root.
+    pub fn exec(words: &[&str]) -> Self {
+        let words = Some(words.iter().map(ToString::to_string).collect());
+        let run = Run { dir: scratch(), args: vec![], wrapper: vec![], env: vec![], cmdline: String::new(), words };
+        let (kernel, modules) = (image("bzImage-cloud"), repo("target/host/kernel-cloud"));
+        let report = run.path("report.json");
+        run.args(&["--kernel", &kernel.display().to_string(), "--modules", &modules.display().to_string()])
+            .args(&["--report", &report])
+    }
+
     /// A run of `kernel` (an image's name, or a path) with a guest that runs `script` and powers off.
     pub fn new(kernel: &str, script: &str) -> Self {
         let dir = scratch();
         initrd(&dir.path().join("initrd"), &[("test.sh", script.as_bytes())]);
         let kernel = if kernel.starts_with('/') { PathBuf::from(kernel) } else { image(kernel) };
-        let run = Run { dir, args: vec![], wrapper: vec![], env: vec![], cmdline: "console=ttyS0 quiet".into() };
+        let run =
+            Run { dir, args: vec![], wrapper: vec![], env: vec![], cmdline: "console=ttyS0 quiet".into(), words: None };
         let (initrd, report) = (run.path("initrd"), run.path("report.json"));
         run.args(&["--kernel", &kernel.display().to_string(), "--initrd", &initrd, "--report", &report])
     }
@@ -187,7 +201,11 @@ impl Run {
     fn command(&self, options: &[&str]) -> Command {
         let mut command = run_on_host();
         command.args(options).args(["--env", "XDG_CACHE_HOME=/tmp/vireo-test-cache"]).args(&self.env).arg("--");
-        command.args(&self.wrapper).arg(vireo()).arg("run").args(&self.args).args(["--cmdline", &self.cmdline]);
+        command.args(&self.wrapper).arg(vireo());
+        match &self.words {
+            None => command.arg("run").args(&self.args).args(["--cmdline", &self.cmdline]),
+            Some(words) => command.arg("exec").args(&self.args).arg("--").args(words),
+        };
         command
     }
 

@@ -53,6 +53,44 @@ fn image(code: &[u8], note: &[u8]) -> Vec<u8> {
     file
 }
 
+/// A multiboot kernel, an ELF file of 32 bits that is linked at another virtual address than it is loaded to.
+pub fn multiboot_elf(code: &[u8]) -> Vec<u8> {
+    const CODE_OFFSET: u32 = 0x80;
+    const VIRTUAL: u32 = 0xC000_0000;
+    let (start, len) = (START as u32, code.len() as u32);
+    let mut file = b"\x7FELF\x01\x01\x01".to_vec();
+    file.resize(16, 0);
+    file.extend([2u16, 3].map(u16::to_le_bytes).concat()); // ET_EXEC, EM_386
+    file.extend([1, start + VIRTUAL, 52, 0, 0].map(u32::to_le_bytes).concat());
+    file.extend([52u16, 32, 1, 40, 0, 0].map(u16::to_le_bytes).concat());
+    // Type, offset, virtual and physical address, length in file and in memory, flags, alignment.
+    let load = [1, CODE_OFFSET, start + VIRTUAL, start, len, len + RESERVED as u32, 7, 4];
+    file.extend(load.map(u32::to_le_bytes).concat());
+    file.resize(CODE_OFFSET as usize - 32, 0);
+    file.extend(multiboot_header(3, &[]));
+    file.resize(CODE_OFFSET as usize, 0);
+    file.extend(code);
+    file
+}
+
+/// A multiboot kernel that is no ELF file: its header says where it goes.
+pub fn multiboot_flat(code: &[u8]) -> Vec<u8> {
+    const CODE_OFFSET: u32 = 0x40;
+    let start = START as u32 - CODE_OFFSET;
+    let bss_end = START as u32 + code.len() as u32 + RESERVED as u32;
+    let mut file = multiboot_header(1 << 16, &[start, start, 0, bss_end, START as u32]);
+    file.resize(CODE_OFFSET as usize, 0);
+    file.extend(code);
+    file
+}
+
+/// A multiboot header with those flags, and what follows the checksum.
+pub fn multiboot_header(flags: u32, rest: &[u32]) -> Vec<u8> {
+    const MAGIC: u32 = 0x1BAD_B002;
+    let checksum = 0u32.wrapping_sub(MAGIC).wrapping_sub(flags);
+    [&[MAGIC, flags, checksum], rest].concat().iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
 /// The bytes of a guest: its symbol is followed by its length and its code.
 fn code(symbol: &'static u64) -> &'static [u8] {
     // SAFETY: `guest!` emits a length and then that many bytes.
@@ -647,4 +685,111 @@ pub fn with_words(guest: &[u8], words: &[u32]) -> Vec<u8> {
     let mut guest = guest.to_vec();
     words.iter().for_each(|word| guest.extend(word.to_le_bytes()));
     elf(&guest)
+}
+
+guest! {
+    /// Entered by multiboot: sends the 88 bytes of its information, the memory map, the command line with its NUL, and
+    /// of a module the bytes and the string with its NUL. Ends with 0x10 for the debug exit.
+    multiboot_report = vireo_guest_multiboot_report,
+    ".code32",
+    "cmp eax, 0x2BADB002",
+    "jne 9f",
+    "cld",
+    "mov edx, {port}",
+    "mov esi, ebx",
+    "mov ecx, 88",
+    "rep outsb",
+    "mov esi, [ebx + 48]",
+    "mov ecx, [ebx + 44]",
+    "rep outsb",
+    "mov esi, [ebx + 16]",
+    "2: lodsb",
+    "out dx, al",
+    "test al, al",
+    "jnz 2b",
+    "cmp dword ptr [ebx + 20], 1",
+    "jne 4f",
+    "mov edi, [ebx + 24]",
+    "mov esi, [edi]",
+    "mov ecx, [edi + 4]",
+    "sub ecx, esi",
+    "rep outsb",
+    "mov esi, [edi + 8]",
+    "3: lodsb",
+    "out dx, al",
+    "test al, al",
+    "jnz 3b",
+    "4: mov edx, {exit}",
+    "mov eax, 0x10",
+    "out dx, eax",
+    "9: cli",
+    "hlt",
+    "jmp 9b";
+    port = const layout::SERIAL_PORT, exit = const layout::DEBUG_EXIT_PORT,
+}
+
+guest! {
+    /// Has the test device hold pin 10 of the IO-APIC, which it has made level-triggered, until it has interrupted three
+    /// times. Sends an "i" for each, then a "." and ends with 0 for the debug exit.
+    level_interrupt = vireo_guest_level_interrupt,
+    "mov esp, {idt} + 0x8000",
+    // The gate of vector 0x30 and the table's descriptor.
+    "lea rax, [rip + 30f]",
+    "mov edi, {idt}",
+    "mov [rdi + 0x300], ax",
+    "mov dword ptr [rdi + 0x302], 0x8E000000 + 0x10",
+    "shr eax, 16",
+    "mov [rdi + 0x306], ax",
+    "mov qword ptr [rdi + 0x308], 0",
+    "mov word ptr [rdi + 0x1000], 0xFFF",
+    "mov [rdi + 0x1002], rdi",
+    "lidt [rdi + 0x1000]",
+    // The 8259s have the line, too: no interrupts from them.
+    "mov al, 0xFF",
+    "out 0x21, al",
+    "out 0xA1, al",
+    // The local APIC on; pin 10 to vector 0x30, level-triggered.
+    "mov ebx, {lapic}",
+    "mov dword ptr [rbx + 0xF0], 0x1FF",
+    "mov edi, {ioapic}",
+    "mov dword ptr [rdi], 0x10 + 2 * 10 + 1",
+    "mov dword ptr [rdi + 0x10], 0",
+    "mov dword ptr [rdi], 0x10 + 2 * 10",
+    "mov dword ptr [rdi + 0x10], 0x8030",
+    "mov esi, 3",
+    "mov edx, {line}",
+    "mov al, 1",
+    "out dx, al",
+    "20: cli",
+    "test esi, esi",
+    "jz 40f",
+    "sti",
+    "hlt",
+    "jmp 20b",
+    "30: mov edx, {port}",
+    "mov al, 'i'",
+    "out dx, al",
+    "dec esi",
+    "jnz 31f",
+    "mov edx, {line}",
+    "mov al, 0",
+    "out dx, al",
+    "31: mov dword ptr [rbx + 0xB0], 0",
+    "iretq",
+    // A fourth would come now.
+    "40: sti",
+    "nop",
+    "nop",
+    "cli",
+    "mov edx, {port}",
+    "mov al, '.'",
+    "out dx, al",
+    "mov edx, {exit}",
+    "mov eax, 0",
+    "out dx, eax",
+    "50: hlt",
+    "jmp 50b";
+    idt = const START + 0x1000, lapic = const layout::LAPIC, ioapic = const layout::IOAPIC,
+    line = const layout::TESTDEV_IRQ_PORT + 10, port = const layout::SERIAL_PORT,
+    exit = const layout::DEBUG_EXIT_PORT,
 }

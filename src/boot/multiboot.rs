@@ -1,0 +1,312 @@
+//! Multiboot, version 1 (the Multiboot Specification 0.6.96): kernels that say in a header how they want to be loaded,
+//! as hobby kernels, Xen and kvm-unit-tests do; and what such a kernel is told.
+//!
+//! As under QEMU, the command line begins with the kernel file's own name, `--initrd` becomes the one module, and
+//! 64-bit ELF files are taken, too: what is entered is 32-bit code in any case.
+//!
+//! ```text
+//! layout::CMDLINE           "kernel words of --cmdline"
+//! layout::MULTIBOOT_INFO    information | module | memory map | "vireo"
+//! layout::MULTIBOOT_STRING  the module's string
+//! ```
+
+use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use super::elf::{self, Elf};
+use super::error::Problem;
+use super::image::{Image, ImageInfo, Piece};
+use super::kernel::trim_zeros;
+use super::source::Data;
+use super::{BootConfig, Initrd, MemoryRange};
+use crate::layout::{self, PAGE_SIZE};
+use crate::memory::{GuestRam, OutOfRam};
+
+/// What a header begins with.
+const MAGIC: u32 = 0x1BAD_B002;
+/// What the kernel finds in EAX.
+pub const BOOTED: u64 = 0x2BAD_B002;
+/// The header lies within so many bytes from the file's beginning, at a multiple of 4.
+const SEARCH: usize = 8192;
+/// Header flags that a loader must understand: 0 is for modules on pages, which they are; 1 for memory sizes, which are
+/// always told; 2 for a video mode, which a machine without a screen may ignore as QEMU does.
+const REQUIRED: Range<u32> = 0..16;
+const UNDERSTOOD: u32 = 0b111;
+/// Header flag: the header says where the file goes, whatever else the file is.
+const HAS_ADDRESSES: u32 = 1 << 16;
+
+/// Which fields of the information are valid: memory sizes, command line, modules, memory map, loader name.
+const INFO_FLAGS: u32 = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9;
+const MODULE: u64 = layout::MULTIBOOT_INFO + 0x80;
+const MEMORY_MAP: u64 = layout::MULTIBOOT_INFO + 0x100;
+const LOADER_NAME: u64 = layout::MULTIBOOT_INFO + 0xF00;
+
+/// Memory that a kernel may be loaded to: what the layout keeps nothing in.
+const LOADABLE: [Range<u64>; 3] =
+    [PAGE_SIZE..layout::CMDLINE, layout::MULTIBOOT_END..layout::EBDA, layout::HIGH_RAM..layout::MMIO_HOLE];
+
+/// The header, found and with a right checksum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// Where in the file it is.
+    offset: u64,
+    flags: u32,
+    /// `header_addr`, `load_addr`, `load_end_addr`, `bss_end_addr` and `entry_addr`, if the flags say that they are.
+    addresses: [u32; 5],
+}
+
+/// Part of the file that goes to memory, and how much memory it takes.
+struct Load {
+    piece: Piece,
+    mem_len: u64,
+}
+
+impl Header {
+    /// Looks for the header in the beginning of a file. A magic number with a wrong checksum is none.
+    pub fn find(head: &[u8]) -> Option<Header> {
+        let (words, _) = head.get(..head.len().min(SEARCH))?.as_chunks::<4>();
+        let word = |at: usize| words.get(at).map_or(0, |word| u32::from_le_bytes(*word));
+        let fits = |at: usize| at + 2 < words.len();
+        let sum = |at: usize| word(at).wrapping_add(word(at + 1)).wrapping_add(word(at + 2));
+        let at = (0..words.len()).find(|&at| word(at) == MAGIC && fits(at) && sum(at) == 0)?;
+        let addresses = [3, 4, 5, 6, 7].map(|field| word(at + field));
+        Some(Header { offset: at as u64 * 4, flags: word(at + 1), addresses })
+    }
+
+    /// Whether it says itself where the file goes.
+    pub fn has_addresses(&self) -> bool {
+        self.flags & HAS_ADDRESSES != 0
+    }
+
+    /// The one piece that the header's addresses describe.
+    fn load(&self, data: &Data) -> Result<Load, Problem> {
+        let [header, start, load_end, bss_end, _] = self.addresses.map(u64::from);
+        let bad = |what: String| Problem::Damaged(format!("its multiboot header {what}"));
+        // From the beginning of what is loaded to the header it is as far in the file as in memory.
+        let before = header.checked_sub(start).filter(|before| *before <= self.offset);
+        let before = before.ok_or_else(|| {
+            bad(format!("at {:#x} of the file says that it is at {header:#x}, loaded from {start:#x} on", self.offset))
+        })?;
+        let offset = self.offset - before;
+        let len = match load_end {
+            0 => data.len() - offset,
+            end => end.checked_sub(start).ok_or_else(|| bad(format!("ends at {end:#x}, before {start:#x}")))?,
+        };
+        data.check(offset, len)?;
+        let mem_len = match bss_end {
+            0 => len,
+            end => end.checked_sub(start).filter(|mem_len| *mem_len >= len).ok_or_else(|| {
+                bad(format!("has a bss that ends at {end:#x}, within {start:#x}..{:#x}", start + len))
+            })?,
+        };
+        Ok(Load { piece: Piece { paddr: start, offset, len }, mem_len })
+    }
+}
+
+/// The image that `header` describes, or the ELF headers around it.
+pub fn image(data: Data, header: &Header) -> Result<Image, Problem> {
+    let unknown: Vec<String> =
+        REQUIRED.filter(|bit| header.flags & !UNDERSTOOD & 1 << bit != 0).map(|bit| bit.to_string()).collect();
+    if !unknown.is_empty() {
+        let bits = unknown.join(", ");
+        return Err(Problem::Damaged(format!("its multiboot header requires what nobody knows (flags: bit {bits})")));
+    }
+    let (loads, entry, format) = if header.has_addresses() {
+        (vec![header.load(&data)?], header.addresses[4].into(), "multiboot")
+    } else {
+        let (loads, entry) = elf_loads(&data)?;
+        (loads, entry, "multiboot ELF")
+    };
+    check_places(&loads)?;
+    let inside = |load: &Load| entry >= load.piece.paddr && entry - load.piece.paddr < load.piece.len;
+    let entry = u32::try_from(entry)
+        .ok()
+        .filter(|_| loads.iter().any(inside))
+        .ok_or_else(|| Problem::Damaged(format!("the entry at {entry:#x} lies in no part of it that is loaded")))?;
+    let start = loads.iter().map(|load| load.piece.paddr).min().unwrap_or(0);
+    let end = loads.iter().map(|load| load.piece.paddr + load.mem_len).max().unwrap_or(0);
+    let mut pieces: Vec<_> = loads.into_iter().map(|load| load.piece).collect();
+    pieces.iter_mut().try_for_each(|piece| trim_zeros(&data, piece))?;
+    pieces.retain(|piece| piece.len > 0);
+    let info = ImageInfo {
+        format: format.into(),
+        version: None,
+        start,
+        end: end.next_multiple_of(PAGE_SIZE),
+        entry64: None,
+        pvh: None,
+        multiboot: Some(entry),
+        linux: false,
+        setup: None,
+        pieces,
+    };
+    Ok(Image { info, data, mappable: false, relocations: None, packed: false })
+}
+
+/// The segments of an ELF file and the physical address of its entry, which the file gives as a virtual one.
+fn elf_loads(data: &Data) -> Result<(Vec<Load>, u64), Problem> {
+    let elf = Elf::parse(data)?;
+    let virtual_entry = |s: &&elf::Segment| elf.entry >= s.vaddr && elf.entry - s.vaddr < s.file_len;
+    let segment = elf.segments.iter().find(virtual_entry);
+    let entry = segment.map_or(elf.entry, |segment| elf.entry - segment.vaddr + segment.paddr);
+    let load = |s: elf::Segment| Load {
+        piece: Piece { paddr: s.paddr, offset: s.offset, len: s.file_len },
+        mem_len: s.mem_len,
+    };
+    Ok((elf.segments.into_iter().map(load).collect(), entry))
+}
+
+/// Fails unless everything goes where there may be something.
+fn check_places(loads: &[Load]) -> Result<(), Problem> {
+    for Load { piece: Piece { paddr: start, .. }, mem_len } in loads {
+        let free = |place: &Range<u64>| *start >= place.start && *mem_len <= place.end.saturating_sub(*start);
+        if !LOADABLE.iter().any(free) {
+            let places = LOADABLE.map(|place| format!("{:#x}..{:#x}", place.start, place.end)).join(", ");
+            return Err(Problem::Damaged(format!(
+                "it wants {mem_len:#x} bytes at {start:#x}, which is not within any of {places}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// What the kernel is given as its command line.
+pub fn command_line(config: &BootConfig) -> String {
+    format!("{} {}", config.kernel.display(), config.cmdline).trim_end().to_string()
+}
+
+/// Writes the information, the module, the memory map, and the strings that they point to. The command line is at its
+/// usual place already.
+pub fn write(ram: &GuestRam, module: Option<(Initrd, &Path)>, memory: &[MemoryRange]) -> Result<(), OutOfRam> {
+    let kib = |range: &MemoryRange| ((range.end - range.start) >> 10) as u32;
+    let ram_from = |start: u64| memory.iter().find(|range| range.kind == 1 && range.start == start).map_or(0, kib);
+    // Each entry: the size of the rest, address, length, kind.
+    const ENTRY: usize = 24;
+    let mut map = Vec::with_capacity(memory.len() * ENTRY);
+    for range in memory {
+        map.extend((ENTRY as u32 - 4).to_le_bytes());
+        map.extend([range.start, range.end - range.start].map(u64::to_le_bytes).concat());
+        map.extend(range.kind.to_le_bytes());
+    }
+    let mut info = [0u32; 22];
+    info[0] = INFO_FLAGS;
+    info[1] = ram_from(0);
+    info[2] = ram_from(layout::HIGH_RAM);
+    info[4] = layout::CMDLINE as u32;
+    info[5] = module.is_some().into();
+    info[6] = MODULE as u32;
+    info[11] = map.len() as u32;
+    info[12] = MEMORY_MAP as u32;
+    info[16] = LOADER_NAME as u32;
+    ram.write(layout::MULTIBOOT_INFO, &info.map(u32::to_le_bytes).concat())?;
+    ram.write(MEMORY_MAP, &map)?;
+    ram.write(LOADER_NAME, b"vireo\0")?;
+    // Such kernels come from a BIOS otherwise, and Xen finds room for its real-mode code by what the BIOS left.
+    ram.write(layout::BDA_EBDA_SEGMENT, &((layout::EBDA >> 4) as u16).to_le_bytes())?;
+    ram.write(layout::BDA_MEMORY_SIZE, &((layout::EBDA >> 10) as u16).to_le_bytes())?;
+    if let Some((Initrd { start, len }, path)) = module {
+        // Initrds lie below 4 GiB, and a path that could be opened has room on a page.
+        ram.write_obj(MODULE, [start as u32, (start + len) as u32, layout::MULTIBOOT_STRING as u32, 0])?;
+        let path = path.as_os_str().as_bytes();
+        let room = (layout::MULTIBOOT_END - layout::MULTIBOOT_STRING) as usize - 1;
+        ram.write(layout::MULTIBOOT_STRING, &[&path[..path.len().min(room)], b"\0"].concat())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A header of the given flags and addresses.
+    fn header(flags: u32, addresses: [u32; 5]) -> Vec<u8> {
+        let checksum = 0u32.wrapping_sub(MAGIC).wrapping_sub(flags);
+        [&[MAGIC, flags, checksum][..], &addresses].concat().iter().flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    /// The image of a file of a page with a header at 0x40.
+    fn flat(flags: u32, addresses: [u32; 5]) -> Result<Image, String> {
+        let mut file = vec![0x90; 0x1000];
+        let bytes = header(flags, addresses);
+        file[0x40..0x40 + bytes.len()].copy_from_slice(&bytes);
+        let header = Header::find(&file).unwrap();
+        image(Data::Memory(file), &header).map_err(|e| e.to_string())
+    }
+
+    const A: u32 = HAS_ADDRESSES;
+
+    #[test]
+    fn headers_are_found_in_the_first_8_kib_if_their_checksum_is_right() {
+        let good = header(3, [0; 5]);
+        let at = |offset: usize| Header::find(&[&vec![0; offset][..], &good].concat()).map(|h| h.offset);
+        for offset in [0, 4, 4096, 8192 - 12] {
+            assert_eq!(at(offset), Some(offset as u64));
+        }
+        for offset in [1, 2, 8192 - 8, 8192] {
+            assert_eq!(at(offset), None, "{offset}");
+        }
+        let mut bad = good.clone();
+        bad[8] ^= 1;
+        assert_eq!(Header::find(&bad), None);
+        assert_eq!(Header::find(&[bad, good].concat()).map(|h| h.offset), Some(32), "a later one counts");
+        for len in 0..12 {
+            assert_eq!(Header::find(&header(3, [0; 5])[..len]), None);
+        }
+    }
+
+    #[test]
+    fn addresses_place_the_file() {
+        let image = flat(A, [0x20_0040, 0x20_0000, 0, 0, 0x20_0080]).unwrap();
+        assert_eq!((image.info.start, image.info.end, image.info.multiboot), (0x20_0000, 0x20_1000, Some(0x20_0080)));
+        assert_eq!(image.info.pieces, [Piece { paddr: 0x20_0000, offset: 0, len: 0x1000 }]);
+        let image = flat(A, [0x8020, 0x8000, 0x8100, 0x1_0000, 0x8010]).unwrap();
+        assert_eq!((image.info.start, image.info.end), (0x8000, 0x1_0000));
+        assert_eq!(image.info.pieces, [Piece { paddr: 0x8000, offset: 0x20, len: 0x100 }]);
+    }
+
+    #[test]
+    fn headers_that_contradict_themselves_or_us_are_refused() {
+        let m = 0x10_0000;
+        for (flags, addresses, says) in [
+            (A | 8, [m + 0x40, m, 0, 0, m], "requires what nobody knows (flags: bit 3)"),
+            (A | 0x8010, [m + 0x40, m, 0, 0, m], "(flags: bit 4, 15)"),
+            (A, [m - 4, m, 0, 0, m], "says that it is at 0xffffc, loaded from 0x100000 on"),
+            (A, [m + 0x44, m, 0, 0, m], "at 0x40 of the file says"),
+            (A, [m + 0x40, m, m - 1, 0, m], "ends at 0xfffff, before 0x100000"),
+            (A, [m + 0x40, m, m + 0x1001, 0, m], " needs 4097 bytes, has 4096"),
+            (A, [m + 0x40, m, m + 0x100, m + 0xFF, m], "a bss that ends at 0x1000ff, within 0x100000..0x100100"),
+            (A, [m + 0x40, m, 0, 0, m + 0x1000], "the entry at 0x101000 lies in no part"),
+            (A, [m + 0x40, m, 0, 0, 0], "the entry at 0x0 lies in no part"),
+            (A, [0x540, 0x500, 0, 0, 0x500], "it wants 0x1000 bytes at 0x500, which is not within any of 0x1000.."),
+            (A, [0x1_F041, 0x1_F001, 0, 0, 0x1_F001], "bytes at 0x1f001"),
+            (A, [0x3_0040, 0x3_0000, 0, 0, 0x3_0000], "bytes at 0x30000"),
+            (A, [0x8040, 0x8000, 0, 0x20_0000, 0x8000], "0x1f8000 bytes at 0x8000"),
+            (A, [u32::MAX - 0xFBF, u32::MAX - 0xFFF, 0, 0, u32::MAX - 0xFFF], "bytes at 0xfffff000"),
+        ] {
+            let error = flat(flags, addresses).unwrap_err();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_information_points_at_everything() {
+        let ram = GuestRam::anonymous(32 << 20);
+        let module = (Initrd { start: 0x1F0_0000, len: 0x1234 }, Path::new("/tests/env"));
+        let memory = super::super::memory_map(&ram);
+        write(&ram, Some(module), &memory).unwrap();
+        let info: [u32; 17] = ram.read_obj(layout::MULTIBOOT_INFO).unwrap();
+        assert_eq!((info[0], info[1], info[2]), (0x24D, 639, 31 << 10));
+        assert_eq!((info[4], info[5], info[11]), (layout::CMDLINE as u32, 1, 4 * 24));
+        let module: [u32; 4] = ram.read_obj(info[6].into()).unwrap();
+        assert_eq!(module, [0x1F0_0000, 0x1F0_1234, layout::MULTIBOOT_STRING as u32, 0]);
+        assert_eq!(ram.read_obj::<[u8; 11]>(module[2].into()).unwrap(), *b"/tests/env\0");
+        assert_eq!(ram.read_obj::<[u8; 6]>(info[16].into()).unwrap(), *b"vireo\0");
+        let last: [u32; 6] = ram.read_obj(u64::from(info[12]) + 3 * 24).unwrap();
+        assert_eq!(last, [20, 0x10_0000, 0, 31 << 20, 0, 1]);
+        assert_eq!((ram.read_obj::<u16>(0x40E).unwrap(), ram.read_obj::<[u8; 2]>(0x413).unwrap()), (0x9FC0, [0x7F, 2]));
+        let long = "x".repeat(5000);
+        write(&ram, Some((Initrd::default(), Path::new(&long))), &memory).unwrap();
+        assert_eq!(ram.read_obj::<[u8; 2]>(layout::MULTIBOOT_END - 2).unwrap(), *b"x\0");
+    }
+}

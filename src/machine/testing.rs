@@ -1,0 +1,45 @@
+//! The devices that test suites expect of QEMU, on ports and addresses that are QEMU's. A machine has them only when it
+//! is asked for them, so that an ordinary guest sees nothing of it.
+
+use std::sync::Arc;
+
+use super::Error;
+use crate::bus::Bus;
+use crate::config::MachineConfig;
+use crate::devices::debug_exit::DebugExit;
+use crate::devices::fw_cfg::FwCfg;
+use crate::devices::testdev::{TestLines, TestMemory, TestPorts};
+use crate::event::GuestEvents;
+use crate::kvm::Vm;
+use crate::layout;
+use crate::memory::GuestRam;
+
+/// Puts what `--debug-exit` and `--testdev` stand for on the buses.
+pub(super) fn add(
+    config: &MachineConfig,
+    vm: &Arc<Vm>,
+    ram: &GuestRam,
+    events: &GuestEvents,
+    pio: &mut Bus,
+    mmio: &mut Bus,
+) -> Result<(), Error> {
+    let mut port = |port: u16, len: u32, device| pio.insert(port.into(), len.into(), device);
+    if config.debug_exit {
+        port(layout::DEBUG_EXIT_PORT, layout::DEBUG_EXIT_LEN.into(), Arc::new(DebugExit::new(events.clone())))?;
+    }
+    if config.testdev {
+        let vm = vm.clone();
+        let lines = TestLines::new(move |gsi, active| {
+            if let Err(e) = vm.set_irq(gsi, active) {
+                log::warn!("the test device cannot set interrupt line {gsi}: {e}");
+            }
+        });
+        // There are at most 254 vCPUs.
+        let cpus = config.cpu.count.try_into().unwrap_or(u16::MAX);
+        port(layout::TESTDEV_PORT, layout::TESTDEV_LEN.into(), Arc::new(TestPorts::new(ram.clone())))?;
+        port(layout::TESTDEV_IRQ_PORT, layout::IOAPIC_PINS, Arc::new(lines))?;
+        port(layout::FW_CFG_PORT, layout::FW_CFG_LEN.into(), Arc::new(FwCfg::new(cpus, ram.size())))?;
+        mmio.insert(layout::TESTDEV_MEMORY, layout::TESTDEV_MEMORY_LEN, Arc::new(TestMemory::new()))?;
+    }
+    Ok(())
+}

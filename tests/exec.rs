@@ -1,0 +1,149 @@
+//! `vireo exec`: a command under a stock kernel is as it would be on the host, but for the kernel; and however it ends,
+//! its caller knows.
+
+mod common;
+
+use std::fs;
+
+use common::{Run, on_host, on_terminal, tool};
+
+/// The command's streams byte for byte and apart from each other, its code, its surroundings; and what it writes to the
+/// root is gone with it.
+#[test]
+fn as_on_the_host_but_for_the_kernel() {
+    let script = r#"
+head -c 300000 | md5sum >&2
+echo "$(uname -r) $(id -u) $(pwd) $FOO $PATH" >&2
+seq 1000000 1040000
+mkdir /etc/written-by-a-test && echo x >/etc/written-by-a-test/file && cat /etc/written-by-a-test/file >&2
+exit 42"#;
+    let run = Run::exec(&["sh", "-c", script]);
+    let path = run.path("");
+    let mut guest = run.args(&["--env", "FOO=a b", "--env", "NOSUCH", "--cwd", &path]).start();
+    let input: Vec<u8> = (0..300_000u32).map(|i| (i % 251) as u8 ^ (i >> 8) as u8).collect();
+    guest.send(&input);
+    guest.close_input();
+    let ended = guest.end().expect(42, "exited");
+    let numbers: String = (1_000_000..=1_040_000).map(|n| format!("{n}\n")).collect();
+    assert!(ended.stdout == numbers, "{} bytes came instead of {}", ended.stdout.len(), numbers.len());
+    let lines: Vec<&str> = ended.stderr.lines().collect();
+    let [sum, about, file] = lines[..] else { panic!("{ended}") };
+    let scratch = common::scratch();
+    let copy = scratch.path().join("input");
+    fs::write(&copy, &input).unwrap();
+    let expected = tool(&["md5sum", &copy.display().to_string()]);
+    assert_eq!(sum.split(' ').next(), expected.split(' ').next(), "{ended}");
+    assert!(
+        about.contains("-cloud-amd64 0 ") && about.contains(&format!(" {} a b /", path.trim_end_matches('/'))),
+        "{about}"
+    );
+    assert_eq!(file, "x");
+    assert_eq!(on_host(&["test", "-e", "/etc/written-by-a-test"]).end().code(), 1, "it reached the host");
+}
+
+/// Nothing of all this needs privilege but /dev/kvm. A folder that may be written to belongs to the caller.
+#[test]
+fn an_ordinary_user() {
+    let as_user = r#"set -e
+chmod 666 /dev/kvm
+dir=$(mktemp -d /tmp/exec.XXXXXX)
+chown 4242:4242 "$dir"
+cd "$dir"
+export XDG_CACHE_HOME=$dir/cache
+status=0
+setpriv --reuid=4242 --regid=4242 --clear-groups "$@" || status=$?
+stat -c '%u %n' shared/out >&2
+rm -r "$dir"
+exit $status"#;
+    let script = r#"set -e
+cat /etc/hostname >/dev/null
+! cat /etc/shadow 2>/dev/null
+echo changed >/usr/bin/true-test
+echo "from the guest" >/mnt/folder/out
+! touch /read-only/x 2>/dev/null
+ls /read-only/vireo >/dev/null
+cat shared/out"#;
+    // The folder is made where the user may: by the first command in the wrapper.
+    let wrapper = as_user.replace("export", "mkdir shared && chown 4242 shared\nexport");
+    let run = Run::exec(&["sh", "-c", script]).through(&wrapper);
+    let read_only = format!("{}:/read-only:ro", common::vireo().parent().unwrap().display());
+    let ended = run.args(&["--share", "shared:/mnt/folder:rw", "--share", &read_only]).run_to_end();
+    assert_eq!((ended.code(), ended.stdout.as_str()), (0, "from the guest\n"), "{ended}");
+    assert_eq!(ended.stderr, "4242 shared/out\n", "{ended}");
+}
+
+#[test]
+fn what_cannot_be_started_and_what_is_killed() {
+    let ended = Run::exec(&["no-such-command"]).run_to_end().expect(127, "not-started");
+    assert_eq!(
+        ended.stderr,
+        "vireo: cannot run no-such-command in the guest: No such file or directory (os error 2)\n"
+    );
+
+    // A signal to vireo is one to the command, which may do with it what it likes.
+    let script = "trap 'echo heard; exit 7' TERM; echo ready; while :; do sleep 0.1; done";
+    let guest = Run::exec(&["sh", "-c", script]).start();
+    guest.wait_for("ready");
+    guest.signal(15);
+    let ended = guest.end().expect(7, "exited");
+    assert_eq!((ended.stdout.as_str(), ended.stderr.as_str()), ("ready\nheard\n", ""), "{ended}");
+}
+
+/// A kernel that panics under the command, a command that never ends, and one that takes the machine down.
+#[test]
+fn however_it_ends() {
+    let panicked =
+        Run::exec(&["sh", "-c", "echo before; echo c >/proc/sysrq-trigger"]).run_to_end().expect(70, "panicked");
+    assert_eq!(panicked.stdout, "before\n");
+    assert!(panicked.stderr.contains("sysrq triggered crash"), "the last lines of the kernel: {panicked}");
+
+    let late = Run::exec(&["sh", "-c", "echo begun; sleep 1000"]).args(&["--timeout", "20s", "--quiet"]).run_to_end();
+    let late = late.expect(124, "timed-out");
+    assert_eq!((late.stdout.as_str(), late.stderr.as_str()), ("begun\n", ""));
+
+    let gone = Run::exec(&["sh", "-c", "echo b >/proc/sysrq-trigger; sleep 1000"]).run_to_end();
+    assert!(gone.expect(71, "lost").stderr.ends_with("before the command did\n"));
+}
+
+/// On a terminal: a shell with job control, the window's size, Ctrl-C for what runs in the foreground.
+#[test]
+fn a_shell_on_a_terminal() {
+    let run = Run::exec(&["sh", "-i"]).env("TERM=dumb").env("PS1=$ ");
+    let mut guest = run.start_on_terminal(on_terminal);
+    guest.wait_for("# ");
+    guest.send(b"echo tty: $(tty) $(stty size)\n");
+    guest.wait_for("tty: /dev/pts/");
+    guest.send(b"sleep 1000; echo status: $?\n");
+    guest.wait_for("status: $?");
+    guest.send(b"sleep 1000\n");
+    guest.send(b"\x03");
+    guest.send(b"\x03");
+    guest.send(b"echo alive-$((40 + 2))\n");
+    guest.wait_for("alive-42");
+    guest.send(b"exit 5\n");
+    assert_eq!(guest.end().code(), 5);
+}
+
+/// Other roots: nothing but a busybox, with a network; an image of a file system, which keeps what is written only if it
+/// may.
+#[test]
+fn other_roots() {
+    let script =
+        "busybox | head -n 1 >&2; cat /etc/resolv.conf; ifconfig eth0 | grep -o 'inet addr:[0-9.]*'; ls /vireo";
+    let bare = Run::exec(&["sh", "-c", script]).args(&["--root", "initramfs", "--net", "user"]).run_to_end();
+    let bare = bare.expect(0, "exited");
+    assert!(bare.stdout.contains("nameserver ") && bare.stdout.contains("inet addr:"), "{bare}");
+    assert!(bare.stderr.starts_with("BusyBox v"), "{bare}");
+
+    let dir = common::scratch();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let make = r#"mkdir -p "$0/bin" && cp "$(command -v busybox)" "$0/bin/busybox" && ln -s busybox "$0/bin/sh" &&
+truncate -s 16M "$1" && PATH=$PATH:/sbin:/usr/sbin mke2fs -q -t ext4 -d "$0" "$1""#;
+    tool(&["sh", "-c", make, &path("tree"), &path("image")]);
+    let write = "busybox echo kept >/file; busybox mount | busybox grep ' / '";
+    for (options, kind) in [(&[][..], "overlay"), (&["--rw"][..], "ext4")] {
+        let run = Run::exec(&["/bin/sh", "-c", write]).args(&["--root", &path("image")]).args(options);
+        assert!(run.run_to_end().expect(0, "exited").stdout.contains(&format!("type {kind}")));
+    }
+    assert_eq!(tool(&["debugfs", "-R", "cat /file", &path("image")]), "kept\n");
+}
