@@ -21,7 +21,7 @@ use crate::machine::mailbox::Mailbox;
 use crate::machine::run::{Ended, RunOptions, SIGNALS};
 use crate::memory::MemoryConfig;
 use crate::options::Span;
-use crate::outcome::{EXIT_VIREO_FAILED, Report};
+use crate::outcome::EXIT_VIREO_FAILED;
 use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
 use crate::virtio::console::PortConfig;
@@ -229,7 +229,7 @@ pub fn run(args: RunArgs, start: Instant) -> Result<u8, Failure> {
             }
             args.watch.tell(&ended);
             if let Some(file) = &report_file {
-                file.write(&Report::new(&ended.outcome, kernel, &ended.timing, ended.exits))?;
+                file.write(&ended.report(kernel))?;
             }
             Ok(ended.outcome.exit_code())
         }

@@ -11,6 +11,7 @@
 
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,9 +25,11 @@ use crate::backend::transcript::{Transcript, Verdict};
 use crate::devices::power_button::PowerButton;
 use crate::event::{GuestEvent, Interest, PanicSource, Poller, Signals};
 use crate::kvm;
-use crate::outcome::{BootTiming, Exits, Mark, Outcome};
+use crate::kvm::dump::CpuState;
+use crate::outcome::{BootTiming, Exits, Mark, Outcome, Report};
+use crate::post_mortem::{PostMortem, Remains};
 use crate::terminal::{self, Command as Escape, RawMode};
-use crate::vcpu::{Board, Command, End, Reply, VcpuThread};
+use crate::vcpu::{Board, Command, End, Final, Reply, VcpuThread};
 use crate::virtio::control::ControlError;
 use crate::virtio::mmio::MmioTransport;
 
@@ -46,6 +49,8 @@ pub struct RunOptions {
     /// What reads along with the consoles; what it judges ends the run, and an orderly end without what it expects is
     /// [`Outcome::Missed`].
     pub transcript: Option<Transcript>,
+    /// Where a core file goes when something went wrong in the guest.
+    pub vmcore: Option<PathBuf>,
     /// Who gets signals, and changes of the terminal's size (SIGWINCH), first; whether he takes it.
     pub forward: Option<Box<dyn Fn(i32) -> bool + Send>>,
 }
@@ -58,8 +63,8 @@ pub const SIGNALS: [i32; 7] =
 pub struct Ended {
     /// How the guest ended.
     pub outcome: Outcome,
-    /// Registers and instruction bytes, if it crashed.
-    pub dump: Option<String>,
+    /// What was found when something had gone wrong in it.
+    pub post_mortem: Option<PostMortem>,
     /// Exits to user space of all vCPUs.
     pub exits: Exits,
     /// When what happened.
@@ -95,8 +100,22 @@ impl Machine {
         let outcome = result?;
         running.wait_for_output(&outcome)?;
         let outcome = running.judged(outcome);
+        let post_mortem = outcome.is_failure().then(|| running.post_mortem(&outcome));
         let exits = running.exits;
-        Ok(Ended { outcome, dump: running.dump, exits, timing: running.timing })
+        Ok(Ended { outcome, post_mortem, exits, timing: running.timing })
+    }
+}
+
+impl Ended {
+    /// For `--report`; `kernel` is the one that was booted.
+    pub fn report(&self, kernel: String) -> Report {
+        let mut report = Report::new(&self.outcome, kernel, &self.timing, self.exits);
+        if let Some(found) = &self.post_mortem {
+            report.registers.clone_from(&found.registers);
+            report.kernel_log.clone_from(&found.kernel_log);
+            report.vmcore = found.vmcore.as_ref().and_then(|written| written.as_ref().ok().cloned());
+        }
+        report
     }
 }
 
@@ -125,7 +144,10 @@ struct Running {
     paused: bool,
     sleep_watch: SleepWatch,
     hang_watch: HangWatch,
-    dump: Option<String>,
+    /// vCPUs that have ended.
+    cpus: Vec<CpuState>,
+    /// Whether a console is on stdout or stderr.
+    console_shown: bool,
     // Keeps the VM alive as long as anything above.
     _machine: (crate::kvm::Vm, crate::memory::GuestRam),
 }
@@ -182,6 +204,8 @@ impl Running {
         for (token, fd) in fds {
             poller.add(fd, token, Interest::Read).map_err(host("an epoll descriptor"))?;
         }
+        let console_shown = [Some(&config.serial), config.console.as_ref()];
+        let console_shown = console_shown.into_iter().flatten().any(|end| end.streams()[1..].contains(&true));
         let pins = config.cpu.pins()?;
         let mut threads = Vec::with_capacity(vcpus.len());
         timing.mark(Mark::FirstInstruction);
@@ -228,7 +252,8 @@ impl Running {
             restarting: false,
             sleep_watch: SleepWatch { interval: LOOK_TICKS, ..SleepWatch::default() },
             hang_watch: HangWatch::new(),
-            dump: None,
+            cpus: Vec::new(),
+            console_shown,
             _machine: (vm, ram),
         })
     }
@@ -351,14 +376,8 @@ impl Running {
             End::TripleFault { idt_emptied, .. } if idt_emptied || self.restarting => {
                 Some(Outcome::Rebooted("triple fault"))
             }
-            End::TripleFault { dump, .. } => {
-                self.dump = Some(dump);
-                Some(Outcome::Crashed(format!("triple fault on vCPU {id}")))
-            }
-            End::Crash { what, dump } => {
-                self.dump = Some(dump);
-                Some(Outcome::Crashed(what))
-            }
+            End::TripleFault { .. } => Some(Outcome::Crashed(format!("triple fault on vCPU {id}"))),
+            End::Crash(what) => Some(Outcome::Crashed(what)),
             End::Kvm(e) => return Err(self.kvm_failed(e)),
         })
     }
@@ -524,11 +543,25 @@ impl Running {
     fn stop(&mut self) {
         self.vcpus.iter().for_each(|v| v.send(Command::Stop));
         for vcpu in self.vcpus.drain(..) {
-            self.exits.add(&vcpu.join());
+            let Final { exits, state } = vcpu.join();
+            self.exits.add(&exits);
+            self.cpus.extend(state);
         }
         self.exits.coalesced += self.board.drain();
         self.devices.iter().filter_map(|d| d.stop().err()).for_each(|stuck| log::warn!("{stuck}"));
         self.lines.iter().for_each(|line| line.output.close());
+    }
+
+    /// Looks at what is left, when nothing runs any more.
+    fn post_mortem(&self, outcome: &Outcome) -> PostMortem {
+        let remains = Remains {
+            ram: &self.board.ram,
+            cpus: &self.cpus,
+            transcript: self.options.transcript.as_ref(),
+            console_shown: self.console_shown,
+            panicked: matches!(outcome, Outcome::Panicked(_)),
+        };
+        remains.look(self.options.vmcore.as_deref(), || self.ending_signal().is_some())
     }
 
     /// Waits until the last byte of every console is written, or somebody loses patience.
