@@ -165,3 +165,123 @@ fn last_records(k: &Kernel<'_>, count: usize) -> Option<Vec<String>> {
     }
     Some(found.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::kernel::IMAGE_MAP;
+    use super::super::kernel::testing::guest;
+    use super::*;
+    use crate::memory::GuestRam;
+    use proptest::prelude::*;
+
+    /// Where the image is in physical memory, and where things are in the image.
+    const PHYS: u64 = 1 << 20;
+    const PRB: u64 = 0x1_0000;
+    const RING: u64 = 0x1_0100;
+    const DESCS: u64 = 0x1_1000;
+    const INFOS: u64 = 0x1_2000;
+    const DATA: u64 = 0x1_3000;
+    /// Eight descriptors, 256 bytes of text.
+    const COUNT: u64 = 8;
+    const DATA_LEN: u64 = 256;
+
+    fn put<const N: usize>(ram: &GuestRam, at: u64, numbers: [u64; N]) {
+        ram.write(PHYS + at, &numbers.map(u64::to_le_bytes).concat()).unwrap();
+    }
+
+    /// A ring as that of Linux 6.1, with these records: state, time, text length.
+    fn ring(records: &[(u64, u64, &str)]) -> GuestRam {
+        let ram = guest(&format!(
+            "SYMBOL(prb)={:x}\nOFFSET(printk_ringbuffer.desc_ring)=0\nOFFSET(printk_ringbuffer.text_data_ring)=48\n\
+             OFFSET(prb_desc_ring.count_bits)=0\nOFFSET(prb_desc_ring.descs)=8\nOFFSET(prb_desc_ring.infos)=16\n\
+             OFFSET(prb_desc_ring.head_id)=24\nOFFSET(prb_desc_ring.tail_id)=32\nSIZE(prb_desc)=24\n\
+             OFFSET(prb_desc.state_var)=0\nOFFSET(prb_desc.text_blk_lpos)=8\nOFFSET(prb_data_blk_lpos.begin)=0\n\
+             OFFSET(prb_data_blk_lpos.next)=8\nSIZE(printk_info)=88\nOFFSET(printk_info.ts_nsec)=8\n\
+             OFFSET(printk_info.text_len)=16\nOFFSET(prb_data_ring.size_bits)=0\nOFFSET(prb_data_ring.data)=8\n\
+             OFFSET(atomic_long_t.counter)=0\n",
+            IMAGE_MAP + PRB
+        ));
+        put(&ram, PRB, [IMAGE_MAP + RING]);
+        // The first number is where a machine's begin: so that they overflow soon.
+        let first = ID - 1;
+        let id = |n: usize| first.wrapping_add(n as u64) & ID;
+        let tail = id(records.len().saturating_sub(COUNT as usize));
+        put(&ram, RING, [3, IMAGE_MAP + DESCS, IMAGE_MAP + INFOS, id(records.len() - 1), tail, 0, 8, IMAGE_MAP + DATA]);
+        let mut begin = 0u64;
+        for (n, (state, time, text)) in records.iter().enumerate() {
+            let len = (8 + text.len() as u64).next_multiple_of(8);
+            let wraps = begin % DATA_LEN + len >= DATA_LEN;
+            let next = if wraps { begin.next_multiple_of(DATA_LEN) + len } else { begin + len };
+            let at = if wraps { 0 } else { begin % DATA_LEN };
+            let index = id(n) % COUNT;
+            put(&ram, DESCS + index * 24, [id(n) | state << 62, begin, next]);
+            put(&ram, INFOS + index * 88, [n as u64, *time, text.len() as u64]);
+            put(&ram, DATA + at, [id(n)]);
+            ram.write(PHYS + DATA + at + 8, text.as_bytes()).unwrap();
+            begin = next;
+        }
+        ram
+    }
+
+    fn last(ram: &GuestRam, count: usize) -> Option<Vec<String>> {
+        last_lines(&Kernel::find(ram).unwrap(), count)
+    }
+
+    #[test]
+    fn records_of_the_ring() {
+        let ram = ring(&[
+            (2, 0, "first"),
+            (2, 1_000_000, "two\nlines"),
+            (3, 2_000_000, "gone"),
+            (0, 3_000_000, "half written"),
+            (1, 61_000_007_999, "last"),
+        ]);
+        let all = ["[    0.000000] first", "[    0.001000] two", "[    0.001000] lines", "[   61.000007] last"];
+        assert_eq!(last(&ram, 50).unwrap(), all);
+        assert_eq!(last(&ram, 2).unwrap(), all[2..]);
+    }
+
+    #[test]
+    fn numbers_and_text_wrap() {
+        let texts: Vec<String> = (0..40).map(|n| format!("record {n} {}", "x".repeat(n))).collect();
+        let records: Vec<_> = texts.iter().map(|text| (2, 0, text.as_str())).collect();
+        let found = last(&ring(&records), 3).unwrap();
+        let wanted: Vec<_> = texts[37..].iter().map(|text| format!("[    0.000000] {text}")).collect();
+        assert_eq!(found, wanted);
+    }
+
+    #[test]
+    fn records_of_an_old_buffer() {
+        let ram = guest(&format!(
+            "SYMBOL(log_buf)={:x}\nSYMBOL(log_buf_len)={:x}\nSYMBOL(log_first_idx)={:x}\nSYMBOL(log_next_idx)={:x}\n\
+             SIZE(printk_log)=16\nOFFSET(printk_log.ts_nsec)=0\nOFFSET(printk_log.len)=8\n\
+             OFFSET(printk_log.text_len)=10\n",
+            IMAGE_MAP + PRB,
+            IMAGE_MAP + PRB + 8,
+            IMAGE_MAP + PRB + 12,
+            IMAGE_MAP + PRB + 16
+        ));
+        put(&ram, PRB, [IMAGE_MAP + DATA, 128 | 64 << 32, 32]);
+        for (at, time, text) in [(64, 0, "old"), (0, 1_500_000_000, "new")] {
+            put(&ram, DATA + at, [time, 32 | 3 << 16]);
+            ram.write(PHYS + DATA + at + 16, text.as_bytes()).unwrap();
+        }
+        assert_eq!(last(&ram, 50).unwrap(), ["[    0.000000] old", "[    1.500000] new"]);
+        assert_eq!(last(&ram, 1).unwrap(), ["[    1.500000] new"]);
+        // Lengths of 0 everywhere.
+        put(&ram, DATA, [0; 16]);
+        assert_eq!(last(&ram, 50), None);
+    }
+
+    proptest! {
+        #[test]
+        fn rings_of_noise_end(place in 0usize..40, noise in any::<u64>()) {
+            let ram = ring(&[(2, 0, "first"), (2, 0, "second")]);
+            let at = [RING, DESCS, INFOS, PRB][place % 4] + place as u64 / 4 * 8;
+            for noise in [noise, noise % 64, noise | 1 << 63, noise << 40] {
+                put(&ram, at, [noise]);
+                prop_assert!(last(&ram, 50).unwrap_or_default().len() <= 50);
+            }
+        }
+    }
+}

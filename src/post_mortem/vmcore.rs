@@ -133,15 +133,19 @@ fn copy(file: &File, ram: &GuestRam, piece: std::ops::Range<u64>, offset: u64) -
         let len = CHUNK.min(piece.end - start);
         let chunk = &mut buffer[..len as usize];
         ram.read(start, chunk).map_err(io::Error::other)?;
-        let mut at = offset + (start - piece.start);
-        let used = |page: &[u8]| page.iter().any(|byte| *byte != 0);
-        let whole = chunk.chunks(PAGE_SIZE as usize).all(used);
-        for part in chunk.chunks(if whole { CHUNK } else { PAGE_SIZE } as usize) {
-            if whole || used(part) {
-                file.write_all_at(part, at)?;
+        let at = offset + (start - piece.start);
+        let mut run = 0..0;
+        for (page, bytes) in (0..).step_by(PAGE_SIZE as usize).zip(chunk.chunks(PAGE_SIZE as usize)) {
+            if bytes.iter().all(|byte| *byte == 0) {
+                continue;
             }
-            at += part.len() as u64;
+            if run.end != page {
+                file.write_all_at(&chunk[run.clone()], at + run.start as u64)?;
+                run.start = page;
+            }
+            run.end = page + bytes.len();
         }
+        file.write_all_at(&chunk[run.clone()], at + run.start as u64)?;
     }
     Ok(())
 }
