@@ -9,6 +9,9 @@
 //! When the outcome stands, the vCPUs and devices are stopped and the loop goes on until the console's last byte is
 //! written: it still hears a second signal, Ctrl-A X and the time limit, so a reader that never reads cannot hold it.
 
+mod end;
+mod watches;
+
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
@@ -21,17 +24,18 @@ use super::console::RunningLine;
 use super::mailbox::{Mailbox, Request};
 use super::{Error, Machine, host};
 use crate::backend::mapped;
-use crate::backend::transcript::{Transcript, Verdict};
+use crate::backend::transcript::Transcript;
 use crate::devices::power_button::PowerButton;
 use crate::event::{GuestEvent, Interest, PanicSource, Poller, Signals};
 use crate::kvm;
 use crate::kvm::dump::CpuState;
-use crate::outcome::{BootTiming, Exits, Mark, Outcome, Report};
-use crate::post_mortem::{PostMortem, Remains};
+use crate::outcome::{BootTiming, Exits, Mark, Outcome};
 use crate::terminal::{self, Command as Escape, RawMode};
 use crate::vcpu::{Board, Command, End, Final, Reply, VcpuThread};
 use crate::virtio::control::ControlError;
 use crate::virtio::mmio::MmioTransport;
+pub use end::Ended;
+use watches::{HANG_LOOK, HangWatch, SleepWatch};
 
 /// How a run is bounded.
 #[derive(Default)]
@@ -58,18 +62,6 @@ pub struct RunOptions {
 /// Signals that [`RunOptions::signals`] should collect.
 pub const SIGNALS: [i32; 7] =
     [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP, libc::SIGCONT, libc::SIGWINCH];
-
-/// What a run came to.
-pub struct Ended {
-    /// How the guest ended.
-    pub outcome: Outcome,
-    /// What was found when something had gone wrong in it.
-    pub post_mortem: Option<PostMortem>,
-    /// Exits to user space of all vCPUs.
-    pub exits: Exits,
-    /// When what happened.
-    pub timing: BootTiming,
-}
 
 /// Coalesced output waits no longer than this.
 const TICK: Duration = Duration::from_millis(20);
@@ -106,19 +98,6 @@ impl Machine {
     }
 }
 
-impl Ended {
-    /// For `--report`; `kernel` is the one that was booted.
-    pub fn report(&self, kernel: String) -> Report {
-        let mut report = Report::new(&self.outcome, kernel, &self.timing, self.exits);
-        if let Some(found) = &self.post_mortem {
-            report.registers.clone_from(&found.registers);
-            report.kernel_log.clone_from(&found.kernel_log);
-            report.vmcore = found.vmcore.as_ref().and_then(|written| written.as_ref().ok().cloned());
-        }
-        report
-    }
-}
-
 struct Running {
     // The order of drops matters little, but the terminal should be itself again first.
     raw_mode: Option<RawMode>,
@@ -150,40 +129,6 @@ struct Running {
     console_shown: bool,
     // Keeps the VM alive as long as anything above.
     _machine: (crate::kvm::Vm, crate::memory::GuestRam),
-}
-
-#[derive(Default)]
-struct SleepWatch {
-    cpu_time: Duration,
-    ticks: u32,
-    interval: u32,
-}
-
-/// Whether the guest still does something.
-struct HangWatch {
-    looked: Instant,
-    busy: Instant,
-    output: u64,
-    cpu_time: Duration,
-}
-
-/// How often it is looked at.
-const HANG_LOOK: Duration = Duration::from_secs(1);
-
-impl HangWatch {
-    fn new() -> Self {
-        let now = Instant::now();
-        HangWatch { looked: now, busy: now, output: 0, cpu_time: Duration::ZERO }
-    }
-
-    /// A guest that uses less than a twentieth of a processor only waits, whatever its timers do.
-    fn look(&mut self, now: Instant, output: u64, cpu_time: Duration) {
-        let used = cpu_time.saturating_sub(self.cpu_time);
-        if output != self.output || used * 20 > now - self.looked {
-            self.busy = now;
-        }
-        *self = HangWatch { looked: now, output, cpu_time, ..*self };
-    }
 }
 
 impl Running {
@@ -431,25 +376,6 @@ impl Running {
         None
     }
 
-    /// What the console's lines say, if they do.
-    fn verdict(&self) -> Option<Outcome> {
-        let Verdict { good, line, .. } = self.options.transcript.as_ref()?.verdict()?;
-        Some(if good { Outcome::Expected(line) } else { Outcome::Refused(line) })
-    }
-
-    /// The outcome when all output is written. What a pattern said of the last lines comes before the end that the guest
-    /// itself made right after them, which may be heard of first.
-    fn judged(&self, outcome: Outcome) -> Outcome {
-        let expecting = self.options.transcript.as_ref().is_some_and(Transcript::expects);
-        match (&outcome, self.verdict()) {
-            (Outcome::Quit | Outcome::Killed(_), _) => outcome,
-            (_, Some(good @ Outcome::Expected(_))) => good,
-            (end, Some(bad)) if end.is_orderly() => bad,
-            (end, None) if expecting && end.is_orderly() => Outcome::Missed(end.word()),
-            _ => outcome,
-        }
-    }
-
     fn on_tick(&mut self) -> Result<Option<Outcome>, Error> {
         let _ = self.ticker.wait();
         self.raw_mode.iter().for_each(RawMode::refresh);
@@ -551,85 +477,10 @@ impl Running {
         self.devices.iter().filter_map(|d| d.stop().err()).for_each(|stuck| log::warn!("{stuck}"));
         self.lines.iter().for_each(|line| line.output.close());
     }
-
-    /// Looks at what is left, when nothing runs any more.
-    fn post_mortem(&self, outcome: &Outcome) -> PostMortem {
-        let remains = Remains {
-            ram: &self.board.ram,
-            cpus: &self.cpus,
-            transcript: self.options.transcript.as_ref(),
-            console_shown: self.console_shown,
-            panicked: matches!(outcome, Outcome::Panicked(_)),
-        };
-        remains.look(self.options.vmcore.as_deref(), || self.ending_signal().is_some())
-    }
-
-    /// Waits until the last byte of every console is written, or somebody loses patience.
-    fn wait_for_output(&mut self, outcome: &Outcome) -> Result<(), Error> {
-        // Somebody who stopped the guest wants to be gone: readers that still read get a second.
-        let impatient = matches!(outcome, Outcome::Quit | Outcome::Killed(_) | Outcome::TimedOut(_) | Outcome::Hung(_));
-        let limit = if impatient { Some(Instant::now() + Duration::from_secs(1)) } else { self.deadline };
-        let mut quit = false;
-        let mut unwritten = self.lines.len();
-        loop {
-            let timeout = limit.map(|d| d.saturating_duration_since(Instant::now()));
-            let ready: Vec<u64> = self.poller.wait(timeout).map_err(host("waiting for events"))?.collect();
-            for token in &ready {
-                match token {
-                    WRITTEN.. => {
-                        // Each tells it once.
-                        let line = self.lines.get((token - WRITTEN) as usize);
-                        unwritten -= usize::from(line.is_some_and(|line| line.output.done().read().is_ok()));
-                    }
-                    INPUT.. if self.on_input(*token, true)? == Some(Outcome::Quit) => quit = true,
-                    _ => {}
-                }
-            }
-            let given_up = limit.is_some_and(|d| d <= Instant::now())
-                || ready.contains(&SIGNAL) && self.ending_signal().is_some()
-                || quit;
-            if unwritten == 0 {
-                return Ok(());
-            }
-            if given_up {
-                log::warn!("nobody reads the console's output; the rest of it is lost");
-                return Ok(());
-            }
-            if ready.contains(&TICKED) {
-                let _ = self.ticker.wait();
-            }
-            if ready.contains(&GUEST) {
-                while self.board.events.take().is_some() {}
-            }
-            if ready.contains(&MAIL) {
-                let _ = self.mailbox.fd.read();
-            }
-        }
-    }
 }
 
 #[allow(unsafe_code)]
 fn stop_this_process() {
     // SAFETY: raise has no memory effects; SIGSTOP cannot be blocked.
     unsafe { libc::raise(libc::SIGSTOP) };
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn output_and_work_are_life() {
-        let mut watch = HangWatch::new();
-        let start = watch.busy;
-        let at = |seconds| start + Duration::from_secs(seconds);
-        watch.look(at(1), 0, Duration::from_millis(20));
-        assert_eq!(watch.busy, start, "timers tick");
-        watch.look(at(2), 1, Duration::from_millis(40));
-        assert_eq!(watch.busy, at(2), "a byte");
-        watch.look(at(3), 1, Duration::from_millis(140));
-        assert_eq!(watch.busy, at(3), "a tenth of a processor");
-        watch.look(at(9), 1, Duration::from_millis(240));
-        assert_eq!(watch.busy, at(3));
-    }
 }
