@@ -9,12 +9,13 @@
 //!
 //! [`machine::Machine::new`] opens and checks everything that the user named, so that every mistake is told before a
 //! VM exists; [`machine::Machine::load`] fills guest memory; [`machine::Machine::run`] starts one thread per vCPU and
-//! waits until the guest has ended, which it tells as an [`outcome::Outcome`].
+//! waits until the guest has ended, which it tells as an [`outcome::Outcome`]; of a guest that ended badly it tells what
+//! [`post_mortem`] finds.
 //!
 //! # Layers
 //!
 //! Each imports only what stands to its right:
-//! `cli > gdb > control, doctor > machine > config > boot, vcpu > virtio, devices > backend, rate_limiter > terminal, bus,
+//! `cli > gdb, exec > control, doctor > machine > config, post_mortem > boot, vcpu > virtio, devices > backend, rate_limiter > terminal, bus,
 //! irq, event, memory, kvm, layout, options, outcome`. A device imports neither `kvm` nor the virtio transport nor `std::thread`.
 //! `unsafe` is denied crate-wide and opened only in the few modules that talk to the kernel.
 
@@ -26,6 +27,7 @@ pub mod exec;
 pub mod guest;
 pub mod machine;
 pub mod config;
+pub mod post_mortem;
 pub mod boot;
 pub mod vcpu;
 pub mod virtio;

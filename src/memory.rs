@@ -12,6 +12,8 @@
 
 mod area;
 mod mapping;
+pub mod page_table;
+mod populated;
 mod release;
 
 use std::fs::File;
@@ -31,6 +33,7 @@ use crate::layout;
 use crate::options::{self, Size};
 pub use area::{Access, Area, Backing};
 use mapping::Mapping;
+pub use populated::Populated;
 
 /// The bitmap of pages that vireo itself wrote; absent while nobody asks for it.
 pub type Dirty = Option<AtomicBitmap>;

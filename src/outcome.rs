@@ -1,6 +1,7 @@
 //! How a guest ended: one enum, its exit code, its sentence, the report; and what was counted on the way.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -105,6 +106,12 @@ impl Outcome {
     /// Whether the guest ended without anything having gone wrong in it, as far as it shows.
     pub fn is_orderly(&self) -> bool {
         matches!(self, Outcome::PoweredOff | Outcome::Rebooted(_) | Outcome::Halted)
+    }
+
+    /// Whether something went wrong in the guest, so that what is left of it is worth a look.
+    pub fn is_failure(&self) -> bool {
+        use Outcome::{Crashed, Hung, Lost, NotReady, Panicked, Refused, TimedOut};
+        matches!(self, Panicked(_) | Crashed(_) | Hung(_) | TimedOut(_) | Refused(_) | Lost(_) | NotReady(_))
     }
 
     /// One sentence for people.
@@ -244,6 +251,15 @@ pub struct Report {
     pub exits: Exits,
     /// Largest resident size of this process in bytes, guest memory included.
     pub peak_memory: u64,
+    /// If something went wrong in the guest: the registers of each vCPU, a text of several lines.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub registers: Vec<String>,
+    /// The last lines of its kernel's log, or of its console.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub kernel_log: Vec<String>,
+    /// The core file that was written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vmcore: Option<PathBuf>,
 }
 
 impl Report {
@@ -258,6 +274,9 @@ impl Report {
             duration: timing.elapsed().as_secs_f64(),
             exits,
             peak_memory: peak_memory(),
+            registers: Vec::new(),
+            kernel_log: Vec::new(),
+            vmcore: None,
         }
     }
 }

@@ -33,7 +33,7 @@ use crate::backend::output::Output;
 use crate::bus::Bus;
 use crate::event::GuestEvents;
 use crate::kvm::debug::{Answer, Control, Request};
-use crate::kvm::dump;
+use crate::kvm::dump::CpuState;
 use crate::kvm::exit::{self, Exit};
 use crate::kvm::ring::{CoalescedRing, ImmediateExit};
 use crate::kvm::{Error, Vm, failed};
@@ -108,16 +108,9 @@ pub enum End {
     TripleFault {
         /// Whether the interrupt table had been emptied, as a reboot by triple fault does.
         idt_emptied: bool,
-        /// Registers and instruction, for people.
-        dump: String,
     },
-    /// The guest cannot go on.
-    Crash {
-        /// One sentence.
-        what: String,
-        /// Registers and instruction, for people.
-        dump: String,
-    },
+    /// The guest cannot go on: why, in one sentence.
+    Crash(String),
     /// KVM_RUN failed.
     Kvm(io::Error),
 }
@@ -125,7 +118,7 @@ pub enum End {
 impl End {
     fn from_exit(exit: Exit<'_>) -> End {
         let what = match exit {
-            Exit::Shutdown => return End::TripleFault { idt_emptied: false, dump: String::new() },
+            Exit::Shutdown => return End::TripleFault { idt_emptied: false },
             Exit::InternalError { suberror, data } => internal_error(suberror, &data),
             Exit::FailEntry { reason } => format!(
                 "the processor refused to enter the guest (hardware reason {reason:#x}): the guest's processor state is \
@@ -135,7 +128,7 @@ impl End {
             Exit::Other(reason) => format!("KVM left the guest for reason {reason}, which vireo does not handle"),
             _ => "an access to a device was taken for a crash".into(),
         };
-        End::Crash { what, dump: String::new() }
+        End::Crash(what)
     }
 }
 
@@ -281,14 +274,20 @@ struct Running {
 }
 
 impl Running {
-    fn run(mut self, paused: bool, ended: impl FnOnce(u32, End)) -> Exits {
+    fn run(mut self, paused: bool, ended: impl FnOnce(u32, End)) -> Final {
         let end = if paused && self.pause(true).is_err() { End::Stopped } else { self.run_guest() };
-        let end = self.with_dump(end);
+        let end = self.look_at_idt(end);
         self.vcpu.exits.coalesced += self.board.drain();
+        let exits = self.vcpu.exits;
+        if matches!(end, End::Stopped | End::GuestEnded) {
+            // For the registers; what the guest did is counted.
+            let _ = self.finish_access();
+        }
+        let state = CpuState::read(self.vcpu.id, &self.vcpu.fd, &self.board.ram);
         if !matches!(end, End::Stopped) {
             ended(self.vcpu.id, end);
         }
-        self.vcpu.exits
+        Final { exits, state }
     }
 
     fn run_guest(&mut self) -> End {
@@ -390,23 +389,29 @@ impl Running {
         }
     }
 
-    fn with_dump(&self, end: End) -> End {
+    /// Tells a triple fault that is a reboot from others.
+    fn look_at_idt(&self, end: End) -> End {
         match end {
             End::TripleFault { .. } => {
-                let idt_emptied = self.vcpu.fd.get_sregs().is_ok_and(|s| s.idt.limit == 0);
-                End::TripleFault { idt_emptied, dump: dump::text(self.vcpu.id, &self.vcpu.fd, &self.board.ram) }
-            }
-            End::Crash { what, .. } => {
-                End::Crash { what, dump: dump::text(self.vcpu.id, &self.vcpu.fd, &self.board.ram) }
+                End::TripleFault { idt_emptied: self.vcpu.fd.get_sregs().is_ok_and(|s| s.idt.limit == 0) }
             }
             end => end,
         }
     }
 }
 
+/// What is left of a vCPU when its thread has ended.
+#[derive(Default)]
+pub struct Final {
+    /// What it counted.
+    pub exits: Exits,
+    /// Its registers, with no access half done, if they could be read.
+    pub state: Option<CpuState>,
+}
+
 /// A running vCPU, as the machine sees it.
 pub struct VcpuThread {
-    thread: JoinHandle<Exits>,
+    thread: JoinHandle<Final>,
     commands: Sender<Command>,
     replies: Receiver<Reply>,
     immediate_exit: Arc<ImmediateExit>,
@@ -447,8 +452,8 @@ impl VcpuThread {
         Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
     }
 
-    /// Ends the thread and returns what it counted.
-    pub fn join(self) -> Exits {
+    /// Ends the thread and returns what is left.
+    pub fn join(self) -> Final {
         self.send(Command::Stop);
         self.thread.join().unwrap_or_default()
     }
@@ -468,7 +473,7 @@ pub fn install_kick_handler() -> io::Result<()> {
 }
 
 #[allow(unsafe_code)]
-fn kick(thread: &JoinHandle<Exits>) {
+fn kick(thread: &JoinHandle<Final>) {
     // SAFETY: the handle has not been joined, so its pthread_t is valid even if the thread has ended.
     unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
 }
@@ -494,7 +499,7 @@ mod tests {
 
     fn sentence(exit: Exit<'_>) -> String {
         match End::from_exit(exit) {
-            End::Crash { what, .. } => what,
+            End::Crash(what) => what,
             end => panic!("{end:?}"),
         }
     }

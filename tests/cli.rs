@@ -147,6 +147,9 @@ fn wrong_usage_is_explained_and_exits_with_2() {
             "none of stdio, stdin, stdout, stderr, null, pty, file:PATH, pipe:PATH, socket:PATH and fd:NUMBER",
         ),
         (&["run", "--kernel", "x", "--timeout", "5d"], "'5d' is not a time; write a number with ms, s, m or h"),
+        (&["run", "--kernel", "x", "--hang-timeout", "1s"], "must be at least 2s"),
+        (&["run", "--kernel", "x", "--expect", "("], "no regular expression: "),
+        (&["run", "--kernel", "x", "--fail-on", "[z-a]"], "no regular expression: "),
         (&["run", "--kernel", "x", "--boot", "efi"], "one of auto, bzimage, direct, pvh, multiboot"),
         (&["run", "--kernel", "x", "--acpi", "maybe"], "possible values: on, off"),
         (&["run", "--kernel", "x", "--uuid", "1"], "a UUID is wanted, like "),
@@ -181,6 +184,24 @@ fn impossible_machines_are_wrong_usage() {
 }
 
 // Files that are not what they should be.
+
+#[test]
+fn files_that_cannot_be_written_are_told_before_the_guest_runs() {
+    let (_folder, path) = folder();
+    let inside = |name: &str| path.join(name).display().to_string();
+    make_fifo(&path.join("fifo"));
+    for (flag, file, says) in [
+        ("--vmcore", inside("no/core"), "No such file or directory"),
+        ("--vmcore", inside(""), "a directory"),
+        ("--vmcore", inside("fifo"), "a regular file is wanted"),
+        ("--vmcore", "/dev/null".into(), "a regular file is wanted"),
+        ("--console-log", inside("no/log"), "No such file or directory"),
+    ] {
+        let sentence = refused(&["--kernel", "x", flag, &file]);
+        contains(&sentence, &format!("cannot write {file}: "));
+        contains(&sentence, says);
+    }
+}
 
 #[test]
 fn what_is_no_kernel_is_named() {

@@ -145,6 +145,7 @@ pub fn run(args: ExecArgs, start: Instant) -> Result<u8, Failure> {
         timeout: args.timeout.map(|t| t.0),
         signals: Some(signals),
         cooked: !session.terminal(),
+        errand: true,
         ..args.watch.options(start)?
     };
     let result = boot(config, options, session, &args.command, start);
@@ -169,9 +170,5 @@ fn boot(
     options.forward = Some(Box::new(move |signal| orders.signal(signal)));
     machine.load()?;
     let kernel = machine.kernel().to_string();
-    let mut ended = machine.run(options, mailbox)?;
-    if ended.outcome.is_orderly() {
-        ended.outcome = Outcome::Lost(ended.outcome.word());
-    }
-    Ok((kernel, ended))
+    Ok((kernel, machine.run(options, mailbox)?))
 }

@@ -25,7 +25,7 @@ use crate::machine::mailbox::Mailbox;
 use crate::machine::run::{Ended, RunOptions, SIGNALS};
 use crate::memory::MemoryConfig;
 use crate::options::Span;
-use crate::outcome::{EXIT_VIREO_FAILED, Report};
+use crate::outcome::EXIT_VIREO_FAILED;
 use crate::virtio::balloon::BalloonConfig;
 use crate::virtio::blk::BlkConfig;
 use crate::virtio::console::PortConfig;
@@ -309,7 +309,7 @@ pub(super) fn conclude(
         Ok((kernel, ended)) => {
             tell(&ended);
             if let Some(file) = report_file {
-                file.write(&Report::new(&ended.outcome, kernel, &ended.timing, ended.exits))?;
+                file.write(&ended.report(kernel))?;
             }
             Ok(ended.outcome.exit_code())
         }

@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use super::run::FileError;
-use super::{Failure, say};
+use super::{Failure, chain, say};
 use crate::backend::transcript::{Pattern, Patterns, Transcript};
 use crate::machine::run::{Ended, RunOptions};
 use crate::options::Span;
+use crate::outcome::Outcome;
+use crate::post_mortem;
 
 /// The shortest time after which a guest can be said to hang.
 const HANG_TIMEOUT_MIN: Duration = Duration::from_secs(2);
@@ -56,9 +58,11 @@ impl WatchArgs {
     pub fn options(&self, start: Instant) -> Result<RunOptions, Failure> {
         let create = |path: &PathBuf| File::create(path).map_err(|e| FileError::Write(path.clone(), e));
         let log = self.console_log.as_ref().map(create).transpose()?;
+        self.vmcore.as_deref().map_or(Ok(()), post_mortem::probe)?;
         let patterns = Patterns { expect: self.expect.clone(), fail_on: self.fail_on.clone() };
         Ok(RunOptions {
             hang_timeout: self.hang_timeout.map(|limit| limit.0),
+            vmcore: self.vmcore.clone(),
             transcript: Some(Transcript::new(start, log, patterns)),
             ..RunOptions::default()
         })
@@ -69,12 +73,21 @@ impl WatchArgs {
         self.quiet
     }
 
-    /// Says how the guest ended, unless it is not wanted.
+    /// Says how the guest ended and what was found, unless it is not wanted; a core file that could not be written is told
+    /// in any case.
     pub fn tell(&self, ended: &Ended) {
+        let found = ended.post_mortem.as_ref();
+        // Whoever gave a pattern knows what its line means.
+        if let Some(found) = found.filter(|_| !self.quiet && !matches!(ended.outcome, Outcome::Refused(_))) {
+            let _ = io::stderr()
+                .write_all(found.text(!matches!(ended.outcome, Outcome::Lost(_) | Outcome::NotReady(_))).as_bytes());
+        }
+        match found.and_then(|found| found.vmcore.as_ref()) {
+            Some(Err(e)) => say(&chain(e)),
+            Some(Ok(path)) if !self.quiet => say(&format!("the guest's memory is in {}", path.display())),
+            _ => {}
+        }
         if !self.quiet {
-            if let Some(dump) = &ended.dump {
-                let _ = writeln!(io::stderr(), "{dump}");
-            }
             say(&ended.outcome.sentence());
         }
     }

@@ -9,10 +9,13 @@
 //! When the outcome stands, the vCPUs and devices are stopped and the loop goes on until the console's last byte is
 //! written: it still hears a second signal, Ctrl-A X and the time limit, so a reader that never reads cannot hold it.
 
+mod end;
 mod stops;
+mod watches;
 
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -22,15 +25,18 @@ use super::console::RunningLine;
 use super::mailbox::{Mailbox, Request, Traps};
 use super::{Error, Machine, host};
 use crate::backend::mapped;
-use crate::backend::transcript::{Transcript, Verdict};
+use crate::backend::transcript::Transcript;
 use crate::devices::power_button::PowerButton;
 use crate::event::{GuestEvent, Interest, PanicSource, Poller, Signals};
 use crate::kvm;
+use crate::kvm::dump::CpuState;
 use crate::outcome::{BootTiming, Exits, Mark, Outcome};
 use crate::terminal::{self, Command as Escape, RawMode};
-use crate::vcpu::{Board, Command, End, Reply, VcpuThread};
+use crate::vcpu::{Board, Command, End, Final, Reply, VcpuThread};
 use crate::virtio::control::ControlError;
 use crate::virtio::mmio::MmioTransport;
+pub use end::Ended;
+use watches::{HANG_LOOK, HangWatch, SleepWatch};
 
 /// How a run is bounded.
 #[derive(Default)]
@@ -50,6 +56,10 @@ pub struct RunOptions {
     pub transcript: Option<Transcript>,
     /// A terminal that is read from stays as it is; otherwise it is put into raw mode.
     pub cooked: bool,
+    /// The guest is to be stopped when it has done what it is for: an end of its own is [`Outcome::Lost`].
+    pub errand: bool,
+    /// Where a core file goes when something went wrong in the guest.
+    pub vmcore: Option<PathBuf>,
     /// Who gets signals, and changes of the terminal's size (SIGWINCH), first; whether he takes it.
     pub forward: Option<Box<dyn Fn(i32) -> bool + Send>>,
 }
@@ -57,18 +67,6 @@ pub struct RunOptions {
 /// Signals that [`RunOptions::signals`] should collect.
 pub const SIGNALS: [i32; 7] =
     [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP, libc::SIGCONT, libc::SIGWINCH];
-
-/// What a run came to.
-pub struct Ended {
-    /// How the guest ended.
-    pub outcome: Outcome,
-    /// Registers and instruction bytes, if it crashed.
-    pub dump: Option<String>,
-    /// Exits to user space of all vCPUs.
-    pub exits: Exits,
-    /// When what happened.
-    pub timing: BootTiming,
-}
 
 /// Coalesced output waits no longer than this.
 const TICK: Duration = Duration::from_millis(20);
@@ -100,8 +98,9 @@ impl Machine {
         let outcome = result?;
         running.wait_for_output(&outcome)?;
         let outcome = running.judged(outcome);
+        let post_mortem = outcome.is_failure().then(|| running.post_mortem(&outcome));
         let exits = running.exits;
-        Ok(Ended { outcome, dump: running.dump, exits, timing: running.timing })
+        Ok(Ended { outcome, post_mortem, exits, timing: running.timing })
     }
 }
 
@@ -130,45 +129,14 @@ struct Running {
     paused: bool,
     sleep_watch: SleepWatch,
     hang_watch: HangWatch,
-    dump: Option<String>,
     /// Hears of traps.
     debugger: Weak<Traps>,
+    /// vCPUs that have ended.
+    cpus: Vec<CpuState>,
+    /// Whether a console is on stdout or stderr.
+    console_shown: bool,
     // Keeps the VM alive as long as anything above.
     _machine: (Arc<crate::kvm::Vm>, crate::memory::GuestRam),
-}
-
-#[derive(Default)]
-struct SleepWatch {
-    cpu_time: Duration,
-    ticks: u32,
-    interval: u32,
-}
-
-/// Whether the guest still does something.
-struct HangWatch {
-    looked: Instant,
-    busy: Instant,
-    output: u64,
-    cpu_time: Duration,
-}
-
-/// How often it is looked at.
-const HANG_LOOK: Duration = Duration::from_secs(1);
-
-impl HangWatch {
-    fn new() -> Self {
-        let now = Instant::now();
-        HangWatch { looked: now, busy: now, output: 0, cpu_time: Duration::ZERO }
-    }
-
-    /// A guest that uses less than a twentieth of a processor only waits, whatever its timers do.
-    fn look(&mut self, now: Instant, output: u64, cpu_time: Duration) {
-        let used = cpu_time.saturating_sub(self.cpu_time);
-        if output != self.output || used * 20 > now - self.looked {
-            self.busy = now;
-        }
-        *self = HangWatch { looked: now, output, cpu_time, ..*self };
-    }
 }
 
 impl Running {
@@ -190,6 +158,8 @@ impl Running {
         for (token, fd) in fds {
             poller.add(fd, token, Interest::Read).map_err(host("an epoll descriptor"))?;
         }
+        let console_shown = [Some(&config.serial), config.console.as_ref()];
+        let console_shown = console_shown.into_iter().flatten().any(|end| end.streams()[1..].contains(&true));
         let pins = config.cpu.pins()?;
         let mut threads = Vec::with_capacity(vcpus.len());
         timing.mark(Mark::FirstInstruction);
@@ -236,8 +206,9 @@ impl Running {
             restarting: false,
             sleep_watch: SleepWatch { interval: LOOK_TICKS, ..SleepWatch::default() },
             hang_watch: HangWatch::new(),
-            dump: None,
             debugger: Weak::new(),
+            cpus: Vec::new(),
+            console_shown,
             _machine: (vm, ram),
         })
     }
@@ -364,14 +335,8 @@ impl Running {
             End::TripleFault { idt_emptied, .. } if idt_emptied || self.restarting => {
                 Some(Outcome::Rebooted("triple fault"))
             }
-            End::TripleFault { dump, .. } => {
-                self.dump = Some(dump);
-                Some(Outcome::Crashed(format!("triple fault on vCPU {id}")))
-            }
-            End::Crash { what, dump } => {
-                self.dump = Some(dump);
-                Some(Outcome::Crashed(what))
-            }
+            End::TripleFault { .. } => Some(Outcome::Crashed(format!("triple fault on vCPU {id}"))),
+            End::Crash(what) => Some(Outcome::Crashed(what)),
             End::Kvm(e) => return Err(self.kvm_failed(e)),
         })
     }
@@ -425,25 +390,6 @@ impl Running {
             }
         }
         None
-    }
-
-    /// What the console's lines say, if they do.
-    fn verdict(&self) -> Option<Outcome> {
-        let Verdict { good, line, .. } = self.options.transcript.as_ref()?.verdict()?;
-        Some(if good { Outcome::Expected(line) } else { Outcome::Refused(line) })
-    }
-
-    /// The outcome when all output is written. What a pattern said of the last lines comes before the end that the guest
-    /// itself made right after them, which may be heard of first.
-    fn judged(&self, outcome: Outcome) -> Outcome {
-        let expecting = self.options.transcript.as_ref().is_some_and(Transcript::expects);
-        match (&outcome, self.verdict()) {
-            (Outcome::Quit | Outcome::Killed(_), _) => outcome,
-            (_, Some(good @ Outcome::Expected(_))) => good,
-            (end, Some(bad)) if end.is_orderly() => bad,
-            (end, None) if expecting && end.is_orderly() => Outcome::Missed(end.word()),
-            _ => outcome,
-        }
     }
 
     fn on_tick(&mut self) -> Result<Option<Outcome>, Error> {
@@ -517,54 +463,13 @@ impl Running {
     fn stop(&mut self) {
         self.vcpus.iter().for_each(|v| v.send(Command::Stop));
         for vcpu in self.vcpus.drain(..) {
-            self.exits.add(&vcpu.join());
+            let Final { exits, state } = vcpu.join();
+            self.exits.add(&exits);
+            self.cpus.extend(state);
         }
         self.exits.coalesced += self.board.drain();
         self.devices.iter().filter_map(|d| d.stop().err()).for_each(|stuck| log::warn!("{stuck}"));
         self.lines.iter().for_each(|line| line.output.close());
-    }
-
-    /// Waits until the last byte of every console is written, or somebody loses patience.
-    fn wait_for_output(&mut self, outcome: &Outcome) -> Result<(), Error> {
-        // Somebody who stopped the guest wants to be gone: readers that still read get a second.
-        let impatient = matches!(outcome, Outcome::Quit | Outcome::Killed(_) | Outcome::TimedOut(_) | Outcome::Hung(_));
-        let limit = if impatient { Some(Instant::now() + Duration::from_secs(1)) } else { self.deadline };
-        let mut quit = false;
-        let mut unwritten = self.lines.len();
-        loop {
-            let timeout = limit.map(|d| d.saturating_duration_since(Instant::now()));
-            let ready: Vec<u64> = self.poller.wait(timeout).map_err(host("waiting for events"))?.collect();
-            for token in &ready {
-                match token {
-                    WRITTEN.. => {
-                        // Each tells it once.
-                        let line = self.lines.get((token - WRITTEN) as usize);
-                        unwritten -= usize::from(line.is_some_and(|line| line.output.done().read().is_ok()));
-                    }
-                    INPUT.. if self.on_input(*token, true)? == Some(Outcome::Quit) => quit = true,
-                    _ => {}
-                }
-            }
-            let given_up = limit.is_some_and(|d| d <= Instant::now())
-                || ready.contains(&SIGNAL) && self.ending_signal().is_some()
-                || quit;
-            if unwritten == 0 {
-                return Ok(());
-            }
-            if given_up {
-                log::warn!("nobody reads the console's output; the rest of it is lost");
-                return Ok(());
-            }
-            if ready.contains(&TICKED) {
-                let _ = self.ticker.wait();
-            }
-            if ready.contains(&GUEST) {
-                while self.board.events.take().is_some() {}
-            }
-            if ready.contains(&MAIL) {
-                let _ = self.mailbox.fd.read();
-            }
-        }
     }
 }
 
@@ -572,24 +477,4 @@ impl Running {
 fn stop_this_process() {
     // SAFETY: raise has no memory effects; SIGSTOP cannot be blocked.
     unsafe { libc::raise(libc::SIGSTOP) };
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn output_and_work_are_life() {
-        let mut watch = HangWatch::new();
-        let start = watch.busy;
-        let at = |seconds| start + Duration::from_secs(seconds);
-        watch.look(at(1), 0, Duration::from_millis(20));
-        assert_eq!(watch.busy, start, "timers tick");
-        watch.look(at(2), 1, Duration::from_millis(40));
-        assert_eq!(watch.busy, at(2), "a byte");
-        watch.look(at(3), 1, Duration::from_millis(140));
-        assert_eq!(watch.busy, at(3), "a tenth of a processor");
-        watch.look(at(9), 1, Duration::from_millis(240));
-        assert_eq!(watch.busy, at(3));
-    }
 }

@@ -3,12 +3,13 @@
 
 use std::io;
 
-use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_STOPPED, KVM_MP_STATE_UNINITIALIZED};
+use kvm_bindings::KVM_MP_STATE_HALTED;
 use kvm_ioctls::VcpuFd;
 
 use super::{Command, Reply, Running};
 use crate::event::GuestEvent;
 use crate::kvm::debug::{self, Answer, Request, Trap};
+use crate::kvm::dump;
 
 impl Running {
     /// Stops for the debugger, or gives the guest what is its own.
@@ -58,6 +59,5 @@ impl Running {
 
 /// Whether a vCPU waits for INIT and SIPI.
 pub(super) fn is_unstarted(vcpu: &VcpuFd) -> bool {
-    let state = vcpu.get_mp_state().map(|state| state.mp_state);
-    matches!(state, Ok(KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED | KVM_MP_STATE_STOPPED))
+    vcpu.get_mp_state().is_ok_and(|state| dump::is_unstarted(state.mp_state))
 }

@@ -1,0 +1,149 @@
+//! Which pages of guest memory have ever been used: who reads the others would only find zeros, and take memory for
+//! them.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::PoisonError;
+
+use rustix::fs::SeekFrom;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::{Area, GuestRam, HugePages, RamRegion};
+use crate::layout::PAGE_SIZE;
+
+/// Bytes that are looked at at a time.
+const WINDOW: u64 = 64 << 20;
+/// Bits of an entry of /proc/self/pagemap: the page is present, or swapped out.
+const PRESENT_OR_SWAPPED: u64 = 3 << 62;
+
+/// Looks for pages in use, from the lowest on: pieces of consecutive pages, `(address, length)`.
+pub struct Populated<'a> {
+    ram: &'a GuestRam,
+    pagemap: Option<File>,
+    /// What is left to look at.
+    left: Range<u64>,
+    /// Pieces of the last window, the lowest at the end.
+    found: Vec<(u64, u64)>,
+}
+
+impl GuestRam {
+    /// RAM, and the memory that was added to it: all that the guest knows as memory for anything.
+    pub fn all_ram(&self) -> impl Iterator<Item = RamRegion> + '_ {
+        self.regions().zip(0..).filter(|(_, index)| !self.area(*index).is_some_and(Area::is_file)).map(|(r, _)| r)
+    }
+
+    /// The pages of a region of [`GuestRam::all_ram`] that have been used. Where that cannot be known, it is all.
+    pub fn populated(&self, region: RamRegion) -> Populated<'_> {
+        let pagemap = File::open("/proc/self/pagemap").ok();
+        Populated { ram: self, pagemap, left: region.start..region.end(), found: Vec::new() }
+    }
+}
+
+impl Iterator for Populated<'_> {
+    type Item = (u64, u64);
+
+    fn next(&mut self) -> Option<(u64, u64)> {
+        while self.found.is_empty() && !self.left.is_empty() {
+            let window = self.left.start..self.left.end.min(self.left.start.saturating_add(WINDOW));
+            self.left.start = window.end;
+            self.found = self.look(window.clone()).unwrap_or_else(|| vec![(window.start, window.end - window.start)]);
+            self.found.reverse();
+        }
+        self.found.pop()
+    }
+}
+
+impl Populated<'_> {
+    fn look(&self, window: Range<u64>) -> Option<Vec<(u64, u64)>> {
+        let region = self.ram.0.memory.find_region(GuestAddress(window.start))?;
+        let offset = window.start - region.start_addr().0;
+        let config = &self.ram.0.config;
+        match region.file_offset() {
+            // Other processes may have written pages that this one has never touched. (Of huge pages no file tells.)
+            Some(file) if config.shared && config.hugepages != HugePages::TwoMib => {
+                let start = file.start() + offset;
+                data_of(file.file(), start..start + (window.end - window.start), window.start)
+            }
+            _ => self.used_by_us(region.as_ptr() as u64 + offset, window),
+        }
+    }
+
+    fn used_by_us(&self, host_addr: u64, window: Range<u64>) -> Option<Vec<(u64, u64)>> {
+        let pages = (window.end - window.start) / PAGE_SIZE;
+        let mut entries = vec![0u8; usize::try_from(pages).ok()? * 8];
+        self.pagemap.as_ref()?.read_exact_at(&mut entries, host_addr / PAGE_SIZE * 8).ok()?;
+        let (entries, _) = entries.as_chunks_mut();
+        // What nobody has touched of a mapped file is not zero.
+        for image in self.ram.0.images.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            let page = |addr: u64| ((addr.clamp(window.start, window.end) - window.start) / PAGE_SIZE) as usize;
+            entries[page(image.start)..page(image.end)].fill(u64::MAX.to_ne_bytes());
+        }
+        let mut found = Vec::new();
+        for (entry, addr) in entries.iter().zip((window.start..).step_by(PAGE_SIZE as usize)) {
+            if u64::from_ne_bytes(*entry) & PRESENT_OR_SWAPPED != 0 {
+                extend(&mut found, addr, PAGE_SIZE);
+            }
+        }
+        Some(found)
+    }
+}
+
+/// Adds a piece behind the others, to the last one if it touches that.
+fn extend(pieces: &mut Vec<(u64, u64)>, addr: u64, len: u64) {
+    match pieces.last_mut() {
+        Some((last, last_len)) if *last + *last_len == addr => *last_len += len,
+        _ => pieces.push((addr, len)),
+    }
+}
+
+/// The pieces of a file that are no holes, told as if `within` began at `addr`.
+fn data_of(file: &File, within: Range<u64>, addr: u64) -> Option<Vec<(u64, u64)>> {
+    let mut found = Vec::new();
+    let mut at = within.start;
+    while at < within.end {
+        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Err(rustix::io::Errno::NXIO) => break,
+            result => result.ok()?.max(at),
+        };
+        let end = rustix::fs::seek(file, SeekFrom::Hole(start)).ok()?.min(within.end);
+        if start < end {
+            found.push((addr + (start - within.start), end - start));
+        }
+        at = end.max(start);
+    }
+    Some(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn found(ram: &GuestRam) -> Vec<(u64, u64)> {
+        ram.all_ram().flat_map(|region| ram.populated(region)).collect()
+    }
+
+    #[test]
+    fn only_used_pages_are_found() {
+        for backing in ["80M,hugepages=off", "80M,hugepages=off,shared"] {
+            let ram = GuestRam::new(&backing.parse().unwrap()).unwrap();
+            assert!(found(&ram).is_empty(), "{backing}");
+            ram.write(0x5FFF, &[1, 1]).unwrap();
+            ram.write((64 << 20) - 1, &[1, 1]).unwrap();
+            let wanted = [(0x5000, 0x2000), ((64 << 20) - 4096, 4096), (64 << 20, 4096)];
+            assert_eq!(found(&ram), wanted, "{backing}");
+            ram.release(0x5000, 0x1000).unwrap();
+            assert_eq!(found(&ram)[0], (0x6000, 0x1000), "{backing}");
+        }
+    }
+
+    #[test]
+    fn a_mapped_image_is_in_use() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 8192]).unwrap();
+        let ram = GuestRam::new(&"16M,hugepages=off".parse().unwrap()).unwrap();
+        ram.map_file(0x10000, 8192, &file, 0).unwrap();
+        assert_eq!(found(&ram), [(0x10000, 8192)]);
+    }
+}

@@ -1,0 +1,132 @@
+//! What is left of a guest that ended badly: registers of each vCPU, the last lines of the kernel's log, a core file.
+
+mod kernel;
+mod printk;
+mod vmcore;
+
+use std::path::{Path, PathBuf};
+
+use crate::backend::transcript::{LINES, Transcript};
+use crate::kvm::dump::CpuState;
+use crate::memory::GuestRam;
+pub use vmcore::{Error, probe};
+
+use kernel::Kernel;
+
+/// vCPUs whose registers are shown to people.
+const SHOWN: usize = 8;
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct PostMortem {
+    /// Registers of each vCPU, a text of several lines.
+    pub registers: Vec<String>,
+    /// The last lines of the kernel's log, oldest first; without one, of the console.
+    pub kernel_log: Vec<String>,
+    /// Whoever saw the console has seen these lines.
+    pub log_was_shown: bool,
+    /// The core file, if one was wanted.
+    pub vmcore: Option<Result<PathBuf, Error>>,
+}
+
+/// What to look at when a guest has ended. Nothing of it runs any more.
+pub struct Remains<'a> {
+    /// Its memory.
+    pub ram: &'a GuestRam,
+    /// Its vCPUs.
+    pub cpus: &'a [CpuState],
+    /// What its consoles said.
+    pub transcript: Option<&'a Transcript>,
+    /// Whether a console was on stdout or stderr.
+    pub console_shown: bool,
+    /// Whether it panicked: then what looks like a processor after a reset is one.
+    pub panicked: bool,
+}
+
+impl Remains<'_> {
+    /// Finds out what happened, and writes a core file to `vmcore`; `stopped` says whether somebody wants that to end.
+    pub fn look(&self, vmcore: Option<&Path>, stopped: impl FnMut() -> bool) -> PostMortem {
+        let kernel = Kernel::find(self.ram);
+        let console = self.transcript.map(Transcript::last_lines).unwrap_or_default();
+        let log = kernel.as_ref().and_then(|kernel| printk::last_lines(kernel, LINES));
+        let vmcore = vmcore.map(|path| {
+            vmcore::write(path, self.ram, self.cpus, kernel.as_ref(), stopped).map(|()| path.to_path_buf())
+        });
+        let log_was_shown = self.console_shown && log.as_ref().is_none_or(|log| mostly_in(log, &console));
+        PostMortem {
+            registers: self.cpus.iter().map(|cpu| self.registers(cpu)).collect(),
+            kernel_log: log.unwrap_or(console).iter().map(|line| printable(line)).collect(),
+            log_was_shown,
+            vmcore,
+        }
+    }
+
+    fn registers(&self, cpu: &CpuState) -> String {
+        if self.panicked && cpu.is_reset() {
+            return format!("vCPU {}: its registers are gone, the guest reset itself", cpu.id);
+        }
+        cpu.to_string()
+    }
+}
+
+impl PostMortem {
+    /// For people: the log unless they have seen it, and `registers` if they tell something.
+    pub fn text(&self, registers: bool) -> String {
+        let mut text = String::new();
+        let mut add = |line: &str| text.extend([line, "\n"]);
+        if !self.log_was_shown && !self.kernel_log.is_empty() {
+            add("the last lines of the guest's log:");
+            self.kernel_log.iter().for_each(|line| add(line));
+        }
+        if !registers {
+            return text;
+        }
+        self.registers.iter().take(SHOWN).for_each(|cpu| add(cpu));
+        if let Some(more) = self.registers.len().checked_sub(SHOWN).filter(|more| *more > 0) {
+            add(&format!("and {more} more vCPUs, whose registers --report has"));
+        }
+        text
+    }
+}
+
+/// Whether at least half of the lines are among the others.
+fn mostly_in(lines: &[String], others: &[String]) -> bool {
+    lines.iter().filter(|line| others.contains(line)).count() * 2 >= lines.len()
+}
+
+/// A guest's line without what would command a terminal.
+fn printable(line: &str) -> String {
+    line.chars().map(|c| if c.is_control() && c != '\t' { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_shows_eight_and_commands_nothing() {
+        let registers = (0..254).map(|n| format!("vCPU {n}: not started")).collect();
+        let kernel_log = vec![printable("\x1b[2Jgone\ttab")];
+        let mut found = PostMortem { registers, kernel_log, ..PostMortem::default() };
+        let text = found.text(true);
+        assert_eq!(text.lines().count(), 2 + 8 + 1, "{text}");
+        assert!(text.contains("\u{FFFD}[2Jgone\ttab\nvCPU 0: not started\n"), "{text}");
+        assert!(text.ends_with("vCPU 7: not started\nand 246 more vCPUs, whose registers --report has\n"), "{text}");
+        found.log_was_shown = true;
+        assert_eq!((found.text(true).lines().count(), found.text(false).as_str()), (8 + 1, ""));
+    }
+
+    #[test]
+    fn registers_that_a_panicked_guest_reset_are_gone() {
+        let mut cpu = CpuState::default();
+        cpu.regs.rip = 0xFFF0;
+        cpu.sregs.cs.base = 0xFFFF_0000;
+        let (ram, cpus) = (GuestRam::anonymous(16 << 20), [cpu]);
+        let remains = Remains { ram: &ram, cpus: &cpus, transcript: None, console_shown: false, panicked: true };
+        let found = remains.look(None, || false);
+        assert_eq!(found.registers, ["vCPU 0: its registers are gone, the guest reset itself"]);
+        let found = Remains { panicked: false, ..remains }.look(None, || false);
+        assert!(found.registers[0].contains("these are reset values"), "{}", found.registers[0]);
+        assert!(found.kernel_log.is_empty() && found.vmcore.is_none());
+    }
+}
