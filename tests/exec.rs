@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 use common::{Run, on_host, on_terminal, tool};
 
@@ -66,6 +67,7 @@ cat shared/out"#;
     // The folder is made where the user may: by the first command in the wrapper.
     let wrapper = as_user.replace("export", "mkdir shared && chown 4242 shared\nexport");
     let run = Run::exec(&["sh", "-c", script]).through(&wrapper);
+    fs::set_permissions(run.dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
     let read_only = format!("{}:/read-only:ro", common::vireo().parent().unwrap().display());
     let ended = run.args(&["--share", "shared:/mnt/folder:rw", "--share", &read_only]).run_to_end();
     assert_eq!((ended.code(), ended.stdout.as_str()), (0, "from the guest\n"), "{ended}");
@@ -93,7 +95,7 @@ fn what_cannot_be_started_and_what_is_killed() {
 #[test]
 fn however_it_ends() {
     let panicked =
-        Run::exec(&["sh", "-c", "echo before; echo c >/proc/sysrq-trigger"]).run_to_end().expect(70, "panicked");
+        Run::exec(&["sh", "-c", "echo before; sleep 1; echo c >/proc/sysrq-trigger"]).run_to_end().expect(70, "panicked");
     assert_eq!(panicked.stdout, "before\n");
     assert!(panicked.stderr.contains("sysrq triggered crash"), "the last lines of the kernel: {panicked}");
 
@@ -101,7 +103,7 @@ fn however_it_ends() {
     let late = late.expect(124, "timed-out");
     assert_eq!((late.stdout.as_str(), late.stderr.as_str()), ("begun\n", ""));
 
-    let gone = Run::exec(&["sh", "-c", "echo b >/proc/sysrq-trigger; sleep 1000"]).run_to_end();
+    let gone = Run::exec(&["sh", "-c", "echo o >/proc/sysrq-trigger; sleep 1000"]).run_to_end();
     assert!(gone.expect(71, "lost").stderr.ends_with("before the command did\n"));
 }
 
