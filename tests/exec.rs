@@ -94,8 +94,9 @@ fn what_cannot_be_started_and_what_is_killed() {
 /// A kernel that panics under the command, a command that never ends, and one that takes the machine down.
 #[test]
 fn however_it_ends() {
-    let panicked =
-        Run::exec(&["sh", "-c", "echo before; sleep 1; echo c >/proc/sysrq-trigger"]).run_to_end().expect(70, "panicked");
+    let panicked = Run::exec(&["sh", "-c", "echo before; sleep 1; echo c >/proc/sysrq-trigger"])
+        .run_to_end()
+        .expect(70, "panicked");
     assert_eq!(panicked.stdout, "before\n");
     assert!(panicked.stderr.contains("sysrq triggered crash"), "the last lines of the kernel: {panicked}");
 

@@ -43,8 +43,8 @@ pub(super) fn open(end: &ConsoleEnd, what: &str, transcript: Option<&Transcript>
         ConsoleEnd::Socket(path) => console::socket(path)?,
         ConsoleEnd::Pty => {
             let (console, path) = console::pty()?;
-            // Unlike `eprintln!` this takes it if stderr is gone.
-            let _ = writeln!(io::stderr(), "vireo: {what} is on {}", path.display());
+            // Unlike `eprintln!` this takes it if stderr is gone; and in one piece.
+            let _ = io::stderr().write_all(format!("vireo: {what} is on {}\n", path.display()).as_bytes());
             console
         }
     };
