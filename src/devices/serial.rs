@@ -7,6 +7,7 @@
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
@@ -21,10 +22,20 @@ use crate::irq::IrqLine;
 /// `--serial`: where the first serial port leads.
 pub use crate::backend::console::ConsoleEnd as SerialConfig;
 
+/// How long a full FIFO may wait for the guest before its interrupt is raised again.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Registers of a 16550: interrupt enable; line control, whose top bit puts the divisor in the former's place.
+const IER: u8 = 1;
+const LCR: u8 = 3;
+const LCR_DLAB: u8 = 0x80;
+
 /// The serial port as a device.
 pub struct SerialPort {
     uart: Mutex<Serial<Irq, InputRoom, Transmitter>>,
     room_wanted: Arc<AtomicBool>,
+    /// Since when the FIFO is full.
+    full: Mutex<Option<Instant>>,
 }
 
 impl SerialPort {
@@ -33,7 +44,8 @@ impl SerialPort {
         let room_wanted = Arc::new(AtomicBool::new(false));
         let room = InputRoom { wanted: room_wanted.clone(), events: events.clone() };
         let transmitter = Transmitter { output, watch: ConsoleWatch::new(events) };
-        SerialPort { uart: Mutex::new(Serial::with_events(Irq(irq), room, transmitter)), room_wanted }
+        let uart = Mutex::new(Serial::with_events(Irq(irq), room, transmitter));
+        SerialPort { uart, room_wanted, full: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Serial<Irq, InputRoom, Transmitter>> {
@@ -46,8 +58,30 @@ impl Receiver for SerialPort {
         let mut uart = self.lock();
         let taken = uart.enqueue_raw_bytes(bytes).unwrap_or(0);
         self.room_wanted.store(taken < bytes.len(), Ordering::Release);
+        let mut full = self.full.lock().unwrap_or_else(PoisonError::into_inner);
+        match *full {
+            _ if taken > 0 || bytes.is_empty() => *full = None,
+            None => *full = Some(Instant::now()),
+            Some(since) if since.elapsed() >= PATIENCE => {
+                *full = Some(Instant::now());
+                remind(&mut uart);
+            }
+            Some(_) => {}
+        }
         taken
     }
+}
+
+/// The line's interrupt is an edge, and an edge that somebody missed does not come again: the guest would wait for its
+/// input, and its input for the guest. One more does no harm.
+fn remind(uart: &mut Serial<Irq, InputRoom, Transmitter>) {
+    log::debug!("the guest does not read its serial port; the interrupt is raised again");
+    if uart.read(LCR) & LCR_DLAB == 0 {
+        // As it is already, which has the UART look at what is pending.
+        let enabled = uart.read(IER);
+        let _ = uart.write(IER, enabled);
+    }
+    let _ = uart.interrupt_evt().trigger();
 }
 
 impl BusDevice for SerialPort {
@@ -141,6 +175,20 @@ mod tests {
             assert_eq!(told, sent < input.len());
         }
         assert_eq!(got, input);
+    }
+
+    #[test]
+    fn a_missed_interrupt_comes_again() {
+        let (port, irq, _) = port();
+        port.write(1, &[1]);
+        let sent = port.receive(&[7; 100]);
+        assert_eq!((sent, irq.take_count()), (64, 1));
+        // It is enabled, pending, and nobody comes.
+        assert_eq!((port.receive(&[7; 36]), irq.take_count()), (0, 0));
+        *port.full.lock().unwrap() = Instant::now().checked_sub(PATIENCE);
+        assert_eq!((port.receive(&[7; 36]), irq.take_count()), (0, 1));
+        assert_eq!((port.receive(&[7; 36]), irq.take_count()), (0, 0), "not all the time");
+        assert_eq!(read(&port, 2) & 0xF, 4, "the guest is told what for");
     }
 
     #[test]
