@@ -15,8 +15,10 @@
 //! # Layers
 //!
 //! Each imports only what stands to its right:
-//! `cli > gdb, exec > control, doctor > machine > config, post_mortem > boot, vcpu > virtio, devices > backend, rate_limiter > terminal, bus,
-//! irq, event, memory, kvm, layout, options, outcome`. A device imports neither `kvm` nor the virtio transport nor `std::thread`.
+//! `cli > gdb, exec > control, doctor > machine > config, post_mortem > boot, vcpu > virtio, devices > backend,
+//! rate_limiter > terminal, bus, irq, event, memory, kvm, layout, options, outcome`. Beside them stands `guest`, the init
+//! that `vireo exec` boots into: it uses none of them, and only `exec` knows its messages. A device imports neither `kvm`
+//! nor the virtio transport nor `std::thread`.
 //! `unsafe` is denied crate-wide and opened only in the few modules that talk to the kernel.
 
 pub mod cli;

@@ -71,9 +71,9 @@ fn version_names_version_commit_and_build() {
 #[test]
 fn help_shows_an_example_of_every_command() {
     let help = String::from_utf8(words(&["--help"]).expect(0).stdout).unwrap();
-    contains(&help, "Example:\n  vireo run --kernel ");
+    contains(&help, "Example:\n  vireo exec -- uname -r\n  vireo run --kernel ");
     contains(&help, "Exit status:");
-    for command in ["run", "doctor", "completions", "man"] {
+    for command in ["run", "exec", "doctor", "completions", "man"] {
         contains(&help, &format!("\n  {command} "));
         let help = String::from_utf8(words(&[command, "--help"]).expect(0).stdout).unwrap();
         contains(&help, &format!("Example:\n  vireo {command}"));
@@ -99,7 +99,7 @@ fn completions_are_scripts_of_their_shells() {
 fn the_manual_covers_every_command() {
     let page = String::from_utf8(words(&["man"]).expect(0).stdout).unwrap();
     let titles: Vec<_> = page.lines().filter_map(|line| line.strip_prefix(".TH ")?.split(' ').next()).collect();
-    assert_eq!(titles, ["vireo", "vireo-run", "vireo-doctor", "vireo-completions", "vireo-man"]);
+    assert_eq!(titles, ["vireo", "vireo-run", "vireo-exec", "vireo-doctor", "vireo-completions", "vireo-man"]);
     contains(&page, "\\-\\-boot\\-timing");
 }
 
@@ -123,7 +123,7 @@ fn readers_that_leave_early_are_no_failure_but_a_full_disk_is() {
 fn wrong_usage_is_explained_and_exits_with_2() {
     for (args, says) in [
         (&[][..], "Usage: vireo"),
-        (&["rnu"], "the commands are run, doctor"),
+        (&["rnu"], "the commands are run, exec, doctor"),
         (&["docto"], "'doctor'"),
         (&["run"], "--kernel <FILE>"),
         (&["run", "--kernl", "x"], "'--kernel'"),

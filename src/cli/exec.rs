@@ -34,11 +34,11 @@ const COMMAND_SIGNALS: [i32; 2] = [libc::SIGUSR1, libc::SIGUSR2];
 #[derive(Args)]
 #[command(
     override_usage = "vireo exec [OPTIONS] [--] [COMMAND [ARGUMENT]...]",
-    after_help = "Exit status: the command's own, 128+N if signal N killed it; 126 it cannot be run, 127 it is not \
+    after_help = "Example:\n  vireo exec --kernel bzImage -- uname -r\n  \
+                  vireo exec --kernel bzImage --share .:rw --timeout 10m -- make test\n  vireo exec\n\n\
+                  Exit status: the command's own, 128+N if signal N killed it; 126 it cannot be run, 127 it is not \
                   there; 70 the kernel panicked, 71 the guest crashed or ended before the command, 72 it hung, 73 the \
-                  console showed what it must not, 124 time limit, 125 vireo or the host failed, 2 wrong usage.\n\n\
-                  Examples:\n  vireo exec --kernel bzImage -- uname -r\n  \
-                  vireo exec --kernel bzImage --share .:rw --timeout 10m -- make test\n  vireo exec"
+                  console showed what it must not, 124 time limit, 125 vireo or the host failed, 2 wrong usage."
 )]
 pub struct ExecArgs {
     /// Kernel [default: the newest /boot/vmlinuz-* that may be read]
