@@ -195,7 +195,7 @@ pub enum Got {
 /// The standard streams.
 pub fn stdio() -> Console {
     let input = duplicate(libc::STDIN_FILENO).map_or(Input::None, Input::Stdin);
-    Console { output: Some(stream("stdout", libc::STDOUT_FILENO)), input }
+    Console { output: Some(stream("stdout", libc::STDOUT_FILENO, false)), input }
 }
 
 /// Standard input alone.
@@ -207,19 +207,19 @@ pub fn stdin() -> Console {
 
 /// Standard output, or standard error, alone.
 pub fn output_stream(name: &str, fd: RawFd) -> Console {
-    Console { output: Some(stream(name, fd)), input: Input::None }
+    Console { output: Some(stream(name, fd, true)), input: Input::None }
 }
 
 /// A descriptor for both directions.
 pub fn descriptor(fd: RawFd) -> Result<Console, Error> {
     let name = PathBuf::from(format!("/proc/self/fd/{fd}"));
     let open = || duplicate(fd).map_err(|e| Error::Open(name.clone(), e));
-    let output = Destination { name: format!("fd:{fd}"), writer: Box::new(open()?), eager: true };
+    let output = Destination { name: format!("fd:{fd}"), writer: Box::new(open()?), eager: true, told: false };
     Ok(Console { output: Some(output), input: Input::Stream(open()?) })
 }
 
-fn stream(name: &str, fd: RawFd) -> Destination {
-    Destination { name: name.into(), writer: Box::new(Unbuffered(fd)), eager: terminal::is_terminal(fd) }
+fn stream(name: &str, fd: RawFd, told: bool) -> Destination {
+    Destination { name: name.into(), writer: Box::new(Unbuffered(fd)), eager: terminal::is_terminal(fd), told }
 }
 
 /// A descriptor of our own for reading: the standard library's handle has a buffer that would hide input from epoll.
@@ -261,7 +261,7 @@ pub fn file(path: &Path) -> Result<Console, Error> {
     // Only the opening must not wait.
     // SAFETY: changes a flag of a descriptor that is ours.
     unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, 0) };
-    let output = Destination { name: path.display().to_string(), writer: Box::new(file), eager: false };
+    let output = Destination { name: path.display().to_string(), writer: Box::new(file), eager: false, told: false };
     Ok(Console { output: Some(output), input: Input::None })
 }
 
@@ -269,7 +269,7 @@ pub fn file(path: &Path) -> Result<Console, Error> {
 pub fn pty() -> Result<(Console, PathBuf), Error> {
     let (master, path) = open_pty().map_err(Error::Pty)?;
     let writer = PtyWriter(master.try_clone().map_err(Error::Pty)?);
-    let output = Destination { name: path.display().to_string(), writer: Box::new(writer), eager: true };
+    let output = Destination { name: path.display().to_string(), writer: Box::new(writer), eager: true, told: false };
     Ok((Console { output: Some(output), input: Input::Pty(master) }, path))
 }
 
@@ -348,8 +348,12 @@ impl Write for SocketWriter {
 pub fn socket(path: &Path) -> Result<Console, Error> {
     let listener = Listener::bind(path)?;
     let client = Client::default();
-    let output =
-        Destination { name: path.display().to_string(), writer: Box::new(SocketWriter(client.clone())), eager: true };
+    let output = Destination {
+        name: path.display().to_string(),
+        writer: Box::new(SocketWriter(client.clone())),
+        eager: true,
+        told: false,
+    };
     let input = Input::Socket(SocketInput { listener, client });
     Ok(Console { output: Some(output), input })
 }

@@ -109,7 +109,8 @@ pub fn pair(path: &Path) -> Result<Console, Error> {
     let (from, to) = (beside(".in")?, beside(".out")?);
     let file = open(&from.path, OpenOptions::new().read(true)).map_err(|e| Error::Open(from.path.clone(), e))?;
     let writer = FifoWriter { path: to.path.clone(), file: None };
-    let output = Destination { name: to.path.display().to_string(), writer: Box::new(writer), eager: true };
+    let output =
+        Destination { name: to.path.display().to_string(), writer: Box::new(writer), eager: true, told: false };
     Ok(Console { output: Some(output), input: Input::Fifo(FifoInput { file, _places: [from, to] }) })
 }
 

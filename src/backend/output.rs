@@ -27,6 +27,8 @@ pub struct Destination {
     pub writer: Box<dyn Write + Send>,
     /// Somebody watches: write each byte as it comes, not line by line.
     pub eager: bool,
+    /// Whoever writes in the guest is told when the reader has gone ([`Output::has_failed`]); nobody else need be.
+    pub told: bool,
 }
 
 /// A buffered, asynchronous writer. Cloning shares it.
@@ -55,6 +57,8 @@ struct State {
     closing: bool,
     /// The destination failed: everything is thrown away.
     broken: bool,
+    /// It is broken because it failed, not because it leads nowhere.
+    failed: bool,
     /// The thread sleeps and must be woken.
     idle: bool,
     /// [`Output::has_room`] said no.
@@ -134,6 +138,11 @@ impl Output {
     /// How many bytes ever came.
     pub fn pushed(&self) -> u64 {
         self.lock().pushed
+    }
+
+    /// Whether what comes is thrown away because writing failed: nobody is there any more.
+    pub fn has_failed(&self) -> bool {
+        self.lock().failed
     }
 
     /// Whether the buffer is over its limit.
@@ -216,10 +225,15 @@ impl Output {
             state.in_flight = chunk.len();
             drop(state);
             if let Err(e) = write_all(&mut *destination.writer, &chunk) {
-                log::warn!("{}: cannot write console output ({e}); it is thrown away from here on", destination.name);
+                let level = match e.kind() {
+                    io::ErrorKind::BrokenPipe if destination.told => log::Level::Debug,
+                    _ => log::Level::Warn,
+                };
+                let name = destination.name;
+                log::log!(level, "{name}: cannot write console output ({e}); it is thrown away from here on");
                 let mut state = self.lock();
                 let State { closing, room_wanted, pushed, .. } = *state;
-                *state = State { broken: true, closing, room_wanted, pushed, ..State::default() };
+                *state = State { broken: true, failed: true, closing, room_wanted, pushed, ..State::default() };
                 self.tell_room(&mut state);
                 if state.closing {
                     let _ = self.0.done.write(1);
@@ -262,7 +276,9 @@ mod tests {
     #[test]
     fn everything_comes_out_in_order_even_to_a_slow_reader() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let output = Output::new(Destination { name: "pipe".into(), writer: Box::new(writer), eager: false }).unwrap();
+        let output =
+            Output::new(Destination { name: "pipe".into(), writer: Box::new(writer), eager: false, told: false })
+                .unwrap();
         let text: Vec<u8> = (0..1_000_000u32).map(|i| i as u8).collect();
         let pusher = {
             let (output, text) = (output.clone(), text.clone());
@@ -285,7 +301,9 @@ mod tests {
     #[test]
     fn a_waiting_vcpu_can_be_interrupted() {
         let (_reader, writer) = io::pipe().unwrap();
-        let output = Output::new(Destination { name: "pipe".into(), writer: Box::new(writer), eager: false }).unwrap();
+        let output =
+            Output::new(Destination { name: "pipe".into(), writer: Box::new(writer), eager: false, told: false })
+                .unwrap();
         output.push(&vec![b'x'; 1 << 20]);
         let stop = Arc::new(AtomicBool::new(false));
         let waiter = {
@@ -301,7 +319,9 @@ mod tests {
     #[test]
     fn room_is_told_to_who_asked_for_it() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let output = Output::new(Destination { name: "pipe".into(), writer: Box::new(writer), eager: false }).unwrap();
+        let output =
+            Output::new(Destination { name: "pipe".into(), writer: Box::new(writer), eager: false, told: false })
+                .unwrap();
         assert!(output.has_room(LIMIT));
         output.push(&vec![b'x'; 1 << 20]);
         assert!(!output.has_room(LIMIT));
@@ -325,7 +345,9 @@ mod tests {
     fn a_reader_that_is_gone_costs_output_not_the_guest() {
         let (reader, writer) = io::pipe().unwrap();
         drop(reader);
-        let output = Output::new(Destination { name: "pipe".into(), writer: Box::new(writer), eager: false }).unwrap();
+        let output =
+            Output::new(Destination { name: "pipe".into(), writer: Box::new(writer), eager: false, told: false })
+                .unwrap();
         for _ in 0..100 {
             output.push(&[0; 4096]);
             output.wait_room(|| false);
@@ -338,7 +360,8 @@ mod tests {
     fn a_full_disk_is_no_reason_to_hang() {
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let output =
-            Output::new(Destination { name: "/dev/full".into(), writer: Box::new(full), eager: false }).unwrap();
+            Output::new(Destination { name: "/dev/full".into(), writer: Box::new(full), eager: false, told: false })
+                .unwrap();
         output.push(b"lost");
         output.close();
         assert!(done_within(&output, Duration::from_secs(10)));

@@ -91,12 +91,12 @@ impl Transcript {
 
     /// A destination that is read along with; without one the text goes nowhere else.
     pub fn destination(&self, inner: Option<Destination>) -> Destination {
-        let (name, eager, inner) = match inner {
-            Some(Destination { name, writer, eager }) => (name, eager, Some(writer)),
-            None => ("the console".into(), false, None),
+        let (name, eager, told, inner) = match inner {
+            Some(Destination { name, writer, eager, told }) => (name, eager, told, Some(writer)),
+            None => ("the console".into(), false, false, None),
         };
         let reader = Reader { transcript: self.clone(), line: Vec::new(), inner };
-        Destination { name, writer: Box::new(reader), eager }
+        Destination { name, writer: Box::new(reader), eager, told }
     }
 
     /// The last lines, oldest first.
@@ -191,7 +191,7 @@ mod tests {
         let path = dir.path().join("log");
         let transcript = Transcript::new(Instant::now(), Some(File::create(&path).unwrap()), Patterns::default());
         let (mut reader, writer) = io::pipe().unwrap();
-        let inner = Destination { name: "x".into(), writer: Box::new(writer), eager: true };
+        let inner = Destination { name: "x".into(), writer: Box::new(writer), eager: true, told: false };
         let mut destination = transcript.destination(Some(inner));
         for n in 0..60 {
             write!(destination.writer, "line {n}\r\n").unwrap();

@@ -199,10 +199,7 @@ impl Pump {
         match self.copy() {
             Ok(0) => true,
             Ok(_) | Err(Errno::INTR) => false,
-            Err(Errno::AGAIN) => {
-                ready(&self.port, PollFlags::OUT, Wait::Yes);
-                false
-            }
+            Err(Errno::AGAIN) => !has_room(&self.port),
             // EIO: nobody has the terminal open any more.
             Err(_) => true,
         }
@@ -221,7 +218,7 @@ impl Pump {
         while !rest.is_empty() {
             match rustix::io::write(&self.port, rest) {
                 Ok(n) => rest = rest.get(n..).unwrap_or(&[]),
-                Err(Errno::AGAIN) => _ = ready(&self.port, PollFlags::OUT, Wait::Yes),
+                Err(Errno::AGAIN) if has_room(&self.port) => {}
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(e),
             }
@@ -230,8 +227,17 @@ impl Pump {
     }
 }
 
+/// Waits until the port takes more; false if the host has closed it, because nobody reads the output any more. Then our
+/// end of the command's pipe is closed, too, and the command hears of it as it would on the host (SIGPIPE).
+fn has_room(port: &File) -> bool {
+    let mut fds = [PollFd::new(port, PollFlags::OUT)];
+    match poll(&mut fds, None) {
+        Ok(_) => !fds[0].revents().contains(PollFlags::HUP),
+        Err(e) => e == Errno::INTR,
+    }
+}
+
 enum Wait<'a> {
-    Yes,
     No,
     /// Or until this one can be read.
     Or(&'a OwnedFd),
@@ -241,7 +247,6 @@ enum Wait<'a> {
 fn ready(fd: impl AsFd, flags: PollFlags, wait: Wait<'_>) -> bool {
     let at_once = Timespec::default();
     let (other, timeout) = match wait {
-        Wait::Yes => (None, None),
         Wait::No => (None, Some(&at_once)),
         Wait::Or(other) => (Some(other), None),
     };

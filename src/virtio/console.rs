@@ -47,13 +47,13 @@ const PORT_OPEN: u16 = 6;
 const PORT_NAME: u16 = 7;
 
 /// What a port has to be told yet, in the order in which it is; a bit each, so however often a driver asks, it stays
-/// little.
+/// little. The name comes last: who looks for it finds a port of which the rest is known.
 const DUE: [(u8, u16); 5] = [
     (DUE_ADD, PORT_ADD),
     (DUE_CONSOLE, CONSOLE_PORT),
     (DUE_SIZE, RESIZE),
-    (DUE_NAME, PORT_NAME),
     (DUE_OPEN, PORT_OPEN),
+    (DUE_NAME, PORT_NAME),
 ];
 const DUE_ADD: u8 = 1 << 0;
 const DUE_CONSOLE: u8 = 1 << 1;
@@ -549,7 +549,9 @@ mod tests {
 
     fn output() -> (PipeReader, Output) {
         let (reader, writer) = io::pipe().unwrap();
-        let output = Output::new(Destination { name: "pipe".into(), writer: Box::new(writer), eager: false }).unwrap();
+        let output =
+            Output::new(Destination { name: "pipe".into(), writer: Box::new(writer), eager: false, told: false })
+                .unwrap();
         (reader, output)
     }
 
@@ -684,6 +686,29 @@ mod tests {
         assert_eq!(s.heard(), [(0, RESIZE, 1, vec![100, 0, 0x23, 1]), (2, PORT_OPEN, 1, vec![])]);
         s.host[2].connected(false);
         assert_eq!(s.heard(), [(2, PORT_OPEN, 0, vec![])]);
+    }
+
+    #[test]
+    fn a_reader_that_has_gone_is_told_of_but_not_to_the_console() {
+        let mut s = setup(0);
+        s.open_all();
+        (0..2).for_each(|port| s.host[port].connected(true));
+        s.deliver(Event::Ready(WAKE)).unwrap();
+        assert_eq!(s.heard(), [0, 1].map(|port| (port, PORT_OPEN, 1, vec![])));
+        s.readers.clear();
+        for port in 0..2 {
+            assert!(s.transmit(port, b"nobody").unwrap());
+        }
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while !s.device.shared.ports[..2].iter().all(|port| port.output.has_failed()) {
+            assert!(std::time::Instant::now() < deadline, "the outputs do not fail");
+            std::thread::yield_now();
+        }
+        (0..2).for_each(|port| s.host[port].connected(true));
+        s.deliver(Event::Ready(WAKE)).unwrap();
+        assert_eq!(s.heard(), [(1, PORT_OPEN, 0, vec![])]);
+        // What is written all the same goes nowhere.
+        assert!(s.transmit(1, b"still").unwrap());
     }
 
     #[test]

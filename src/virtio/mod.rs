@@ -323,15 +323,21 @@ impl Interrupt {
     /// The device is in a state that only a reset gets it out of: tells the driver (2.1.2) and, once, the log. A guest
     /// that does it over and over does not fill the log.
     pub fn needs_reset(&self, device: &str, why: impl std::fmt::Display) {
+        if self.0.needs_reset.load(Ordering::SeqCst) {
+            return;
+        }
+        // The status last: who polls it finds the reason and the generation as they will stay.
+        self.0.generation.fetch_add(1, Ordering::SeqCst);
+        self.0.status.fetch_or(regs::VIRTIO_MMIO_INT_CONFIG, Ordering::SeqCst);
         if self.0.needs_reset.swap(true, Ordering::SeqCst) {
             return;
         }
+        self.0.line.trigger();
         match self.0.faults.fetch_add(1, Ordering::Relaxed) {
             faults if faults < MAX_WARNINGS => warn!("{device} is out of order until its driver resets it: {why}"),
             MAX_WARNINGS => warn!("{device} is out of order again and again; this is not told any more"),
             _ => {}
         }
-        self.config_changed();
     }
 
     /// The line, whose descriptor vhost back ends signal directly.

@@ -72,7 +72,11 @@ impl Receiver for HostPort {
         self.change(receive).unwrap_or(bytes.len())
     }
 
+    /// Nobody is at the other end of a port whose output has failed: a writer in the guest is told so by the port's
+    /// closing (5.3.6.2). The console goes on without a reader.
     fn connected(&self, connected: bool) {
+        let gone = |port: &Port| port.name.is_some() && port.output.has_failed();
+        let connected = connected && !self.shared.ports.get(self.port).is_some_and(gone);
         self.change(|input| ((), std::mem::replace(&mut input.connected, connected) != connected));
     }
 
