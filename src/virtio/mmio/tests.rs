@@ -535,24 +535,26 @@ fn resets_race_with_requests() {
 }
 
 /// A device that finishes nothing until it is allowed to.
-struct Slow(DeviceInfo, Arc<AtomicBool>);
+struct Slow(DeviceInfo, Arc<AtomicBool>, Arc<AtomicBool>);
 
-struct Waiting(Arc<AtomicBool>, Vec<Chain>);
+/// Told when to finish, and telling when it has taken a request.
+struct Waiting(Arc<AtomicBool>, Arc<AtomicBool>, Vec<Chain>);
 
 impl Handler for Waiting {
     fn event(&mut self, _: Event, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
         while let Some(chain) = queues.first_mut().map(|q| q.pop(cx.ram)).transpose()?.flatten() {
-            self.1.push(chain);
+            self.2.push(chain);
+            self.1.store(true, Ordering::SeqCst);
         }
         // So that the loop comes by again and asks for draining.
-        Ok(if self.1.is_empty() { Progress::Done } else { Progress::More })
+        Ok(if self.2.is_empty() { Progress::Done } else { Progress::More })
     }
 
     fn drain(&mut self, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
-        while !self.0.load(Ordering::SeqCst) && !self.1.is_empty() {
+        while !self.0.load(Ordering::SeqCst) && !self.2.is_empty() {
             std::thread::sleep(Duration::from_millis(1));
         }
-        for chain in self.1.drain(..) {
+        for chain in self.2.drain(..) {
             if let [queue] = queues {
                 queue.push_used(cx.ram, chain, 1)?;
             }
@@ -567,7 +569,7 @@ impl VirtioDevice for Slow {
     }
     fn read_config(&self, _: u64, _: &mut [u8]) {}
     fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
-        let handler = Box::new(Waiting(self.1.clone(), vec![]));
+        let handler = Box::new(Waiting(self.1.clone(), self.2.clone(), vec![]));
         Ok(Activated::Here(vec![Share { queues: activation.queues, handler }]))
     }
 }
@@ -576,14 +578,18 @@ impl VirtioDevice for Slow {
 fn a_stuck_device_is_named_and_reset_when_it_lets_go() {
     let ram = ram();
     let info = DeviceInfo { queue_sizes: vec![8], name: "slow".into(), ..Multi::new().info };
-    let finish = Arc::new(AtomicBool::new(false));
-    let transport = transport(&ram, Slow(info, finish.clone()));
+    let [finish, taken] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+    let transport = transport(&ram, Slow(info, finish.clone(), taken.clone()));
     let mut driver = FakeDriver::new(&transport, &ram);
     driver.start(0, RING, 8);
     driver.queues[0].add(&[inn(B, 1)]).unwrap();
     driver.kick(0);
     // Until it has taken the request, there is nothing to be stuck with.
-    std::thread::sleep(Duration::from_millis(100));
+    let deadline = Instant::now() + DRAIN_DEADLINE;
+    while !taken.load(Ordering::SeqCst) {
+        assert!(Instant::now() < deadline, "the request is not taken");
+        std::thread::yield_now();
+    }
     driver.set(VIRTIO_MMIO_STATUS, 0);
     assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15 | NEEDS_RESET, "the reset is not over");
     let begin = Instant::now();
