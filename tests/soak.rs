@@ -57,7 +57,8 @@ fn mebibytes_in_and_out() {
     let script = format!(
         "stty raw -echo\nfor n in $(seq {pieces}); do echo ready $n; head -c 32768 >/in; cat /in; echo end $n; done"
     );
-    let mut guest = Run::new("bzImage-cloud", &script).cmdline("console=ttyS0 quiet vireo.modules=none").start();
+    let guest = Run::new("bzImage-cloud", &script).cmdline("console=ttyS0 quiet vireo.modules=none");
+    let mut guest = guest.args(&["--hang-timeout", "60s"]).start();
     let mut expected = Vec::new();
     for n in 1..=pieces {
         let piece: Vec<u8> = (0..1u32 << 15).map(|i| (i % 251) as u8 ^ (i >> 8) as u8 ^ n as u8).collect();

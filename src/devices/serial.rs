@@ -7,7 +7,6 @@
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
@@ -22,20 +21,21 @@ use crate::irq::IrqLine;
 /// `--serial`: where the first serial port leads.
 pub use crate::backend::console::ConsoleEnd as SerialConfig;
 
-/// How long a full FIFO may wait for the guest before its interrupt is raised again.
-const PATIENCE: Duration = Duration::from_secs(1);
-
-/// Registers of a 16550: interrupt enable; line control, whose top bit puts the divisor in the former's place.
+/// Registers of a 16550 and their bits: interrupt enable; interrupt identification; line control, whose top bit puts the
+/// divisor in the first one's place; line status.
 const IER: u8 = 1;
+const IER_RECEIVED: u8 = 1;
+const IIR: u8 = 2;
+const IIR_RECEIVED: u8 = 0xC0 | 4;
 const LCR: u8 = 3;
 const LCR_DLAB: u8 = 0x80;
+const LSR: u8 = 5;
+const LSR_DATA_READY: u8 = 1;
 
 /// The serial port as a device.
 pub struct SerialPort {
     uart: Mutex<Serial<Irq, InputRoom, Transmitter>>,
     room_wanted: Arc<AtomicBool>,
-    /// Since when the FIFO is full.
-    full: Mutex<Option<Instant>>,
 }
 
 impl SerialPort {
@@ -45,7 +45,7 @@ impl SerialPort {
         let room = InputRoom { wanted: room_wanted.clone(), events: events.clone() };
         let transmitter = Transmitter { output, watch: ConsoleWatch::new(events) };
         let uart = Mutex::new(Serial::with_events(Irq(irq), room, transmitter));
-        SerialPort { uart, room_wanted, full: Mutex::default() }
+        SerialPort { uart, room_wanted }
     }
 
     fn lock(&self) -> MutexGuard<'_, Serial<Irq, InputRoom, Transmitter>> {
@@ -58,37 +58,26 @@ impl Receiver for SerialPort {
         let mut uart = self.lock();
         let taken = uart.enqueue_raw_bytes(bytes).unwrap_or(0);
         self.room_wanted.store(taken < bytes.len(), Ordering::Release);
-        let mut full = self.full.lock().unwrap_or_else(PoisonError::into_inner);
-        match *full {
-            _ if taken > 0 || bytes.is_empty() => *full = None,
-            None => *full = Some(Instant::now()),
-            Some(since) if since.elapsed() >= PATIENCE => {
-                *full = Some(Instant::now());
-                remind(&mut uart);
-            }
-            Some(_) => {}
-        }
         taken
     }
 }
 
-/// The line's interrupt is an edge, and an edge that somebody missed does not come again: the guest would wait for its
-/// input, and its input for the guest. One more does no harm.
-fn remind(uart: &mut Serial<Irq, InputRoom, Transmitter>) {
-    log::debug!("the guest does not read its serial port; the interrupt is raised again");
-    if uart.read(LCR) & LCR_DLAB == 0 {
-        // As it is already, which has the UART look at what is pending.
-        let enabled = uart.read(IER);
-        let _ = uart.write(IER, enabled);
-    }
-    let _ = uart.interrupt_evt().trigger();
+/// Reads a register. Received data is identified as the reason of an interrupt for as long as there is some: a driver that
+/// takes a bounded number of bytes at a time (Linux: 256) and looks for a reason again would leave the rest otherwise.
+fn read(uart: &mut Serial<Irq, InputRoom, Transmitter>, offset: u8) -> u8 {
+    let received = offset == IIR
+        && uart.read(LSR) & LSR_DATA_READY != 0
+        && uart.read(LCR) & LCR_DLAB == 0
+        && uart.read(IER) & IER_RECEIVED != 0;
+    // It goes before an empty transmitter, which is identified when it is gone.
+    if received { IIR_RECEIVED } else { uart.read(offset) }
 }
 
 impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         // The registers are a byte wide; a wider access reads the first and ones behind it.
         if let (Some(first), Ok(offset)) = (data.first_mut(), u8::try_from(offset)) {
-            *first = self.lock().read(offset);
+            *first = read(&mut self.lock(), offset);
         }
     }
 
@@ -178,17 +167,21 @@ mod tests {
     }
 
     #[test]
-    fn a_missed_interrupt_comes_again() {
+    fn the_reason_stays_while_there_is_something_to_read() {
         let (port, irq, _) = port();
-        port.write(1, &[1]);
-        let sent = port.receive(&[7; 100]);
-        assert_eq!((sent, irq.take_count()), (64, 1));
-        // It is enabled, pending, and nobody comes.
-        assert_eq!((port.receive(&[7; 36]), irq.take_count()), (0, 0));
-        *port.full.lock().unwrap() = Instant::now().checked_sub(PATIENCE);
-        assert_eq!((port.receive(&[7; 36]), irq.take_count()), (0, 1));
-        assert_eq!((port.receive(&[7; 36]), irq.take_count()), (0, 0), "not all the time");
-        assert_eq!(read(&port, 2) & 0xF, 4, "the guest is told what for");
+        port.write(1, &[3]);
+        assert_eq!(read(&port, 2), 0xC2, "the transmitter is empty");
+        assert_eq!(port.receive(&[7; 40]), 40);
+        assert!(irq.take_count() > 0);
+        port.write(0, b"x");
+        for _ in 0..40 {
+            assert_eq!(read(&port, 2), 0xC4);
+            assert_eq!(read(&port, 0), 7);
+        }
+        assert_eq!([read(&port, 2), read(&port, 2)], [0xC2, 0xC1], "the transmitter again, and then nothing");
+        port.write(1, &[0]);
+        port.receive(b"y");
+        assert_eq!(read(&port, 2), 0xC1, "not enabled");
     }
 
     #[test]
