@@ -23,6 +23,11 @@ impl Controller {
         Controller(mailbox)
     }
 
+    /// Notes that the guest's init said that it runs.
+    pub fn init_started(&self) {
+        self.0.send(Request::InitStarted);
+    }
+
     /// Stops vCPUs and devices with nothing half done. Returns whether the machine did so (false: it has ended).
     pub fn pause(&self) -> bool {
         let (done, wait) = answer();

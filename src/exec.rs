@@ -15,6 +15,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -104,7 +105,7 @@ pub struct Command {
     pub words: Vec<OsString>,
     /// `NAME=VALUE`, or `NAME` for our own value, or `*` for all of ours.
     pub env: Vec<OsString>,
-    /// Where it starts; our own working directory by default.
+    /// Where it starts; by default our own working directory, if the guest has it.
     pub cwd: Option<PathBuf>,
     /// The root file system.
     pub root: RootFrom,
@@ -176,14 +177,17 @@ impl Command {
             let readonly = !folder.writable;
             config.shares.push(FsConfig { path: folder.host.clone(), tag: Some(tag), readonly, ..FsConfig::default() });
         }
+        let modules = self.show_modules(config, &mut mounts);
         let request = Request {
             command: self.words.iter().map(|word| word.as_os_str().into()).collect(),
             env: self.environment(streams.terminal.is_some()),
             cwd: self.start().as_os_str().into(),
+            cwd_given: self.cwd.is_some(),
             terminal: streams.terminal,
             merged: streams.merged,
             root,
             mounts,
+            modules,
             network: !config.nets.is_empty(),
         };
         let request = in_memory(&request).map_err(|e| Error::Host("the request to the guest", e))?;
@@ -208,7 +212,28 @@ impl Command {
     /// Where the command starts: where we are, if the guest sees the same files.
     fn start(&self) -> PathBuf {
         let here = || env::current_dir().ok().filter(|_| self.root == RootFrom::Path("/".into()));
-        self.cwd.clone().or_else(here).unwrap_or_else(|| "/".into())
+        let given = self.cwd.as_ref().map(|dir| std::path::absolute(dir).unwrap_or_else(|_| dir.clone()));
+        given.or_else(here).unwrap_or_else(|| "/".into())
+    }
+
+    /// The words in a line, for people.
+    pub fn title(&self) -> String {
+        let words: Vec<_> = self.words.iter().map(|word| word.to_string_lossy()).collect();
+        if words.is_empty() { "a shell".into() } else { words.join(" ") }
+    }
+
+    /// Where the guest will see the kernel's modules, if the user said where they are.
+    fn show_modules(&self, config: &mut MachineConfig, mounts: &mut Vec<Mount>) -> Option<Bytes> {
+        let dir = self.modules.as_ref().filter(|dir| self.root != RootFrom::Initramfs && dir.is_dir())?;
+        let dir = dir.canonicalize().ok()?;
+        if self.root == RootFrom::Path("/".into()) {
+            return Some(dir.as_os_str().into());
+        }
+        let (tag, place) = ("modules".to_string(), OsStr::new("/run/vireo/modules"));
+        let share = FsConfig { path: dir, tag: Some(tag.clone()), readonly: true, flat: true, ..FsConfig::default() };
+        config.shares.push(share);
+        mounts.push(Mount { tag, path: place.into(), writable: false });
+        Some(place.into())
     }
 
     /// The initramfs: this program, the request, modules.
@@ -225,7 +250,7 @@ impl Command {
         let with = |wanted: bool, names: &[&str]| -> Vec<String> {
             names.iter().filter(|_| wanted).map(ToString::to_string).collect()
         };
-        let overlay = !self.writable && self.root != RootFrom::Initramfs;
+        let overlay = self.root != RootFrom::Initramfs && (!self.writable || self.modules.is_some());
         modules.names.extend(with(true, &MODULES));
         modules.names.extend(with(!config.shares.is_empty(), &["virtiofs"]));
         modules.names.extend(with(overlay, &["overlay"]));
@@ -273,10 +298,12 @@ impl Command {
             set("TERM".as_ref(), kind);
         }
         for item in &self.env {
-            let text = item.to_string_lossy();
-            match text.split_once('=') {
-                Some((name, value)) => set(name.as_ref(), value.into()),
-                None if text == "*" => env::vars_os().for_each(|(name, value)| set(&name, value)),
+            let bytes = item.as_bytes();
+            match memchr::memchr(b'=', bytes).and_then(|at| bytes.split_at_checked(at)) {
+                Some((name, rest)) => {
+                    set(OsStr::from_bytes(name), OsStr::from_bytes(rest.get(1..).unwrap_or_default()).into());
+                }
+                None if item == "*" => env::vars_os().for_each(|(name, value)| set(&name, value)),
                 None => _ = env::var_os(item).map(|value| set(item, value)),
             }
         }
@@ -367,6 +394,7 @@ fn hear(mut reports: BufReader<UnixStream>, started: &AtomicBool, machine: &Cont
         let outcome = match report {
             Report::Started => {
                 started.store(true, Ordering::Release);
+                machine.init_started();
                 continue;
             }
             Report::Exited(code) => Outcome::Exited(code),
@@ -439,13 +467,14 @@ mod tests {
         let orders = session.listen(Controller::new(mailbox.clone()), &["true".into()]).unwrap();
         assert!(!orders.signal(libc::SIGTERM), "nobody is there to get it yet");
         theirs.write_all(b"\"started\"\n{\"exited\":3}\n").unwrap();
-        let request = loop {
+        let next = || loop {
             match mailbox.take_request() {
                 Some(request) => break request,
                 None => thread::yield_now(),
             }
         };
-        assert!(matches!(request, crate::machine::mailbox::Request::Stop(Outcome::Exited(3))));
+        assert!(matches!(next(), crate::machine::mailbox::Request::InitStarted));
+        assert!(matches!(next(), crate::machine::mailbox::Request::Stop(Outcome::Exited(3))));
         assert!(orders.signal(libc::SIGTERM));
         let mut line = String::new();
         BufReader::new(theirs).read_line(&mut line).unwrap();

@@ -241,6 +241,8 @@ pub struct Report {
     pub detail: String,
     /// vireo's exit status.
     pub exit_code: u8,
+    /// How often the guest was started, by `--retry-on-hang`; the rest is of the last time.
+    pub attempts: u32,
     /// The kernel that was booted, as found.
     pub kernel: String,
     /// Seconds from process start to each moment; null for those that never came.
@@ -269,6 +271,7 @@ impl Report {
             outcome: outcome.word(),
             detail: outcome.sentence(),
             exit_code: outcome.exit_code(),
+            attempts: 1,
             kernel,
             boot_timing: timing.seconds(),
             duration: timing.elapsed().as_secs_f64(),

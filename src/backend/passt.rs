@@ -23,6 +23,7 @@ use log::debug;
 use serde::{Deserialize, Serialize};
 
 use super::packet::{self, HEADER, MAX_FRAME, MIN_FRAME, Offloads, Port, Received};
+use crate::child;
 use crate::memory::RamSlice;
 
 /// Bytes of the length before each frame.
@@ -330,7 +331,7 @@ impl Process {
         command.stdin(socket).stdout(Stdio::null()).stderr(its_stderr);
         // Ctrl-C on the terminal asks the guest to end, which may want its network for that.
         command.process_group(0);
-        deliver_signals(&mut command);
+        child::deliver_signals(&mut command);
         let child = command.spawn().map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => Error::NotInstalled,
             _ => Error::Start(e),
@@ -372,23 +373,6 @@ fn make_room(socket: &UnixStream) {
     if let Ok(room) = rustix::net::sockopt::socket_send_buffer_size(socket) {
         debug!("passt may be {} KiB ahead", room >> 10);
     }
-}
-
-/// This process takes its signals by descriptor and blocks them otherwise; a program that it starts would inherit that
-/// and never hear of SIGTERM.
-#[allow(unsafe_code)]
-fn deliver_signals(command: &mut Command) {
-    let unblock = || {
-        // SAFETY: a zeroed sigset_t is made an empty set by sigemptyset, which only writes to it; sigprocmask reads it.
-        unsafe {
-            let mut none: libc::sigset_t = std::mem::zeroed();
-            libc::sigemptyset(&mut none);
-            libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
-        }
-        Ok(())
-    };
-    // SAFETY: between fork and exec only these two calls are made, which are async-signal-safe and allocate nothing.
-    unsafe { command.pre_exec(unblock) };
 }
 
 /// Who has 169.254.1.1? (RFC 826, from an address of zeros as RFC 5227 has it.)

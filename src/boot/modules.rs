@@ -8,6 +8,7 @@
 //! A kernel takes only modules of its own version, so that is what is looked for: beside the kernel's file, then among
 //! this host's. Nothing here trusts the files: texts, modules and the depth of dependencies are bounded.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -112,7 +113,7 @@ pub fn find(config: &ModulesConfig, kernel: &Path, image: &Image) -> Result<Vec<
     }
     let version = release(image).unwrap_or_default();
     let places = places(config, kernel, &version);
-    let Some(dir) = places.iter().find(|dir| holds_modules(dir)) else {
+    let Some(dir) = places.iter().find(|dir| is_directory(dir)) else {
         let missing = config.names.iter().find(|name| !built_in(image, name));
         let Some(name) = missing.cloned() else { return Ok(Vec::new()) };
         let places = describe(&places, config);
@@ -145,12 +146,10 @@ fn release(image: &Image) -> Option<String> {
 
 /// Where modules may be, best first.
 fn places(config: &ModulesConfig, kernel: &Path, version: &str) -> Vec<PathBuf> {
-    let below = |root: &Path| ["lib/modules", "usr/lib/modules"].map(|dir| root.join(dir).join(version));
+    let roots = |root: &Path| ["lib/modules", "usr/lib/modules"].map(|dir| root.join(dir).join(version));
     if let Some(dir) = &config.dir {
-        let [lib, usr] = below(dir);
-        let nested = [dir.join(version), lib, usr];
         // Without a version only the directory itself can be meant.
-        return nested.into_iter().filter(|_| !version.is_empty()).chain([dir.clone()]).collect();
+        return if version.is_empty() { vec![dir.clone()] } else { below(dir, version.as_ref()) };
     }
     if version.is_empty() {
         return Vec::new();
@@ -160,9 +159,9 @@ fn places(config: &ModulesConfig, kernel: &Path, version: &str) -> Vec<PathBuf> 
     if let Some(beside) = kernel.parent() {
         // /usr/lib/modules/VERSION/vmlinuz, and boot/vmlinuz of an unpacked package.
         places.extend(beside.ends_with(version).then(|| beside.to_path_buf()));
-        places.extend([beside, beside.parent().unwrap_or(beside)].into_iter().flat_map(below));
+        places.extend([beside, beside.parent().unwrap_or(beside)].into_iter().flat_map(roots));
     }
-    for place in below(Path::new("/")) {
+    for place in roots(Path::new("/")) {
         if !places.contains(&place) {
             places.push(place);
         }
@@ -170,7 +169,14 @@ fn places(config: &ModulesConfig, kernel: &Path, version: &str) -> Vec<PathBuf> 
     places
 }
 
-fn holds_modules(dir: &Path) -> bool {
+/// Where the modules of that kernel may be, if `dir` is their directory or one above it; best first.
+pub(crate) fn below(dir: &Path, version: &OsStr) -> Vec<PathBuf> {
+    let above = [dir.to_path_buf(), dir.join("lib/modules"), dir.join("usr/lib/modules")];
+    above.iter().map(|above| above.join(version)).chain([dir.to_path_buf()]).collect()
+}
+
+/// Whether it is a directory of modules.
+pub(crate) fn is_directory(dir: &Path) -> bool {
     ["modules.dep", "modules.builtin", "kernel"].iter().any(|name| dir.join(name).exists())
 }
 
@@ -182,7 +188,7 @@ fn describe(places: &[PathBuf], config: &ModulesConfig) -> String {
     }
     for dir in config.dir.iter().flat_map(|dir| [dir.clone(), dir.join("lib/modules"), dir.join("usr/lib/modules")]) {
         let mut others = source::folder(&dir).unwrap_or_default().into_iter();
-        if let Some(version) = others.find(|name| holds_modules(&dir.join(name))) {
+        if let Some(version) = others.find(|name| is_directory(&dir.join(name))) {
             text.push_str(&format!(" (there are those of kernel {})", version.display()));
             break;
         }

@@ -6,23 +6,19 @@ use std::time::Instant;
 
 use clap::Args;
 
-use super::run::{ReportFile, conclude, set};
+use super::debug::DebugArgs;
+use super::devices::DeviceArgs;
+use super::launch::{boot, supervise};
+use super::matrix::{self, Given};
 use super::watch::WatchArgs;
-use super::{Failure, Usage, print};
+use super::{Failure, print, usage};
 use crate::backend::console::ConsoleEnd;
-use crate::config::{CpuConfig, MachineConfig};
-use crate::control::Controller;
+use crate::config::MachineConfig;
 use crate::event::Signals;
 use crate::exec::{self, Command, Folder, RootFrom};
-use crate::machine::Machine;
-use crate::machine::mailbox::Mailbox;
-use crate::machine::run::{Ended, RunOptions, SIGNALS};
-use crate::memory::MemoryConfig;
-use crate::options::{Size, Span};
+use crate::machine::run::{RunOptions, SIGNALS};
+use crate::options::Size;
 use crate::outcome::Outcome;
-use crate::virtio::blk::BlkConfig;
-use crate::virtio::net::NetConfig;
-use crate::virtio::vsock::VsockConfig;
 
 /// Enough for a distribution's programs and what they write.
 const DEFAULT_MEMORY: Size = Size::mib(512);
@@ -65,40 +61,30 @@ pub struct ExecArgs {
     /// Where the command starts [default: this folder, if it is in the guest]
     #[arg(long, value_name = "DIR")]
     cwd: Option<PathBuf>,
-    /// RAM, as for run [default: 512M]
-    #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
-    memory: Option<MemoryConfig>,
-    /// vCPUs, as for run [default: 1]
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
-    cpus: Option<CpuConfig>,
-    /// CPU features to add or hide, as for run
-    #[arg(long, value_name = "LIST", allow_hyphen_values = true)]
-    cpu: Option<String>,
-    /// Disk, as for run; may be given several times
-    #[arg(long, value_name = "PATH")]
-    disk: Vec<BlkConfig>,
-    /// Network card, as for run; the first is set up by DHCP; may be given several times
-    #[arg(long, value_name = "HOW")]
-    net: Vec<NetConfig>,
-    /// Sockets between host and guest, as for run
-    #[arg(long, value_name = "cid=N,path=SOCKET")]
-    vsock: Option<VsockConfig>,
+    #[command(flatten)]
+    devices: DeviceArgs,
     /// Show the kernel's console on stderr
     #[arg(long, short)]
     verbose: bool,
     /// Print the machine as JSON and exit
     #[arg(long, hide = true)]
     print_config: bool,
-    /// End the guest after this time, like 60s or 500ms
-    #[arg(long, value_name = "TIME", allow_negative_numbers = true)]
-    timeout: Option<Span>,
-    /// Write how the guest ended to a file, as JSON
-    #[arg(long, value_name = "FILE")]
-    report: Option<PathBuf>,
+    #[command(flatten)]
+    debug: DebugArgs,
     #[command(flatten)]
     watch: WatchArgs,
+    /// Run the command once for each kernel and configuration in a TOML file: its keys are flags of exec, for all runs,
+    /// below [kernels.NAME] and below [configs.NAME]; flags given here go before them
+    #[arg(long, value_name = "FILE")]
+    matrix: Option<PathBuf>,
+    /// With --matrix: how many run at a time [default: as many as there are processors]
+    #[arg(long, value_name = "N", requires = "matrix")]
+    jobs: Option<usize>,
+    /// With --matrix: keep what each run printed, and its report, in this folder
+    #[arg(long, value_name = "DIR", requires = "matrix")]
+    output_dir: Option<PathBuf>,
     /// The command and its arguments; a shell without them
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    #[arg(trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<OsString>,
 }
 
@@ -108,12 +94,7 @@ impl ExecArgs {
         config.boot.kernel = self.kernel.clone().map_or_else(exec::host_kernel, Ok)?;
         config.boot.cmdline.clone_from(&self.append);
         config.memory.size = DEFAULT_MEMORY;
-        set(&mut config.memory, &self.memory);
-        set(&mut config.cpu, &self.cpus);
-        set(&mut config.cpu.features, &self.cpu);
-        config.disks.clone_from(&self.disk);
-        config.nets.clone_from(&self.net);
-        config.vsock.clone_from(&self.vsock);
+        self.devices.apply(&mut config);
         config.serial = if self.verbose { ConsoleEnd::Stderr } else { ConsoleEnd::Null };
         Ok(config)
     }
@@ -133,42 +114,43 @@ impl ExecArgs {
 
 /// Boots, runs the command, tells; returns the exit status.
 pub fn run(args: ExecArgs, start: Instant) -> Result<u8, Failure> {
-    let mut config = args.machine()?;
-    let session = args.command().prepare(&mut config)?;
-    config.validate().map_err(Usage)?;
-    if args.print_config {
-        return print(format!("{}\n", serde_json::to_string_pretty(&config)?).as_bytes());
+    if let Some(file) = &args.matrix {
+        let exec = super::exec_command();
+        let matches = exec.clone().get_matches_from(super::words_of_command());
+        let (report, junit) = args.watch.reports();
+        let given = Given {
+            matrix: file.clone(),
+            jobs: args.jobs,
+            output_dir: args.output_dir.clone(),
+            report,
+            junit,
+            command: args.command.clone(),
+            flags: matrix::given_flags(&exec, &matches),
+        };
+        return matrix::run(&given, &exec);
     }
-    let report_file = args.report.as_deref().map(ReportFile::new).transpose()?;
-    let signals = Signals::new(&[&SIGNALS[..], &COMMAND_SIGNALS].concat())?;
-    let options = RunOptions {
-        timeout: args.timeout.map(|t| t.0),
-        signals: Some(signals),
-        cooked: !session.terminal(),
-        errand: true,
-        ..args.watch.options(start)?
+    let described = args.machine()?;
+    let command = args.command();
+    let prepare = || -> Result<_, Failure> {
+        let mut config = described.clone();
+        let session = command.prepare(&mut config)?;
+        args.debug.settle(&mut config);
+        config.validate().map_err(usage)?;
+        Ok((config, session))
     };
-    let result = boot(config, options, session, &args.command, start);
+    if args.print_config {
+        return print(format!("{}\n", serde_json::to_string_pretty(&prepare()?.0)?).as_bytes());
+    }
+    let attempt = |options, start| {
+        let (config, session) = prepare()?;
+        let signals = Signals::new(&[&SIGNALS[..], &COMMAND_SIGNALS].concat())?;
+        let options = RunOptions { signals: Some(signals), cooked: !session.terminal(), errand: true, ..options };
+        boot(config, options, start, &args.debug, Some((session, &args.command)))
+    };
     let own = |outcome: &Outcome| matches!(outcome, Outcome::Exited(_) | Outcome::Signalled(_));
-    conclude(result, report_file.as_ref(), |ended| {
+    supervise(&args.watch, &command.title(), start, attempt, |ended| {
         if !own(&ended.outcome) {
             args.watch.tell(ended);
         }
     })
-}
-
-fn boot(
-    config: MachineConfig,
-    mut options: RunOptions,
-    session: exec::Session,
-    words: &[OsString],
-    start: Instant,
-) -> Result<(String, Ended), Failure> {
-    let mut machine = Machine::new(config, options.transcript.clone(), start)?;
-    let mailbox = Mailbox::new()?;
-    let orders = session.listen(Controller::new(mailbox.clone()), words)?;
-    options.forward = Some(Box::new(move |signal| orders.signal(signal)));
-    machine.load()?;
-    let kernel = machine.kernel().to_string();
-    Ok((kernel, machine.run(options, mailbox)?))
 }

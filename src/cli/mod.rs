@@ -1,12 +1,19 @@
 //! The command line: clap types, one file per sub-command. The only place that knows a flag.
 
+pub mod debug;
+pub mod devices;
 pub mod doctor;
 pub mod exec;
+mod junit;
+mod launch;
 mod logging;
+mod matrix;
+mod report;
 pub mod run;
 pub mod watch;
 
 use std::error::Error;
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -18,7 +25,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::doctor::device::{self, HostFacts};
 use crate::outcome::{EXIT_USAGE, EXIT_VIREO_FAILED};
-use crate::{config, guest, machine};
+use crate::{guest, machine};
 
 /// A failure of vireo itself: its chain of causes is printed once, by [`main`].
 pub type Failure = Box<dyn Error + Send + Sync>;
@@ -82,10 +89,15 @@ enum Command {
     Man,
 }
 
-/// The machine that the user describes cannot be, whatever the host.
+/// What the user asks for cannot be, whatever the host.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
-struct Usage(#[from] config::Error);
+struct Usage(Failure);
+
+/// What the user asked for cannot be.
+fn usage(error: impl Error + Send + Sync + 'static) -> Failure {
+    Usage(error.into()).into()
+}
 
 /// Runs the command line. `start` is when the process started.
 pub fn main(start: Instant) -> ExitCode {
@@ -109,6 +121,18 @@ pub fn main(start: Instant) -> ExitCode {
             ExitCode::from(if failure.is::<Usage>() { EXIT_USAGE } else { EXIT_VIREO_FAILED })
         }
     }
+}
+
+/// `vireo exec` as clap knows it.
+fn exec_command() -> clap::Command {
+    let cli = Cli::command();
+    let exec = cli.find_subcommand("exec").cloned();
+    exec.unwrap_or_default()
+}
+
+/// Our command line from the command's name on.
+fn words_of_command() -> impl Iterator<Item = OsString> {
+    std::env::args_os().skip_while(|word| word != "exec")
 }
 
 /// Who mistypes a command so much that clap cannot guess it is told what there is.
@@ -140,6 +164,13 @@ fn chain(error: &dyn Error) -> String {
         source = cause.source();
     }
     text
+}
+
+/// What a flag says goes before what was there.
+fn set<T: Clone>(target: &mut T, flag: &Option<T>) {
+    if let Some(value) = flag {
+        *target = value.clone();
+    }
 }
 
 /// Prints one line of vireo's on stderr; a stderr that is gone is no reason to fail.

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::run::FileError;
+use super::report::{FileError, Reports};
 use super::{Failure, chain, say};
 use crate::backend::transcript::{Pattern, Patterns, Transcript};
 use crate::machine::run::{Ended, RunOptions};
 use crate::options::Span;
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, Report};
 use crate::post_mortem;
 
 /// The shortest time after which a guest can be said to hang.
@@ -22,9 +22,15 @@ const HANG_TIMEOUT_MIN: Duration = Duration::from_secs(2);
 /// Flags that `run` and `exec` share.
 #[derive(Args)]
 pub struct WatchArgs {
+    /// End the guest after this time, like 60s or 500ms
+    #[arg(long, value_name = "TIME", allow_negative_numbers = true)]
+    timeout: Option<Span>,
     /// End a guest that for this time neither printed nor worked, with exit status 72
     #[arg(long, value_name = "TIME", allow_negative_numbers = true, value_parser = parse_hang_timeout)]
     hang_timeout: Option<Span>,
+    /// Start a guest that hung once more, at most so many times; what it has read of stdin is gone
+    #[arg(long, value_name = "N", requires = "hang_timeout", default_value_t = 0, hide_default_value = true)]
+    retry_on_hang: u32,
     /// End the run, with exit status 0, when a line of the console matches; 73 if the guest ends before; may be given
     /// several times
     #[arg(long, value_name = "REGEX", allow_hyphen_values = true)]
@@ -39,6 +45,12 @@ pub struct WatchArgs {
     /// the time limit or into --fail-on
     #[arg(long, value_name = "FILE")]
     vmcore: Option<PathBuf>,
+    /// Write how the guest ended to a file, as JSON
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Write how the guest ended to a file, as a test's result in JUnit's XML
+    #[arg(long, value_name = "FILE")]
+    junit: Option<PathBuf>,
     /// Say nothing of how the guest ended: only the guest's own output, and failures of vireo itself
     #[arg(long, short)]
     quiet: bool,
@@ -53,19 +65,36 @@ fn parse_hang_timeout(text: &str) -> Result<Span, String> {
 }
 
 impl WatchArgs {
-    /// Opens what the flags name; what they don't speak of is as by default. The transcript is always there. `start` is
-    /// when the process started.
-    pub fn options(&self, start: Instant) -> Result<RunOptions, Failure> {
+    /// Opens the files that the flags name, or sees that they can be written.
+    pub fn open(&self) -> Result<Files, Failure> {
         let create = |path: &PathBuf| File::create(path).map_err(|e| FileError::Write(path.clone(), e));
-        let log = self.console_log.as_ref().map(create).transpose()?;
         self.vmcore.as_deref().map_or(Ok(()), post_mortem::probe)?;
+        let log = self.console_log.as_ref().map(create).transpose()?;
+        Ok(Files { reports: Reports::new(self.report.as_deref(), self.junit.as_deref())?, log })
+    }
+
+    /// What the flags say of one run; what they don't speak of is as by default. The transcript is always there. `start`
+    /// is when the process started.
+    pub fn options(&self, files: &Files, start: Instant) -> Result<RunOptions, Failure> {
+        let log = files.log.as_ref().map(File::try_clone).transpose()?;
         let patterns = Patterns { expect: self.expect.clone(), fail_on: self.fail_on.clone() };
         Ok(RunOptions {
+            timeout: self.timeout.map(|limit| limit.0),
             hang_timeout: self.hang_timeout.map(|limit| limit.0),
             vmcore: self.vmcore.clone(),
             transcript: Some(Transcript::new(start, log, patterns)),
             ..RunOptions::default()
         })
+    }
+
+    /// Where the reports go: JSON, JUnit.
+    pub fn reports(&self) -> (Option<PathBuf>, Option<PathBuf>) {
+        (self.report.clone(), self.junit.clone())
+    }
+
+    /// How often a guest is started at most.
+    pub fn attempts(&self) -> u32 {
+        self.retry_on_hang.saturating_add(1)
     }
 
     /// Whether vireo says nothing of its own.
@@ -90,6 +119,24 @@ impl WatchArgs {
         if !self.quiet {
             say(&ended.outcome.sentence());
         }
+    }
+}
+
+/// The files that the flags name.
+pub struct Files {
+    reports: Reports,
+    log: Option<File>,
+}
+
+impl Files {
+    /// Writes the reports; `name` is what ran.
+    pub fn write(&self, name: &str, report: &Report) -> Result<(), Failure> {
+        self.reports.write(name, report)
+    }
+
+    /// The same when vireo failed.
+    pub fn write_failure(&self, name: &str, why: &str) -> Result<(), Failure> {
+        self.reports.write_failure(name, why)
     }
 }
 

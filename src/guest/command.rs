@@ -33,7 +33,7 @@ const SHELLS: [&str; 2] = ["/bin/bash", "/bin/sh"];
 
 /// Runs the command to its end.
 pub(super) fn run(request: &Request, control: &mut Control) -> Result<Report> {
-    let mut command = command(request);
+    let mut command = command(request)?;
     let mut streams = match request.terminal {
         Some(size) => Streams::terminal(&mut command, size)?,
         None => Streams::pipes(&mut command, request.merged)?,
@@ -65,7 +65,7 @@ pub(super) fn run(request: &Request, control: &mut Control) -> Result<Report> {
     Ok(report)
 }
 
-fn command(request: &Request) -> Command {
+fn command(request: &Request) -> Result<Command> {
     let words: Vec<OsString> = request.command.iter().cloned().map(Into::into).collect();
     let mut command = match words.split_first() {
         Some((program, arguments)) => {
@@ -76,11 +76,15 @@ fn command(request: &Request) -> Command {
         None => Command::new(SHELLS.into_iter().find(|shell| Path::new(shell).exists()).unwrap_or("/bin/sh")),
     };
     let cwd: OsString = request.cwd.clone().into();
-    // A folder that is not there is not worth a failure that would look like the command's.
-    let cwd = if Path::new(&cwd).is_dir() { cwd } else { "/".into() };
+    // Ours, which the guest need not have, is not worth a failure that would look like the command's.
+    let cwd = match std::fs::read_dir(&cwd) {
+        Err(e) if request.cwd_given => return Err(cannot(format!("start in {}", Path::new(&cwd).display()))(e)),
+        Err(_) => "/".into(),
+        Ok(_) => cwd,
+    };
     command.current_dir(cwd).env_clear();
     command.envs(request.env.iter().cloned().map(|(name, value)| (OsString::from(name), OsString::from(value))));
-    command
+    Ok(command)
 }
 
 /// Waits for the command, and for every process that lost its parent.

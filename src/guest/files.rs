@@ -1,9 +1,11 @@
 //! The guest's file systems: what the kernel shows of itself, the root, folders of the host.
 
-use std::ffi::{CStr, OsString};
+use std::ffi::{CStr, OsStr, OsString};
 use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
@@ -11,6 +13,7 @@ use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 
 use super::protocol::{Mount, ROOT, Root};
 use super::{Error, Result, cannot};
+use crate::boot::modules;
 
 /// Where the new root is put together, in the initramfs.
 const NEW_ROOT: &str = "/vireo/root";
@@ -123,6 +126,30 @@ pub(super) fn mount_share(share: &Mount) -> Result<()> {
     let flags = if share.writable { MountFlags::empty() } else { MountFlags::RDONLY };
     fs::create_dir_all(path).map_err(cannot(format!("make {}", path.display())))?;
     mount(share.tag.as_str(), path, "virtiofs", flags, None).map_err(cannot(format!("mount {}", path.display())))
+}
+
+/// Shows the modules of this kernel, which are below that place, where programs look for them: modprobe reads their
+/// lists there, and depmod may write them.
+pub(super) fn show_modules(place: &Path) -> Result<()> {
+    let uname = rustix::system::uname();
+    let version = OsStr::from_bytes(uname.release().to_bytes());
+    let Some(from) = modules::below(place, version).into_iter().find(|dir| modules::is_directory(dir)) else {
+        return Ok(());
+    };
+    let target = Path::new("/lib/modules").join(version);
+    // A root that is the host's own is not changed for this.
+    let _ = fs::create_dir_all(&target);
+    if !target.is_dir() || modules::is_directory(&target) {
+        return Ok(());
+    }
+    let (upper, work) = ("/run/vireo/modules-upper", "/run/vireo/modules-work");
+    [upper, work].into_iter().try_for_each(|dir| fs::create_dir_all(dir).map_err(cannot(format!("make {dir}"))))?;
+    // By its descriptor: a path may have characters that separate options.
+    let lower = fs::File::open(&from).map_err(cannot(format!("open {}", from.display())))?;
+    let options = format!("lowerdir=/proc/self/fd/{},upperdir={upper},workdir={work}\0", lower.as_raw_fd());
+    let options = CStr::from_bytes_with_nul(options.as_bytes()).ok();
+    mount("overlay", &target, "overlay", MountFlags::empty(), options)
+        .map_err(cannot(format!("show {}", from.display())))
 }
 
 /// Has names looked up by these servers, whatever the host's file says; that one stays as it is.

@@ -14,6 +14,7 @@ mod files;
 mod net;
 mod ports;
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
@@ -103,5 +104,6 @@ fn prepare(request: &Request) -> Result<()> {
     if !name_servers.is_empty() {
         files::name_servers(&name_servers)?;
     }
-    request.mounts.iter().try_for_each(files::mount_share)
+    request.mounts.iter().try_for_each(files::mount_share)?;
+    request.modules.as_ref().map_or(Ok(()), |place| files::show_modules(OsString::from(place.clone()).as_ref()))
 }

@@ -73,6 +73,8 @@ pub struct Request {
     pub env: Vec<(Bytes, Bytes)>,
     /// Where it starts.
     pub cwd: Bytes,
+    /// Without that place it does not start; otherwise it starts in the root then.
+    pub cwd_given: bool,
     /// Columns and rows of the terminal that it gets; otherwise pipes.
     pub terminal: Option<(u16, u16)>,
     /// Both outputs are one.
@@ -81,6 +83,8 @@ pub struct Request {
     pub root: Root,
     /// Folders of the host in it.
     pub mounts: Vec<Mount>,
+    /// Where the kernel's modules are in it, or above which folder: programs look for them in /lib/modules.
+    pub modules: Option<Bytes>,
     /// The network card is set up, by DHCP.
     pub network: bool,
 }

@@ -25,6 +25,8 @@ pub enum Request {
     Debug(u32, Box<debug::Request>, Sender<VcpuReply>),
     /// Ask the device of that name for something; answered with what it says.
     Device(String, Control, Sender<Result<Reply, ControlError>>),
+    /// Note that the guest's init runs ([`Mark::InitStarted`](crate::outcome::Mark::InitStarted)).
+    InitStarted,
     /// Press the ACPI power button.
     PressPowerButton,
     /// End the guest now, with this outcome.

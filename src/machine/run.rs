@@ -321,6 +321,7 @@ impl Running {
                 Request::Debug(vcpu, request, done) => {
                     self.debug(vcpu, request).into_iter().for_each(|reply| _ = done.send(reply));
                 }
+                Request::InitStarted => self.timing.mark(Mark::InitStarted),
                 Request::PressPowerButton => self.power_button.press(),
                 Request::Stop(outcome) => return Ok(Some(outcome)),
             }

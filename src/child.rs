@@ -1,0 +1,39 @@
+//! Programs that vireo starts.
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// This process takes its signals by descriptor and blocks them otherwise; a program that it starts would inherit that
+/// and never hear of SIGTERM.
+#[allow(unsafe_code)]
+pub fn deliver_signals(command: &mut Command) {
+    before_exec(command, || {
+        // SAFETY: a zeroed sigset_t is made an empty set by sigemptyset, which only writes to it; sigprocmask reads it.
+        unsafe {
+            let mut none: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&mut none);
+            libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+        }
+    });
+}
+
+/// Has the program killed when the thread that starts it is no more, however that ends.
+#[allow(unsafe_code)]
+pub fn die_with_us(command: &mut Command) {
+    before_exec(command, || {
+        // SAFETY: this prctl takes a number and touches no memory.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    });
+}
+
+/// `calls` makes nothing but system calls, and allocates nothing.
+#[allow(unsafe_code)]
+fn before_exec(command: &mut Command, calls: fn()) {
+    let calls = move || -> io::Result<()> {
+        calls();
+        Ok(())
+    };
+    // SAFETY: between fork and exec only calls are made that are async-signal-safe and allocate nothing.
+    unsafe { command.pre_exec(calls) };
+}

@@ -1,0 +1,82 @@
+//! From a machine's description to what is said of its end: the part that `run` and `exec` share.
+
+use std::ffi::OsString;
+use std::time::Instant;
+
+use super::debug::{self, DebugArgs};
+use super::watch::WatchArgs;
+use super::{Failure, chain, say};
+use crate::config::MachineConfig;
+use crate::control::Controller;
+use crate::exec::Session;
+use crate::machine::Machine;
+use crate::machine::mailbox::Mailbox;
+use crate::machine::run::{Ended, RunOptions};
+use crate::outcome::{EXIT_VIREO_FAILED, Outcome};
+
+/// Makes the machine and runs it to its end; with a session, for the command of these words. Gives the kernel as found.
+pub(super) fn boot(
+    config: MachineConfig,
+    mut options: RunOptions,
+    start: Instant,
+    debug: &DebugArgs,
+    session: Option<(Session, &[OsString])>,
+) -> Result<(String, Ended), Failure> {
+    let server = debug.open()?;
+    options.paused = debug.paused();
+    let vcpus = config.cpu.count;
+    let mut machine = Machine::new(config, options.transcript.clone(), start)?;
+    let mailbox = Mailbox::new()?;
+    let controller = Controller::new(mailbox.clone());
+    if let Some((session, words)) = session {
+        let orders = session.listen(controller.clone(), words)?;
+        options.forward = Some(Box::new(move |signal| orders.signal(signal)));
+    }
+    machine.load()?;
+    let kernel = machine.kernel().to_string();
+    let serve = |server| debug::serve(server, controller, machine.ram().clone(), vcpus);
+    let serving = server.map(serve).transpose()?;
+    let result = machine.run(options, mailbox);
+    if let Some(serving) = serving {
+        serving.finish(result.as_ref().map_or(EXIT_VIREO_FAILED, |ended| ended.outcome.exit_code()));
+    }
+    Ok((kernel, result?))
+}
+
+/// Runs a guest, again and again if it hangs and that is wanted, tells how it ended and writes the reports; returns the
+/// exit status. `attempt` gets what the flags say, and when it begins; `tell` is for the last one.
+pub(super) fn supervise(
+    watch: &WatchArgs,
+    name: &str,
+    start: Instant,
+    mut attempt: impl FnMut(RunOptions, Instant) -> Result<(String, Ended), Failure>,
+    tell: impl FnOnce(&Ended),
+) -> Result<u8, Failure> {
+    let files = watch.open()?;
+    let most = watch.attempts();
+    let mut begin = start;
+    let mut attempts = 1;
+    loop {
+        match attempt(watch.options(&files, start)?, begin) {
+            Ok((_, ended)) if attempts < most && matches!(ended.outcome, Outcome::Hung(_)) => {
+                watch.tell(&ended);
+                attempts += 1;
+                begin = Instant::now();
+                if !watch.quiet() {
+                    say(&format!("it is started again: attempt {attempts} of {most}"));
+                }
+            }
+            Ok((kernel, ended)) => {
+                tell(&ended);
+                let mut report = ended.report(kernel);
+                report.attempts = attempts;
+                files.write(name, &report)?;
+                return Ok(report.exit_code);
+            }
+            Err(failure) => {
+                files.write_failure(name, &chain(&*failure))?;
+                return Err(failure);
+            }
+        }
+    }
+}

@@ -1,0 +1,563 @@
+//! `vireo exec --matrix FILE`: the same command under several kernels and configurations, some at a time.
+//!
+//! ```text
+//! jobs = 2                      # at a time
+//! command = ["make", "check"]   # unless the command line has one
+//! timeout = "5m"                # any flag of exec, for all runs
+//! [kernels.stable]              # each kernel ...
+//! kernel = "/boot/vmlinuz-6.1"
+//! [configs.smp]                 # ... with each configuration
+//! cpus = 4
+//! ```
+//!
+//! Keys are exec's own flags, so there is nothing else to learn and nothing that only one of both can do: each run is a
+//! vireo of its own with a command line made from the file, and cannot harm its neighbours.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use clap::ArgAction;
+use clap::parser::ValueSource;
+use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
+use toml::Value;
+
+use super::junit::Case;
+use super::report::{FileError, Reports};
+use super::{Failure, print, say, usage};
+use crate::child;
+use crate::event::{Interest, Poller, Signals};
+use crate::outcome::EXIT_VIREO_FAILED;
+use crate::terminal;
+
+/// Flags that are about all runs together.
+const OURS: [&str; 6] = ["matrix", "jobs", "output_dir", "report", "junit", "command"];
+/// How many bytes of a failed run's output are shown, and given to CI systems.
+const SHOWN: usize = 8 << 10;
+/// How often the progress on a terminal is brought up to date.
+const TICK: Duration = Duration::from_secs(1);
+
+/// What the file holds; the rest of it are flags.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Matrix {
+    jobs: Option<usize>,
+    command: Vec<String>,
+    kernels: BTreeMap<String, Flags>,
+    configs: BTreeMap<String, Flags>,
+    #[serde(flatten)]
+    flags: Flags,
+}
+
+type Flags = BTreeMap<String, Value>;
+
+/// What was given on the command line beside the matrix.
+pub(super) struct Given {
+    /// The file.
+    pub matrix: PathBuf,
+    /// Runs at a time.
+    pub jobs: Option<usize>,
+    /// Where what the runs print is kept.
+    pub output_dir: Option<PathBuf>,
+    /// The report for programs.
+    pub report: Option<PathBuf>,
+    /// The report for CI systems.
+    pub junit: Option<PathBuf>,
+    /// The command.
+    pub command: Vec<OsString>,
+    /// Flags for all runs, which go before those of the file.
+    pub flags: Words,
+}
+
+/// The values of each flag; one that takes none has none.
+type Words = BTreeMap<String, Vec<OsString>>;
+
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("{} is no matrix", .0.display())]
+    Parse(PathBuf, #[source] Box<toml::de::Error>),
+    #[error("{}: {run}: {why}", path.display())]
+    Flags { path: PathBuf, run: String, why: String },
+    #[error("cannot start vireo again")]
+    Start(#[source] io::Error),
+}
+
+/// One of the runs.
+struct Run {
+    name: String,
+    words: Vec<OsString>,
+}
+
+/// How a run ended.
+#[derive(Serialize)]
+struct Done {
+    name: String,
+    /// vireo's exit status.
+    exit_code: u8,
+    outcome: String,
+    detail: String,
+    /// Seconds from its start to its end.
+    duration: f64,
+    /// Its own report.
+    report: Json,
+    #[serde(skip)]
+    output: String,
+}
+
+struct Running {
+    run: usize,
+    child: Child,
+    begin: Instant,
+}
+
+/// The runs that a file describes, in the order of their names.
+fn runs(given: &Given, matrix: &Matrix, exec: &clap::Command) -> Result<Vec<Run>, Error> {
+    let command: Vec<OsString> = match given.command.is_empty() {
+        true => matrix.command.iter().map(OsString::from).collect(),
+        false => given.command.clone(),
+    };
+    let nothing = BTreeMap::from([(String::new(), Flags::new())]);
+    let [kernels, configs] =
+        [&matrix.kernels, &matrix.configs].map(|axis| if axis.is_empty() { &nothing } else { axis });
+    let mut runs = Vec::new();
+    for (kernel, kernel_flags) in kernels {
+        for (config, config_flags) in configs {
+            let name = [kernel.as_str(), config].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>();
+            let name = if name.is_empty() { "run".into() } else { name.join("/") };
+            let words = words(given, &[&matrix.flags, kernel_flags, config_flags], exec);
+            let mut words = words.map_err(|why| Error::Flags { path: given.matrix.clone(), run: name.clone(), why })?;
+            words.push("--".into());
+            words.extend_from_slice(&command);
+            runs.push(Run { name, words });
+        }
+    }
+    Ok(runs)
+}
+
+/// The flags of a run, as exec understands them; what it does not understand in a sentence.
+fn words(given: &Given, flags: &[&Flags], exec: &clap::Command) -> Result<Vec<OsString>, String> {
+    let mut words = Words::new();
+    for (key, value) in flags.iter().copied().flatten() {
+        if OURS.contains(&key.replace('-', "_").as_str()) {
+            return Err(format!("'{key}' is for all runs together: say it on the command line"));
+        }
+        let wrong = || format!("{key} must be text, a number, true or false, or a list of these");
+        merge(&mut words, exec, key, values(value).ok_or_else(wrong)?);
+    }
+    for (key, values) in &given.flags {
+        merge(&mut words, exec, key, Some(values.clone()));
+    }
+    let words = command_line(words);
+    match exec.clone().no_binary_name(true).try_get_matches_from(&words) {
+        Ok(_) => Ok(words),
+        Err(e) => Err(e.to_string().lines().next().unwrap_or_default().trim_start_matches("error: ").into()),
+    }
+}
+
+/// A value of the file as words; `Some(None)` for a flag that is not given.
+#[allow(clippy::option_option)]
+fn values(value: &Value) -> Option<Option<Vec<OsString>>> {
+    let word = |value: &Value| match value {
+        Value::String(text) => Some(OsString::from(text)),
+        Value::Integer(n) => Some(n.to_string().into()),
+        Value::Float(n) => Some(n.to_string().into()),
+        _ => None,
+    };
+    match value {
+        Value::Boolean(true) => Some(Some(Vec::new())),
+        Value::Boolean(false) => Some(None),
+        Value::Array(list) => list.iter().map(word).collect::<Option<Vec<_>>>().map(Some),
+        value => word(value).map(|word| Some(vec![word])),
+    }
+}
+
+/// Flags that may be given several times gather; others are replaced.
+fn merge(words: &mut Words, exec: &clap::Command, key: &str, values: Option<Vec<OsString>>) {
+    let list = exec.get_arguments().find(|arg| arg.get_long() == Some(key));
+    let gathers = list.is_some_and(|arg| matches!(arg.get_action(), ArgAction::Append));
+    match values {
+        None => _ = words.remove(key),
+        Some(values) if gathers => words.entry(key.into()).or_default().extend(values),
+        Some(values) => _ = words.insert(key.into(), values),
+    }
+}
+
+fn command_line(words: Words) -> Vec<OsString> {
+    let mut line = Vec::new();
+    for (key, values) in words {
+        if values.is_empty() {
+            line.push(format!("--{key}").into());
+        }
+        for value in values {
+            let mut word = OsString::from(format!("--{key}="));
+            word.push(value);
+            line.push(word);
+        }
+    }
+    line
+}
+
+/// The flags that the user gave beside those about all runs.
+pub(super) fn given_flags(exec: &clap::Command, matches: &clap::ArgMatches) -> Words {
+    let mut words = Words::new();
+    for arg in exec.get_arguments() {
+        let id = arg.get_id().as_str();
+        let given = matches.try_contains_id(id).is_ok() && matches.value_source(id) == Some(ValueSource::CommandLine);
+        let Some(long) = arg.get_long().filter(|_| given && !OURS.contains(&id)) else { continue };
+        let values = match arg.get_action() {
+            ArgAction::SetTrue => Vec::new(),
+            _ => matches.get_raw(id).map(|values| values.map(Into::into).collect()).unwrap_or_default(),
+        };
+        words.insert(long.into(), values);
+    }
+    words
+}
+
+/// Runs them all and tells how they ended; the exit status is that of the first that failed, in the order of the table.
+pub(super) fn run(given: &Given, exec: &clap::Command) -> Result<u8, Failure> {
+    let path = &given.matrix;
+    let text = fs::read_to_string(path).map_err(|e| FileError::Read(path.clone(), e))?;
+    let matrix: Matrix = toml::from_str(&text).map_err(|e| usage(Error::Parse(path.clone(), e.into())))?;
+    let runs = runs(given, &matrix, exec).map_err(usage)?;
+    let reports = Reports::new(given.report.as_deref(), given.junit.as_deref())?;
+    let output = Output::new(given.output_dir.as_deref())?;
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let jobs = given.jobs.or(matrix.jobs).unwrap_or(cpus).max(1);
+    let (done, signal) = Progress::new(&runs, jobs, &output)?.run_all()?;
+    print(table(&done).as_bytes())?;
+    let failed = done.iter().find(|done| done.exit_code != 0);
+    let code = signal.map_or(failed.map_or(0, |done| done.exit_code), |signal| 128 + signal as u8);
+    reports.write_json(&serde_json::json!({ "exit_code": code, "runs": done }))?;
+    let case = |done: &Done| Case {
+        name: done.name.clone(),
+        time: done.duration,
+        code: done.exit_code,
+        outcome: done.outcome.clone(),
+        detail: done.detail.clone(),
+        log: lines(&done.report["kernel_log"]),
+        output: done.output.clone(),
+    };
+    reports.write_junit(&done.iter().map(case).collect::<Vec<_>>())?;
+    Ok(code)
+}
+
+fn lines(list: &Json) -> String {
+    list.as_array().map_or(String::new(), |lines| lines.iter().filter_map(Json::as_str).collect::<Vec<_>>().join("\n"))
+}
+
+/// Where the runs' output goes: files that the user wants, or that are nobody else's.
+struct Output {
+    dir: PathBuf,
+    /// It is ours, and goes when we do.
+    temporary: bool,
+}
+
+impl Output {
+    fn new(wanted: Option<&Path>) -> Result<Self, Failure> {
+        let (dir, temporary) = match wanted {
+            Some(dir) => (dir.to_path_buf(), false),
+            None => (std::env::temp_dir().join(format!("vireo-matrix.{}", std::process::id())), true),
+        };
+        // In a place where others may write, one that is there already is not ours.
+        let made = if temporary { fs::create_dir(&dir) } else { fs::create_dir_all(&dir) };
+        made.map_err(|e| FileError::Write(dir.clone(), e))?;
+        Ok(Output { dir, temporary })
+    }
+
+    fn file(&self, run: &Run, suffix: &str) -> PathBuf {
+        self.dir.join(format!("{}.{suffix}", run.name.replace('/', "-")))
+    }
+
+    /// The end of what a run printed.
+    fn tail(&self, run: &Run) -> String {
+        let bytes = fs::read(self.file(run, "log")).unwrap_or_default();
+        let from = bytes.len().saturating_sub(SHOWN);
+        // Whole lines.
+        let from = if from == 0 { 0 } else { memchr::memchr(b'\n', &bytes[from..]).map_or(from, |at| from + at + 1) };
+        String::from_utf8_lossy(&bytes[from..]).into_owned()
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        if self.temporary {
+            let _ = fs::remove_dir_all(&self.dir);
+        }
+    }
+}
+
+/// The runs on their way.
+struct Progress<'a> {
+    runs: &'a [Run],
+    jobs: usize,
+    output: &'a Output,
+    signals: Signals,
+    next: usize,
+    running: Vec<Running>,
+    done: Vec<Option<Done>>,
+    /// A signal ended us.
+    stopped: Option<i32>,
+    shows: bool,
+}
+
+impl<'a> Progress<'a> {
+    fn new(runs: &'a [Run], jobs: usize, output: &'a Output) -> Result<Self, Failure> {
+        let signals = Signals::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGCHLD])?;
+        let done = runs.iter().map(|_| None).collect();
+        let shows = terminal::is_terminal(io::stderr().as_raw_fd());
+        Ok(Progress { runs, jobs, output, signals, next: 0, running: Vec::new(), done, stopped: None, shows })
+    }
+
+    fn run_all(mut self) -> Result<(Vec<Done>, Option<i32>), Failure> {
+        let mut poller = Poller::new()?;
+        poller.add(self.signals.as_raw_fd(), 0, Interest::Read)?;
+        loop {
+            while self.stopped.is_none() && self.running.len() < self.jobs && self.next < self.runs.len() {
+                self.start()?;
+            }
+            self.show();
+            if self.running.is_empty() {
+                break;
+            }
+            poller.wait(self.shows.then_some(TICK))?.for_each(drop);
+            while let Some(signal) = self.signals.take() {
+                if signal != libc::SIGCHLD {
+                    self.stopped.get_or_insert(signal);
+                    self.stop();
+                }
+            }
+            self.collect()?;
+        }
+        let unseen = |run: &Run| Done {
+            name: run.name.clone(),
+            exit_code: EXIT_VIREO_FAILED,
+            outcome: "not-run".into(),
+            detail: "vireo was stopped before".into(),
+            duration: 0.0,
+            report: Json::Null,
+            output: String::new(),
+        };
+        let done = self.runs.iter().zip(self.done).map(|(run, done)| done.unwrap_or_else(|| unseen(run)));
+        Ok((done.collect(), self.stopped))
+    }
+
+    fn start(&mut self) -> Result<(), Failure> {
+        let run = &self.runs[self.next];
+        let log = self.output.file(run, "log");
+        let open = || -> io::Result<_> {
+            let file = File::create(&log)?;
+            Ok((file.try_clone()?, file))
+        };
+        let (stdout, stderr) = open().map_err(|e| FileError::Write(log.clone(), e))?;
+        let report = self.output.file(run, "json");
+        let _ = fs::remove_file(&report);
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("exec").arg("--report").arg(&report).args(&run.words);
+        command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
+        child::deliver_signals(&mut command);
+        child::die_with_us(&mut command);
+        let child = command.spawn().map_err(Error::Start)?;
+        self.running.push(Running { run: self.next, child, begin: Instant::now() });
+        self.next += 1;
+        Ok(())
+    }
+
+    /// As SIGTERM to each of them does; those on the terminal have heard of Ctrl-C themselves.
+    fn stop(&self) {
+        for running in &self.running {
+            let pid = rustix::process::Pid::from_child(&running.child);
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+    }
+
+    fn collect(&mut self) -> Result<(), Failure> {
+        for mut running in std::mem::take(&mut self.running) {
+            let Some(status) = running.child.try_wait().map_err(Error::Start)? else {
+                self.running.push(running);
+                continue;
+            };
+            let run = &self.runs[running.run];
+            let report = fs::read(self.output.file(run, "json")).ok();
+            let report: Json = report.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
+            let text = |key: &str| report[key].as_str().map(str::to_string);
+            let killed = status.signal().map(|signal| format!("vireo was killed by signal {signal}"));
+            let done = Done {
+                name: run.name.clone(),
+                exit_code: status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(EXIT_VIREO_FAILED),
+                outcome: text("outcome").unwrap_or_else(|| "failed".into()),
+                detail: killed.or(text("detail")).unwrap_or_else(|| "vireo failed".into()),
+                duration: running.begin.elapsed().as_secs_f64(),
+                output: self.output.tail(run),
+                report,
+            };
+            self.clear();
+            if done.exit_code != 0 {
+                let _ = write!(io::stderr(), "--- {}\n{}", done.name, done.output);
+            }
+            let (n, all) = (self.done.iter().flatten().count() + 1, self.runs.len());
+            say(&format!("[{n}/{all}] {}: {} ({:.1} s)", done.name, done.detail, done.duration));
+            self.done[running.run] = Some(done);
+        }
+        Ok(())
+    }
+
+    /// One line on a terminal, written over again and again.
+    fn show(&self) {
+        if !self.shows {
+            return;
+        }
+        let (columns, _) = terminal::window_size(io::stderr().as_raw_fd()).unwrap_or((80, 24));
+        let name = |r: &Running| format!("{} ({} s)", self.runs[r.run].name, r.begin.elapsed().as_secs());
+        let names: Vec<_> = self.running.iter().map(name).collect();
+        let line = format!("[{}/{}] {}", self.done.iter().flatten().count(), self.runs.len(), names.join(", "));
+        let line: String = line.chars().take(usize::from(columns).saturating_sub(1)).collect();
+        self.clear();
+        if !self.running.is_empty() {
+            let _ = write!(io::stderr(), "{line}");
+        }
+    }
+
+    fn clear(&self) {
+        if self.shows {
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
+}
+
+/// How they all ended.
+fn table(done: &[Done]) -> String {
+    let width =
+        |of: fn(&Done) -> &str, title: &str| done.iter().map(|d| of(d).len()).max().unwrap_or(0).max(title.len());
+    let (name, outcome) = (width(|d| &d.name, "RUN"), width(|d| &d.outcome, "RESULT"));
+    let mut text = format!("{:<name$}  {:<outcome$}  CODE  {:>8}\n", "RUN", "RESULT", "TIME");
+    for d in done {
+        let why = if d.exit_code == 0 { "" } else { &d.detail };
+        let line =
+            format!("{:<name$}  {:<outcome$}  {:>4}  {:>6.1} s  {why}", d.name, d.outcome, d.exit_code, d.duration);
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+    let failed = done.iter().filter(|d| d.exit_code != 0).count();
+    let _ = writeln!(text, "{} runs, {failed} failed", done.len());
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::exec_command;
+
+    fn given(flags: &[(&str, &[&str])], command: &[&str]) -> Given {
+        let words = |list: &[&str]| list.iter().map(OsString::from).collect::<Vec<_>>();
+        Given {
+            matrix: "m.toml".into(),
+            jobs: None,
+            output_dir: None,
+            report: None,
+            junit: None,
+            command: words(command),
+            flags: flags.iter().map(|(key, values)| (key.to_string(), words(values))).collect(),
+        }
+    }
+
+    fn lines_of(given: &Given, text: &str) -> Result<Vec<String>, String> {
+        let runs = runs(given, &toml::from_str(text).unwrap(), &exec_command()).map_err(|e| e.to_string())?;
+        let line = |run: &Run| {
+            let words: Vec<_> = run.words.iter().map(|word| word.to_string_lossy()).collect();
+            format!("{}: {}", run.name, words.join(" "))
+        };
+        Ok(runs.iter().map(line).collect())
+    }
+
+    #[test]
+    fn every_kernel_with_every_configuration() {
+        let text = r#"
+jobs = 3
+command = ["make", "check"]
+timeout = "5m"
+share = ["/a"]
+rw = true
+[kernels.new]
+kernel = "bzImage"
+timeout = "1m"
+[kernels.old]
+kernel = "vmlinuz"
+[configs.one]
+[configs.two]
+cpus = 2
+share = ["/b", "/c:rw"]
+rw = false
+"#;
+        assert_eq!(
+            lines_of(&given(&[], &[]), text).unwrap(),
+            [
+                "new/one: --kernel=bzImage --rw --share=/a --timeout=1m -- make check",
+                "new/two: --cpus=2 --kernel=bzImage --share=/a --share=/b --share=/c:rw --timeout=1m -- make check",
+                "old/one: --kernel=vmlinuz --rw --share=/a --timeout=5m -- make check",
+                "old/two: --cpus=2 --kernel=vmlinuz --share=/a --share=/b --share=/c:rw --timeout=5m -- make check",
+            ]
+        );
+        let flags: &[(&str, &[&str])] = &[("timeout", &["9s"]), ("share", &["/d"]), ("verbose", &[])];
+        assert_eq!(
+            lines_of(&given(flags, &["true"]), "[configs.x]\ntimeout='1s'").unwrap(),
+            ["x: --share=/d --timeout=9s --verbose -- true"]
+        );
+        assert_eq!(lines_of(&given(&[], &["true"]), "").unwrap(), ["run: -- true"]);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let error = |text: &str| lines_of(&given(&[], &["true"]), text).unwrap_err();
+        assert_eq!(error("[kernels.a]\nmemroy = '1G'"), "m.toml: a: unexpected argument '--memroy' found");
+        assert!(
+            error("cpus = 'many'").starts_with("m.toml: run: invalid value 'many' for '--cpus <N>': "),
+            "{}",
+            error("cpus = 'many'")
+        );
+        assert!(
+            error("[configs.a]\nmemory = {x = 1}")
+                .ends_with("a: memory must be text, a number, true or false, or a list of these")
+        );
+        assert_eq!(
+            error("[configs.a]\nreport = 'x'"),
+            "m.toml: a: 'report' is for all runs together: say it on the command line"
+        );
+    }
+
+    #[test]
+    fn what_is_given_beside_the_matrix_is_for_all() {
+        let exec = exec_command();
+        let words =
+            ["exec", "--matrix", "m.toml", "--jobs=2", "-v", "--share", "a", "--share=b", "--rng", "--", "true"];
+        let matches = exec.clone().try_get_matches_from(words).unwrap();
+        let flags = given_flags(&exec, &matches);
+        assert_eq!(command_line(flags), ["--rng=", "--share=a", "--share=b", "--verbose"]);
+    }
+
+    #[test]
+    fn a_table() {
+        let done = |name: &str, exit_code, outcome: &str| Done {
+            name: name.into(),
+            exit_code,
+            outcome: outcome.into(),
+            detail: "the sentence".into(),
+            duration: 12.34,
+            report: Json::Null,
+            output: String::new(),
+        };
+        assert_eq!(
+            table(&[done("stable/smp", 0, "exited"), done("x", 70, "panicked")]),
+            "RUN         RESULT    CODE      TIME\n\
+             stable/smp  exited       0    12.3 s\n\
+             x           panicked    70    12.3 s  the sentence\n\
+             2 runs, 1 failed\n"
+        );
+    }
+}
