@@ -26,7 +26,7 @@ test: setup build ## run all tests, those with Linux guests where such run
 
 bench: setup build ## measure the inner loops, then boots and devices beside QEMU's
 	cargo bench --bench micro
-	tests/host/with-host cargo bench --bench boot --bench devices
+	tests/host/with-host cargo bench --bench boot --bench exec --bench devices
 
 soak: setup build ## the long tests, then boot guests until one fails or SOAK_MINUTES (60) are over
 	cargo build --examples
