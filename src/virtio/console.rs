@@ -8,12 +8,11 @@
 //! Nothing here waits: a port whose buffer is full leaves its queue alone until there is room, and the other ports
 //! don't notice. What the host sends to a port that nobody in the guest has open stays with the host.
 
+mod config;
 mod host;
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
@@ -24,12 +23,11 @@ use super::{
     Activated, Activation, Context, DeviceId, DeviceInfo, Event, Fault, Handler, Progress, RING_FEATURES, Share,
     StateError, VirtioDevice, queue::Queue,
 };
-use crate::backend::console::ConsoleEnd;
 use crate::backend::console_watch::ConsoleWatch;
 use crate::backend::output::{self, Output};
 use crate::event::{GuestEvent, GuestEvents, Interest, eventfd};
 use crate::memory::GuestRam;
-use crate::options;
+pub use config::PortConfig;
 pub use host::HostPort;
 use host::{INPUT_LIMIT, Port, Shared, lock};
 
@@ -70,53 +68,8 @@ const MAX_WRITE: u64 = 1 << 20;
 const DRAIN_LIMIT: usize = 16 << 20;
 /// Most ports of a device, the console among them.
 pub const MAX_PORTS: usize = 32;
-/// Longest name of a port.
-const NAME_MAX: usize = 64;
 const WAKE: u64 = 0;
 const ROOM: u64 = 1;
-
-/// `--console-port`: a port for data.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PortConfig {
-    /// Its name in the guest's `/dev/virtio-ports`: 1 to 64 characters of printable ASCII without `/`.
-    pub name: String,
-    /// Where it leads.
-    pub to: ConsoleEnd,
-    /// A file that its input comes from, for ends that have none: `file:` and `null`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub from: Option<PathBuf>,
-}
-
-impl FromStr for PortConfig {
-    type Err = options::Error;
-
-    fn from_str(text: &str) -> Result<Self, options::Error> {
-        options::from_str(text, Some("name"))
-    }
-}
-
-impl PortConfig {
-    /// Checks the ports of a machine together; the error is a sentence.
-    pub fn validate(ports: &[PortConfig]) -> Result<(), String> {
-        if ports.len() >= MAX_PORTS {
-            return Err(format!("{} ports are more than the {} there can be", ports.len(), MAX_PORTS - 1));
-        }
-        for (i, PortConfig { name, to, from }) in ports.iter().enumerate() {
-            if from.is_some() && !matches!(to, ConsoleEnd::File(_) | ConsoleEnd::Null) {
-                return Err(format!("{name}: from= goes with to=file:PATH and to=null; {to} has input of its own"));
-            }
-            let good = |c: u8| c.is_ascii_graphic() && c != b'/';
-            if name.is_empty() || name.len() > NAME_MAX || !name.bytes().all(good) {
-                return Err(format!("'{name}' is no name: 1 to 64 printable ASCII characters without / are"));
-            }
-            if ports.iter().skip(i + 1).any(|other| other.name == *name) {
-                return Err(format!("the name '{name}' is given twice"));
-            }
-        }
-        Ok(())
-    }
-}
 
 /// A port about to be made.
 pub struct NewPort {
@@ -939,25 +892,6 @@ mod tests {
         let bad = serde_json::json!({"ports": []});
         assert!(s.device.restore(&bad).unwrap_err().to_string().contains("3 ports and had 0"));
         assert!(s.device.restore(&serde_json::json!({"ports": 3})).is_err());
-    }
-
-    #[test]
-    fn options() {
-        let port: PortConfig = "agent,to=socket:/run/a".parse().unwrap();
-        assert_eq!(port, PortConfig { name: "agent".into(), to: ConsoleEnd::Socket("/run/a".into()), from: None });
-        let port: PortConfig = "log,to=file:out,from=in".parse().unwrap();
-        assert_eq!(
-            (port.from.as_deref(), PortConfig::validate(std::slice::from_ref(&port))),
-            (Some("in".as_ref()), Ok(()))
-        );
-        let both = PortConfig { to: ConsoleEnd::Pty, ..port.clone() };
-        assert!(
-            PortConfig::validate(&[both]).unwrap_err().starts_with("log: from= goes with to=file:PATH and to=null")
-        );
-        assert!("name=x".parse::<PortConfig>().unwrap_err().to_string().contains("'to=' is missing"));
-        assert!("x,to=nowhere".parse::<PortConfig>().unwrap_err().to_string().contains("none of stdio, stdin"));
-        let many = vec![port; 32];
-        assert!(PortConfig::validate(&many).unwrap_err().starts_with("32 ports are more than the 31"));
     }
 
     /// What happens: which queue gets a buffer of what length, or which port gets input.
