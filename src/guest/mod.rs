@@ -93,8 +93,6 @@ fn load_modules() -> Result<()> {
 
 fn prepare(request: &Request) -> Result<()> {
     let _ = rustix::system::sethostname(b"vireo");
-    // Beyond reach when memory runs out: the command goes first.
-    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     net::loopback()?;
     let name_servers = if request.network { net::configure()? } else { Vec::new() };
     if request.root != Root::Initramfs {
