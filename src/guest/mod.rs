@@ -19,7 +19,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
-use protocol::{MODULES, REQUEST, Report, Request, Root};
+use protocol::{LOG_NAME, MODULES, REQUEST, Report, Request, Root};
 
 /// The guest could not be made ready.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +56,7 @@ pub fn main() -> ! {
 
 /// The console's log is where such a sentence is looked for, when there is no other way to tell it.
 fn tell_kernel(text: &str) {
-    let text = format!("<3>vireo-init: {text}\n");
+    let text = format!("<3>{LOG_NAME}{text}\n");
     let _ = fs::write("/dev/kmsg", &text).or_else(|_| io::stderr().write_all(text.as_bytes()));
 }
 

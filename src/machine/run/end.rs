@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{Error, GUEST, INPUT, MAIL, Running, SIGNAL, TICKED, WRITTEN, host};
 use crate::backend::transcript::{Transcript, Verdict};
+use crate::guest::protocol::LOG_NAME;
 use crate::outcome::{BootTiming, Exits, Outcome, Report};
 use crate::post_mortem::{PostMortem, Remains};
 
@@ -20,10 +21,29 @@ pub struct Ended {
     pub timing: BootTiming,
 }
 
+/// What a kernel says of a panic, before the reason.
+const PANIC: &str = "Kernel panic - not syncing: ";
+
 impl Ended {
+    /// The outcome in one sentence, with the reason that the guest's log has for it.
+    pub fn sentence(&self) -> String {
+        let sentence = self.outcome.sentence();
+        let name = match &self.outcome {
+            Outcome::Panicked(_) => PANIC,
+            Outcome::Lost(_) => LOG_NAME,
+            _ => return sentence,
+        };
+        let log = self.post_mortem.iter().flat_map(|found| &found.kernel_log);
+        let mut reasons = log.filter_map(|line| line.split_once(name)).map(|(_, reason)| reason);
+        // A panic's first line is the reason, its last one the end; of an init the last thing is what ended it.
+        let reason = if name == PANIC { reasons.next() } else { reasons.last() };
+        reason.map_or(sentence.clone(), |reason| format!("{sentence}: {reason}"))
+    }
+
     /// For `--report`; `kernel` is the one that was booted.
     pub fn report(&self, kernel: String) -> Report {
         let mut report = Report::new(&self.outcome, kernel, &self.timing, self.exits);
+        report.detail = self.sentence();
         if let Some(found) = &self.post_mortem {
             report.registers.clone_from(&found.registers);
             report.kernel_log.clone_from(&found.kernel_log);
