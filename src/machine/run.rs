@@ -78,7 +78,7 @@ const LOOK_TICKS_MAX: u32 = 160;
 const PANIC_GRACE: Duration = Duration::from_secs(5);
 /// So many signals in this time end a guest, though its command gets them.
 const INSISTENT: u32 = 3;
-const INSISTENCE: Duration = Duration::from_secs(5);
+const INSISTENCE: Duration = Duration::from_secs(10);
 
 const SIGNAL: u64 = 0;
 const MAIL: u64 = 1;
