@@ -44,7 +44,7 @@ impl ConsoleWatch {
             self.events.post(GuestEvent::Panicked(PanicSource::Console));
         } else if text.starts_with(b"---[ end Kernel panic - not syncing") {
             self.events.post(GuestEvent::PanicEnded);
-        } else if text.starts_with(b"reboot: Restarting system") {
+        } else if text.starts_with(b"reboot: Restarting system") || text.starts_with(b"sysrq: Resetting") {
             self.events.post(GuestEvent::Restarting);
         } else if text.starts_with(b"Run /") && text.ends_with(b" as init process") {
             self.events.post(GuestEvent::InitStarted);
