@@ -36,7 +36,7 @@ impl Ended {
         let log = self.post_mortem.iter().flat_map(|found| &found.kernel_log);
         let mut reasons = log.filter_map(|line| line.split_once(name)).map(|(_, reason)| reason);
         // A panic's first line is the reason, its last one the end; of an init the last thing is what ended it.
-        let reason = if name == PANIC { reasons.next() } else { reasons.last() };
+        let reason = if name == PANIC { reasons.next() } else { reasons.next_back() };
         reason.map_or(sentence.clone(), |reason| format!("{sentence}: {reason}"))
     }
 
