@@ -129,3 +129,30 @@ impl Running {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::PanicSource;
+
+    #[test]
+    fn sentences_have_the_reason_of_the_log() {
+        let sentence = |outcome, log: &[&str]| {
+            let kernel_log = log.iter().map(ToString::to_string).collect();
+            let post_mortem = Some(PostMortem { kernel_log, ..PostMortem::default() });
+            let timing = BootTiming::new(Instant::now());
+            Ended { outcome, post_mortem, exits: Exits::default(), timing }.sentence()
+        };
+        let log = [
+            "[    1.0] vireo-init: first",
+            "[    2.0] Kernel panic - not syncing: VFS",
+            "[    3.0] vireo-init: last: it",
+            "[    4.0] ---[ end Kernel panic - not syncing: VFS ]---",
+        ];
+        let lost = sentence(Outcome::Lost("powered-off"), &log);
+        assert_eq!(lost, "the guest ended (powered-off) before the command did: last: it");
+        assert!(sentence(Outcome::Panicked(PanicSource::Pvpanic), &log).ends_with("driver): VFS"));
+        assert!(sentence(Outcome::Panicked(PanicSource::Pvpanic), &[]).ends_with("driver)"));
+        assert_eq!(sentence(Outcome::Hung(Duration::from_secs(5)), &log).find("VFS"), None);
+    }
+}
