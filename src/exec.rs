@@ -417,6 +417,7 @@ fn not_started(errno: i32, name: &str) -> Outcome {
         _ => "",
     };
     let error = io::Error::from_raw_os_error(errno);
+    let name = if name.is_empty() { "''" } else { name };
     Outcome::NotStarted(code, format!("cannot run {name} in the guest: {error}{hint}"))
 }
 

@@ -306,3 +306,36 @@ seq -f $dir/many/entry-with-a-name-%g 0 11999 | xargs touch
     let facts = ["left", "behind the middle", "of the right type", "remove the rest"].map(|name| ended.fact(name));
     assert_eq!(facts, ["6000", "some", "6002", "ok"], "{ended}");
 }
+
+/// SOAK_EXECS commands (200), each under a kernel of its own, leave nothing behind: no process, file, folder or socket.
+#[test]
+fn commands_leave_nothing_behind() {
+    let count: usize = std::env::var("SOAK_EXECS").map_or(200, |count| count.parse().expect("SOAK_EXECS is a number"));
+    let script = r#"
+dir=$(mktemp -d /tmp/execs.XXXXXX) && cd "$dir" && mkdir cache run tmp
+export XDG_CACHE_HOME=$dir/cache XDG_RUNTIME_DIR=$dir/run TMPDIR=$dir/tmp
+left() {
+    ls -A /tmp /var/tmp /dev/shm /run; ls -AR cache run tmp
+    grep -c '[^:]$' /proc/net/unix; grep -c . /proc/net/tcp; pgrep -c 'vireo|exe|passt'; ls /proc/self/fd | wc -l
+}
+touch before after
+"$@" --share . -- true || exit
+left >before
+for n in $(seq "$SOAK_EXECS"); do
+    options=$([ $((n % 10)) = 0 ] && echo --net user)
+    "$@" --share . $options -- sh -c 'exit 5' </dev/null
+    status=$?
+    [ $status = 5 ] || { echo "run $n: status $status"; exit 1; }
+    echo "run $n"
+done
+left >after
+diff before after || { echo "something was left behind"; exit 1; }
+cd /; rm -r "$dir"
+echo clean"#;
+    let host = Run::exec(&[]).env(&format!("SOAK_EXECS={count}")).through(script).start();
+    for n in (1..=count).step_by(10) {
+        host.wait_for(&format!("run {n}\n"));
+    }
+    let ended = host.end();
+    assert!(ended.code() == 0 && ended.stdout.ends_with("clean\n"), "{ended}");
+}

@@ -44,7 +44,7 @@ impl ConsoleWatch {
             self.events.post(GuestEvent::Panicked(PanicSource::Console));
         } else if text.starts_with(b"---[ end Kernel panic - not syncing") {
             self.events.post(GuestEvent::PanicEnded);
-        } else if text.starts_with(b"reboot: Restarting system") {
+        } else if text.starts_with(b"reboot: Restarting system") || text.starts_with(b"sysrq: Resetting") {
             self.events.post(GuestEvent::Restarting);
         } else if text.starts_with(b"Run /") && text.ends_with(b" as init process") {
             self.events.post(GuestEvent::InitStarted);
@@ -83,6 +83,7 @@ mod tests {
         assert_eq!(events_of("[    0.512345] Kernel panic - not syncing: VFS\r\n"), [panicked]);
         assert_eq!(events_of("[    0.5][    T1] Kernel panic - not syncing: VFS\n"), [panicked]);
         assert_eq!(events_of("Kernel panic - not syncing: VFS\n"), [panicked]);
+        assert_eq!(events_of("[   29.1] sysrq: Resetting\n"), [GuestEvent::Restarting]);
         assert_eq!(events_of("[ 1.0] ---[ end Kernel panic - not syncing: VFS ]---\n"), [GuestEvent::PanicEnded]);
         assert_eq!(events_of("[ 1.0] reboot: Restarting system\n"), [GuestEvent::Restarting]);
         assert_eq!(events_of("[ 1.0] Run /init as init process\n"), [GuestEvent::InitStarted]);

@@ -32,7 +32,8 @@ const COMMAND_SIGNALS: [i32; 2] = [libc::SIGUSR1, libc::SIGUSR2];
     override_usage = "vireo exec [OPTIONS] [--] [COMMAND [ARGUMENT]...]",
     after_help = "Example:\n  vireo exec --kernel bzImage -- uname -r\n  \
                   vireo exec --kernel bzImage --share .:rw --timeout 10m -- make test\n  vireo exec\n\n\
-                  Exit status: the command's own, 128+N if signal N killed it; 126 it cannot be run, 127 it is not \
+                  Signals are the command's; the third SIGINT, SIGTERM or SIGQUIT within ten seconds ends the \
+                  guest.\n\nExit status: the command's own, 128+N if signal N killed it; 126 it cannot be run, 127 it is not \
                   there; 70 the kernel panicked, 71 the guest crashed or ended before the command, 72 it hung, 73 the \
                   console showed what it must not, 124 time limit, 125 vireo or the host failed, 2 wrong usage."
 )]

@@ -18,7 +18,7 @@ use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use clap::ArgAction;
 use clap::parser::ValueSource;
+use rustix::fs::MemfdFlags;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 use toml::Value;
@@ -116,6 +117,8 @@ struct Running {
     run: usize,
     child: Child,
     begin: Instant,
+    log: Place,
+    report: Place,
 }
 
 /// The runs that a file describes, in the order of their names.
@@ -253,44 +256,44 @@ fn lines(list: &Json) -> String {
     list.as_array().map_or(String::new(), |lines| lines.iter().filter_map(Json::as_str).collect::<Vec<_>>().join("\n"))
 }
 
-/// Where the runs' output goes: files that the user wants, or that are nobody else's.
+/// Where the runs' output goes: files that the user wants, or that are in memory and go when we do, however that is.
 struct Output {
-    dir: PathBuf,
-    /// It is ours, and goes when we do.
-    temporary: bool,
+    dir: Option<PathBuf>,
 }
 
 impl Output {
-    fn new(wanted: Option<&Path>) -> Result<Self, Failure> {
-        let (dir, temporary) = match wanted {
-            Some(dir) => (dir.to_path_buf(), false),
-            None => (std::env::temp_dir().join(format!("vireo-matrix.{}", std::process::id())), true),
-        };
-        // In a place where others may write, one that is there already is not ours.
-        let made = if temporary { fs::create_dir(&dir) } else { fs::create_dir_all(&dir) };
-        made.map_err(|e| FileError::Write(dir.clone(), e))?;
-        Ok(Output { dir, temporary })
+    fn new(wanted: Option<&Path>) -> Result<Self, FileError> {
+        wanted.map_or(Ok(()), |dir| fs::create_dir_all(dir).map_err(|e| FileError::Write(dir.into(), e)))?;
+        Ok(Output { dir: wanted.map(Path::to_path_buf) })
     }
 
-    fn file(&self, run: &Run, suffix: &str) -> PathBuf {
-        self.dir.join(format!("{}.{suffix}", run.name.replace('/', "-")))
+    fn place(&self, run: &Run, suffix: &str) -> io::Result<Place> {
+        let name = format!("{}.{suffix}", run.name.replace('/', "-"));
+        if let Some(dir) = &self.dir {
+            return Ok(Place { path: dir.join(name), _memory: None });
+        }
+        let file = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?;
+        // Under this path the run finds it.
+        let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into();
+        Ok(Place { path, _memory: Some(file) })
     }
+}
 
-    /// The end of what a run printed.
-    fn tail(&self, run: &Run) -> String {
-        let bytes = fs::read(self.file(run, "log")).unwrap_or_default();
+/// A file of one run's.
+struct Place {
+    path: PathBuf,
+    /// Keeps it, if it is nowhere else.
+    _memory: Option<OwnedFd>,
+}
+
+impl Place {
+    /// The end of what the run printed.
+    fn tail(&self) -> String {
+        let bytes = fs::read(&self.path).unwrap_or_default();
         let from = bytes.len().saturating_sub(SHOWN);
         // Whole lines.
         let from = if from == 0 { 0 } else { memchr::memchr(b'\n', &bytes[from..]).map_or(from, |at| from + at + 1) };
         String::from_utf8_lossy(&bytes[from..]).into_owned()
-    }
-}
-
-impl Drop for Output {
-    fn drop(&mut self) {
-        if self.temporary {
-            let _ = fs::remove_dir_all(&self.dir);
-        }
     }
 }
 
@@ -351,21 +354,21 @@ impl<'a> Progress<'a> {
 
     fn start(&mut self) -> Result<(), Failure> {
         let run = &self.runs[self.next];
-        let log = self.output.file(run, "log");
+        let place = |suffix| self.output.place(run, suffix).map_err(Error::Start);
+        let (log, report) = (place("log")?, place("json")?);
         let open = || -> io::Result<_> {
-            let file = File::create(&log)?;
+            let file = File::create(&log.path)?;
             Ok((file.try_clone()?, file))
         };
-        let (stdout, stderr) = open().map_err(|e| FileError::Write(log.clone(), e))?;
-        let report = self.output.file(run, "json");
-        let _ = fs::remove_file(&report);
+        let (stdout, stderr) = open().map_err(|e| FileError::Write(log.path.clone(), e))?;
+        let _ = fs::remove_file(&report.path);
         let mut command = Command::new("/proc/self/exe");
-        command.arg("exec").arg("--report").arg(&report).args(&run.words);
+        command.arg("exec").arg("--report").arg(&report.path).args(&run.words);
         command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
         child::deliver_signals(&mut command);
         child::die_with_us(&mut command);
         let child = command.spawn().map_err(Error::Start)?;
-        self.running.push(Running { run: self.next, child, begin: Instant::now() });
+        self.running.push(Running { run: self.next, child, begin: Instant::now(), log, report });
         self.next += 1;
         Ok(())
     }
@@ -385,7 +388,7 @@ impl<'a> Progress<'a> {
                 continue;
             };
             let run = &self.runs[running.run];
-            let report = fs::read(self.output.file(run, "json")).ok();
+            let report = fs::read(&running.report.path).ok();
             let report: Json = report.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
             let text = |key: &str| report[key].as_str().map(str::to_string);
             let killed = status.signal().map(|signal| format!("vireo was killed by signal {signal}"));
@@ -395,7 +398,7 @@ impl<'a> Progress<'a> {
                 outcome: text("outcome").unwrap_or_else(|| "failed".into()),
                 detail: killed.or(text("detail")).unwrap_or_else(|| "vireo failed".into()),
                 duration: running.begin.elapsed().as_secs_f64(),
-                output: self.output.tail(run),
+                output: running.log.tail(),
                 report,
             };
             self.clear();

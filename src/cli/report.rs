@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -79,7 +79,7 @@ impl Reports {
 /// Where a report goes.
 struct ReportFile {
     path: PathBuf,
-    /// A FIFO or device, open from the start.
+    /// A FIFO, device or file in memory, open from the start.
     special: Option<File>,
 }
 
@@ -90,7 +90,8 @@ impl ReportFile {
         let mut report = ReportFile { path: path.into(), special: None };
         match fs::metadata(path) {
             Ok(m) if m.is_dir() => return Err(fail(io::ErrorKind::IsADirectory.into())),
-            Ok(m) if !m.is_file() => report.special = Some(open_special(path).map_err(fail)?),
+            // What has no name has no place beside it, either.
+            Ok(m) if !m.is_file() || m.nlink() == 0 => report.special = Some(open_special(path).map_err(fail)?),
             _ => {
                 let beside = report.beside();
                 fs::write(&beside, "").and_then(|()| fs::remove_file(beside)).map_err(fail)?;

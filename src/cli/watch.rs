@@ -117,7 +117,7 @@ impl WatchArgs {
             _ => {}
         }
         if !self.quiet {
-            say(&ended.outcome.sentence());
+            say(&ended.sentence());
         }
     }
 }

@@ -42,6 +42,8 @@ pub(super) fn run(request: &Request, control: &mut Control) -> Result<Report> {
         Ok(child) => child,
         Err(e) => return Ok(Report::NotStarted(e.raw_os_error().unwrap_or(libc::EIO))),
     };
+    // Beyond reach when memory runs out: the command, which would inherit that, goes first.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     // Our copies of the command's ends would keep its pipes open.
     drop(command);
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);

@@ -47,8 +47,9 @@ pub(super) fn guest_mounts() -> Result<()> {
         MountFlags::NOSUID | MountFlags::NOEXEC,
         Some(c"mode=620,gid=5,ptmxmode=666"),
     )?;
-    mount_new("tmpfs", "shm", "/dev/shm", safe, Some(c"mode=1777"))?;
-    mount_new("tmpfs", "run", "/run", safe, Some(c"mode=755"))?;
+    // With the root's half of the memory that leaves some to programs, when all of them are full.
+    mount_new("tmpfs", "shm", "/dev/shm", safe, Some(c"mode=1777,size=25%"))?;
+    mount_new("tmpfs", "run", "/run", safe, Some(c"mode=755,size=10%"))?;
     for (link, target) in [("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")] {
         let _ = symlink(format!("/proc/self/fd{target}"), Path::new("/dev").join(link));
     }

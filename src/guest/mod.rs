@@ -19,7 +19,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
-use protocol::{MODULES, REQUEST, Report, Request, Root};
+use protocol::{LOG_NAME, MODULES, REQUEST, Report, Request, Root};
 
 /// The guest could not be made ready.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +56,7 @@ pub fn main() -> ! {
 
 /// The console's log is where such a sentence is looked for, when there is no other way to tell it.
 fn tell_kernel(text: &str) {
-    let text = format!("<3>vireo-init: {text}\n");
+    let text = format!("<3>{LOG_NAME}{text}\n");
     let _ = fs::write("/dev/kmsg", &text).or_else(|_| io::stderr().write_all(text.as_bytes()));
 }
 
@@ -64,8 +64,11 @@ fn run() -> Result<()> {
     files::kernel_mounts()?;
     let request = fs::read(REQUEST).map_err(cannot(format!("read {REQUEST}")))?;
     let request: Request = serde_json::from_slice(&request).map_err(|e| Error::Other(format!("{REQUEST}: {e}")))?;
-    load_modules()?;
-    let mut control = ports::Control::open()?;
+    let unloaded = load_modules()?;
+    let mut control = ports::Control::open().map_err(|error| match unloaded {
+        Some(why) => Error::Other(format!("{error}; {why}")),
+        None => error,
+    })?;
     // From here on there is somebody to tell.
     let prepared = prepare(&request);
     let report = prepared.and_then(|()| command::run(&request, &mut control));
@@ -77,24 +80,28 @@ fn run() -> Result<()> {
     Ok(())
 }
 
-/// Loads what the host found that this kernel needs.
-fn load_modules() -> Result<()> {
-    let Ok(list) = fs::read_to_string(MODULES) else { return Ok(()) };
+/// Loads what the host found that this kernel needs. Gives the first that would not load: one that another only likes to
+/// have; what is really missing is missed soon enough.
+fn load_modules() -> Result<Option<String>> {
+    let Ok(list) = fs::read_to_string(MODULES) else { return Ok(None) };
+    let mut unloaded = None;
     for path in list.lines() {
         let file = fs::File::open(path).map_err(cannot(format!("open the module {path}")))?;
         match rustix::system::finit_module(&file, c"", 0) {
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            // One that another only likes to have; what is really missing is missed soon enough.
-            Err(e) => tell_kernel(&format!("cannot load the module {path}: {e}")),
+            Err(e) => {
+                let hint = if e == rustix::io::Errno::NOEXEC { " (made for another kernel)" } else { "" };
+                let why = format!("cannot load the module {path}: {}{hint}", io::Error::from(e));
+                tell_kernel(&why);
+                unloaded.get_or_insert(why);
+            }
         }
     }
-    Ok(())
+    Ok(unloaded)
 }
 
 fn prepare(request: &Request) -> Result<()> {
     let _ = rustix::system::sethostname(b"vireo");
-    // Beyond reach when memory runs out: the command goes first.
-    let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     net::loopback()?;
     let name_servers = if request.network { net::configure()? } else { Vec::new() };
     if request.root != Root::Initramfs {

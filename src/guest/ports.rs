@@ -11,7 +11,9 @@ use super::protocol::{CONTROL, LINE_MAX, Order, Report};
 use super::{Error, Result, cannot};
 
 /// How long the driver may take to find its ports.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Is there from the moment the driver is.
+const CLASS: &str = "/sys/class/virtio-ports";
 /// How long the host may take to end a guest that has said all.
 const END: Duration = Duration::from_secs(5);
 
@@ -23,11 +25,13 @@ pub(super) fn open(name: &str, wait: bool) -> Result<File> {
         if let Some(device) = find(name) {
             break device;
         }
-        if Instant::now() > deadline {
-            let why = if Path::new("/sys/class/virtio-ports").exists() {
-                "its virtio console has no such port"
-            } else {
-                "it has no driver for virtio consoles (virtio_console, virtio_mmio)"
+        let driver = Path::new(CLASS).exists();
+        if !driver || Instant::now() > deadline {
+            let is_empty = |dir| fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
+            let why = match driver {
+                false => "it has no driver for virtio consoles (virtio_console)",
+                true if is_empty("/sys/bus/virtio/devices") => "it has no driver for virtio devices (virtio_mmio)",
+                true => "its virtio console has no such port",
             };
             return Err(Error::Other(format!("the guest does not see the port {name}: {why}")));
         }
@@ -41,7 +45,7 @@ pub(super) fn open(name: &str, wait: bool) -> Result<File> {
 }
 
 fn find(name: &str) -> Option<String> {
-    let ports = fs::read_dir("/sys/class/virtio-ports").ok()?;
+    let ports = fs::read_dir(CLASS).ok()?;
     let mut ports = ports.flatten();
     let port = ports.find(|port| fs::read_to_string(port.path().join("name")).is_ok_and(|text| text.trim() == name))?;
     Some(format!("/dev/{}", port.file_name().to_string_lossy()))

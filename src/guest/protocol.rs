@@ -31,6 +31,8 @@ pub const STDOUT: &str = "vireo.stdout";
 pub const STDERR: &str = "vireo.stderr";
 /// The tag of the folder, and the serial number of the disk, that is the root.
 pub const ROOT: &str = "root";
+/// What the lines of the guest's init in the kernel's log begin with, after the time: what it could not tell otherwise.
+pub const LOG_NAME: &str = "vireo-init: ";
 /// Longest line on the control port, in bytes.
 pub const LINE_MAX: usize = 64 << 10;
 

@@ -137,9 +137,13 @@ pub struct Run {
 impl Run {
     /// `vireo exec`, about to be started: the stock kernel with its modules, and the host's root.
     pub fn exec(words: &[&str]) -> Self {
+        Self::exec_with(&image("bzImage-cloud"), &repo("target/host/kernel-cloud"), words)
+    }
+
+    /// The same with another kernel or other modules. Without words the test's script adds what it likes.
+    pub fn exec_with(kernel: &Path, modules: &Path, words: &[&str]) -> Self {
         let words = Some(words.iter().map(ToString::to_string).collect());
         let run = Run { dir: scratch(), args: vec![], wrapper: vec![], env: vec![], cmdline: String::new(), words };
-        let (kernel, modules) = (image("bzImage-cloud"), repo("target/host/kernel-cloud"));
         let report = run.path("report.json");
         run.args(&["--kernel", &kernel.display().to_string(), "--modules", &modules.display().to_string()])
             .args(&["--report", &report])
@@ -204,6 +208,7 @@ impl Run {
         command.args(&self.wrapper).arg(vireo());
         match &self.words {
             None => command.arg("run").args(&self.args).args(["--cmdline", &self.cmdline]),
+            Some(words) if words.is_empty() => command.arg("exec").args(&self.args),
             Some(words) => command.arg("exec").args(&self.args).arg("--").args(words),
         };
         command

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{Error, GUEST, INPUT, MAIL, Running, SIGNAL, TICKED, WRITTEN, host};
 use crate::backend::transcript::{Transcript, Verdict};
+use crate::guest::protocol::LOG_NAME;
 use crate::outcome::{BootTiming, Exits, Outcome, Report};
 use crate::post_mortem::{PostMortem, Remains};
 
@@ -20,10 +21,29 @@ pub struct Ended {
     pub timing: BootTiming,
 }
 
+/// What a kernel says of a panic, before the reason.
+const PANIC: &str = "Kernel panic - not syncing: ";
+
 impl Ended {
+    /// The outcome in one sentence, with the reason that the guest's log has for it.
+    pub fn sentence(&self) -> String {
+        let sentence = self.outcome.sentence();
+        let name = match &self.outcome {
+            Outcome::Panicked(_) => PANIC,
+            Outcome::Lost(_) => LOG_NAME,
+            _ => return sentence,
+        };
+        let log = self.post_mortem.iter().flat_map(|found| &found.kernel_log);
+        let mut reasons = log.filter_map(|line| line.split_once(name)).map(|(_, reason)| reason);
+        // A panic's first line is the reason, its last one the end; of an init the last thing is what ended it.
+        let reason = if name == PANIC { reasons.next() } else { reasons.next_back() };
+        reason.map_or(sentence.clone(), |reason| format!("{sentence}: {reason}"))
+    }
+
     /// For `--report`; `kernel` is the one that was booted.
     pub fn report(&self, kernel: String) -> Report {
         let mut report = Report::new(&self.outcome, kernel, &self.timing, self.exits);
+        report.detail = self.sentence();
         if let Some(found) = &self.post_mortem {
             report.registers.clone_from(&found.registers);
             report.kernel_log.clone_from(&found.kernel_log);
@@ -107,5 +127,32 @@ impl Running {
                 let _ = self.mailbox.fd.read();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::PanicSource;
+
+    #[test]
+    fn sentences_have_the_reason_of_the_log() {
+        let sentence = |outcome, log: &[&str]| {
+            let kernel_log = log.iter().map(ToString::to_string).collect();
+            let post_mortem = Some(PostMortem { kernel_log, ..PostMortem::default() });
+            let timing = BootTiming::new(Instant::now());
+            Ended { outcome, post_mortem, exits: Exits::default(), timing }.sentence()
+        };
+        let log = [
+            "[    1.0] vireo-init: first",
+            "[    2.0] Kernel panic - not syncing: VFS",
+            "[    3.0] vireo-init: last: it",
+            "[    4.0] ---[ end Kernel panic - not syncing: VFS ]---",
+        ];
+        let lost = sentence(Outcome::Lost("powered-off"), &log);
+        assert_eq!(lost, "the guest ended (powered-off) before the command did: last: it");
+        assert!(sentence(Outcome::Panicked(PanicSource::Pvpanic), &log).ends_with("driver): VFS"));
+        assert!(sentence(Outcome::Panicked(PanicSource::Pvpanic), &[]).ends_with("driver)"));
+        assert_eq!(sentence(Outcome::Hung(Duration::from_secs(5)), &log).find("VFS"), None);
     }
 }

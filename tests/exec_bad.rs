@@ -1,0 +1,171 @@
+//! Bad input to `vireo exec`: whatever is wrong with the kernel, the command, the folders or the streams, the end has its
+//! code and one sentence, and nothing remains.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::symlink;
+
+use common::{Ended, Run, image, repo, scratch};
+
+/// What vireo itself said, in the last line.
+fn sentence(ended: &Ended) -> &str {
+    let last = ended.stderr.lines().last().unwrap_or_else(|| panic!("{ended}"));
+    last.strip_prefix("vireo: ").unwrap_or_else(|| panic!("{ended}"))
+}
+
+/// What the host can see before there is a guest.
+#[test]
+fn what_is_not_there() {
+    let dir = scratch();
+    let text = dir.path().join("text");
+    fs::write(&text, "no kernel, no folder\n").unwrap();
+    let gone = dir.path().join("gone");
+    let told = |run: Run, told: &str| {
+        let ended = run.run_to_end();
+        assert!(ended.code() == 125 && sentence(&ended).contains(told), "{told}: {ended}");
+        assert_eq!(ended.stderr.lines().count(), 1, "{ended}");
+    };
+    let exec = || Run::exec(&["true"]);
+    told(exec().args(&["--share", &gone.display().to_string()]), "cannot share ");
+    told(exec().args(&["--share", &text.display().to_string()]), "Not a directory");
+    told(exec().args(&["--root", &gone.display().to_string()]), "as the root: No such file");
+    let (kernel, modules) = (image("bzImage-cloud"), repo("target/host/kernel-cloud"));
+    told(Run::exec_with(&gone, &modules, &["true"]), "cannot open it: No such file");
+    told(Run::exec_with(&text, &modules, &["true"]), "this is a text file; vireo boots ");
+    told(Run::exec_with(&kernel, dir.path(), &["true"]), "no modules of it were found; looked in ");
+    let private = "mkdir -m 700 /tmp/private.$$; cd /tmp/private.$$; chmod 666 /dev/kvm; status=0
+setpriv --reuid 4242 --regid 4242 --clear-groups \"$@\" --share . || status=$?; rmdir /tmp/private.$$; exit $status";
+    told(exec().through(private), "Permission denied");
+}
+
+/// Kernels that do not come as far as the command.
+#[test]
+fn kernels_that_panic_or_have_no_drivers() {
+    let ended = Run::exec(&["true"]).args(&["--append", "rdinit=/nosuch init=/nosuch"]).run_to_end();
+    let ended = ended.expect(70, "panicked");
+    assert!(sentence(&ended).starts_with("the guest kernel panicked (") && sentence(&ended).contains("): "), "{ended}");
+    assert_eq!(ended.report["detail"], sentence(&ended));
+
+    // The right name, and modules of another kernel.
+    let version = fs::read_to_string(repo("target/host/kernel-cloud/version")).unwrap();
+    let other = fs::read_to_string(repo("target/host/kernel-full/version")).unwrap();
+    let modules = scratch();
+    let path = repo("target/host/kernel-full/lib/modules").join(other.trim());
+    symlink(path, modules.path().join(version.trim())).unwrap();
+    let ended = Run::exec_with(&image("bzImage-cloud"), modules.path(), &["true"]).run_to_end();
+    let ended = ended.expect(71, "lost");
+    for part in ["no driver for virtio consoles", "cannot load the module /lib/modules/", "made for another kernel"] {
+        assert!(sentence(&ended).contains(part), "{ended}");
+    }
+}
+
+/// A command that fills all file systems and the memory gets errors and signals, and the guest's init lives on; it does
+/// also if it is killed.
+#[test]
+fn commands_that_use_up_everything() {
+    let script = r#"
+for signal in KILL STOP TERM SEGV HUP; do kill -$signal 1; done
+for dir in / /dev/shm; do dd if=/dev/zero of=$dir/fill bs=1M 2>&1 | grep -o 'No space left on device'; done
+sh -c 'tail /dev/zero'
+echo "status: $?"
+rm /fill /dev/shm/fill
+echo "alive: $(cat /proc/self/oom_score_adj)"
+for dir in / /dev/shm /run /dev; do cat /dev/zero >$dir/fill; done 2>/dev/null
+kill -9 $$"#;
+    let ended = Run::exec(&["sh", "-c", script]).args(&["--memory", "192M"]).run_to_end().expect(137, "signalled");
+    let full = "No space left on device\n";
+    assert_eq!(ended.stdout, format!("{full}{full}status: 137\nalive: 0\n"), "{ended}");
+}
+
+/// A fork bomb hears a signal to vireo; a command that will not hear of it is ended by the third.
+#[test]
+fn commands_that_will_not_end() {
+    let bomb = Run::exec(&["bash", "-c", "echo ready; :(){ :|:; }; :"]).start();
+    bomb.wait_for("ready");
+    bomb.signal(15);
+    assert_eq!(bomb.end().code(), 143);
+
+    // It also says more than anybody reads, on the kernel's console.
+    let script = "trap 'n=$((n + 1)); echo heard $n' TERM; yes >/dev/console & echo ready; while :; do sleep 0.1; done";
+    let guest = Run::exec(&["sh", "-c", script]).start();
+    guest.wait_for("ready");
+    for heard in ["heard 1\n", "heard 2\n"] {
+        guest.signal(15);
+        guest.wait_for(heard);
+    }
+    guest.signal(15);
+    let ended = guest.end().expect(143, "killed");
+    assert_eq!(sentence(&ended), "stopped by signal 15 (SIGTERM)");
+}
+
+/// A command that is stopped and one that reboots.
+#[test]
+fn commands_that_are_not_heard_of_any_more() {
+    let ended = Run::exec(&["sh", "-c", "kill -STOP $$"]).args(&["--hang-timeout", "5s"]).run_to_end();
+    assert_eq!(sentence(&ended.expect(72, "hung")), "the guest hung: no output and no work for 5s");
+    let ended = Run::exec(&["sh", "-c", "echo b >/proc/sysrq-trigger; sleep 1000"]).run_to_end().expect(71, "lost");
+    assert_eq!(sentence(&ended), "the guest ended (rebooted) before the command did");
+}
+
+/// Streams that are closed, and a reader that goes.
+#[test]
+fn streams_that_are_closed() {
+    let closed = Run::exec(&["sh", "-c", "cat; echo out; echo err >&2; exit 3"]).through("\"$@\" <&- >&-");
+    let closed = closed.run_to_end().expect(3, "exited");
+    assert_eq!((closed.stdout.as_str(), closed.stderr.as_str()), ("", "err\n"), "{closed}");
+
+    let gone = Run::exec(&["yes"]).through("\"$@\" </dev/null | head -n 1; exit ${PIPESTATUS[0]}").run_to_end();
+    let gone = gone.expect(141, "signalled");
+    assert_eq!((gone.stdout.as_str(), gone.stderr.as_str()), ("y\n", ""), "{gone}");
+}
+
+/// Of a vireo that is killed nothing remains: no file, no socket, no process.
+#[test]
+fn killed_with_a_guest_running() {
+    let script = r#"
+dir=$(mktemp -d /tmp/killed.XXXXXX) && cd "$dir" && mkdir run
+export XDG_RUNTIME_DIR=$dir/run TMPDIR=$dir/run
+count() { ls -A /tmp /dev/shm /run run "$XDG_CACHE_HOME/vireo"; grep -c '[^:]$' /proc/net/unix; pgrep -c 'vireo|exe|passt'; }
+touch before after out
+"$@" --share . --cwd / -- true || exit
+count >before
+"$@" --share . -- sh -c 'echo ready; sleep 1000' >out & pid=$!
+for n in $(seq 1200); do grep -q ready out && break; sleep 0.1; done
+kill -9 $pid
+wait $pid
+echo "status: $?"
+for n in $(seq 100); do count >after; cmp -s before after && break; sleep 0.1; done
+diff before after && echo "nothing remains"
+cd /; rm -r "$dir""#;
+    let ended = Run::exec(&[]).args(&["--net", "user"]).through(script).run_to_end();
+    assert!(ended.code() == 0 && ended.stdout.ends_with("status: 137\nnothing remains\n"), "{ended}");
+}
+
+/// Two runs at once in one folder, which the host changes, too.
+#[test]
+fn a_folder_that_changes() {
+    let script = r#"
+dir=$(mktemp -d /tmp/changes.XXXXXX) && cd "$dir" && mkdir files moved && seq -f files/%g 100 | xargs touch
+guest() {
+    me=$1; shift
+    "$@" --share .:rw -- sh -c 'echo '$me' >ready.'$me'
+        until [ -e go ]; do sleep 1; done
+        for n in 1 2 3; do ls -lR . >/dev/null 2>&1; echo $n >one.'$me'; mv one.'$me' two.'$me'; done
+        until [ -e end ]; do sleep 1; done
+        for n in $(seq 20); do echo $n >kept.'$me'.$n; done; ls kept.'$me'.* | wc -l; ls files; cat two.'$me
+}
+guest a "$@" >a 2>&1 & a=$!
+guest b "$@" >b 2>&1 & b=$!
+for n in $(seq 1200); do [ -e ready.a ] && [ -e ready.b ] && break; sleep 0.1; done
+touch go
+for n in $(seq 50); do
+    mv files/$n moved/new; rm files/$((n + 50)); mkdir files/d; mv moved files/d/; mv files/d/moved .; rmdir files/d
+done
+echo x >files/last; touch end
+wait $a; echo "a: $?"; wait $b; echo "b: $?"
+cat a b; ls | grep -c kept
+cd /; rm -r "$dir""#;
+    let ended = Run::exec(&[]).through(script).run_to_end();
+    assert_eq!((ended.code(), ended.stdout.as_str()), (0, "a: 0\nb: 0\n20\nlast\n3\n20\nlast\n3\n40\n"), "{ended}");
+}
