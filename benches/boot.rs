@@ -136,7 +136,7 @@ memory() {
             else print "failed: which mappings are guest RAM?"
         }' /proc/$vm/smaps
     kill -9 $vm
-    wait $vm 2>/dev/null
+    wait $vm 2>/dev/null || :
 }
 memory pss virtio_mmio,virtio_blk,virtio_rng :
 truncate -s 16M disk pmem

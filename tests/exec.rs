@@ -48,13 +48,13 @@ fn an_ordinary_user() {
     let as_user = r#"set -e
 chmod 666 /dev/kvm
 dir=$(mktemp -d /tmp/exec.XXXXXX)
+trap 'rm -r "$dir"' EXIT
 chown 4242:4242 "$dir"
 cd "$dir"
 export XDG_CACHE_HOME=$dir/cache
 status=0
 setpriv --reuid=4242 --regid=4242 --clear-groups "$@" || status=$?
 stat -c '%u %n' shared/out >&2
-rm -r "$dir"
 exit $status"#;
     let script = r#"set -e
 cat /etc/hostname >/dev/null

@@ -7,22 +7,11 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Run, example, image, on_host, tool, vireo};
+use common::{FOLDER, Run, example, image, on_host, tool, vireo};
 use serde_json::Value;
 
 /// Modules of the guest.
 const CMDLINE: &str = "console=ttyS0 quiet vireo.modules=virtio_mmio,virtio_blk,virtiofs";
-
-/// A folder on the emulated host's scratch disk, as 9p and tmpfs lack much; elsewhere a temporary one will do.
-const FOLDER: &str = r#"
-base=/run/scratch
-[ -w $base ] || base=/var/tmp
-dir=$(mktemp -d $base/shares.XXXXXX)
-trap 'rm -rf $dir' EXIT
-chmod 755 $dir
-cd $dir
-mkdir one
-"#;
 
 /// Runs vireo as an ordinary user, to whom the folder belongs.
 const AS_USER: &str = r#"
@@ -33,7 +22,10 @@ setpriv --reuid 65534 --regid 65534 --clear-groups -- "$@"
 "#;
 
 fn run(script: &str, host: &str) -> Run {
-    Run::new("bzImage-cloud", script).with_program("fs-check").cmdline(CMDLINE).through(&format!("{FOLDER}{host}"))
+    Run::new("bzImage-cloud", script)
+        .with_program("fs-check")
+        .cmdline(CMDLINE)
+        .through(&format!("{FOLDER}mkdir one\n{host}"))
 }
 
 /// What was printed between two lines.
@@ -194,7 +186,7 @@ fn what_cannot_be_shared() {
     let (vireo, kernel) = (vireo().display().to_string(), image("bzImage-cloud").display().to_string());
     let script = format!(
         r#"{FOLDER}
-touch file; chmod 700 one
+mkdir one; touch file; chmod 700 one
 share() {{ "$1" run --kernel "$2" --share "$3"; echo "status $?"; }} 2>&1
 share "$1" "$2" $dir/missing
 share "$1" "$2" $dir/file

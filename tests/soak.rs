@@ -2,12 +2,13 @@
 
 mod common;
 
-use common::{Live, Run, example, image, on_host, resident, tool, until, vireo};
+use common::{FOLDER, Live, Run, example, image, on_host, resident, tool, until, vireo};
 
 /// Prints a line for each boot, so that somebody who waits sees it getting on.
 const BOOTS: &str = r#"
 left() { ls /tmp; ls -R "$XDG_CACHE_HOME"; ls /proc/self/fd | wc -l; }
 export XDG_CACHE_HOME=$(mktemp -d /tmp/soak.XXXXXX) TMPDIR=/tmp
+trap 'rm -rf "$XDG_CACHE_HOME"' EXIT
 boot() {
     timeout 120 "$1" run --kernel "$2" --initrd "$3" --cpus $4 --cmdline "console=ttyS0 quiet reboot=t panic=-1" \
         </dev/null >"$XDG_CACHE_HOME/console" 2>&1 && grep -q 'init running' "$XDG_CACHE_HOME/console" ||
@@ -218,15 +219,6 @@ echo "first: $(make | grep -c ^gcc)"
 echo "answer: $(./p || echo $?)"
 echo "second: $(make | grep -c ^gcc)"
 "#;
-    let folder = r#"
-base=/run/scratch
-[ -w $base ] || base=/var/tmp
-dir=$(mktemp -d $base/soak.XXXXXX)
-trap 'rm -rf $dir' EXIT
-chmod 755 $dir
-cd $dir
-mkdir work
-"#;
     let user = "chown 65534 work; export XDG_CACHE_HOME=$dir/cache; mkdir -m 777 cache
 setpriv --reuid 65534 --regid 65534 --clear-groups -- \"$@\"";
     // What belongs to another user git does not touch.
@@ -236,7 +228,7 @@ setpriv --reuid 65534 --regid 65534 --clear-groups -- \"$@\"";
         tool(&["chmod", "-R", "a+rwX", &run.dir.path().display().to_string()]);
         let shares =
             ["--share", "/,tag=root,readonly", "--share", &format!("work,tag=work{squash}"), "--memory", "512M"];
-        let ended = run.through(&format!("{folder}{host}")).args(&shares).run_to_end().success();
+        let ended = run.through(&format!("{FOLDER}mkdir work\n{host}")).args(&shares).run_to_end().success();
         let facts =
             ["commits", "changes", "files", "the same", "first", "answer", "second"].map(|name| ended.fact(name));
         assert_eq!(facts, ["2", "0", "51", "yes", "3", "42", "0"], "{ended}");
@@ -291,17 +283,16 @@ has 128";
 fn a_large_directory_in_a_shared_folder() {
     let script = "mount -t virtiofs share0 /mnt && MANY=12000 fs-check /mnt many && ls /mnt";
     let host = r#"
-base=/run/scratch
-[ -w $base ] || base=/var/tmp
-dir=$(mktemp -d $base/soak.XXXXXX)
-trap 'rm -rf $dir' EXIT
 mkdir $dir/many
 seq -f $dir/many/entry-with-a-name-%g 0 11999 | xargs touch
 "$@" --share $dir
 "#;
     let run = Run::new("bzImage-cloud", script).with_program("fs-check");
-    let ended =
-        run.cmdline("console=ttyS0 quiet vireo.modules=virtio_mmio,virtiofs").through(host).run_to_end().success();
+    let ended = run
+        .cmdline("console=ttyS0 quiet vireo.modules=virtio_mmio,virtiofs")
+        .through(&format!("{FOLDER}{host}"))
+        .run_to_end()
+        .success();
     assert!(ended.stdout.contains("entries 12000, doubles 0, others 2, removed 6000\n"), "{ended}");
     let facts = ["left", "behind the middle", "of the right type", "remove the rest"].map(|name| ended.fact(name));
     assert_eq!(facts, ["6000", "some", "6002", "ok"], "{ended}");

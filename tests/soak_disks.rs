@@ -5,7 +5,7 @@ mod common;
 use std::fs::{self, File};
 
 use common::programs::{SHARE, with_hosts_programs};
-use common::{Run, tool};
+use common::{FOLDER, Run, tool};
 
 /// Where the kinds of disks are, and how they are opened. Each is of 96 MiB: 64 for a file system, 24 that fio writes at
 /// random, 8 of which every other block of 4 KiB is there from the beginning, and the others are written.
@@ -121,11 +121,6 @@ done
 /// (where guests run in an emulated host, only its scratch disk has); what is in them afterwards, back into the folder.
 const AROUND: &str = r#"
 set -e
-base=/run/scratch
-[ -w $base ] || base=/var/tmp
-dir=$(mktemp -d $base/soak.XXXXXX)
-trap 'rm -rf $dir' EXIT
-cd $dir
 raw="sync uring auto queues direct direct-sync"
 cp --sparse=always "$0/template" "$0/packed.qcow2" .
 for name in $raw below gone; do cp template $name; done
@@ -165,7 +160,7 @@ fn fio_verifies_every_format_and_engine() {
     let script = with_hosts_programs(&format!("{files}{FIO}"));
     let mut run = Run::new("bzImage-cloud", &script)
         .cmdline("console=ttyS0 quiet vireo.modules=virtio_mmio,virtio_blk,virtiofs")
-        .through_with(AROUND, &kept.path().display().to_string())
+        .through_with(&format!("{FOLDER}{AROUND}"), &kept.path().display().to_string())
         .args(&["--cpus", "2", "--memory", "512M"])
         .args(&SHARE);
     for (file, options) in DISKS {

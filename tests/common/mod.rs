@@ -104,6 +104,17 @@ pub fn tool(args: &[&str]) -> String {
     text
 }
 
+/// Shell: a folder of the host's for one test, which goes with the script, in `$dir`: on its scratch disk, as 9p and tmpfs
+/// lack much (direct input and output, xattrs, holes); elsewhere a temporary one will do.
+pub const FOLDER: &str = r#"
+base=/run/scratch
+[ -w $base ] || base=/var/tmp
+dir=$(mktemp -d $base/test.XXXXXX)
+trap 'rm -rf $dir' EXIT
+chmod 755 $dir
+cd $dir
+"#;
+
 /// An example that cargo builds for the tests.
 pub fn example(name: &str) -> String {
     let deps = std::env::current_exe().unwrap();
