@@ -31,8 +31,9 @@ use crate::boot::pack::{FileConfig, InitramfsConfig};
 use crate::config::MachineConfig;
 use crate::control::Controller;
 use crate::guest::protocol::{
-    Bytes, CONTROL, LINE_MAX, Mount, Order, REQUEST, ROOT, Report, Request, Root, STDERR, STDIN, STDOUT,
+    Bytes, CONTROL, LINE_MAX, LOG_NAME, Mount, Order, REQUEST, ROOT, Report, Request, Root, STDERR, STDIN, STDOUT,
 };
+use crate::machine::run::Errand;
 use crate::outcome::Outcome;
 use crate::terminal;
 use crate::virtio::blk::BlkConfig;
@@ -45,6 +46,8 @@ const MODULES: [&str; 2] = ["virtio_mmio", "virtio_console"];
 const DISK_MODULES: [&str; 6] = ["ext4", "xfs", "btrfs", "squashfs", "erofs", "crc32c_generic"];
 /// What the kernel is told; the command line of the user follows.
 const CMDLINE: &str = "console=ttyS0 quiet reboot=t";
+/// A guest is there for its command; its init says why if it cannot be.
+pub const ERRAND: Errand = Errand { log_name: LOG_NAME };
 /// Where distributions keep their kernels.
 const BOOT: &str = "/boot";
 

@@ -150,3 +150,37 @@ truncate -s 16M "$1" && PATH=$PATH:/sbin:/usr/sbin mke2fs -q -t ext4 -d "$0" "$1
     }
     assert_eq!(tool(&["debugfs", "-R", "cat /file", &path("image")]), "kept\n");
 }
+
+/// A command under two configurations side by side; it finds the modules that the kernel's package has.
+#[test]
+fn a_matrix() {
+    let run = Run::exec(&["sh", "-c", "depmod -a && modprobe dummy && nproc && exit $(($(nproc) - 1))"]);
+    let (file, junit) = (run.path("matrix.toml"), run.path("junit.xml"));
+    fs::write(&file, "jobs = 2\n[configs.one]\n[configs.two]\ncpus = 2\n").unwrap();
+    let ended = run.args(&["--matrix", &file, "--junit", &junit]).run_to_end();
+    assert_eq!(ended.code(), 1, "{ended}");
+    let lines: Vec<Vec<&str>> = ended.stdout.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[0], ["RUN", "RESULT", "CODE", "TIME"], "{ended}");
+    assert_eq!((&lines[1][..3], &lines[2][..3]), (&["one", "exited", "0"][..], &["two", "exited", "1"][..]), "{ended}");
+    assert_eq!(lines[3], ["2", "runs,", "1", "failed"], "{ended}");
+    assert_eq!(ended.report["exit_code"], 1);
+    assert_eq!(ended.report["runs"][0]["report"]["outcome"], "exited", "{ended}");
+    let junit = fs::read_to_string(&junit).unwrap();
+    for part in ["tests=\"2\" failures=\"1\"", "<system-out>1\n</system-out>", "message=\"the command exited with 1\""]
+    {
+        assert!(junit.contains(part), "{junit}");
+    }
+}
+
+/// A guest that hangs has another chance; a debugger may look at it meanwhile.
+#[test]
+fn a_second_attempt() {
+    let script =
+        "grep -o nokaslr /proc/cmdline; [ -e /folder/been-here ] || { touch /folder/been-here; kill -STOP $$; }";
+    let run = Run::exec(&["sh", "-c", script]);
+    let (folder, socket) = (format!("{}:/folder:rw", run.path("")), format!("unix:/tmp/gdb.{}", std::process::id()));
+    let watch = ["--hang-timeout", "3s", "--retry-on-hang", "2", "--gdb", &socket, "--share", &folder];
+    let ended = run.args(&watch).run_to_end().expect(0, "exited");
+    assert_eq!((ended.stdout.as_str(), &ended.report["attempts"]), ("nokaslr\nnokaslr\n", &2.into()), "{ended}");
+    assert!(ended.stderr.contains("vireo: it is started again: attempt 2 of 3\n"), "{ended}");
+}

@@ -156,7 +156,9 @@ impl Reader {
                 fail_on.iter().map(|pattern| (false, pattern)).chain(expect.iter().map(|pattern| (true, pattern)));
             let found = all.into_iter().find(|(_, pattern)| pattern.0.is_match(&line));
             if let Some((good, pattern)) = found {
-                state.verdict = Some(Verdict { good, pattern: pattern.to_string(), line: line.clone() });
+                // It will be part of a sentence.
+                let line = line.chars().filter(|c| !c.is_control()).collect();
+                state.verdict = Some(Verdict { good, pattern: pattern.to_string(), line });
                 state.events.iter().for_each(|events| events.post(GuestEvent::Judged));
             }
         }

@@ -145,7 +145,8 @@ pub fn run(args: ExecArgs, start: Instant) -> Result<u8, Failure> {
     let attempt = |options, start| {
         let (config, session) = prepare()?;
         let signals = Signals::new(&[&SIGNALS[..], &COMMAND_SIGNALS].concat())?;
-        let options = RunOptions { signals: Some(signals), cooked: !session.terminal(), errand: true, ..options };
+        let options =
+            RunOptions { signals: Some(signals), cooked: !session.terminal(), errand: Some(exec::ERRAND), ..options };
         boot(config, options, start, &args.debug, Some((session, &args.command)))
     };
     let own = |outcome: &Outcome| matches!(outcome, Outcome::Exited(_) | Outcome::Signalled(_));

@@ -57,11 +57,18 @@ pub struct RunOptions {
     /// A terminal that is read from stays as it is; otherwise it is put into raw mode.
     pub cooked: bool,
     /// The guest is to be stopped when it has done what it is for: an end of its own is [`Outcome::Lost`].
-    pub errand: bool,
+    pub errand: Option<Errand>,
     /// Where a core file goes when something went wrong in the guest.
     pub vmcore: Option<PathBuf>,
     /// Who gets signals, and changes of the terminal's size (SIGWINCH), first; whether he takes it.
     pub forward: Option<Box<dyn Fn(i32) -> bool + Send>>,
+}
+
+/// What a guest is for that does not decide its end.
+#[derive(Clone, Copy, Debug)]
+pub struct Errand {
+    /// What the lines begin with in the kernel's log, after the time, by which its init tells why it ended.
+    pub log_name: &'static str,
 }
 
 /// Signals that [`RunOptions::signals`] should collect.
@@ -103,7 +110,9 @@ impl Machine {
         let outcome = running.judged(outcome);
         let post_mortem = outcome.is_failure().then(|| running.post_mortem(&outcome));
         let exits = running.exits;
-        Ok(Ended { outcome, post_mortem, exits, timing: running.timing })
+        let reason =
+            post_mortem.as_ref().and_then(|found| end::reason(&outcome, &found.kernel_log, running.options.errand));
+        Ok(Ended { outcome, reason, post_mortem, exits, timing: running.timing })
     }
 }
 

@@ -3,9 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Error, GUEST, INPUT, MAIL, Running, SIGNAL, TICKED, WRITTEN, host};
+use super::{Errand, Error, GUEST, INPUT, MAIL, Running, SIGNAL, TICKED, WRITTEN, host};
 use crate::backend::transcript::{Transcript, Verdict};
-use crate::guest::protocol::LOG_NAME;
 use crate::outcome::{BootTiming, Exits, Outcome, Report};
 use crate::post_mortem::{PostMortem, Remains};
 
@@ -13,6 +12,8 @@ use crate::post_mortem::{PostMortem, Remains};
 pub struct Ended {
     /// How the guest ended.
     pub outcome: Outcome,
+    /// Why, in the words of the guest's log.
+    pub reason: Option<String>,
     /// What was found when something had gone wrong in it.
     pub post_mortem: Option<PostMortem>,
     /// Exits to user space of all vCPUs.
@@ -25,19 +26,10 @@ pub struct Ended {
 const PANIC: &str = "Kernel panic - not syncing: ";
 
 impl Ended {
-    /// The outcome in one sentence, with the reason that the guest's log has for it.
+    /// The outcome in one sentence, with the reason.
     pub fn sentence(&self) -> String {
         let sentence = self.outcome.sentence();
-        let name = match &self.outcome {
-            Outcome::Panicked(_) => PANIC,
-            Outcome::Lost(_) => LOG_NAME,
-            _ => return sentence,
-        };
-        let log = self.post_mortem.iter().flat_map(|found| &found.kernel_log);
-        let mut reasons = log.filter_map(|line| line.split_once(name)).map(|(_, reason)| reason);
-        // A panic's first line is the reason, its last one the end; of an init the last thing is what ended it.
-        let reason = if name == PANIC { reasons.next() } else { reasons.next_back() };
-        reason.map_or(sentence.clone(), |reason| format!("{sentence}: {reason}"))
+        self.reason.as_ref().map_or(sentence.clone(), |reason| format!("{sentence}: {reason}"))
     }
 
     /// For `--report`; `kernel` is the one that was booted.
@@ -50,6 +42,17 @@ impl Ended {
             report.vmcore = found.vmcore.as_ref().and_then(|written| written.as_ref().ok().cloned());
         }
         report
+    }
+}
+
+/// What the guest's log has for a reason.
+pub(super) fn reason(outcome: &Outcome, log: &[String], errand: Option<Errand>) -> Option<String> {
+    let after = |name: &'static str| log.iter().filter_map(move |line| Some(line.split_once(name)?.1.to_string()));
+    match outcome {
+        // Its first line; the last one is the end.
+        Outcome::Panicked(_) => after(PANIC).next(),
+        Outcome::Lost(_) => after(errand?.log_name).next_back(),
+        _ => None,
     }
 }
 
@@ -67,7 +70,7 @@ impl Running {
         match (&outcome, self.verdict()) {
             (Outcome::Quit | Outcome::Killed(_), _) => outcome,
             (_, Some(good @ Outcome::Expected(_))) => good,
-            (end, None) if self.options.errand && end.is_orderly() => Outcome::Lost(end.word()),
+            (end, None) if self.options.errand.is_some() && end.is_orderly() => Outcome::Lost(end.word()),
             (end, Some(bad)) if end.is_orderly() => bad,
             (end, None) if expecting && end.is_orderly() => Outcome::Missed(end.word()),
             _ => outcome,
@@ -136,23 +139,19 @@ mod tests {
     use crate::event::PanicSource;
 
     #[test]
-    fn sentences_have_the_reason_of_the_log() {
-        let sentence = |outcome, log: &[&str]| {
-            let kernel_log = log.iter().map(ToString::to_string).collect();
-            let post_mortem = Some(PostMortem { kernel_log, ..PostMortem::default() });
-            let timing = BootTiming::new(Instant::now());
-            Ended { outcome, post_mortem, exits: Exits::default(), timing }.sentence()
-        };
+    fn the_log_has_reasons() {
         let log = [
-            "[    1.0] vireo-init: first",
+            "[    1.0] init: first",
             "[    2.0] Kernel panic - not syncing: VFS",
-            "[    3.0] vireo-init: last: it",
+            "[    3.0] init: last: it",
             "[    4.0] ---[ end Kernel panic - not syncing: VFS ]---",
         ];
-        let lost = sentence(Outcome::Lost("powered-off"), &log);
-        assert_eq!(lost, "the guest ended (powered-off) before the command did: last: it");
-        assert!(sentence(Outcome::Panicked(PanicSource::Pvpanic), &log).ends_with("driver): VFS"));
-        assert!(sentence(Outcome::Panicked(PanicSource::Pvpanic), &[]).ends_with("driver)"));
-        assert_eq!(sentence(Outcome::Hung(Duration::from_secs(5)), &log).find("VFS"), None);
+        let log = log.map(String::from);
+        let errand = Some(Errand { log_name: "init: " });
+        let panicked = Outcome::Panicked(PanicSource::Pvpanic);
+        assert_eq!(reason(&Outcome::Lost("powered-off"), &log, errand).as_deref(), Some("last: it"));
+        assert_eq!(reason(&panicked, &log, None).as_deref(), Some("VFS"));
+        assert_eq!(reason(&panicked, &[], None), None);
+        assert_eq!(reason(&Outcome::Hung(Duration::from_secs(5)), &log, errand), None);
     }
 }
