@@ -3,7 +3,7 @@
 //! `cargo build --release && cargo bench --bench devices` runs the same load in the same guest under both, in the
 //! emulated host that counts instructions (see `boot.rs`), by the guest's clock: guest, KVM and monitor together. Disks
 //! are files in the page cache, QEMU's with an iothread, `aio=io_uring` and the same cache mode; networks are taps with a
-//! server on the host.
+//! server on the host. `BENCH_PARTS=net,balloon` measures only these.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -37,7 +37,7 @@ while read -r name command; do
 done
 ";
 
-/// Runs in the emulated host behind [`STAGE`], as `sh -c SCRIPT sh VIREO IMAGES INITRD LOADS`.
+/// Runs in the emulated host behind [`STAGE`], as `sh -c SCRIPT sh VIREO IMAGES INITRD LOADS PARTS`.
 const SCRIPT: &str = r#"
 images=$2
 cp "$images/bzImage-cloud" "$images/load" "$3" "$dir/work"
@@ -46,7 +46,8 @@ ip link del bench0 2>/dev/null
 ip tuntap add dev bench0 mode tap && ip addr add 10.9.0.1/24 dev bench0 && ip link set bench0 up
 cat >"$dir/work/measure" <<'MEASURE'
 export XDG_CACHE_HOME=$PWD
-loads=$1
+loads=$1 parts=,$2,
+wanted() { case $parts in *,$1,*) ;; *) return 1 ;; esac; }
 dd if=/dev/urandom of=/disks/raw bs=1M count=64 2>/dev/null
 qemu-img convert -O qcow2 /disks/raw /disks/qcow2
 cat /disks/raw /disks/qcow2 >/dev/null
@@ -112,57 +113,61 @@ end() {
 }
 mmio_exits() { cat /sys/kernel/debug/kvm/$vm-*/mmio_exits; }
 
-for monitor in qemu vireo; do
-    case $monitor in
-        qemu)
-            options='-object iothread,id=io'
-            for format in raw qcow2; do
-                options="$options -drive if=none,id=$format,file=/disks/$format,format=$format,aio=io_uring,cache=writeback
-                    -device virtio-blk-device,drive=$format,iothread=io"
-            done ;;
-        vireo) options='--disk /disks/raw --disk /disks/qcow2,format=qcow2' ;;
-    esac
-    begin $monitor 256 "$options"
-    # QEMU fills its slots from the other end.
-    for format in raw qcow2; do
-        disk=/dev/vda
-        case $monitor-$format in qemu-raw | vireo-qcow2) disk=/dev/vdb ;; esac
-        for load in $loads; do
-            IFS=,
-            set -- $load
-            unset IFS
-            count=256
-            [ $3 -gt 4096 ] || count=2048
-            for round in 1 2 3; do
-                ask disk load disk $disk $1 $2 $3 $4 $count
-                echo "disk $monitor $format,$load $((answer / count))"
-            done
-            echo "mmio $monitor $format,$load $((exits * 1000 / count))"
-        done
-    done
-    end
-done
-
-./load serve 5001 &
-server=$!
-for monitor in qemu vireo; do
-    for vhost in off on; do
+disks() {
+    for monitor in qemu vireo; do
         case $monitor in
-            qemu) options="-netdev tap,id=n,ifname=bench0,script=no,downscript=no,vhost=$vhost
-                -device virtio-net-device,netdev=n" ;;
-            vireo) options="--net tap=bench0,vhost=$vhost" ;;
+            qemu)
+                options='-object iothread,id=io'
+                for format in raw qcow2; do
+                    options="$options -drive if=none,id=$format,file=/disks/$format,format=$format,aio=io_uring,cache=writeback
+                        -device virtio-blk-device,drive=$format,iothread=io"
+                done ;;
+            vireo) options='--disk /disks/raw --disk /disks/qcow2,format=qcow2' ;;
         esac
-        begin $monitor 256 "$options" 'up ifconfig eth0 10.9.0.2 netmask 255.255.255.0 up'
-        for round in 1 2 3; do
-            for load in send receive; do
-                ask net load $load 10.9.0.1 5001 64
-                echo "net $monitor $load,vhost=$vhost $((answer / 64))"
+        begin $monitor 256 "$options"
+        # QEMU fills its slots from the other end.
+        for format in raw qcow2; do
+            disk=/dev/vda
+            case $monitor-$format in qemu-raw | vireo-qcow2) disk=/dev/vdb ;; esac
+            for load in $loads; do
+                IFS=,
+                set -- $load
+                unset IFS
+                count=256
+                [ $3 -gt 4096 ] || count=2048
+                for round in 1 2 3; do
+                    ask disk load disk $disk $1 $2 $3 $4 $count
+                    echo "disk $monitor $format,$load $((answer / count))"
+                done
+                echo "mmio $monitor $format,$load $((exits * 1000 / count))"
             done
         done
         end
     done
-done
-kill $server
+}
+
+networks() {
+    ./load serve 5001 &
+    server=$!
+    for monitor in qemu vireo; do
+        for vhost in off on; do
+            case $monitor in
+                qemu) options="-netdev tap,id=n,ifname=bench0,script=no,downscript=no,vhost=$vhost
+                    -device virtio-net-device,netdev=n" ;;
+                vireo) options="--net tap=bench0,vhost=$vhost" ;;
+            esac
+            begin $monitor 256 "$options" 'up ifconfig eth0 10.9.0.2 netmask 255.255.255.0 up'
+            for round in 1 2 3; do
+                for load in send receive; do
+                    ask net load $load 10.9.0.1 5001 64
+                    echo "net $monitor $load,vhost=$vhost $((answer / 64))"
+                done
+            done
+            end
+        done
+    done
+    kill $server
+}
 
 # What the monitor itself needs to give 1 GiB back: its threads but for the vCPU's, and its system calls for that.
 cpu() {
@@ -186,17 +191,23 @@ balloon() {
     echo "balloon $1 madvise $(grep -c 'sys_madvise(' $trace/trace)"
     end
 }
-for monitor in qemu vireo; do
-    case $monitor in
-        qemu) options='-device virtio-balloon-device -chardev pipe,id=monitor,path=monitor -mon chardev=monitor
-            -name guest,debug-threads=on' ;;
-        vireo) options='--balloon 1G' ;;
-    esac
-    until balloon $monitor "$options"; do stuck; done
-done
+balloons() {
+    for monitor in qemu vireo; do
+        case $monitor in
+            qemu) options='-device virtio-balloon-device -chardev pipe,id=monitor,path=monitor -mon chardev=monitor
+                -name guest,debug-threads=on' ;;
+            vireo) options='--balloon 1G' ;;
+        esac
+        until balloon $monitor "$options"; do stuck; done
+    done
+}
+
+wanted disk && disks
+wanted net && networks
+wanted balloon && balloons
 rm /disks/raw /disks/qcow2
 MEASURE
-inside sh measure "$4"
+inside sh measure "$4" "$5"
 "#;
 
 /// Touches all of the memory that the balloon will take, and gives it back.
@@ -228,8 +239,9 @@ fn bench() -> Result<(), String> {
     fs::create_dir_all(&share).and_then(|()| write_initrd(&images, &initrd)).map_err(|e| format!("{initrd}: {e}"))?;
     let loads: Vec<String> = LOADS.map(|load| name(&load)).into();
     let mut facts = Facts::new();
+    let parts = std::env::var("BENCH_PARTS").unwrap_or_else(|_| "disk,net,balloon".into());
     let (vireo, loads) = (vireo.display().to_string(), loads.join(" "));
-    in_host(&["--icount"], &format!("{STAGE}{SCRIPT}"), &[&vireo, &images, &initrd, &loads], &mut facts)?;
+    in_host(&["--icount"], &format!("{STAGE}{SCRIPT}"), &[&vireo, &images, &initrd, &loads, &parts], &mut facts)?;
     print(&facts);
     Ok(())
 }
@@ -261,8 +273,9 @@ fn print(facts: &Facts) {
         println!("{what:<34}{:>12}{:>12}{:>8}", text(qemu, 0), text(ours, 0), text(ratio, 2));
         ratio
     };
+    let measured = |fact: &str| facts.keys().any(|(name, ..)| name == fact);
     let (mut worst, mut worst_deep, mut exits): (f64, f64, f64) = (0.0, 0.0, 0.0);
-    for format in FORMATS {
+    for format in FORMATS.into_iter().filter(|_| measured("disk")) {
         for load in &LOADS {
             let (direction, order, block, depth) = load;
             let case = format!("{format},{}", name(load));
@@ -280,17 +293,23 @@ fn print(facts: &Facts) {
         }
     }
     let mut worst_net: f64 = 0.0;
-    for (vhost, port) in [("off", "tap"), ("on", "vhost")] {
+    for (vhost, port) in [("off", "tap"), ("on", "vhost")].into_iter().filter(|_| measured("net")) {
         for (load, what) in [("send", "guest to host"), ("receive", "host to guest")] {
             let ratio = row("net", &format!("{load},vhost={vhost}"), &format!("{port}, {what}, a MiB"), 1.0);
             worst_net = worst_net.max(ratio.unwrap_or(f64::INFINITY));
         }
     }
-    row("balloon", "CPU", "1 GiB to the balloon, M", 1e6);
-    row("balloon", "madvise", "  calls of madvise for it", 1.0);
+    if measured("balloon") {
+        row("balloon", "CPU", "1 GiB to the balloon, M", 1e6);
+        row("balloon", "madvise", "  calls of madvise for it", 1.0);
+    }
     println!("\n{:<58}{:>9}{:>9}", "", "here", "target");
-    target("disks, share of QEMU's instructions, at most", Some(worst), 1.0, 2);
-    target("disks, 4K at depth 32, at most", Some(worst_deep), 0.8, 2);
-    target("disks, MMIO exits per 1000 requests at depth 32", Some(exits), 65.0, 0);
-    target("networks, share of QEMU's instructions, at most", Some(worst_net), 1.0, 2);
+    if measured("disk") {
+        target("disks, share of QEMU's instructions, at most", Some(worst), 1.0, 2);
+        target("disks, 4K at depth 32, at most", Some(worst_deep), 0.8, 2);
+        target("disks, MMIO exits per 1000 requests at depth 32", Some(exits), 65.0, 0);
+    }
+    if measured("net") {
+        target("networks, share of QEMU's instructions, at most", Some(worst_net), 1.0, 2);
+    }
 }
