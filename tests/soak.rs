@@ -358,3 +358,24 @@ cd /; rm -r "$dir""#;
     let ended = Run::exec(&[]).through(script).run_to_end();
     assert_eq!((ended.code(), ended.stdout.as_str()), (0, "a: 0\nb: 0\n20\nlast\n3\n20\nlast\n3\n40\n"), "{ended}");
 }
+
+/// A GiB of a command's output, all of it and as it was.
+#[test]
+fn a_gibibyte_of_output() {
+    let script = "yes \"$(seq -s , 1777)\" | head -c $((1 << 30))";
+    let around = format!(
+        r#"
+count() {{ for n in 1 2 3 4 5 6 7 8; do head -c $((1 << 27)) | md5sum; done; [ -z "$(head -c 1)" ] || echo "too much"; }}
+"$@" </dev/null | count
+echo expected
+{script} | count"#
+    );
+    let host = Run::exec(&["sh", "-c", script]).through(&around).start();
+    // Each eighth has its own time.
+    for n in 1..=16 {
+        host.wait_until(|said| said.lines().filter(|line| line.ends_with(" -")).count() >= n);
+    }
+    let ended = host.end();
+    let sums: Vec<&str> = ended.stdout.split("expected\n").collect();
+    assert!(ended.code() == 0 && sums.len() == 2 && sums[0] == sums[1] && sums[0].lines().count() == 8, "{ended}");
+}
