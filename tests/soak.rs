@@ -154,6 +154,8 @@ done"#
         let end = on_host(&["bash", "-c", &script, place, &data, &example("talk")]);
         end.wait_for("ready");
         guest.send(b"go\n");
+        // Each way has its own time.
+        guest.wait_for(&format!("{kind}: "));
         end.wait_for(sum.trim());
         guest.send(b"go\n");
     }
@@ -307,11 +309,13 @@ dir=$(mktemp -d /tmp/execs.XXXXXX) && cd "$dir" && mkdir cache run tmp
 export XDG_CACHE_HOME=$dir/cache XDG_RUNTIME_DIR=$dir/run TMPDIR=$dir/tmp
 left() {
     ls -A /tmp /var/tmp /dev/shm /run; ls -AR cache run tmp
-    grep -c '[^:]$' /proc/net/unix; grep -c . /proc/net/tcp; pgrep -c 'vireo|exe|passt'; ls /proc/self/fd | wc -l
+    pgrep -l 'vireo|exe|passt'; ls /proc/self/fd
 }
+sockets() { cat /proc/net/unix /proc/net/tcp /proc/net/udp | wc -l; }
 touch before after
 "$@" --share . -- true || exit
 left >before
+sockets=$(sockets) # others' come and go
 for n in $(seq "$SOAK_EXECS"); do
     options=$([ $((n % 10)) = 0 ] && echo --net user)
     "$@" --share . $options -- sh -c 'exit 5' </dev/null
@@ -321,6 +325,7 @@ for n in $(seq "$SOAK_EXECS"); do
 done
 left >after
 diff before after || { echo "something was left behind"; exit 1; }
+[ $(sockets) -lt $((sockets + SOAK_EXECS / 4)) ] || { echo "of $sockets sockets $(sockets) were made"; exit 1; }
 cd /; rm -r "$dir"
 echo clean"#;
     let host = Run::exec(&[]).env(&format!("SOAK_EXECS={count}")).through(script).start();
