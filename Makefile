@@ -30,7 +30,7 @@ bench: setup build ## measure the inner loops, then boots and devices beside QEM
 
 soak: setup build ## the long tests, then boot guests until one fails or SOAK_MINUTES (60) are over
 	cargo build --examples
-	tests/host/with-host sh -c 'cargo test --test soak --test soak_disks --test soak_net && NET_MIB=100 cargo test --test net --test vhost -- a_tap user_networking the_kernel_moves && tests/host/soak'
+	tests/host/with-host sh -c 'cargo test --test soak --test soak_disks --test soak_net && NET_MIB=100 cargo test --test all -- net::a_tap net::user_networking vhost::the_kernel_moves && tests/host/soak'
 
 fuzz: ## run each fuzz target for FUZZ_SECONDS (60); needs a nightly toolchain
 	fuzz/run $(FUZZ_SECONDS)

@@ -1,10 +1,8 @@
 //! The memory balloon as a stock driver uses it, and what the host has of it.
 
-mod common;
-
 use std::fs;
 
-use common::{Live, Run, resident, until};
+use crate::common::{Live, Run, resident, until};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -59,7 +57,7 @@ fn a_balloon_is_resized_while_the_guest_runs() {
 modprobe virtio_balloon
 (until [ \"$(cat /sys/block/vda/size)\" = 16384 ]; do sleep 0.2; done; echo the disk has grown) &
 while [ ! -e /tmp/stop ]; do sleep 0.2; done";
-    let dir = common::scratch();
+    let dir = crate::common::scratch();
     let path = |name: &str| dir.path().join(name).display().to_string();
     let (console, disk) = (path("console"), path("disk"));
     fs::write(&disk, vec![0; 1 << 20]).unwrap();

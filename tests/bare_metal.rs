@@ -3,8 +3,6 @@
 
 #![allow(unsafe_code)] // Looking at pipes and sending signals.
 
-mod guests;
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{PipeReader, Read};
@@ -14,6 +12,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use crate::guests::vireo::{Collected, DEADLINE, Ended, Kernel, Running, folder, run, vireo};
+use crate::guests::{CRASH, NOWHERE, Op, POWER_OFF, elf, pvh, script, text, with_words, writes};
 use ::vireo::config::MachineConfig;
 use ::vireo::control::Controller;
 use ::vireo::devices::serial::SerialConfig;
@@ -25,8 +25,6 @@ use ::vireo::options::Size;
 use ::vireo::outcome::Outcome;
 use ::vireo::virtio::balloon::BalloonConfig;
 use ::vireo::virtio::control::{Control, ControlError};
-use guests::vireo::{Collected, DEADLINE, Ended, Kernel, Running, folder, run, vireo};
-use guests::{CRASH, NOWHERE, Op, POWER_OFF, elf, pvh, script, text, with_words, writes};
 
 /// Fails the test unless vireo itself behaved: no panic, and nothing but its own lines and vCPUs' registers on stderr.
 #[track_caller]
@@ -61,10 +59,10 @@ fn doctor() -> serde_json::Value {
 fn each_way_to_end_has_its_code_and_sentence() {
     let by = |port, byte| writes(&[(port, byte)]);
     for (image, code, sentence) in [
-        (elf(guests::power_off()), 0, "the guest powered off"),
+        (elf(crate::guests::power_off()), 0, "the guest powered off"),
         (by(layout::RESET_PORT, layout::RESET_VALUE), 0, "the guest rebooted (ACPI reset register)"),
         (by(layout::I8042_COMMAND, 0xFE), 0, "the guest rebooted (keyboard controller)"),
-        (pvh(guests::jump_to_reset_vector()), 0, "the guest rebooted (ACPI reset register)"),
+        (pvh(crate::guests::jump_to_reset_vector()), 0, "the guest rebooted (ACPI reset register)"),
         (writes(&[(layout::PVPANIC_PORT, 1), POWER_OFF]), 70, "the guest kernel panicked (told by its pvpanic driver)"),
         (
             writes(&[&text("Kernel panic - not syncing: VFS\n")[..], &[POWER_OFF]].concat()),
@@ -89,7 +87,7 @@ fn each_way_to_end_has_its_code_and_sentence() {
 
 #[test]
 fn pvh_kernels_are_given_their_start_info() {
-    let ended = run(&pvh(guests::jump_to_reset_vector()), &[]).expect(0);
+    let ended = run(&pvh(crate::guests::jump_to_reset_vector()), &[]).expect(0);
     assert_eq!(ended.stdout, b"pvh");
 }
 
@@ -103,15 +101,16 @@ fn halted_guests_are_noticed_whatever_their_number_of_vcpus() {
 #[test]
 fn guests_that_wait_for_interrupts_are_not_halted() {
     for cpus in ["1", "2"] {
-        let ended = run(&elf(guests::sleep()), &["--cpus", cpus, "--timeout", "1s"]);
+        let ended = run(&elf(crate::guests::sleep()), &["--cpus", cpus, "--timeout", "1s"]);
         in_order(ended).expect(124).says("still running after the time limit of 1s");
     }
 }
 
 #[test]
 fn triple_faults_are_crashes_with_registers_and_instruction() {
-    let ended =
-        run(&elf(guests::triple_fault()), &[]).expect(71).says("vireo: the guest crashed: triple fault on vCPU 0");
+    let ended = run(&elf(crate::guests::triple_fault()), &[])
+        .expect(71)
+        .says("vireo: the guest crashed: triple fault on vCPU 0");
     let dump = &ended.stderr;
     for word in ["rip ", "cr3 ", "efer ", "idt ", "instruction bytes: "] {
         assert!(dump.contains(word), "{word} is not in {dump}");
@@ -126,7 +125,7 @@ fn triple_faults_are_crashes_with_registers_and_instruction() {
 
 #[test]
 fn an_emptied_interrupt_table_makes_a_triple_fault_a_reboot() {
-    let ended = run(&elf(guests::empty_idt()), &[]);
+    let ended = run(&elf(crate::guests::empty_idt()), &[]);
     match ended.code() {
         0 => _ = in_order(ended).says("the guest rebooted (triple fault)"),
         // As above: the table is not as the guest left it.
@@ -136,7 +135,7 @@ fn an_emptied_interrupt_table_makes_a_triple_fault_a_reboot() {
 
 #[test]
 fn what_kvm_cannot_execute_is_a_crash_that_is_explained() {
-    let ended = run(&elf(guests::run_from_mmio()), &[]).expect(71).says("vireo: the guest crashed: KVM");
+    let ended = run(&elf(crate::guests::run_from_mmio()), &[]).expect(71).says("vireo: the guest crashed: KVM");
     assert!(ended.stderr.contains("could not emulate the guest's instruction"), "{}", ended.stderr);
     assert!(ended.stderr.contains("rip 00000000e0000000"), "{}", ended.stderr);
     assert!(ended.stderr.contains("instruction bytes: not in RAM (physical address 0xe0000000)"), "{}", ended.stderr);
@@ -211,7 +210,7 @@ fn every_port_can_be_read_by_every_width_and_unclaimed_ones_are_all_ones() {
     thread::scope(|scope| {
         for width in [1, 2, 4] {
             scope.spawn(move || {
-                let ended = in_order(run(&with_words(guests::all_ports(), &[width, 0]), &[])).expect(0);
+                let ended = in_order(run(&with_words(crate::guests::all_ports(), &[width, 0]), &[])).expect(0);
                 let (pairs, rest) = ended.stdout.as_chunks::<8>();
                 assert!(rest.is_empty());
                 let mut answered = BTreeSet::new();
@@ -232,7 +231,7 @@ fn every_port_can_be_written_by_every_width() {
     thread::scope(|scope| {
         for width in [1, 2, 4] {
             scope.spawn(move || {
-                let ended = in_order(run(&with_words(guests::all_ports(), &[width, 1]), &[])).expect(0);
+                let ended = in_order(run(&with_words(crate::guests::all_ports(), &[width, 1]), &[])).expect(0);
                 // The one that hit the transmit register.
                 assert_eq!(ended.stdout, [0], "width {width}");
             });
@@ -343,7 +342,7 @@ fn virtio_registers_take_every_access() {
 #[test]
 fn every_vcpu_starts_and_knows_its_number() {
     for cpus in [1u32, 2, 4, 9] {
-        let image = with_words(guests::smp(), &[cpus]);
+        let image = with_words(crate::guests::smp(), &[cpus]);
         let ended = in_order(run(&image, &["--cpus", &cpus.to_string()])).expect(0);
         let (lines, rest) = ended.stdout.as_chunks::<16>();
         assert!(rest.is_empty() && lines.len() == cpus as usize);
@@ -362,7 +361,7 @@ fn vcpus_stay_where_they_are_pinned() {
         line.unwrap().trim().to_string()
     };
     let first = allowed(&status).split([',', '-']).next().unwrap().to_string();
-    let kernel = Kernel::new(&elf(guests::say_and_spin()));
+    let kernel = Kernel::new(&elf(crate::guests::say_and_spin()));
     let running = Running::start(kernel.command(&["--cpus", &format!("2,affinity={first}:{first}")]));
     running.stdout.wait_for("up");
     let tasks = fs::read_dir(format!("/proc/{}/task", running.child.id())).unwrap();
@@ -379,7 +378,7 @@ fn vcpus_stay_where_they_are_pinned() {
 #[test]
 fn memory_above_4_gib_is_there() {
     let highest = (5u64 << 30) + (1 << 30) - 8;
-    let image = with_words(guests::touch_high(), &[highest as u32, (highest >> 32) as u32]);
+    let image = with_words(crate::guests::touch_high(), &[highest as u32, (highest >> 32) as u32]);
     assert_eq!(in_order(run(&image, &["--memory", "5G"])).expect(0).stdout, b"ok");
 }
 
@@ -388,8 +387,8 @@ fn memory_is_reserved_lazily_up_to_what_the_guest_can_address() {
     let report = doctor();
     let bits = report["limits"]["physical_address_bits"].as_u64().unwrap();
     // Well beyond the memory of any machine that tests this, and within all processors' reach.
-    in_order(run(&elf(guests::power_off()), &["--memory", "60G"])).expect(0);
-    let ended = run(&elf(guests::power_off()), &["--memory", &format!("{}G", 1u64 << (bits - 30))]);
+    in_order(run(&elf(crate::guests::power_off()), &["--memory", "60G"])).expect(0);
+    let ended = run(&elf(crate::guests::power_off()), &["--memory", &format!("{}G", 1u64 << (bits - 30))]);
     let ended = in_order(ended).expect(125).says("the guest can address at most");
     assert_eq!(ended.stderr.lines().count(), 1);
 }
@@ -398,7 +397,7 @@ fn memory_is_reserved_lazily_up_to_what_the_guest_can_address() {
 
 #[test]
 fn output_appears_though_the_guest_never_exits_again() {
-    let kernel = Kernel::new(&elf(guests::say_and_spin()));
+    let kernel = Kernel::new(&elf(crate::guests::say_and_spin()));
     let running = Running::start(kernel.command(&["--grace", "0s"]));
     running.stdout.wait_for("up");
     running.signal(libc::SIGTERM);
@@ -407,7 +406,7 @@ fn output_appears_though_the_guest_never_exits_again() {
 
 #[test]
 fn a_second_signal_does_not_wait_for_the_grace_period() {
-    let kernel = Kernel::new(&elf(guests::say_and_spin()));
+    let kernel = Kernel::new(&elf(crate::guests::say_and_spin()));
     let running = Running::start(kernel.command(&["--grace", "1h", "--log-level", "info"]));
     running.stdout.wait_for("up");
     running.signal(libc::SIGTERM);
@@ -440,7 +439,7 @@ fn wait_full(pipe: &PipeReader) {
 fn a_console_that_nobody_reads_holds_up_neither_time_limit_nor_signals() {
     for (args, signal, code) in [(["--timeout", "1s"], None, 124), (["--grace", "0s"], Some(libc::SIGTERM), 143)] {
         let (reader, writer) = std::io::pipe().unwrap();
-        let kernel = Kernel::new(&elf(guests::flood()));
+        let kernel = Kernel::new(&elf(crate::guests::flood()));
         let mut command = kernel.command(&args);
         command.stdout(writer).stderr(std::process::Stdio::piped()).stdin(std::process::Stdio::null());
         let running = Running::spawn(command);
@@ -456,13 +455,13 @@ fn a_console_that_nobody_reads_holds_up_neither_time_limit_nor_signals() {
 fn a_console_that_nobody_reads_holds_up_the_guest_and_costs_no_memory() {
     let (reader, writer) = std::io::pipe().unwrap();
     // Half a megabyte, then power off: it must not get that far.
-    let kernel = Kernel::new(&with_words(guests::flood_blocks(), &[8, 0]));
+    let kernel = Kernel::new(&with_words(crate::guests::flood_blocks(), &[8, 0]));
     let mut command = kernel.command(&["--grace", "0s"]);
     command.stdout(writer).stderr(std::process::Stdio::piped()).stdin(std::process::Stdio::null());
     let running = Running::spawn(command);
     wait_full(&reader);
     // As long as it takes another guest to send as much.
-    run(&with_words(guests::flood_blocks(), &[8, 0]), &[]).expect(0);
+    run(&with_words(crate::guests::flood_blocks(), &[8, 0]), &[]).expect(0);
     running.signal(libc::SIGTERM);
     in_order(running.end()).expect(143).says("nobody reads the console's output");
 }
@@ -476,14 +475,14 @@ fn assert_sequence(bytes: &[u8]) {
 
 #[test]
 fn a_reader_gets_every_byte_in_order() {
-    let ended = in_order(run(&with_words(guests::flood_blocks(), &[16, 0]), &[])).expect(0);
+    let ended = in_order(run(&with_words(crate::guests::flood_blocks(), &[16, 0]), &[])).expect(0);
     assert_eq!(ended.stdout.len(), 16 << 16);
     assert_sequence(&ended.stdout);
 }
 
 #[test]
 fn input_reaches_the_guest_and_the_end_of_input_is_no_end() {
-    let kernel = Kernel::new(&elf(guests::echo()));
+    let kernel = Kernel::new(&elf(crate::guests::echo()));
     let mut command = kernel.command(&[]);
     let piped = std::process::Stdio::piped;
     command.stdin(piped()).stdout(piped()).stderr(piped());
@@ -545,7 +544,7 @@ impl Local {
     fn assert_paused(&self) {
         let idle = (0..10).any(|_| {
             let before = self.vcpu_time();
-            run(&elf(guests::power_off()), &[]).expect(0);
+            run(&elf(crate::guests::power_off()), &[]).expect(0);
             self.vcpu_time() == before
         });
         assert!(idle, "a paused vCPU uses processor time");
@@ -558,7 +557,7 @@ impl Local {
 
 #[test]
 fn a_paused_guest_does_nothing_and_a_resumed_one_goes_on() {
-    let (local, reader) = Local::start(&elf(guests::flood()), false);
+    let (local, reader) = Local::start(&elf(crate::guests::flood()), false);
     let output = Collected::from(reader);
     output.wait("first bytes", |bytes| bytes.len() > 1000);
     assert!(local.controller.pause());
@@ -576,7 +575,7 @@ fn a_paused_guest_does_nothing_and_a_resumed_one_goes_on() {
 
 #[test]
 fn devices_are_reached_while_the_guest_runs_and_only_those_that_exist() {
-    let (local, _reader) = Local::start(&elf(guests::say_and_spin()), false);
+    let (local, _reader) = Local::start(&elf(crate::guests::say_and_spin()), false);
     let controller = local.controller.clone();
     assert_eq!(controller.set_balloon(8 << 20), Ok(()));
     let stats = controller.balloon_stats().unwrap();
@@ -594,7 +593,7 @@ fn devices_are_reached_while_the_guest_runs_and_only_those_that_exist() {
 
 #[test]
 fn a_guest_can_start_paused_and_be_stopped_paused() {
-    let (local, reader) = Local::start(&elf(guests::say_and_spin()), true);
+    let (local, reader) = Local::start(&elf(crate::guests::say_and_spin()), true);
     let output = Collected::from(reader);
     assert!(local.controller.pause(), "already paused");
     local.assert_paused();
@@ -605,14 +604,14 @@ fn a_guest_can_start_paused_and_be_stopped_paused() {
     local.controller.stop(Outcome::Quit);
     assert_eq!(local.end(), Outcome::Quit);
 
-    let (local, _reader) = Local::start(&elf(guests::say_and_spin()), true);
+    let (local, _reader) = Local::start(&elf(crate::guests::say_and_spin()), true);
     local.controller.stop(Outcome::Quit);
     assert_eq!(local.end(), Outcome::Quit);
 }
 
 #[test]
 fn pausing_in_the_middle_of_strings_loses_nothing() {
-    let (local, reader) = Local::start(&with_words(guests::flood_blocks(), &[24, 0]), false);
+    let (local, reader) = Local::start(&with_words(crate::guests::flood_blocks(), &[24, 0]), false);
     let output = Collected::from(reader);
     for _ in 0..100 {
         if !local.controller.pause() {
@@ -628,7 +627,7 @@ fn pausing_in_the_middle_of_strings_loses_nothing() {
 
 #[test]
 fn a_guest_that_waits_for_a_reader_can_be_paused() {
-    for image in [elf(guests::flood()), with_words(guests::flood_blocks(), &[u32::MAX, 0])] {
+    for image in [elf(crate::guests::flood()), with_words(crate::guests::flood_blocks(), &[u32::MAX, 0])] {
         let (local, reader) = Local::start(&image, false);
         wait_full(&reader);
         assert!(local.controller.pause());
@@ -646,7 +645,7 @@ fn a_guest_that_waits_for_a_reader_can_be_paused() {
 fn a_socket_console_serves_whoever_connects() {
     let (_folder, path) = folder();
     let socket = path.join("console");
-    let kernel = Kernel::new(&elf(guests::echo()));
+    let kernel = Kernel::new(&elf(crate::guests::echo()));
     let running = Running::start(kernel.command(&["--serial", &format!("socket:{}", socket.display())]));
     let limit = Instant::now() + DEADLINE;
     let mut client = loop {

@@ -1,11 +1,9 @@
 //! Stock kernels of every format boot to user space, and find the machine that was asked for.
 
-mod common;
-
 use std::fs;
 use std::process::Command;
 
-use common::{Ended, Run, image, repo};
+use crate::common::{Ended, Run, image, repo};
 
 /// What the guest tells of itself; each line is an [`Ended::fact`].
 const FACTS: &str = r#"

@@ -3,12 +3,10 @@
 
 #![allow(unsafe_code)] // Limits, terminals and signals.
 
-mod guests;
-
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
@@ -18,8 +16,8 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use guests::vireo::{Collected, DEADLINE, Ended, Kernel, Running, folder, vireo};
-use guests::{POWER_OFF, elf, text, writes};
+use crate::guests::vireo::{Collected, DEADLINE, Ended, Kernel, Running, folder, vireo};
+use crate::guests::{POWER_OFF, elf, text, writes};
 
 /// Runs `vireo` with these words.
 fn words(args: &[&str]) -> Ended {
@@ -214,7 +212,7 @@ fn what_is_no_kernel_is_named() {
     make_fifo(&fifo);
     let mut arm64 = vec![0; 4096];
     arm64[0x38..0x3C].copy_from_slice(b"ARM\x64");
-    let good = elf(guests::power_off());
+    let good = elf(crate::guests::power_off());
     let mut foreign = good.clone();
     foreign[18] = 183;
     let sparse = path.join("sparse");
@@ -245,7 +243,7 @@ fn what_is_no_kernel_is_named() {
 #[test]
 fn what_goes_with_the_kernel_is_checked_too() {
     let (_folder, path) = folder();
-    let kernel = Kernel::new(&elf(guests::power_off()));
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
     let kernel = path_text(kernel.path());
     let large = path.join("large");
     File::create(&large).unwrap().set_len(1 << 30).unwrap();
@@ -269,13 +267,13 @@ fn what_goes_with_the_kernel_is_checked_too() {
 #[test]
 fn what_is_packed_for_the_guest_is_checked_before_it_runs() {
     let (_folder, path) = folder();
-    let kernel = Kernel::new(&elf(guests::power_off()));
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
     let kernel = path_text(kernel.path());
     let script = path.join("script");
     fs::write(&script, "#!/bin/sh\n").unwrap();
     let plain = path.join("plain");
     fs::write(&plain, "echo").unwrap();
-    let mut foreign = elf(guests::power_off());
+    let mut foreign = elf(crate::guests::power_off());
     foreign[18] = 183;
     let arm64 = path.join("arm64");
     fs::write(&arm64, foreign).unwrap();
@@ -325,7 +323,7 @@ fn what_is_packed_for_the_guest_is_checked_before_it_runs() {
 #[test]
 fn consoles_that_cannot_be_are_named() {
     let (_folder, path) = folder();
-    let kernel = Kernel::new(&elf(guests::power_off()));
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
     let refused = |serial: String| refused(&["--kernel", path_text(kernel.path()), "--serial", &serial]);
     let at = |name: &str| path_text(&path.join(name)).to_string();
     contains(&refused(format!("file:{}", at("no/where"))), "for the console: No such file or directory");
@@ -338,7 +336,7 @@ fn consoles_that_cannot_be_are_named() {
     assert_eq!(fs::read(path.join("plain")).unwrap(), b"precious");
     let socket = path.join("socket");
     let serial = format!("socket:{}", at("socket"));
-    let sleeper = Kernel::new(&elf(guests::sleep()));
+    let sleeper = Kernel::new(&elf(crate::guests::sleep()));
     let first = Running::start(sleeper.command(&["--serial", &serial]));
     let limit = Instant::now() + DEADLINE;
     while UnixStream::connect(&socket).is_err() {
@@ -379,7 +377,7 @@ fn reports_that_cannot_be_written_are_refused_before_the_guest_runs() {
     let opened = fifo.clone();
     let reader = thread::spawn(move || fs::read(opened).unwrap());
     let limit = Instant::now() + DEADLINE;
-    let kernel = Kernel::new(&elf(guests::power_off()));
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
     // The reader has it open only some time after its thread was started.
     while Running::start(kernel.command(&["--report", path_text(&fifo)])).end().code() != 0 {
         assert!(Instant::now() < limit, "the report does not go into a FIFO");
@@ -397,7 +395,7 @@ fn log_files_that_cannot_be_written_are_refused() {
     );
     let (_folder, path) = folder();
     let log = path.join("log");
-    let kernel = Kernel::new(&elf(guests::power_off()));
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
     let args = ["--log-file", path_text(&log), "--log-level", "info"];
     let ended = Running::start(kernel.command(&args)).end().expect(0);
     assert_eq!(ended.stderr, "vireo: the guest powered off\n");
@@ -487,7 +485,7 @@ fn is_root() -> bool {
 fn elsewhere(script: &str, user: &[&str], args: &[&str]) -> Running {
     let (_folder, path) = folder();
     fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
-    let kernel = Kernel::new(&elf(guests::power_off()));
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
     // The build's directory may be closed to other users.
     let prepare = "set -e; mount -t tmpfs -o mode=755 none $1; cp $2 $1/kernel; chmod 644 $1/kernel; touch $1/vireo; \
                    mount --bind $3 $1/vireo";
@@ -553,7 +551,7 @@ fn a_user_who_may_start_no_more_threads_is_told_so() {
 
 #[test]
 fn running_out_of_file_descriptors_is_one_sentence() {
-    let kernel = Kernel::new(&elf(guests::power_off()));
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
     let mut refusals = 0;
     for fds in 3..60 {
         let mut command = kernel.command(&["--rng"]);
@@ -570,7 +568,7 @@ fn running_out_of_file_descriptors_is_one_sentence() {
 
 #[test]
 fn running_out_of_memory_is_one_sentence() {
-    let kernel = Kernel::new(&elf(guests::power_off()));
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
     let mut command = kernel.command(&["--memory", "1G"]);
     limit(&mut command, libc::RLIMIT_AS, 512 << 20);
     let line = one_sentence(Running::start(command).end(), 125);
@@ -608,7 +606,7 @@ fn closed_and_full_standard_streams_change_no_outcome() {
 
 #[test]
 fn no_time_at_all_is_a_time_limit() {
-    let kernel = Kernel::new(&elf(guests::say_and_spin()));
+    let kernel = Kernel::new(&elf(crate::guests::say_and_spin()));
     Running::start(kernel.command(&["--timeout", "0s"])).end().expect(124).says("time limit of 0s");
 }
 
@@ -647,13 +645,7 @@ struct Terminal {
 
 impl Terminal {
     fn new() -> Terminal {
-        let (mut master, mut slave) = (-1, -1);
-        let null = std::ptr::null_mut();
-        // SAFETY: openpty writes two descriptors, which are ours from then on.
-        let (master, slave) = unsafe {
-            assert_eq!(libc::openpty(&mut master, &mut slave, null, null.cast(), null.cast()), 0);
-            (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave))
-        };
+        let (master, slave) = crate::common::terminal();
         let screen = Collected::from(File::from(master.try_clone().unwrap()));
         Terminal { master, slave, screen }
     }
@@ -721,7 +713,7 @@ fn the_terminal_is_raw_while_the_guest_runs_and_itself_again_on_every_way_out() 
         let terminal = Terminal::new();
         let before = terminal.modes();
         assert!(!terminal.is_raw());
-        let kernel = Kernel::new(&elf(guests::echo()));
+        let kernel = Kernel::new(&elf(crate::guests::echo()));
         let mut running = terminal.run(kernel.command(&["--grace", "0s"]));
         terminal.screen.wait_for("ready\r\n");
         assert!(terminal.is_raw(), "{name}");
@@ -735,7 +727,7 @@ fn the_terminal_is_raw_while_the_guest_runs_and_itself_again_on_every_way_out() 
 #[test]
 fn control_a_is_for_vireo_and_twice_for_the_guest() {
     let terminal = Terminal::new();
-    let kernel = Kernel::new(&elf(guests::echo()));
+    let kernel = Kernel::new(&elf(crate::guests::echo()));
     let mut running = terminal.run(kernel.command(&[]));
     terminal.screen.wait_for("ready\r\n");
     // Ctrl-C belongs to the guest, and comes back as Ctrl-D.
@@ -772,7 +764,7 @@ fn talk_and_quit(terminal: &Terminal, shell: &mut Running) {
 fn a_stopped_vireo_lends_the_terminal_to_the_shell() {
     let terminal = Terminal::new();
     let before = terminal.modes();
-    let kernel = Kernel::new(&elf(guests::echo()));
+    let kernel = Kernel::new(&elf(crate::guests::echo()));
     let mut running =
         terminal.run(in_shell("\"$@\"; echo stopped $?; read word; echo got $word; fg; echo code $?", &kernel));
     terminal.screen.wait_for("ready\r\n");
@@ -793,7 +785,7 @@ fn a_stopped_vireo_lends_the_terminal_to_the_shell() {
 fn a_background_job_is_not_stopped_and_leaves_the_shell_its_input() {
     let terminal = Terminal::new();
     let before = terminal.modes();
-    let kernel = Kernel::new(&elf(guests::echo()));
+    let kernel = Kernel::new(&elf(crate::guests::echo()));
     let mut running = terminal.run(in_shell("\"$@\" & read word; echo got $word; jobs -r; fg; echo code $?", &kernel));
     terminal.screen.wait_for("ready\r\n");
     assert_eq!(terminal.modes(), before, "another job has the terminal");
@@ -806,7 +798,7 @@ fn a_background_job_is_not_stopped_and_leaves_the_shell_its_input() {
 
 #[test]
 fn a_pseudo_terminal_console_can_be_opened_and_does_not_hold_up_vireo() {
-    let kernel = Kernel::new(&elf(guests::echo()));
+    let kernel = Kernel::new(&elf(crate::guests::echo()));
     let running = Running::start(kernel.command(&["--serial", "pty", "--grace", "0s"]));
     running.stderr.wait_for("\n");
     let line = String::from_utf8(running.stderr.wait("a line", |_| true)).unwrap();

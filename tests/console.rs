@@ -1,14 +1,12 @@
 //! The console: no byte is lost or made up, whatever is at its other end, and the terminal is itself again afterwards.
 
-mod common;
-
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{Ended, Run, example, on_host, on_terminal, scratch};
+use crate::common::{Ended, Run, example, on_host, on_terminal, scratch};
 
 fn cloud(script: &str) -> Run {
     Run::new("bzImage-cloud", script).cmdline("console=ttyS0 quiet vireo.modules=none")

@@ -1,12 +1,10 @@
 //! What is left of a Linux guest that ended badly: the last lines of its kernel's log though it was quiet, registers of
 //! every vCPU, and a core file that holds the guest's memory.
 
-mod common;
-
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 
-use common::{Ended, Run};
+use crate::common::{Ended, Run};
 
 /// A reader of core files, made from the specification rather than from what writes them.
 struct Core {
@@ -113,7 +111,7 @@ fn core(ended: &Ended, path: &str, cpus: usize) -> (Core, Vec<String>) {
 fn a_panic_leaves_log_registers_and_core() {
     let script = "grep -w linux_banner /proc/kallsyms; echo c >/proc/sysrq-trigger";
     // The run's own folder goes with it.
-    let dir = common::scratch();
+    let dir = crate::common::scratch();
     let path = |name: &str| dir.path().join(name).display().to_string();
     let args = ["--vmcore", &path("core"), "--memory", "160M", "--serial", &format!("file:{}", path("console"))];
     let ended = Run::new("bzImage-cloud", script).args(&args).run_to_end().expect(70, "panicked");

@@ -1,12 +1,10 @@
 //! Disks of every format and engine, as a stock driver uses them; what the guest left is checked from outside by the
 //! tools of the formats.
 
-mod common;
-
 use std::fs::{self, File};
 use std::path::Path;
 
-use common::{Run, tool};
+use crate::common::{Run, tool};
 
 const SIZE: u64 = 64 << 20;
 
@@ -74,7 +72,7 @@ echo straight | dd of=/dev/vda bs=512 count=1 oflag=direct 2>/dev/null
          --disk \"$0.base\",overlay=tmp; code=$?; cp {direct} \"$0\"; rm {direct}; exit $code"
     );
     let run = Run::new("bzImage-cloud", script);
-    let kept = common::scratch();
+    let kept = crate::common::scratch();
     let path = |name: &str| kept.path().join(name).display().to_string();
     let (sync, uring) = (sparse(&path("sync")), sparse(&path("uring")));
     // A compressed base below a qcow2 image.

@@ -1,8 +1,6 @@
 //! How a guest ends is what the exit status, the last line on stderr and the report say.
 
-mod common;
-
-use common::{Ended, Run};
+use crate::common::{Ended, Run};
 
 /// A guest that does `script`, and what is expected of its end: exit status, outcome, part of the sentence.
 fn ends(run: Run, code: i32, outcome: &str, detail: &str) -> Ended {

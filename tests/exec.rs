@@ -1,12 +1,10 @@
 //! `vireo exec`: a command under a stock kernel is as it would be on the host, but for the kernel; and however it ends,
 //! its caller knows.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use common::{Run, on_host, on_terminal, tool};
+use crate::common::{Run, on_host, on_terminal, tool};
 
 /// The command's streams byte for byte and apart from each other, its code, its surroundings; and what it writes to the
 /// root is gone with it.
@@ -29,7 +27,7 @@ exit 42"#;
     assert!(ended.stdout == numbers, "{} bytes came instead of {}", ended.stdout.len(), numbers.len());
     let lines: Vec<&str> = ended.stderr.lines().collect();
     let [sum, about, file] = lines[..] else { panic!("{ended}") };
-    let scratch = common::scratch();
+    let scratch = crate::common::scratch();
     let copy = scratch.path().join("input");
     fs::write(&copy, &input).unwrap();
     let expected = tool(&["md5sum", &copy.display().to_string()]);
@@ -68,7 +66,7 @@ cat shared/out"#;
     let wrapper = as_user.replace("export", "mkdir shared && chown 4242 shared\nexport");
     let run = Run::exec(&["sh", "-c", script]).through(&wrapper);
     fs::set_permissions(run.dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let read_only = format!("{}:/read-only:ro", common::vireo().parent().unwrap().display());
+    let read_only = format!("{}:/read-only:ro", crate::common::vireo().parent().unwrap().display());
     let ended = run.args(&["--share", "shared:/mnt/folder:rw", "--share", &read_only]).run_to_end();
     assert_eq!((ended.code(), ended.stdout.as_str()), (0, "from the guest\n"), "{ended}");
     assert_eq!(ended.stderr, "4242 shared/out\n", "{ended}");
@@ -138,7 +136,7 @@ fn other_roots() {
     assert!(bare.stdout.contains("nameserver ") && bare.stdout.contains("inet addr:"), "{bare}");
     assert!(bare.stderr.starts_with("BusyBox v"), "{bare}");
 
-    let dir = common::scratch();
+    let dir = crate::common::scratch();
     let path = |name: &str| dir.path().join(name).display().to_string();
     let make = r#"mkdir -p "$0/bin" && cp "$(command -v busybox)" "$0/bin/busybox" && ln -s busybox "$0/bin/sh" &&
 truncate -s 16M "$1" && PATH=$PATH:/sbin:/usr/sbin mke2fs -q -t ext4 -d "$0" "$1""#;
@@ -155,7 +153,7 @@ truncate -s 16M "$1" && PATH=$PATH:/sbin:/usr/sbin mke2fs -q -t ext4 -d "$0" "$1
 #[test]
 fn a_matrix() {
     let run = Run::exec(&["sh", "-c", "modprobe dummy && nproc && exit $(($(nproc) - 1))"]);
-    let kept = common::scratch();
+    let kept = crate::common::scratch();
     let (file, junit) = (run.path("matrix.toml"), kept.path().join("junit.xml").display().to_string());
     fs::write(&file, "jobs = 2\n[configs.one]\n[configs.two]\ncpus = 2\n").unwrap();
     let ended = run.args(&["--matrix", &file, "--junit", &junit]).run_to_end();

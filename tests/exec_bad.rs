@@ -1,12 +1,10 @@
 //! Bad input to `vireo exec`: whatever is wrong with the kernel, the command, the folders or the streams, the end has its
 //! code and one sentence, and nothing remains.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use common::{Ended, Run, image, repo, scratch};
+use crate::common::{Ended, Run, image, repo, scratch};
 
 /// What vireo itself said, in the last line.
 fn sentence(ended: &Ended) -> &str {

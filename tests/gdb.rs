@@ -5,18 +5,15 @@
 //! with two vCPUs, interrupted, looked at, stepped, continued to its end. Software breakpoints and watchpoints stop no guest
 //! of an emulated host, nor does every software KVM know them; the unit tests have them.
 
-mod common;
-mod guests;
-
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::{fs, path::PathBuf};
 
-use common::{Run, on_host};
-use guests::vireo::{Kernel, Running, folder};
-use guests::{DEBUGGED_COUNT, DEBUGGED_LOOP, START, elf};
+use crate::common::{Run, on_host};
+use crate::guests::vireo::{Kernel, Running, folder};
+use crate::guests::{DEBUGGED_COUNT, DEBUGGED_LOOP, START, elf};
 use tempfile::TempDir;
 
 /// What gdb says to these commands, without anybody's habits. It interrupts itself now and then: what continues for ever
@@ -46,7 +43,7 @@ fn says(text: &str, wanted: &[&str]) {
     }
 }
 
-/// `guests::debugged` with a stub.
+/// `crate::guests::debugged` with a stub.
 struct Debugged {
     vireo: Running,
     socket: PathBuf,
@@ -58,7 +55,7 @@ impl Debugged {
     fn start(args: &[&str]) -> Self {
         let (folder, path) = folder();
         let socket = path.join("gdb");
-        let kernel = Kernel::new(&elf(guests::debugged()));
+        let kernel = Kernel::new(&elf(crate::guests::debugged()));
         let address = format!("unix:{}", socket.display());
         let vireo = Running::start(kernel.command(&[&["--gdb", &address], args].concat()));
         vireo.stderr.wait_for("vireo: gdb: target remote ");
@@ -186,7 +183,7 @@ fn kill_ends_the_guest_and_an_end_by_others_is_told() {
 fn the_first_instruction_waits_for_continue_and_ports_are_local() {
     let (_folder, path) = folder();
     let report = path.join("report.json");
-    let kernel = Kernel::new(&elf(guests::power_off()));
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
     let args = ["--gdb", "0", "--gdb-wait", "--report", report.to_str().unwrap()];
     let vireo = Running::start(kernel.command(&args));
     let line = "vireo: gdb: target remote :";
@@ -206,7 +203,7 @@ fn the_first_instruction_waits_for_continue_and_ports_are_local() {
 
 #[test]
 fn the_kernel_is_where_it_was_linked_unless_the_user_has_a_word_on_it() {
-    let kernel = Kernel::new(&elf(guests::power_off()));
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
     let cmdline = |args: &[&str]| {
         let ended = Running::start(kernel.command(&[&["--print-config", "--gdb", "0"], args].concat())).end().expect(0);
         let config: serde_json::Value = serde_json::from_slice(&ended.stdout).unwrap();

@@ -1,11 +1,9 @@
 //! The virtio console and its ports with a stock driver: no byte is lost or made up, in either direction.
 
-mod common;
-
 use std::fs::{self, File};
 use std::process::Command;
 
-use common::{Run, example, on_host, on_terminal, scratch};
+use crate::common::{Run, example, on_host, on_terminal, scratch};
 
 fn md5(bytes: &[u8]) -> String {
     let dir = scratch();

@@ -1,13 +1,11 @@
 //! Guests whose initramfs vireo packs: programs, scripts, folders, files and kernel modules arrive as they should.
 
-mod common;
-
 use std::fs::{self, File};
 use std::io::Cursor;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use common::{Ended, on_host, repo, scratch, tool, vireo};
+use crate::common::{Ended, on_host, repo, scratch, tool, vireo};
 
 fn text(path: impl AsRef<Path>) -> String {
     path.as_ref().display().to_string()

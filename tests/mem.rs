@@ -1,11 +1,9 @@
 //! Memory that comes and goes while a stock guest runs, and what the host has of it.
 
-mod common;
-
 use std::fs;
 use std::process::Command;
 
-use common::{Live, Run, resident, scratch, until};
+use crate::common::{Live, Run, resident, scratch, until};
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;

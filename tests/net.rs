@@ -1,9 +1,7 @@
 //! Network cards as a stock driver uses them. Each test has the host's half, around vireo, and the guest's half.
 
-mod common;
-
-use common::net::{DHCP, GUEST, host_half};
-use common::{Run, image, on_host, vireo};
+use crate::common::net::{DHCP, GUEST, host_half};
+use crate::common::{Run, image, on_host, vireo};
 
 /// On a tap that is there: pings, NET_MIB mebibytes (20) both ways in large segments, something by IPv6, and the driver may
 /// be unloaded.

@@ -1,14 +1,12 @@
 //! Persistent memory as stock drivers use it: below a file system, as the root file system, as the target of other
 //! devices' input and output; what is kept and what is not is looked at from outside.
 
-mod common;
-
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Run, on_host, scratch, tool};
+use crate::common::{Run, on_host, scratch, tool};
 
 const LOAD: &str = "modprobe -a virtio_mmio virtio_blk virtio_pmem nd_pmem
 pmem() { for n in $(seq 300); do [ -b /dev/$1 ] && return; sleep 0.1; done; echo no $1; }
@@ -67,7 +65,8 @@ echo \"size: $(cat /sys/block/pmem0/size)\""
     // What the emulated host has written is seen outside.
     assert!(contains(&image, "the guest says hello"), "{}", guest.tails());
 
-    let (vireo, kernel) = (common::vireo().display().to_string(), common::image("bzImage-cloud").display().to_string());
+    let (vireo, kernel) =
+        (crate::common::vireo().display().to_string(), crate::common::image("bzImage-cloud").display().to_string());
     let refused = on_host(&[&vireo, "run", "--kernel", &kernel, "--pmem", &image]).end();
     assert_eq!((refused.code(), &*refused.stderr), (125, &*format!("vireo: pmem: {image} is in use by another VM\n")));
     let refused = on_host(&[&vireo, "run", "--kernel", &kernel, "--pmem", &format!("{image},readonly")]).end();

@@ -2,15 +2,13 @@
 //! stands in for QEMU where a suite wants to call that. All with guests of a few instructions on whatever /dev/kvm there
 //! is.
 
-mod guests;
-
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use crate::guests::vireo::{Ended, Kernel, Running, folder, run, vireo};
+use crate::guests::{Op, elf, multiboot_elf, multiboot_flat, multiboot_header, multiboot_report, script};
 use ::vireo::layout;
-use guests::vireo::{Ended, Kernel, Running, folder, run, vireo};
-use guests::{Op, elf, multiboot_elf, multiboot_flat, multiboot_header, multiboot_report, script};
 
 const TESTING: [&str; 2] = ["--testdev", "--debug-exit"];
 
@@ -144,7 +142,7 @@ fn the_test_device_remembers_and_flushes() {
 
 #[test]
 fn a_line_of_the_test_device_interrupts_for_as_long_as_it_is_held() {
-    assert_eq!(run(&elf(guests::level_interrupt()), &TESTING).expect(1).stdout, b"iii.");
+    assert_eq!(run(&elf(crate::guests::level_interrupt()), &TESTING).expect(1).stdout, b"iii.");
 }
 
 /// The script with arguments as kvm-unit-tests' x86/run gives them.
@@ -206,7 +204,7 @@ fn a_script_takes_the_arguments_of_kvm_unit_tests() {
 
 #[test]
 fn a_signal_to_the_script_ends_the_guest() {
-    let endless = Kernel::new(&elf(guests::flood()));
+    let endless = Kernel::new(&elf(crate::guests::flood()));
     let running = start_as_qemu(&["-kernel", endless.path().to_str().unwrap()]);
     running.stdout.wait("byte", |bytes| !bytes.is_empty());
     running.signal(libc::SIGTERM);

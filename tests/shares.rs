@@ -1,13 +1,11 @@
 //! Folders of the host in the guest. What a file system should do is what ext4 does: the same calls are made on both
 //! (tests/host/fs-check.c), and must come out the same.
 
-mod common;
-
 use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{FOLDER, Run, example, image, on_host, tool, vireo};
+use crate::common::{FOLDER, Run, example, image, on_host, tool, vireo};
 use serde_json::Value;
 
 /// Modules of the guest.
@@ -149,7 +147,7 @@ until [ -e /mnt/stop ]; do n=$((n + 1)); echo $n >&3; echo $n >/mnt/count; done
 seq $n | cmp - /mnt/log && echo equal
 echo still >&4
 echo \"gone: $(cat <&5)\"";
-    let dir = common::scratch();
+    let dir = crate::common::scratch();
     let path = |name: &str| dir.path().join(name).display().to_string();
     let (config, console, share) = (path("config.json"), path("console"), path("share"));
     fs::create_dir(&share).unwrap();

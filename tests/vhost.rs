@@ -1,13 +1,11 @@
 //! Devices whose queues run elsewhere: in the kernel (vhost-net) and in other programs (vhost-user).
 
-mod common;
-
 use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::net::{GUEST, host_half};
-use common::{Guest, Run, example, image, on_host, vireo};
+use crate::common::net::{GUEST, host_half};
+use crate::common::{Guest, Run, example, image, on_host, vireo};
 use serde_json::Value;
 
 /// With two queues: pings, downloads both ways and at once, and the driver may be unloaded.
@@ -142,7 +140,7 @@ echo "after: $(wget -q -O - http://192.168.84.1:8000/data | md5sum)"
 "#,
     ]
     .concat();
-    let dir = common::scratch();
+    let dir = crate::common::scratch();
     let mut live = Live::start(&dir, &guest, &["--net", "tap=vm4,vhost=on"], &host);
     live.wait_for("transfers\n");
     let mut pauses = 0;

@@ -1,11 +1,9 @@
 //! Virtio devices as stock drivers use them; what the guest did to a disk is checked from outside.
 
-mod common;
-
 use std::fs::{self, File};
 use std::process::Command;
 
-use common::{Run, on_host, tool};
+use crate::common::{Run, on_host, tool};
 
 fn sparse(path: &str, size: u64) -> String {
     File::create(path).unwrap().set_len(size).unwrap();
@@ -30,12 +28,12 @@ read answer
 echo \"answer: $answer\"";
     let run = Run::new("bzImage-cloud", script);
     let (disk, second) = (sparse(&run.path("disk"), 64 << 20), sparse(&run.path("second"), 1 << 20));
-    let kernel = common::image("bzImage-cloud");
+    let kernel = crate::common::image("bzImage-cloud");
     let mut guest = run.args(&["--disk", &disk, "--disk", &second, "--cpus", "2"]).start();
     guest.wait_for("written");
     assert!(fs::read(&second).unwrap().starts_with(b"flushed-to-the-disk\n"));
 
-    let vireo = common::vireo();
+    let vireo = crate::common::vireo();
     let other = [&vireo.display().to_string(), "run", "--kernel", &kernel.display().to_string(), "--disk", &disk];
     let refused = on_host(&other).end();
     assert_eq!(refused.code(), 125, "{refused}");
@@ -43,7 +41,7 @@ echo \"answer: $answer\"";
 
     guest.send(b"go\n");
     // Its folder would go with it.
-    let kept = common::scratch();
+    let kept = crate::common::scratch();
     let copy = kept.path().join("disk").display().to_string();
     fs::hard_link(&disk, &copy).unwrap();
     let ended = guest.end().success();
@@ -79,7 +77,8 @@ echo "random: $(head -c 4096 /dev/hwrng | wc -c)"
         run = run.args(&["--disk", disk]);
     }
     let readonly = fs::read(&disks[0]).unwrap();
-    let (vireo, kernel) = (common::vireo().display().to_string(), common::image("bzImage-cloud").display().to_string());
+    let (vireo, kernel) =
+        (crate::common::vireo().display().to_string(), crate::common::image("bzImage-cloud").display().to_string());
     let too_many = disks.iter().flat_map(|disk| ["--disk", disk]);
     let args: Vec<&str> = [&vireo, "run", "--kernel", &kernel, "--rng"].into_iter().chain(too_many).collect();
     let refused = on_host(&args).end();
@@ -87,7 +86,7 @@ echo "random: $(head -c 4096 /dev/hwrng | wc -c)"
     assert!(refused.stderr.contains("19 virtio devices are more than the 18"), "{refused}");
 
     let guest = run.start();
-    let kept = common::scratch();
+    let kept = crate::common::scratch();
     fs::hard_link(&disks[0], kept.path().join("disk")).unwrap();
     let ended = guest.end().success();
     assert_eq!(ended.fact("disks"), "17", "{ended}");
@@ -151,7 +150,7 @@ read go
 "#;
     let run = Run::new("bzImage-cloud", script).with_program("kexec").with_program("vsock");
     let (disk, pmem) = (sparse(&run.path("disk"), 4 << 20), sparse(&run.path("pmem"), 16 << 20));
-    let images = format!("{},tag=images,readonly", common::image("").display());
+    let images = format!("{},tag=images,readonly", crate::common::image("").display());
     let (dir, port) = (format!("{},tag=dir", run.dir.path().display()), format!("port,to=file:{}", run.path("port")));
     let socket = format!("/tmp/vireo-test-{}-kexec.vsock", std::process::id());
     let mut guest = run
@@ -161,12 +160,12 @@ read go
         .start();
     for kernel in ["first", "second"] {
         guest.wait_for(&format!("{kernel}: lease"));
-        assert_eq!(on_host(&[&common::example("vsock-peer"), &socket, "ping", "5"]).end().code(), 0, "{kernel}");
+        assert_eq!(on_host(&[&crate::common::example("vsock-peer"), &socket, "ping", "5"]).end().code(), 0, "{kernel}");
         if kernel == "first" {
             guest.send(b"go\n");
         }
     }
-    let kept = common::scratch();
+    let kept = crate::common::scratch();
     for name in ["disk", "pmem", "port", "first", "second"] {
         fs::hard_link(guest.dir.path().join(name), kept.path().join(name)).unwrap();
     }

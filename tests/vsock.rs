@@ -1,8 +1,6 @@
 //! Sockets between host and guest. The two halves are tests/common/vsock_peer.rs and tests/host/vsock.c.
 
-mod common;
-
-use common::{Run, example, on_host};
+use crate::common::{Run, example, on_host};
 
 /// Where the host that runs vireo can make sockets, whichever it is.
 fn path(test: &str) -> String {

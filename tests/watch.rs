@@ -1,11 +1,9 @@
 //! Flags that watch a guest: what its console must and must not show, when it is taken for hung, what is kept of it.
 
-mod guests;
-
 use std::fs;
 
-use guests::vireo::{Ended, folder, run};
-use guests::{POWER_OFF, elf, text, writes};
+use crate::guests::vireo::{Ended, folder, run};
+use crate::guests::{POWER_OFF, elf, text, writes};
 
 /// A guest that says this and powers off.
 fn says(said: &str, args: &[&str]) -> Ended {
@@ -45,7 +43,7 @@ fn a_guest_that_only_waits_hangs() {
     let (_folder, path) = folder();
     let report = path.join("report");
     let args = ["--hang-timeout", "2s", "--cpus", "2", "--report", report.to_str().unwrap()];
-    let ended = run(&elf(guests::sleep()), &args).expect(72);
+    let ended = run(&elf(crate::guests::sleep()), &args).expect(72);
     let ended =
         ended.says("vireo: the guest hung: no output and no work for 2s\n").says("vCPU 0: CPL 0, interrupts on");
     assert!(ended.stderr.contains("vCPU 1: not started\n"), "{}", ended.stderr);
@@ -100,12 +98,12 @@ fn a_core_file_comes_of_bad_ends_only_and_whole_or_not_at_all() {
     assert_eq!(&fs::read(&core).unwrap()[..4], b"\x7FELF");
     fs::remove_file(&core).unwrap();
     // What the file system refuses is told, and the guest's end is the guest's.
-    let kernel = guests::vireo::Kernel::new(&writes(&text(panic)));
+    let kernel = crate::guests::vireo::Kernel::new(&writes(&text(panic)));
     let vireo = kernel.command(&args);
     let mut limited = std::process::Command::new("bash");
     limited.args(["-c", "ulimit -f 1; exec \"$@\"", "bash"]).arg(vireo.get_program()).args(vireo.get_args());
     limited.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR"));
-    let ended = guests::vireo::Running::start(limited).end().expect(70);
+    let ended = crate::guests::vireo::Running::start(limited).end().expect(70);
     ended.says(&format!("vireo: cannot write {}: File too large", core.display()));
     assert_eq!(fs::read_dir(path).unwrap().count(), 0);
 }

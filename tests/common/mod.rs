@@ -10,7 +10,8 @@ pub mod programs;
 use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{self, Cursor, Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -244,17 +245,20 @@ impl Run {
     }
 }
 
+/// Both sides of a new terminal, which no program gets that another test starts meanwhile.
+pub fn terminal() -> (OwnedFd, OwnedFd) {
+    use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+    unlockpt(&master).unwrap();
+    let name = ptsname(&master, Vec::new()).unwrap();
+    let terminal = File::options().read(true).write(true).custom_flags(libc::O_NOCTTY).open(name.to_str().unwrap());
+    (master, terminal.unwrap().into())
+}
+
 /// A terminal as whose foreground job `command` will run; returns the side on which one types.
 #[allow(unsafe_code)]
 pub fn on_terminal(command: &mut Command) -> File {
-    let (mut master, mut terminal) = (-1, -1);
-    // SAFETY: openpty writes two descriptors, which nobody else owns; the other arguments may be null.
-    let (master, terminal) = unsafe {
-        let null = std::ptr::null_mut();
-        assert_eq!(libc::openpty(&mut master, &mut terminal, null, std::ptr::null(), std::ptr::null()), 0);
-        libc::fcntl(master, libc::F_SETFD, libc::FD_CLOEXEC);
-        (File::from_raw_fd(master), OwnedFd::from_raw_fd(terminal))
-    };
+    let (master, terminal) = terminal();
     command.stdin(terminal.try_clone().unwrap()).stdout(Stdio::from(terminal));
     // SAFETY: two system calls that touch no memory.
     unsafe {
@@ -264,7 +268,7 @@ pub fn on_terminal(command: &mut Command) -> File {
             Ok(())
         });
     }
-    master
+    master.into()
 }
 
 enum Streams {
