@@ -80,3 +80,17 @@ impl AlignedBuffer {
         self.bytes.get_mut(start..start + self.len).unwrap_or_default()
     }
 }
+
+/// Opens what was locked until just now. A lock lasts as long as its descriptor in any process, and what another test has
+/// forked has all of ours until it executes its program.
+#[cfg(test)]
+fn when_free<T, E: std::fmt::Display>(open: impl Fn() -> Result<T, E>) -> T {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    loop {
+        match open() {
+            Ok(opened) => return opened,
+            Err(e) if std::time::Instant::now() > deadline => panic!("it stays locked: {e}"),
+            Err(_) => std::thread::yield_now(),
+        }
+    }
+}

@@ -322,7 +322,7 @@ mod tests {
         disk.flush().unwrap();
         assert!(error(&options(&path)).contains("in use by another VM"));
         drop(disk);
-        let disk = image::open(&ImageOptions { readonly: true, ..options(&path) }).unwrap();
+        let disk = crate::backend::when_free(|| image::open(&ImageOptions { readonly: true, ..options(&path) }));
         assert_eq!(read(&*disk, 70_000 - 70_000 % 512, 4096), [5; 4096]);
         assert_eq!(read(&*disk, SIZE - 512, 512), [6; 512]);
         assert_eq!(read(&*disk, 0, 512), [0; 512]);
