@@ -215,7 +215,7 @@ done";
             let guest = Run::new("bzImage-cloud", script).args(&["--disk", &disk]).start();
             // The guest goes on counting from where the last one was.
             let number = |line: &str| line.strip_prefix("begins behind ")?.strip_suffix(", now")?.parse::<u32>().ok();
-            let mut last = guest.wait_for(", now\n").lines().find_map(number).unwrap();
+            let mut last = guest.wait_for(", now").lines().find_map(number).unwrap();
             for _ in 0..4 * round {
                 guest.wait_for(&format!("flushed {}.", last + 1));
                 last += 1;
