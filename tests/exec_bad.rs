@@ -122,7 +122,9 @@ fn streams_that_are_closed() {
 #[test]
 fn killed_with_a_guest_running() {
     let script = r#"
-dir=$(mktemp -d /tmp/killed.XXXXXX) && cd "$dir" && mkdir run
+dir=$(mktemp -d /tmp/killed.XXXXXX) && cd "$dir" || exit
+trap 'cd /; rm -rf "$dir"' EXIT
+mkdir run
 export XDG_RUNTIME_DIR=$dir/run TMPDIR=$dir/run
 count() { ls -A /tmp /dev/shm /run run "$XDG_CACHE_HOME/vireo"; grep -c '[^:]$' /proc/net/unix; pgrep -c 'vireo|exe|passt'; }
 touch before after out
@@ -134,8 +136,7 @@ kill -9 $pid
 wait $pid
 echo "status: $?"
 for n in $(seq 100); do count >after; cmp -s before after && break; sleep 0.1; done
-diff before after && echo "nothing remains"
-cd /; rm -r "$dir""#;
+diff before after && echo "nothing remains""#;
     let ended = Run::exec(&[]).args(&["--net", "user"]).through(script).run_to_end();
     assert!(ended.code() == 0 && ended.stdout.ends_with("status: 137\nnothing remains\n"), "{ended}");
 }

@@ -305,7 +305,9 @@ seq -f $dir/many/entry-with-a-name-%g 0 11999 | xargs touch
 fn commands_leave_nothing_behind() {
     let count: usize = std::env::var("SOAK_EXECS").map_or(200, |count| count.parse().expect("SOAK_EXECS is a number"));
     let script = r#"
-dir=$(mktemp -d /tmp/execs.XXXXXX) && cd "$dir" && mkdir cache run tmp
+dir=$(mktemp -d /tmp/execs.XXXXXX) && cd "$dir" || exit
+trap 'cd /; rm -rf "$dir"' EXIT
+mkdir cache run tmp
 export XDG_CACHE_HOME=$dir/cache XDG_RUNTIME_DIR=$dir/run TMPDIR=$dir/tmp
 left() {
     ls -A /tmp /var/tmp /dev/shm /run; ls -AR cache run tmp
@@ -326,7 +328,6 @@ done
 left >after
 diff before after || { echo "something was left behind"; exit 1; }
 [ $(sockets) -lt $((sockets + SOAK_EXECS / 4)) ] || { echo "of $sockets sockets $(sockets) were made"; exit 1; }
-cd /; rm -r "$dir"
 echo clean"#;
     let host = Run::exec(&[]).env(&format!("SOAK_EXECS={count}")).through(script).start();
     for n in (1..=count).step_by(10) {
@@ -340,7 +341,9 @@ echo clean"#;
 #[test]
 fn a_folder_that_changes() {
     let script = r#"
-dir=$(mktemp -d /tmp/changes.XXXXXX) && cd "$dir" && mkdir files moved && seq -f files/%g 100 | xargs touch
+dir=$(mktemp -d /tmp/changes.XXXXXX) && cd "$dir" || exit
+trap 'cd /; rm -rf "$dir"' EXIT
+mkdir files moved && seq -f files/%g 100 | xargs touch
 guest() {
     me=$1; shift
     "$@" --share .:rw -- sh -c 'echo '$me' >ready.'$me'
@@ -358,8 +361,7 @@ for n in $(seq 50); do
 done
 echo x >files/last; touch end
 wait $a; echo "a: $?"; wait $b; echo "b: $?"
-cat a b; ls | grep -c kept
-cd /; rm -r "$dir""#;
+cat a b; ls | grep -c kept"#;
     let ended = Run::exec(&[]).through(script).run_to_end();
     assert_eq!((ended.code(), ended.stdout.as_str()), (0, "a: 0\nb: 0\n20\nlast\n3\n20\nlast\n3\n40\n"), "{ended}");
 }

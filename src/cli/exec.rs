@@ -117,7 +117,6 @@ impl ExecArgs {
 pub fn run(args: ExecArgs, start: Instant) -> Result<u8, Failure> {
     if let Some(file) = &args.matrix {
         let exec = super::exec_command();
-        let matches = exec.clone().get_matches_from(super::words_of_command());
         let (report, junit) = args.watch.reports();
         let given = Given {
             matrix: file.clone(),
@@ -126,7 +125,7 @@ pub fn run(args: ExecArgs, start: Instant) -> Result<u8, Failure> {
             report,
             junit,
             command: args.command.clone(),
-            flags: matrix::given_flags(&exec, &matches),
+            flags: matrix::given_flags(&exec, &super::matches_of_command()),
         };
         return matrix::run(&given, &exec);
     }

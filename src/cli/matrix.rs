@@ -235,7 +235,6 @@ pub(super) fn run(given: &Given, exec: &clap::Command) -> Result<u8, Failure> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = given.jobs.or(matrix.jobs).unwrap_or(cpus).max(1);
     let (done, signal) = Progress::new(&runs, jobs, &output)?.run_all()?;
-    print(table(&done).as_bytes())?;
     let failed = done.iter().find(|done| done.exit_code != 0);
     let code = signal.map_or(failed.map_or(0, |done| done.exit_code), |signal| 128 + signal as u8);
     reports.write_json(&serde_json::json!({ "exit_code": code, "runs": done }))?;
@@ -249,6 +248,7 @@ pub(super) fn run(given: &Given, exec: &clap::Command) -> Result<u8, Failure> {
         output: done.output.clone(),
     };
     reports.write_junit(&done.iter().map(case).collect::<Vec<_>>())?;
+    print(table(&done).as_bytes())?;
     Ok(code)
 }
 
@@ -537,11 +537,24 @@ rw = false
     #[test]
     fn what_is_given_beside_the_matrix_is_for_all() {
         let exec = exec_command();
-        let words =
-            ["exec", "--matrix", "m.toml", "--jobs=2", "-v", "--share", "a", "--share=b", "--rng", "--", "true"];
+        let words = [
+            "exec",
+            "--matrix",
+            "m.toml",
+            "--jobs=2",
+            "-v",
+            "--share",
+            "a",
+            "--share=b",
+            "--log-level",
+            "off",
+            "--rng",
+            "--",
+            "true",
+        ];
         let matches = exec.clone().try_get_matches_from(words).unwrap();
         let flags = given_flags(&exec, &matches);
-        assert_eq!(command_line(flags), ["--rng=", "--share=a", "--share=b", "--verbose"]);
+        assert_eq!(command_line(flags), ["--log-level=off", "--rng=", "--share=a", "--share=b", "--verbose"]);
     }
 
     #[test]

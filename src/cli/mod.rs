@@ -13,7 +13,6 @@ pub mod run;
 pub mod watch;
 
 use std::error::Error;
-use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -123,16 +122,17 @@ pub fn main(start: Instant) -> ExitCode {
     }
 }
 
-/// `vireo exec` as clap knows it.
+/// `vireo exec` as clap knows it, with the flags that every command has.
 fn exec_command() -> clap::Command {
-    let cli = Cli::command();
+    let mut cli = Cli::command();
+    cli.build();
     let exec = cli.find_subcommand("exec").cloned();
     exec.unwrap_or_default()
 }
 
-/// Our command line from the command's name on.
-fn words_of_command() -> impl Iterator<Item = OsString> {
-    std::env::args_os().skip_while(|word| word != "exec")
+/// What clap found in our own command line behind the command.
+fn matches_of_command() -> clap::ArgMatches {
+    Cli::command().get_matches().remove_subcommand().map_or_else(Default::default, |(_, matches)| matches)
 }
 
 /// Who mistypes a command so much that clap cannot guess it is told what there is.

@@ -36,7 +36,7 @@ use crate::vcpu::{Board, Command, End, Final, Reply, VcpuThread};
 use crate::virtio::control::ControlError;
 use crate::virtio::mmio::MmioTransport;
 pub use end::Ended;
-use watches::{HANG_LOOK, HangWatch, SleepWatch};
+use watches::{HANG_LOOK, HangWatch, Insistence, SleepWatch};
 
 /// How a run is bounded.
 #[derive(Default)]
@@ -83,9 +83,6 @@ const LOOK_TICKS: u32 = 5;
 const LOOK_TICKS_MAX: u32 = 160;
 /// How long a panicked guest may go on before it is stopped: time for its messages, a dump, a reboot by `panic=N`.
 const PANIC_GRACE: Duration = Duration::from_secs(5);
-/// So many signals in this time end a guest, though its command gets them.
-const INSISTENT: u32 = 3;
-const INSISTENCE: Duration = Duration::from_secs(10);
 
 const SIGNAL: u64 = 0;
 const MAIL: u64 = 1;
@@ -135,8 +132,7 @@ struct Running {
     deadline: Option<Instant>,
     /// When the guest is stopped though it didn't react to its power button, and the signal that pressed it.
     grace: Option<(Instant, i32)>,
-    /// How often such a signal was passed on lately, and since when.
-    insistence: (u32, Instant),
+    insistence: Insistence,
     panicked: Option<PanicSource>,
     panic_deadline: Option<Instant>,
     restarting: bool,
@@ -215,7 +211,7 @@ impl Running {
             exits: Exits::default(),
             deadline,
             grace: None,
-            insistence: (0, Instant::now()),
+            insistence: Insistence::default(),
             panicked: None,
             panic_deadline: None,
             restarting: false,
@@ -283,7 +279,9 @@ impl Running {
     fn on_signal(&mut self) -> Option<Outcome> {
         while let Some(signal) = self.ending_signal() {
             match signal {
-                signal if self.insists(signal) => return Some(Outcome::Killed(signal)),
+                signal if self.options.forward.is_some() && self.insistence.heard(signal, Instant::now()) => {
+                    return Some(Outcome::Killed(signal));
+                }
                 signal if self.options.forward.as_ref().is_some_and(|forward| forward(signal)) => {}
                 // Asked for a second time, or by somebody who is gone: no more patience.
                 signal if self.grace.is_some() || signal == libc::SIGHUP || signal == libc::SIGQUIT => {
@@ -297,17 +295,6 @@ impl Running {
             }
         }
         None
-    }
-
-    /// Whether somebody wants an end, whatever those who get the signals do with them.
-    fn insists(&mut self, signal: i32) -> bool {
-        if self.options.forward.is_none() || ![libc::SIGINT, libc::SIGTERM, libc::SIGQUIT].contains(&signal) {
-            return false;
-        }
-        let (count, since) = self.insistence;
-        let again = since.elapsed() < INSISTENCE;
-        self.insistence = if again { (count.saturating_add(1), since) } else { (1, Instant::now()) };
-        self.insistence.0 >= INSISTENT
     }
 
     /// The next signal that wants an end; those that stop and continue the process are done with here.

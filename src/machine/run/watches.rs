@@ -1,4 +1,4 @@
-//! Guests that do nothing any more: those that sleep for good, and those that hang.
+//! Guests that do nothing any more: those that sleep for good, and those that hang; and people who insist on an end.
 
 use std::time::{Duration, Instant};
 
@@ -36,6 +36,32 @@ impl HangWatch {
     }
 }
 
+/// So many signals in this time end a guest, though its command gets them.
+const INSISTENT: u32 = 3;
+const INSISTENCE: Duration = Duration::from_secs(10);
+
+/// Whether somebody wants an end, whatever those who get the signals do with them.
+#[derive(Default)]
+pub(super) struct Insistence {
+    heard: u32,
+    /// When the first of them came.
+    since: Option<Instant>,
+}
+
+impl Insistence {
+    /// Notes a signal; whether it is one too many.
+    pub(super) fn heard(&mut self, signal: i32, now: Instant) -> bool {
+        if ![libc::SIGINT, libc::SIGTERM, libc::SIGQUIT].contains(&signal) {
+            return false;
+        }
+        if self.since.is_none_or(|since| now.duration_since(since) >= INSISTENCE) {
+            *self = Insistence { heard: 0, since: Some(now) };
+        }
+        self.heard = self.heard.saturating_add(1);
+        self.heard >= INSISTENT
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -53,5 +79,14 @@ mod tests {
         assert_eq!(watch.busy, at(3), "a tenth of a processor");
         watch.look(at(9), 1, Duration::from_millis(240));
         assert_eq!(watch.busy, at(3));
+    }
+
+    #[test]
+    fn the_third_signal_in_ten_seconds_insists() {
+        let (mut insistence, begin) = (Insistence::default(), Instant::now());
+        let mut heard = |signal, after| insistence.heard(signal, begin + Duration::from_secs(after));
+        assert_eq!([heard(libc::SIGTERM, 0), heard(libc::SIGUSR1, 1), heard(libc::SIGINT, 9)], [false; 3]);
+        assert_eq!([heard(libc::SIGINT, 11), heard(libc::SIGINT, 12)], [false; 2], "it began anew");
+        assert!(heard(libc::SIGINT, 13));
     }
 }
