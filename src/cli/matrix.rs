@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, PipeReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -41,10 +41,20 @@ use crate::terminal;
 
 /// Flags that are about all runs together.
 const OURS: [&str; 6] = ["matrix", "jobs", "output_dir", "report", "junit", "command"];
+/// Flags that two runs cannot have with the same value: they name what one would take away from the other.
+const OF_ONE: [&str; 3] = ["console-log", "vmcore", "gdb"];
 /// How many bytes of a failed run's output are shown, and given to CI systems.
 const SHOWN: usize = 8 << 10;
 /// How often the progress on a terminal is brought up to date.
 const TICK: Duration = Duration::from_secs(1);
+/// Read from a run at once.
+const PIECE: usize = 64 << 10;
+/// More than this, 1 MiB, no pipe holds that an unprivileged process made.
+const PIPE_MAX: usize = 1 << 20;
+
+/// The first of as many as there are runs.
+const OUTPUT: u64 = 1;
+const SIGNAL: u64 = 0;
 
 /// What the file holds; the rest of it are flags.
 #[derive(Debug, Default, Deserialize)]
@@ -87,6 +97,14 @@ enum Error {
     Parse(PathBuf, #[source] Box<toml::de::Error>),
     #[error("{}: {run}: {why}", path.display())]
     Flags { path: PathBuf, run: String, why: String },
+    #[error("{}: '{}' is no name for a kernel or configuration: it is empty, begins with a dot, or has a slash or a \
+             control character", .0.display(), .1.escape_default())]
+    Name(PathBuf, String),
+    #[error("{}: no command: give one behind --, or command = [\"...\"]", .0.display())]
+    NoCommand(PathBuf),
+    #[error("{}: --{flag} of {} and of {} is the same; below [kernels.NAME] or [configs.NAME] each can have its own",
+            path.display(), runs[0], runs[1])]
+    Shared { path: PathBuf, flag: &'static str, runs: [String; 2] },
     #[error("cannot start vireo again")]
     Start(#[source] io::Error),
 }
@@ -117,7 +135,7 @@ struct Running {
     run: usize,
     child: Child,
     begin: Instant,
-    log: Place,
+    log: Log,
     report: Place,
 }
 
@@ -130,6 +148,16 @@ fn runs(given: &Given, matrix: &Matrix, exec: &clap::Command) -> Result<Vec<Run>
     let nothing = BTreeMap::from([(String::new(), Flags::new())]);
     let [kernels, configs] =
         [&matrix.kernels, &matrix.configs].map(|axis| if axis.is_empty() { &nothing } else { axis });
+    if command.is_empty() {
+        return Err(Error::NoCommand(given.matrix.clone()));
+    }
+    // They become names of files.
+    let wrong = |name: &&String| {
+        name.is_empty() || name.starts_with('.') || name.contains(|c: char| c == '/' || c.is_control())
+    };
+    if let Some(name) = matrix.kernels.keys().chain(matrix.configs.keys()).find(wrong) {
+        return Err(Error::Name(given.matrix.clone(), name.clone()));
+    }
     let mut runs = Vec::new();
     for (kernel, kernel_flags) in kernels {
         for (config, config_flags) in configs {
@@ -140,6 +168,17 @@ fn runs(given: &Given, matrix: &Matrix, exec: &clap::Command) -> Result<Vec<Run>
             words.push("--".into());
             words.extend_from_slice(&command);
             runs.push(Run { name, words });
+        }
+    }
+    for flag in OF_ONE {
+        let is_flag = |word: &&OsString| word.as_encoded_bytes().starts_with(format!("--{flag}=").as_bytes());
+        let mut seen = BTreeMap::new();
+        for run in &runs {
+            let flags = run.words.iter().take_while(|word| *word != "--");
+            if let Some(other) = flags.filter(is_flag).find_map(|word| seen.insert(word, &run.name)) {
+                let runs = [other.clone(), run.name.clone()];
+                return Err(Error::Shared { path: given.matrix.clone(), flag, runs });
+            }
         }
     }
     Ok(runs)
@@ -256,7 +295,7 @@ fn lines(list: &Json) -> String {
     list.as_array().map_or(String::new(), |lines| lines.iter().filter_map(Json::as_str).collect::<Vec<_>>().join("\n"))
 }
 
-/// Where the runs' output goes: files that the user wants, or that are in memory and go when we do, however that is.
+/// Where what the runs print, and their reports, are kept: in files that the user wants; or only the end of it, in memory.
 struct Output {
     dir: Option<PathBuf>,
 }
@@ -267,33 +306,95 @@ impl Output {
         Ok(Output { dir: wanted.map(Path::to_path_buf) })
     }
 
-    fn place(&self, run: &Run, suffix: &str) -> io::Result<Place> {
-        let name = format!("{}.{suffix}", run.name.replace('/', "-"));
-        if let Some(dir) = &self.dir {
-            return Ok(Place { path: dir.join(name), _memory: None });
-        }
-        let file = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?;
-        // Under this path the run finds it.
-        let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into();
-        Ok(Place { path, _memory: Some(file) })
+    /// The user's file for this of the run, in a folder of its kernel's.
+    fn file(&self, run: &Run, suffix: &str) -> Result<Option<PathBuf>, FileError> {
+        let Some(dir) = &self.dir else { return Ok(None) };
+        let path = dir.join(format!("{}.{suffix}", run.name));
+        let parent = path.parent().unwrap_or(dir);
+        fs::create_dir_all(parent).map_err(|e| FileError::Write(parent.into(), e))?;
+        Ok(Some(path))
     }
 }
 
-/// A file of one run's.
+/// Where a run's report goes.
 struct Place {
     path: PathBuf,
-    /// Keeps it, if it is nowhere else.
+    /// Keeps it, if it is nowhere else: it goes when we do, however that is.
     _memory: Option<OwnedFd>,
 }
 
 impl Place {
-    /// The end of what the run printed.
+    fn new(file: Option<PathBuf>) -> Result<Self, Failure> {
+        if let Some(path) = file {
+            // Of an earlier time.
+            let _ = fs::remove_file(&path);
+            return Ok(Place { path, _memory: None });
+        }
+        let memory = rustix::fs::memfd_create("vireo-report", MemfdFlags::CLOEXEC).map_err(io::Error::from);
+        let memory = memory.map_err(Error::Start)?;
+        // Under this path the run finds it.
+        let path = format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd()).into();
+        Ok(Place { path, _memory: Some(memory) })
+    }
+}
+
+/// What a run prints. A pipe, so that one which floods it costs no more than what is shown.
+struct Log {
+    from: PipeReader,
+    /// Where all of it goes.
+    file: Option<(PathBuf, File)>,
+    /// Its end.
+    tail: Vec<u8>,
+    /// More came than the tail has.
+    cut: bool,
+}
+
+impl Log {
+    fn new(from: PipeReader, file: Option<PathBuf>) -> Result<Self, Failure> {
+        rustix::io::ioctl_fionbio(&from, true).map_err(|e| Error::Start(e.into()))?;
+        let create = |path: PathBuf| match File::create(&path) {
+            Ok(file) => Ok((path, file)),
+            Err(e) => Err(FileError::Write(path, e)),
+        };
+        Ok(Log { from, file: file.map(create).transpose()?, tail: Vec::new(), cut: false })
+    }
+
+    /// Takes some of what is there; how much that was, and nothing if there will be no more. Waits for nothing.
+    fn take(&mut self) -> Result<Option<usize>, Failure> {
+        let mut piece = vec![0; PIECE];
+        let len = match self.from.read(&mut piece) {
+            Ok(0) => return Ok(None),
+            Ok(len) => len,
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => return Ok(Some(0)),
+            Err(_) => return Ok(None),
+        };
+        piece.truncate(len);
+        if let Some((path, file)) = &mut self.file {
+            file.write_all(&piece).map_err(|e| FileError::Write(path.clone(), e))?;
+        }
+        self.tail.append(&mut piece);
+        let over = self.tail.len().saturating_sub(SHOWN);
+        self.cut |= over > 0;
+        self.tail.drain(..over);
+        Ok(Some(len))
+    }
+
+    /// What is left in the pipe of a run that has ended.
+    fn take_rest(&mut self) -> Result<(), Failure> {
+        let mut taken = 0;
+        while taken < PIPE_MAX {
+            match self.take()? {
+                None | Some(0) => break,
+                Some(len) => taken += len,
+            }
+        }
+        Ok(())
+    }
+
+    /// The end of what the run printed, in whole lines.
     fn tail(&self) -> String {
-        let bytes = fs::read(&self.path).unwrap_or_default();
-        let from = bytes.len().saturating_sub(SHOWN);
-        // Whole lines.
-        let from = if from == 0 { 0 } else { memchr::memchr(b'\n', &bytes[from..]).map_or(from, |at| from + at + 1) };
-        String::from_utf8_lossy(&bytes[from..]).into_owned()
+        let begin = memchr::memchr(b'\n', &self.tail).filter(|_| self.cut).map_or(0, |at| at + 1);
+        String::from_utf8_lossy(&self.tail[begin..]).into_owned()
     }
 }
 
@@ -302,6 +403,7 @@ struct Progress<'a> {
     runs: &'a [Run],
     jobs: usize,
     output: &'a Output,
+    poller: Poller,
     signals: Signals,
     next: usize,
     running: Vec<Running>,
@@ -316,12 +418,12 @@ impl<'a> Progress<'a> {
         let signals = Signals::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGCHLD])?;
         let done = runs.iter().map(|_| None).collect();
         let shows = terminal::is_terminal(io::stderr().as_raw_fd());
-        Ok(Progress { runs, jobs, output, signals, next: 0, running: Vec::new(), done, stopped: None, shows })
+        let poller = Poller::new()?;
+        poller.add(signals.as_raw_fd(), SIGNAL, Interest::Read)?;
+        Ok(Progress { runs, jobs, output, poller, signals, next: 0, running: Vec::new(), done, stopped: None, shows })
     }
 
     fn run_all(mut self) -> Result<(Vec<Done>, Option<i32>), Failure> {
-        let mut poller = Poller::new()?;
-        poller.add(self.signals.as_raw_fd(), 0, Interest::Read)?;
         loop {
             while self.stopped.is_none() && self.running.len() < self.jobs && self.next < self.runs.len() {
                 self.start()?;
@@ -330,7 +432,12 @@ impl<'a> Progress<'a> {
             if self.running.is_empty() {
                 break;
             }
-            poller.wait(self.shows.then_some(TICK))?.for_each(drop);
+            let ready: Vec<u64> = self.poller.wait(self.shows.then_some(TICK))?.collect();
+            for running in self.running.iter_mut().filter(|running| ready.contains(&(OUTPUT + running.run as u64))) {
+                if running.log.take()?.is_none() {
+                    self.poller.remove(running.log.from.as_raw_fd())?;
+                }
+            }
             while let Some(signal) = self.signals.take() {
                 if signal != libc::SIGCHLD {
                     self.stopped.get_or_insert(signal);
@@ -354,14 +461,14 @@ impl<'a> Progress<'a> {
 
     fn start(&mut self) -> Result<(), Failure> {
         let run = &self.runs[self.next];
-        let place = |suffix| self.output.place(run, suffix).map_err(Error::Start);
-        let (log, report) = (place("log")?, place("json")?);
-        let open = || -> io::Result<_> {
-            let file = File::create(&log.path)?;
-            Ok((file.try_clone()?, file))
+        let pipe = || -> io::Result<_> {
+            let (reader, writer) = io::pipe()?;
+            Ok((reader, writer.try_clone()?, writer))
         };
-        let (stdout, stderr) = open().map_err(|e| FileError::Write(log.path.clone(), e))?;
-        let _ = fs::remove_file(&report.path);
+        let (reader, stdout, stderr) = pipe().map_err(Error::Start)?;
+        let log = Log::new(reader, self.output.file(run, "log")?)?;
+        let report = Place::new(self.output.file(run, "json")?)?;
+        self.poller.add(log.from.as_raw_fd(), OUTPUT + self.next as u64, Interest::Read)?;
         let mut command = Command::new("/proc/self/exe");
         command.arg("exec").arg("--report").arg(&report.path).args(&run.words);
         command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
@@ -387,6 +494,7 @@ impl<'a> Progress<'a> {
                 self.running.push(running);
                 continue;
             };
+            running.log.take_rest()?;
             let run = &self.runs[running.run];
             let report = fs::read(&running.report.path).ok();
             let report: Json = report.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
@@ -529,6 +637,15 @@ rw = false
                 .ends_with("a: memory must be text, a number, true or false, or a list of these")
         );
         assert_eq!(
+            error("[configs.a]\n[configs.b]\n[kernels.x]\nvmcore = 'core'"),
+            "m.toml: --vmcore of x/a and of x/b is the same; below [kernels.NAME] or [configs.NAME] each can have its own"
+        );
+        assert_eq!(
+            lines_of(&given(&[], &[]), "").unwrap_err(),
+            "m.toml: no command: give one behind --, or command = [\"...\"]"
+        );
+        assert!(error("[configs.'../x']").starts_with("m.toml: '../x' is no name for a kernel or configuration: "));
+        assert_eq!(
             error("[configs.a]\nreport = 'x'"),
             "m.toml: a: 'report' is for all runs together: say it on the command line"
         );
@@ -555,6 +672,32 @@ rw = false
         let matches = exec.clone().try_get_matches_from(words).unwrap();
         let flags = given_flags(&exec, &matches);
         assert_eq!(command_line(flags), ["--log-level=off", "--rng=", "--share=a", "--share=b", "--verbose"]);
+    }
+
+    /// However much a run prints, its last lines are kept, and all of it only where that is wanted.
+    #[test]
+    fn a_flood_of_output() {
+        let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
+        let path = dir.as_path().join("log");
+        for file in [None, Some(path.clone())] {
+            let (reader, mut writer) = io::pipe().unwrap();
+            let mut log = Log::new(reader, file).unwrap();
+            assert_eq!(log.take().unwrap(), Some(0), "nothing yet");
+            let lines: Vec<String> = (1000..9000).map(|n| format!("line {n}\n")).collect();
+            for piece in lines.chunks(1000) {
+                writer.write_all(piece.concat().as_bytes()).unwrap();
+                assert_ne!(log.take().unwrap(), Some(0));
+            }
+            writer.write_all(b"the end").unwrap();
+            log.take_rest().unwrap();
+            let tail = log.tail();
+            assert!(tail.starts_with("line ") && tail.ends_with("line 8999\nthe end") && tail.len() <= SHOWN, "{tail}");
+            drop(writer);
+            assert_eq!(log.take().unwrap(), None);
+            if path.exists() {
+                assert_eq!(fs::read_to_string(&path).unwrap(), lines.concat() + "the end");
+            }
+        }
     }
 
     #[test]
