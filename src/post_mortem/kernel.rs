@@ -18,7 +18,9 @@ const CONTENT: &[u8] = b"OSRELEASE=";
 /// Bytes before the content.
 const HEADER_LEN: u64 = 24;
 /// The kernel has a page for the content; this is what is believed.
-const CONTENT_MAX: u32 = 64 << 10;
+const CONTENT_MAX: u32 = 8 << 10;
+/// How many pages that look like a note's are looked into: a program in the guest may fill its memory with such.
+const NOTES_MAX: usize = 4096;
 /// Pages that are searched: what a guest of 64 GiB has.
 const PAGES_MAX: u64 = 16 << 20;
 
@@ -37,15 +39,18 @@ impl<'a> Kernel<'a> {
     pub fn find(ram: &'a GuestRam) -> Option<Kernel<'a>> {
         let pieces = ram.boot_regions().flat_map(|region| ram.populated(region));
         let pages = pieces.flat_map(|(start, len)| (start..start + len).step_by(PAGE_SIZE as usize));
-        pages.take(PAGES_MAX as usize).find_map(|page| Self::at(ram, page))
+        let headers = pages.take(PAGES_MAX as usize).filter_map(|page| Some((page, Self::header_at(ram, page)?)));
+        headers.take(NOTES_MAX).find_map(|(page, len)| Self::at(ram, page, len))
     }
 
-    fn at(ram: &'a GuestRam, addr: u64) -> Option<Kernel<'a>> {
+    /// How long the content is of what has a note's header.
+    fn header_at(ram: &GuestRam, addr: u64) -> Option<u32> {
         let [name_len, len, _, name @ ..] = ram.read_obj::<[u32; 6]>(addr).ok()?.map(u32::from_le);
         let name_matches = name.iter().flat_map(|word| word.to_le_bytes()).eq(NAME.iter().copied());
-        if name_len != 11 || !name_matches || len > CONTENT_MAX {
-            return None;
-        }
+        (name_len == 11 && name_matches && len <= CONTENT_MAX).then_some(len)
+    }
+
+    fn at(ram: &'a GuestRam, addr: u64, len: u32) -> Option<Kernel<'a>> {
         let mut content = vec![0; len as usize];
         ram.read(addr + HEADER_LEN, &mut content).ok()?;
         let note = content.starts_with(CONTENT).then(|| String::from_utf8(content).ok())??;
@@ -178,6 +183,10 @@ mod tests {
         assert_eq!(kernel.number::<2>(IMAGE_MAP + 0x5678), Some(0x3344));
         assert_eq!(kernel.number::<8>(u64::MAX - 3), None);
         assert!(Kernel::find(&GuestRam::anonymous(16 << 20)).is_none());
+        // A guest full of notes is not searched to its end.
+        let ram = GuestRam::anonymous((NOTES_MAX as u64 + 1) * PAGE_SIZE);
+        (0..NOTES_MAX as u64).for_each(|page| put_note(&ram, page * PAGE_SIZE, "OSRELEASE=5\n"));
+        assert!(Kernel::find(&ram).is_none());
     }
 
     proptest! {
