@@ -94,14 +94,23 @@ pub fn eventfd() -> io::Result<EventFd> {
 pub struct Signals(OwnedFd);
 
 impl Signals {
-    /// Blocks `signals` for this thread and those it starts, and collects them here.
+    /// Blocks `signals` for this thread and those it starts, and collects them here; but those that are ignored, as
+    /// nohup and shells have it for what runs behind them, stay so. (The kernel would queue what is blocked all the same.)
     #[allow(unsafe_code)]
     pub fn new(signals: &[i32]) -> io::Result<Self> {
-        // SAFETY: the set is initialised by sigemptyset; the descriptor is checked before it is owned.
+        // SAFETY: the set is initialised by sigemptyset; an action is plain numbers, for which zeros are valid, and is only
+        // asked for; the descriptor is checked before it is owned.
         unsafe {
             let mut set = std::mem::zeroed();
             libc::sigemptyset(&mut set);
-            signals.iter().for_each(|signal| _ = libc::sigaddset(&mut set, *signal));
+            for signal in signals {
+                let mut action: libc::sigaction = std::mem::zeroed();
+                libc::sigaction(*signal, std::ptr::null(), &mut action);
+                // Children must be heard of, whatever the parent thought of its own.
+                if action.sa_sigaction != libc::SIG_IGN || *signal == libc::SIGCHLD {
+                    libc::sigaddset(&mut set, *signal);
+                }
+            }
             let errno = libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
             if errno != 0 {
                 return Err(io::Error::from_raw_os_error(errno));
@@ -243,5 +252,17 @@ mod tests {
         assert_eq!(events.take(), Some(GuestEvent::Reset("test")));
         assert_eq!(events.take(), None);
         assert_eq!(poller.wait(Some(Duration::ZERO)).unwrap().count(), 0);
+    }
+
+    #[test]
+    #[allow(unsafe_code)]
+    fn what_is_ignored_stays_so() {
+        let [ignored, heard] = [3, 4].map(|n| libc::SIGRTMIN() + n);
+        // SAFETY: nobody else here uses these two signals, and raise has no memory effects.
+        unsafe { libc::signal(ignored, libc::SIG_IGN) };
+        let signals = Signals::new(&[ignored, heard]).unwrap();
+        // SAFETY: see above.
+        unsafe { (libc::raise(ignored), libc::raise(heard)) };
+        assert_eq!((signals.take(), signals.take()), (Some(heard), None));
     }
 }
