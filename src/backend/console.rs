@@ -223,7 +223,7 @@ fn stream(name: &str, fd: RawFd, told: bool) -> Destination {
 }
 
 /// A descriptor of our own for reading: the standard library's handle has a buffer that would hide input from epoll.
-fn duplicate(fd: RawFd) -> io::Result<File> {
+pub fn duplicate(fd: RawFd) -> io::Result<File> {
     // SAFETY: dup gives a new descriptor, which is checked and then owned by the File alone.
     match unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) } {
         -1 => Err(io::Error::last_os_error()),

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::debug::{self, DebugArgs};
 use super::watch::WatchArgs;
-use super::{Failure, chain, say};
+use super::{Failure, say};
 use crate::config::MachineConfig;
 use crate::control::Controller;
 use crate::exec::Session;
@@ -74,7 +74,7 @@ pub(super) fn supervise(
                 return Ok(report.exit_code);
             }
             Err(failure) => {
-                files.write_failure(name, &chain(&*failure))?;
+                files.write_failure(name, &failure)?;
                 return Err(failure);
             }
         }

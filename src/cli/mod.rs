@@ -117,9 +117,14 @@ pub fn main(start: Instant) -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
             say(&format!("{}{}", chain(&*failure), remedy(&*failure)));
-            ExitCode::from(if failure.is::<Usage>() { EXIT_USAGE } else { EXIT_VIREO_FAILED })
+            ExitCode::from(exit_code(&failure))
         }
     }
+}
+
+/// What the process's exit status is when it failed.
+fn exit_code(failure: &Failure) -> u8 {
+    if failure.is::<Usage>() { EXIT_USAGE } else { EXIT_VIREO_FAILED }
 }
 
 /// `vireo exec` as clap knows it, with the flags that every command has.

@@ -2,14 +2,16 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::fd::RawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::Failure;
 use super::junit::{self, Case};
-use crate::outcome::{EXIT_VIREO_FAILED, Report};
+use super::{Failure, chain, exit_code};
+use crate::backend::console;
+use crate::outcome::Report;
 
 /// A file of the user's could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -50,15 +52,15 @@ impl Reports {
     }
 
     /// The same when vireo failed.
-    pub(super) fn write_failure(&self, name: &str, why: &str) -> Result<(), Failure> {
-        let (outcome, code) = ("failed", EXIT_VIREO_FAILED);
+    pub(super) fn write_failure(&self, name: &str, failure: &Failure) -> Result<(), Failure> {
+        let (outcome, code, why) = ("failed", exit_code(failure), chain(&**failure));
         self.write_json(&serde_json::json!({ "outcome": outcome, "detail": why, "exit_code": code }))?;
         self.write_junit(&[Case {
             name: name.into(),
             time: 0.0,
             code,
             outcome: outcome.into(),
-            detail: why.into(),
+            detail: why,
             log: String::new(),
             output: String::new(),
         }])
@@ -87,7 +89,13 @@ impl ReportFile {
     /// Fails if the report cannot be written: now rather than when the guest has run for an hour.
     fn new(path: &Path) -> Result<Self, FileError> {
         let fail = |e| FileError::Write(path.into(), e);
-        let mut report = ReportFile { path: path.into(), special: None };
+        if let Some(fd) = own_descriptor(path) {
+            return Ok(ReportFile { path: path.into(), special: Some(console::duplicate(fd).map_err(fail)?) });
+        }
+        // What a link leads to is replaced, not the link.
+        let link = fs::symlink_metadata(path).is_ok_and(|m| m.is_symlink() && !path.starts_with("/proc"));
+        let target = if link { fs::canonicalize(path).map_err(fail)? } else { path.into() };
+        let mut report = ReportFile { path: target, special: None };
         match fs::metadata(path) {
             Ok(m) if m.is_dir() => return Err(fail(io::ErrorKind::IsADirectory.into())),
             // What has no name has no place beside it, either.
@@ -120,10 +128,56 @@ impl ReportFile {
     }
 }
 
+/// Which of this process's open files a path means: written to where they stand, and not replaced.
+fn own_descriptor(path: &Path) -> Option<RawFd> {
+    match path.to_str()? {
+        "/dev/stdout" => Some(libc::STDOUT_FILENO),
+        "/dev/stderr" => Some(libc::STDERR_FILENO),
+        path => path.strip_prefix("/dev/fd/").or_else(|| path.strip_prefix("/proc/self/fd/"))?.parse().ok(),
+    }
+}
+
 /// Opens a FIFO or device without waiting for anybody, whom no signal would end.
 fn open_special(path: &Path) -> io::Result<File> {
-    File::options().write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map_err(|e| match e {
+    let file = File::options().write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
+    let file = file.map_err(|e| match e {
         e if e.raw_os_error() == Some(libc::ENXIO) => io::Error::other("nobody reads this FIFO"),
         e => e,
-    })
+    })?;
+    // Only the opening must not wait.
+    rustix::io::ioctl_fionbio(&file, false)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn a_link_stays_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, link) = (dir.path().join("target"), dir.path().join("link"));
+        fs::write(&target, "old").unwrap();
+        symlink(&target, &link).unwrap();
+        ReportFile::new(&link).unwrap().write("new").unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(fs::read_to_string(&target).unwrap(), "new");
+        fs::remove_file(&target).unwrap();
+        assert!(ReportFile::new(&link).is_err(), "it leads nowhere");
+    }
+
+    #[test]
+    fn open_files_are_written_to_where_they_stand() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("stdout");
+        let mut stdout = File::create(&path).unwrap();
+        stdout.write_all(b"before\n").unwrap();
+        let name = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&stdout));
+        ReportFile::new(name.as_ref()).unwrap().write("report\n").unwrap();
+        stdout.write_all(b"after\n").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "before\nreport\nafter\n");
+        assert_eq!(own_descriptor("/dev/stdout".as_ref()), Some(1));
+        assert_eq!(own_descriptor("/dev/shm/report".as_ref()), None);
+    }
 }

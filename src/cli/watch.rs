@@ -97,6 +97,11 @@ impl WatchArgs {
         self.retry_on_hang.saturating_add(1)
     }
 
+    /// Whether somebody wants to know what the kernel says on its console.
+    pub fn reads_console(&self) -> bool {
+        self.console_log.is_some() || !self.expect.is_empty() || !self.fail_on.is_empty()
+    }
+
     /// Whether vireo says nothing of its own.
     pub fn quiet(&self) -> bool {
         self.quiet
@@ -135,8 +140,8 @@ impl Files {
     }
 
     /// The same when vireo failed.
-    pub fn write_failure(&self, name: &str, why: &str) -> Result<(), Failure> {
-        self.reports.write_failure(name, why)
+    pub fn write_failure(&self, name: &str, failure: &Failure) -> Result<(), Failure> {
+        self.reports.write_failure(name, failure)
     }
 }
 
