@@ -4,13 +4,13 @@
 //! It reads along in the thread that writes the console's output, so a guest waits for it no more than for the output
 //! itself.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use regex_lite::Regex;
 
@@ -21,6 +21,8 @@ use crate::event::{GuestEvent, GuestEvents};
 pub const LINES: usize = 50;
 /// Bytes of a line beyond which it counts as two.
 const LINE_MAX: usize = 4096;
+/// A line that for so long nothing was added to waits for somebody, like a prompt: it is judged as it is.
+const PROMPT: Duration = Duration::from_secs(1);
 
 /// A regular expression that a line of the console may match.
 #[derive(Clone)]
@@ -71,13 +73,17 @@ struct State {
     patterns: Patterns,
     verdict: Option<Verdict>,
     events: Option<GuestEvents>,
+    /// How each console's last line begins, and since when it has stood so; those that were not judged yet.
+    unfinished: BTreeMap<usize, (String, Instant)>,
+    readers: usize,
 }
 
 impl Transcript {
     /// Times count from `start`; every line goes to `log`, too.
     pub fn new(start: Instant, log: Option<File>, patterns: Patterns) -> Self {
-        let last = VecDeque::with_capacity(LINES);
-        Transcript(Arc::new(Mutex::new(State { start, last, log, patterns, verdict: None, events: None })))
+        let (last, unfinished) = (VecDeque::with_capacity(LINES), BTreeMap::new());
+        let state = State { start, last, log, patterns, verdict: None, events: None, unfinished, readers: 0 };
+        Transcript(Arc::new(Mutex::new(state)))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -95,7 +101,10 @@ impl Transcript {
             Some(Destination { name, writer, eager, told }) => (name, eager, told, Some(writer)),
             None => ("the console".into(), false, false, None),
         };
-        let reader = Reader { transcript: self.clone(), line: Vec::new(), inner };
+        let mut state = self.lock();
+        state.readers += 1;
+        let reader = Reader { transcript: self.clone(), id: state.readers, line: Vec::new(), inner, told };
+        drop(state);
         Destination { name, writer: Box::new(reader), eager, told }
     }
 
@@ -109,21 +118,70 @@ impl Transcript {
         !self.lock().patterns.expect.is_empty()
     }
 
+    /// Judges lines that have stood unfinished for a second; to be called now and then.
+    pub fn look(&self, now: Instant) {
+        let mut state = self.lock();
+        let waits = |line: &(String, Instant)| now.saturating_duration_since(line.1) >= PROMPT;
+        if state.unfinished.values().any(waits) {
+            let (waiting, moving) =
+                std::mem::take(&mut state.unfinished).into_iter().partition(|(_, line)| waits(line));
+            state.unfinished = moving;
+            let waiting: BTreeMap<_, _> = waiting;
+            waiting.values().for_each(|(line, _)| state.judge(line));
+        }
+    }
+
     /// The first pattern that was seen.
     pub fn verdict(&self) -> Option<Verdict> {
         self.lock().verdict.clone()
     }
 }
 
+impl State {
+    /// Whether a pattern is in the line.
+    fn judge(&mut self, line: &str) {
+        if self.verdict.is_some() {
+            return;
+        }
+        let Patterns { expect, fail_on } = &self.patterns;
+        let all = fail_on.iter().map(|pattern| (false, pattern)).chain(expect.iter().map(|pattern| (true, pattern)));
+        let found = all.into_iter().find(|(_, pattern)| pattern.0.is_match(line));
+        if let Some((good, pattern)) = found {
+            // It will be part of a sentence.
+            let line = line.chars().filter(|c| !c.is_control()).collect();
+            self.verdict = Some(Verdict { good, pattern: pattern.to_string(), line });
+            self.events.iter().for_each(|events| events.post(GuestEvent::Judged));
+        }
+    }
+}
+
 struct Reader {
     transcript: Transcript,
+    /// Which of the consoles it reads.
+    id: usize,
     line: Vec<u8>,
     inner: Option<Box<dyn Write + Send>>,
+    /// See [`Destination::told`].
+    told: bool,
 }
 
 impl Write for Reader {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let n = self.inner.as_mut().map_or(Ok(bytes.len()), |inner| inner.write(bytes))?;
+        let n = match self.inner.as_mut().map(|inner| inner.write(bytes)) {
+            None => bytes.len(),
+            Some(Ok(n)) if n > 0 => n,
+            Some(Err(e)) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
+                return Err(e);
+            }
+            // Whoever only reads along goes on.
+            Some(result) => {
+                let error = result.err().unwrap_or_else(|| io::ErrorKind::WriteZero.into());
+                let level = if self.told { log::Level::Debug } else { log::Level::Warn };
+                log::log!(level, "cannot write console output ({error}); it is thrown away from here on");
+                self.inner = None;
+                bytes.len()
+            }
+        };
         for byte in bytes.iter().take(n) {
             if *byte == b'\n' || self.line.len() >= LINE_MAX {
                 self.end_line();
@@ -132,6 +190,7 @@ impl Write for Reader {
                 self.line.push(*byte);
             }
         }
+        self.note_unfinished();
         Ok(n)
     }
 
@@ -141,6 +200,19 @@ impl Write for Reader {
 }
 
 impl Reader {
+    /// For [`Transcript::look`], if anything is looked for.
+    fn note_unfinished(&self) {
+        let mut state = self.transcript.lock();
+        if state.verdict.is_some() || state.patterns.expect.is_empty() && state.patterns.fail_on.is_empty() {
+            return;
+        }
+        state.unfinished.remove(&self.id);
+        if !self.line.is_empty() {
+            let line = String::from_utf8_lossy(&self.line).into_owned();
+            state.unfinished.insert(self.id, (line, Instant::now()));
+        }
+    }
+
     fn end_line(&mut self) {
         let line = String::from_utf8_lossy(&self.line).into_owned();
         self.line.clear();
@@ -150,18 +222,7 @@ impl Reader {
             log::warn!("cannot write the console's log ({e}); it ends here");
             state.log = None;
         }
-        if state.verdict.is_none() {
-            let Patterns { expect, fail_on } = &state.patterns;
-            let all =
-                fail_on.iter().map(|pattern| (false, pattern)).chain(expect.iter().map(|pattern| (true, pattern)));
-            let found = all.into_iter().find(|(_, pattern)| pattern.0.is_match(&line));
-            if let Some((good, pattern)) = found {
-                // It will be part of a sentence.
-                let line = line.chars().filter(|c| !c.is_control()).collect();
-                state.verdict = Some(Verdict { good, pattern: pattern.to_string(), line });
-                state.events.iter().for_each(|events| events.post(GuestEvent::Judged));
-            }
-        }
+        state.judge(&line);
         if state.last.len() == LINES {
             state.last.pop_front();
         }
@@ -226,5 +287,29 @@ mod tests {
         let verdict = Verdict { good: true, pattern: "^ok \\d+$".into(), line: "ok 12".into() };
         assert_eq!(transcript.verdict(), Some(verdict));
         assert!("(".parse::<Pattern>().is_err());
+    }
+
+    #[test]
+    fn a_prompt_waits_for_somebody() {
+        let transcript = Transcript::new(Instant::now(), None, patterns(&["^ok \\d+$", "login: $"], &[]));
+        let mut destination = transcript.destination(None);
+        destination.writer.write_all(b"ok 1").unwrap();
+        transcript.look(Instant::now());
+        assert_eq!(transcript.verdict(), None, "it may become ok 12 of 20");
+        destination.writer.write_all(b" of 2\nhost login: ").unwrap();
+        transcript.look(Instant::now() + PROMPT);
+        assert_eq!(transcript.verdict().map(|verdict| verdict.line).as_deref(), Some("host login: "));
+    }
+
+    #[test]
+    fn it_reads_on_when_nobody_else_does() {
+        let transcript = Transcript::new(Instant::now(), None, patterns(&[], &["BUG"]));
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        let inner = Destination { name: "x".into(), writer: Box::new(writer), eager: true, told: true };
+        let mut destination = transcript.destination(Some(inner));
+        destination.writer.write_all(b"one\nBUG: two\n").unwrap();
+        assert_eq!(transcript.last_lines(), ["one", "BUG: two"]);
+        assert!(transcript.verdict().is_some());
     }
 }
