@@ -17,7 +17,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -45,7 +45,7 @@ const MODULES: [&str; 2] = ["virtio_mmio", "virtio_console"];
 /// File systems that a disk may have.
 const DISK_MODULES: [&str; 6] = ["ext4", "xfs", "btrfs", "squashfs", "erofs", "crc32c_generic"];
 /// What the kernel is told; the command line of the user follows.
-const CMDLINE: &str = "console=ttyS0 quiet reboot=t";
+const CMDLINE: &str = "console=ttyS0 reboot=t";
 /// A guest is there for its command; its init says why if it cannot be.
 pub const ERRAND: Errand = Errand { log_name: LOG_NAME };
 /// Where distributions keep their kernels.
@@ -118,6 +118,8 @@ pub struct Command {
     pub folders: Vec<Folder>,
     /// Where the kernel's modules are.
     pub modules: Option<PathBuf>,
+    /// Somebody reads the kernel's console, or waits for a line of it: without that it says less, and boots sooner.
+    pub watched: bool,
 }
 
 /// A command cannot be run.
@@ -166,6 +168,15 @@ pub struct Session {
     /// The port's other end, and the request, until the machine has its own copies.
     _held: Vec<OwnedFd>,
     terminal: bool,
+    /// For the sentence when it does not start.
+    place: Place,
+}
+
+/// Where a command starts.
+struct Place {
+    cwd: PathBuf,
+    /// We see the same files.
+    ours: bool,
 }
 
 impl Command {
@@ -181,10 +192,11 @@ impl Command {
             config.shares.push(FsConfig { path: folder.host.clone(), tag: Some(tag), readonly, ..FsConfig::default() });
         }
         let modules = self.show_modules(config, &mut mounts);
+        let place = Place { cwd: self.start(), ours: self.root == RootFrom::Path("/".into()) };
         let request = Request {
             command: self.words.iter().map(|word| word.as_os_str().into()).collect(),
             env: self.environment(streams.terminal.is_some()),
-            cwd: self.start().as_os_str().into(),
+            cwd: place.cwd.as_os_str().into(),
             cwd_given: self.cwd.is_some(),
             terminal: streams.terminal,
             merged: streams.merged,
@@ -201,15 +213,17 @@ impl Command {
             (STDOUT, ConsoleEnd::Stdout),
             (STDERR, ConsoleEnd::Stderr),
         ];
-        let wanted = ends.len() - usize::from(streams.terminal.is_some() || streams.merged);
+        let wanted = ends.len() - usize::from(streams.merged);
         let port = |(name, to): (&str, _)| PortConfig { name: name.into(), to, from: None };
         config.console_ports.extend(ends.into_iter().take(wanted).map(port));
         if config.serial == ConsoleEnd::Stdio {
             config.serial = ConsoleEnd::Null;
         }
-        config.boot.cmdline = format!("{CMDLINE} {}", config.boot.cmdline).trim_end().to_string();
+        let quiet = if self.watched { "" } else { " quiet" };
+        config.boot.cmdline = format!("{CMDLINE}{quiet} {}", config.boot.cmdline).trim_end().to_string();
         self.pack(config, &request);
-        Ok(Session { control, _held: vec![theirs.into(), request.into()], terminal: streams.terminal.is_some() })
+        let (held, terminal) = (vec![theirs.into(), request.into()], streams.terminal.is_some());
+        Ok(Session { control, _held: held, terminal, place })
     }
 
     /// Where the command starts: where we are, if the guest sees the same files.
@@ -329,7 +343,9 @@ impl Streams {
         let place = |fd: io::Result<rustix::fs::Stat>| fd.ok().map(|stat| (stat.st_dev, stat.st_ino));
         let (out, err) = (rustix::fs::fstat(io::stdout()), rustix::fs::fstat(io::stderr()));
         let (out, err) = (place(out.map_err(Into::into)), place(err.map_err(Into::into)));
-        Streams { terminal, merged: out.is_some() && out == err }
+        // A terminal has several names.
+        let on_terminal = terminal.is_some() && terminal::is_terminal(libc::STDERR_FILENO);
+        Streams { terminal, merged: on_terminal || out.is_some() && out == err }
     }
 }
 
@@ -382,13 +398,14 @@ impl Session {
         let started = Arc::new(AtomicBool::new(false));
         let orders = Orders { control: Arc::new(Mutex::new(self.control)), started: started.clone() };
         let name = words.first().map_or("a shell".into(), |word| word.to_string_lossy().into_owned());
-        let hear = move || hear(reports, &started, &machine, &name);
+        let place = self.place;
+        let hear = move || hear(reports, &started, &machine, &name, &place);
         thread::Builder::new().name("reports".into()).stack_size(128 << 10).spawn(hear).map_err(failed)?;
         Ok(orders)
     }
 }
 
-fn hear(mut reports: BufReader<UnixStream>, started: &AtomicBool, machine: &Controller, name: &str) {
+fn hear(mut reports: BufReader<UnixStream>, started: &AtomicBool, machine: &Controller, name: &str, place: &Place) {
     let mut line = String::new();
     // A line that is too long, or no report, ends the talk: then the guest is judged by how it ends.
     while reports.by_ref().take(LINE_MAX as u64).read_line(&mut line).is_ok_and(|len| len > 0) {
@@ -405,19 +422,26 @@ fn hear(mut reports: BufReader<UnixStream>, started: &AtomicBool, machine: &Cont
             Report::NotReady(why) => {
                 Outcome::NotReady(format!("the guest could not be made ready: {}", printable(&why)))
             }
-            Report::NotStarted(errno) => not_started(errno, name),
+            Report::NotStarted(errno) => not_started(errno, name, place),
+            Report::NoCwd(errno) => {
+                let error = io::Error::from_raw_os_error(errno);
+                Outcome::NotStarted(126, format!("cannot start in {} in the guest: {error}", place.cwd.display()))
+            }
         };
         return machine.stop(outcome);
     }
 }
 
 /// As shells have it: 127 for what is not there, 126 for what is but cannot be run.
-fn not_started(errno: i32, name: &str) -> Outcome {
+fn not_started(errno: i32, name: &str, place: &Place) -> Outcome {
     let code = if errno == libc::ENOENT { 127 } else { 126 };
+    let is_there = || place.ours && !name.is_empty() && place.cwd.join(name).exists();
     let hint = match errno {
-        libc::ENOEXEC => " (another architecture, or a script without #!)",
-        libc::ENOENT if Path::new(name).exists() => " (the interpreter or loader that it names is not in the guest)",
-        _ => "",
+        libc::ENOEXEC => " (another architecture, or a script without #!)".into(),
+        libc::ENOENT if !is_there() => String::new(),
+        libc::ENOENT if name.contains('/') => " (the interpreter or loader that it names is not in the guest)".into(),
+        libc::ENOENT => format!(" (it is not in PATH; there is a ./{name})"),
+        _ => String::new(),
     };
     let error = io::Error::from_raw_os_error(errno);
     let name = if name.is_empty() { "''" } else { name };
@@ -455,19 +479,29 @@ mod tests {
 
     #[test]
     fn what_could_not_be_started_has_the_codes_of_shells() {
-        let Outcome::NotStarted(code, text) = not_started(libc::ENOENT, "nosuch") else { panic!() };
-        assert_eq!(
-            (code, text.as_str()),
-            (127, "cannot run nosuch in the guest: No such file or directory (os error 2)")
-        );
-        assert!(matches!(not_started(libc::EACCES, "x"), Outcome::NotStarted(126, _)));
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("script"), "").unwrap();
+        let mut place = Place { cwd: dir.path().into(), ours: true };
+        let missing = |name: &str, place: &Place| match not_started(libc::ENOENT, name, place) {
+            Outcome::NotStarted(127, text) => text,
+            outcome => panic!("{outcome:?}"),
+        };
+        let plain = "No such file or directory (os error 2)";
+        assert_eq!(missing("nosuch", &place), format!("cannot run nosuch in the guest: {plain}"));
+        let there = missing("script", &place);
+        assert_eq!(there, format!("cannot run script in the guest: {plain} (it is not in PATH; there is a ./script)"));
+        assert!(missing("./script", &place).ends_with("names is not in the guest)"));
+        place.ours = false;
+        assert_eq!(missing("./script", &place), format!("cannot run ./script in the guest: {plain}"));
+        assert!(matches!(not_started(libc::EACCES, "x", &place), Outcome::NotStarted(126, _)));
     }
 
     #[test]
     fn reports_stop_the_machine() {
         let mailbox = crate::machine::mailbox::Mailbox::new().unwrap();
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let session = Session { control: ours, _held: Vec::new(), terminal: false };
+        let session =
+            Session { control: ours, _held: Vec::new(), terminal: false, place: Place { cwd: "/".into(), ours: true } };
         let orders = session.listen(Controller::new(mailbox.clone()), &["true".into()]).unwrap();
         assert!(!orders.signal(libc::SIGTERM), "nobody is there to get it yet");
         theirs.write_all(b"\"started\"\n{\"exited\":3}\n").unwrap();

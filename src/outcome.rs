@@ -55,6 +55,8 @@ pub enum Outcome {
     NotReady(String),
     /// `exec`: the guest was gone before the command's end.
     Lost(&'static str),
+    /// `exec`: what the command wrote did not all reach its place on the host, for the reason in the text.
+    OutputLost(String),
     /// gdb's `kill`.
     KilledByDebugger,
 }
@@ -70,7 +72,7 @@ impl Outcome {
             Outcome::Hung(_) => 72,
             Outcome::Refused(_) | Outcome::Missed(_) => EXIT_UNEXPECTED,
             Outcome::TimedOut(_) => 124,
-            Outcome::NotReady(_) => EXIT_VIREO_FAILED,
+            Outcome::NotReady(_) | Outcome::OutputLost(_) => EXIT_VIREO_FAILED,
             Outcome::DebugExit(code) | Outcome::Exited(code) | Outcome::NotStarted(code, _) => *code,
             Outcome::KilledByDebugger => 128 + libc::SIGKILL as u8,
             Outcome::Killed(signal) | Outcome::Signalled(signal) => {
@@ -100,6 +102,7 @@ impl Outcome {
             Outcome::NotStarted(..) => "not-started",
             Outcome::NotReady(_) => "not-ready",
             Outcome::Lost(_) => "lost",
+            Outcome::OutputLost(_) => "output-lost",
         }
     }
 
@@ -138,7 +141,7 @@ impl Outcome {
             Outcome::Signalled(signal) => {
                 format!("the command was killed by signal {signal} ({})", signal_name(*signal))
             }
-            Outcome::NotStarted(_, why) | Outcome::NotReady(why) => why.clone(),
+            Outcome::NotStarted(_, why) | Outcome::NotReady(why) | Outcome::OutputLost(why) => why.clone(),
             Outcome::Lost(word) => format!("the guest ended ({word}) before the command did"),
         }
     }
@@ -355,6 +358,7 @@ mod tests {
             (Outcome::NotStarted(127, "x".into()), 127),
             (Outcome::NotReady("x".into()), 125),
             (Outcome::Lost("rebooted"), 71),
+            (Outcome::OutputLost("x".into()), 125),
             (Outcome::KilledByDebugger, 137),
         ];
         for (outcome, code) in codes {

@@ -106,6 +106,18 @@ fn however_it_ends() {
     assert!(gone.expect(71, "lost").stderr.ends_with("before the command did\n"));
 }
 
+/// What the kernel says on its console counts beside the command's code.
+#[test]
+fn the_console_is_watched() {
+    let run = |flags: &[&str], script: &str| Run::exec(&["sh", "-c", script]).args(flags).run_to_end();
+    let refused = run(&["--fail-on", "^.*made (up|in)"], "echo '<6>made up' >/dev/kmsg").expect(73, "refused");
+    assert!(refused.stderr.ends_with("made up\n"), "{refused}");
+    let missed = run(&["--expect", "never"], "true").expect(73, "missed");
+    assert!(missed.stderr.contains("the guest ended (exited) before the console showed"), "{missed}");
+    let killed = run(&["--expect", "made up"], "echo '<6>made up' >/dev/kmsg; sleep 1000").expect(0, "expected");
+    assert_eq!(killed.stdout, "");
+}
+
 /// On a terminal: a shell with job control, the window's size, Ctrl-C for what runs in the foreground.
 #[test]
 fn a_shell_on_a_terminal() {
@@ -123,6 +135,14 @@ fn a_shell_on_a_terminal() {
     guest.wait_for("alive-42");
     guest.send(b"exit 5\n");
     assert_eq!(guest.end().code(), 5);
+
+    // Errors that lead elsewhere are not mixed in.
+    let run = Run::exec(&["sh", "-c", "tty; echo err >&2; exit 6"]);
+    let errors = run.path("errors");
+    let guest =
+        run.through(&format!("\"$@\" 2>{errors}; echo \"$? and $(cat {errors})\"")).start_on_terminal(on_terminal);
+    guest.wait_for("6 and err");
+    assert!(guest.end().stdout.starts_with("/dev/pts/"));
 }
 
 /// Other roots: nothing but a busybox, with a network; an image of a file system, which keeps what is written only if it
@@ -156,7 +176,8 @@ fn a_matrix() {
     let kept = crate::common::scratch();
     let (file, junit) = (run.path("matrix.toml"), kept.path().join("junit.xml").display().to_string());
     fs::write(&file, "jobs = 2\n[configs.one]\n[configs.two]\ncpus = 2\n").unwrap();
-    let ended = run.args(&["--matrix", &file, "--junit", &junit]).run_to_end();
+    let output = kept.path().join("output").display().to_string();
+    let ended = run.args(&["--matrix", &file, "--junit", &junit, "--output-dir", &output]).run_to_end();
     assert_eq!(ended.code(), 1, "{ended}");
     let lines: Vec<Vec<&str>> = ended.stdout.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(lines[0], ["RUN", "RESULT", "CODE", "TIME"], "{ended}");
@@ -165,6 +186,9 @@ fn a_matrix() {
     assert_eq!(ended.report["exit_code"], 1);
     assert_eq!(ended.report["runs"][0]["report"]["outcome"], "exited", "{ended}");
     let junit = fs::read_to_string(&junit).unwrap();
+    for file in ["one.log", "one.json", "two.log", "two.json"] {
+        assert!(kept.path().join("output").join(file).exists(), "{file}: {ended}");
+    }
     for part in ["tests=\"2\" failures=\"1\"", "<system-out>1\n</system-out>", "message=\"the command exited with 1\""]
     {
         assert!(junit.contains(part), "{junit}");

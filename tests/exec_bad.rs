@@ -2,7 +2,7 @@
 //! code and one sentence, and nothing remains.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 
 use crate::common::{Ended, Run, image, repo, scratch};
 
@@ -56,6 +56,47 @@ fn kernels_that_panic_or_have_no_drivers() {
     for part in ["no driver for virtio consoles", "cannot load the module /lib/modules/", "made for another kernel"] {
         assert!(sentence(&ended).contains(part), "{ended}");
     }
+}
+
+/// A kernel that waits for a root for ever and never comes to its init; a program for another machine; a place to start in
+/// that is not there.
+#[test]
+fn what_never_starts() {
+    let append = ["--append", "rdinit=/nosuch root=/dev/nosuch rootwait", "--hang-timeout", "5s"];
+    let ended = Run::exec(&["true"]).args(&append).run_to_end().expect(72, "hung");
+    assert_eq!(sentence(&ended), "the guest hung: no output and no work for 5s");
+
+    // The start of a program for ARM: as much of it as a kernel looks at.
+    let run = Run::exec(&[]);
+    let (program, mut elf) = (run.path("arm"), [0; 120]);
+    elf[..20].copy_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\xb7\0");
+    fs::write(&program, elf).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let ended = run.args(&["--", &program]).run_to_end().expect(126, "not-started");
+    let told = format!("cannot run {program} in the guest: Exec format error (os error 8) (another architecture, or ");
+    assert!(sentence(&ended).starts_with(&told), "{ended}");
+
+    let ended = Run::exec(&["true"]).args(&["--cwd", "/nosuch"]).run_to_end().expect(126, "not-started");
+    assert_eq!(ended.stderr, "vireo: cannot start in /nosuch in the guest: No such file or directory (os error 2)\n");
+}
+
+/// A folder of a hundred thousand files, which somebody else takes away while they are listed.
+#[test]
+fn a_folder_with_very_many_files_that_go() {
+    let script = r#"
+dir=$(mktemp -d /tmp/many.XXXXXX) && cd "$dir" || exit
+trap 'cd /; rm -rf "$dir"' EXIT
+mkdir files control
+(cd files && seq 100000 | xargs touch)
+(until [ -e control/listed ]; do sleep 0.1; done; rm -rf files; touch control/removed) &
+"$@" --share files:/files --share control:/control:rw -- sh -c '
+    ls /files | wc -l
+    touch /control/listed
+    until [ -e /control/removed ]; do ls -l /files >/dev/null 2>&1; done
+    cat /files/1 2>&1
+    exit 3'"#;
+    let ended = Run::exec(&[]).args(&["--cwd", "/"]).through(script).run_to_end().expect(3, "exited");
+    assert_eq!(ended.stdout, "100000\ncat: /files/1: No such file or directory\n", "{ended}");
 }
 
 /// A command that fills all file systems and the memory gets errors and signals, and the guest's init lives on; it does
@@ -116,6 +157,16 @@ fn streams_that_are_closed() {
     let gone = Run::exec(&["yes"]).through("\"$@\" </dev/null | head -n 1; exit ${PIPESTATUS[0]}").run_to_end();
     let gone = gone.expect(141, "signalled");
     assert_eq!((gone.stdout.as_str(), gone.stderr.as_str()), ("y\n", ""), "{gone}");
+
+    // What a command leaves behind keeps nobody waiting, however much it has to say.
+    let left = Run::exec(&["sh", "-c", "echo first; yes & exit 3"]).run_to_end().expect(3, "exited");
+    assert!(left.stdout.starts_with("first\n"), "{left}");
+
+    // A full disk is not the command's fault, whatever became of it.
+    let full = Run::exec(&["sh", "-c", "echo err >&2; seq 1000000"]).through("\"$@\" >/dev/full");
+    let full = full.run_to_end().expect(125, "output-lost");
+    let why = "vireo: cannot write the command's output to stdout: No space left on device (os error 28)";
+    assert_eq!(full.stderr, format!("err\n{why}\n"));
 }
 
 /// Of a vireo that is killed nothing remains: no file, no socket, no process.
@@ -127,16 +178,25 @@ trap 'cd /; rm -rf "$dir"' EXIT
 mkdir run
 export XDG_RUNTIME_DIR=$dir/run TMPDIR=$dir/run
 count() { ls -A /tmp /dev/shm /run run "$XDG_CACHE_HOME/vireo"; grep -c '[^:]$' /proc/net/unix; pgrep -c 'vireo|exe|passt'; }
-touch before after out
+touch before after
 "$@" --share . --cwd / -- true || exit
+touch ready
 count >before
-"$@" --share . -- sh -c 'echo ready; sleep 1000' >out & pid=$!
-for n in $(seq 1200); do grep -q ready out && break; sleep 0.1; done
+rm ready
+"$@" --share .:rw -- sh -c 'touch ready; sleep 1000' & pid=$!
+for n in $(seq 1200); do [ -e ready ] && break; sleep 0.1; done
 kill -9 $pid
 wait $pid
 echo "status: $?"
 for n in $(seq 100); do count >after; cmp -s before after && break; sleep 0.1; done
 diff before after && echo "nothing remains""#;
-    let ended = Run::exec(&[]).args(&["--net", "user"]).through(script).run_to_end();
-    assert!(ended.code() == 0 && ended.stdout.ends_with("status: 137\nnothing remains\n"), "{ended}");
+    let ends = |run: Run| {
+        let ended = run.args(&["--net", "user"]).through(script).run_to_end();
+        assert!(ended.code() == 0 && ended.stdout.ends_with("status: 137\nnothing remains\n"), "{ended}");
+    };
+    ends(Run::exec(&[]));
+    let matrix = Run::exec(&[]);
+    let file = matrix.path("matrix.toml");
+    fs::write(&file, "jobs = 1\n").unwrap();
+    ends(matrix.args(&["--matrix", &file]));
 }

@@ -27,7 +27,8 @@ pub struct Destination {
     pub writer: Box<dyn Write + Send>,
     /// Somebody watches: write each byte as it comes, not line by line.
     pub eager: bool,
-    /// Whoever writes in the guest is told when the reader has gone ([`Output::has_failed`]); nobody else need be.
+    /// Whoever writes in the guest is told when nobody takes it any more ([`Output::has_failed`]), and whoever waits for
+    /// the guest's end hears why ([`Output::lost`]); nobody else need be.
     pub told: bool,
 }
 
@@ -59,6 +60,8 @@ struct State {
     broken: bool,
     /// It is broken because it failed, not because it leads nowhere.
     failed: bool,
+    /// Why, if it was no reader that went and somebody wanted what came ([`Destination::told`]).
+    lost: Option<String>,
     /// The thread sleeps and must be woken.
     idle: bool,
     /// [`Output::has_room`] said no.
@@ -145,6 +148,11 @@ impl Output {
         self.lock().failed
     }
 
+    /// Why output did not reach whoever wanted it, if that was the host's fault: a sentence.
+    pub fn lost(&self) -> Option<String> {
+        self.lock().lost.clone()
+    }
+
     /// Whether the buffer is over its limit.
     pub fn is_full(&self) -> bool {
         self.lock().pending() > LIMIT
@@ -225,15 +233,14 @@ impl Output {
             state.in_flight = chunk.len();
             drop(state);
             if let Err(e) = write_all(&mut *destination.writer, &chunk) {
-                let level = match e.kind() {
-                    io::ErrorKind::BrokenPipe if destination.told => log::Level::Debug,
-                    _ => log::Level::Warn,
-                };
-                let name = destination.name;
+                let Destination { name, told, .. } = destination;
+                let level = if told { log::Level::Debug } else { log::Level::Warn };
                 log::log!(level, "{name}: cannot write console output ({e}); it is thrown away from here on");
+                let lost = told && e.kind() != io::ErrorKind::BrokenPipe;
+                let lost = lost.then(|| format!("cannot write the command's output to {name}: {e}"));
                 let mut state = self.lock();
                 let State { closing, room_wanted, pushed, .. } = *state;
-                *state = State { broken: true, failed: true, closing, room_wanted, pushed, ..State::default() };
+                *state = State { broken: true, failed: true, lost, closing, room_wanted, pushed, ..State::default() };
                 self.tell_room(&mut state);
                 if state.closing {
                     let _ = self.0.done.write(1);
@@ -357,13 +364,25 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_is_no_reason_to_hang() {
-        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-        let output =
-            Output::new(Destination { name: "/dev/full".into(), writer: Box::new(full), eager: false, told: false })
-                .unwrap();
-        output.push(b"lost");
+    fn a_full_disk_is_no_reason_to_hang_but_may_be_one_to_fail() {
+        for told in [false, true] {
+            let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+            let output = Output::new(Destination { name: "here".into(), writer: Box::new(full), eager: false, told });
+            let output = output.unwrap();
+            assert_eq!(output.lost(), None);
+            output.push(b"lost");
+            output.close();
+            assert!(done_within(&output, Duration::from_secs(10)));
+            let why = "cannot write the command's output to here: No space left on device (os error 28)";
+            assert_eq!(output.lost().as_deref(), told.then_some(why));
+        }
+        let (reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
+        drop(reader);
+        let gone = Destination { name: "here".into(), writer: Box::new(writer), eager: true, told: true };
+        let output = Output::new(gone).unwrap();
+        output.push(b"for nobody");
         output.close();
         assert!(done_within(&output, Duration::from_secs(10)));
+        assert_eq!((output.has_failed(), output.lost()), (true, None));
     }
 }

@@ -109,6 +109,7 @@ impl ExecArgs {
             writable: self.rw,
             folders: self.share.clone(),
             modules: self.modules.clone(),
+            watched: self.verbose || self.watch.reads_console(),
         }
     }
 }
@@ -129,10 +130,9 @@ pub fn run(args: ExecArgs, start: Instant) -> Result<u8, Failure> {
         };
         return matrix::run(&given, &exec);
     }
-    let described = args.machine()?;
     let command = args.command();
     let prepare = || -> Result<_, Failure> {
-        let mut config = described.clone();
+        let mut config = args.machine()?;
         let session = command.prepare(&mut config)?;
         args.debug.settle(&mut config);
         config.validate().map_err(usage)?;
@@ -148,10 +148,15 @@ pub fn run(args: ExecArgs, start: Instant) -> Result<u8, Failure> {
             RunOptions { signals: Some(signals), cooked: !session.terminal(), errand: Some(exec::ERRAND), ..options };
         boot(config, options, start, &args.debug, Some((session, &args.command)))
     };
-    let own = |outcome: &Outcome| matches!(outcome, Outcome::Exited(_) | Outcome::Signalled(_));
     supervise(&args.watch, &command.title(), start, attempt, |ended| {
-        if !own(&ended.outcome) {
+        if !is_known(&ended.outcome) {
             args.watch.tell(ended);
         }
     })
+}
+
+/// What whoever started the command need not be told: its own end; as by shells, that somebody interrupted it or that
+/// nobody read its output.
+fn is_known(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::Exited(_) | Outcome::Signalled(libc::SIGINT | libc::SIGPIPE))
 }

@@ -17,7 +17,7 @@ use std::thread::{self, JoinHandle};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::pipe::{SpliceFlags, splice};
+use rustix::pipe::{SpliceFlags, fcntl_getpipe_size, splice};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, wait};
 use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
@@ -28,14 +28,21 @@ use super::{Error, Result, cannot};
 
 /// Bytes that are moved at once.
 const PIECE: usize = 64 << 10;
+/// A terminal holds less than this.
+const TERMINAL_HOLDS: usize = 128 << 10;
 /// What is looked for when no command was given.
 const SHELLS: [&str; 2] = ["/bin/bash", "/bin/sh"];
 
 /// Runs the command to its end.
 pub(super) fn run(request: &Request, control: &mut Control) -> Result<Report> {
-    let mut command = command(request)?;
+    let cwd = match cwd(request) {
+        Ok(cwd) => cwd,
+        Err(e) => return Ok(Report::NoCwd(e.raw_os_error().unwrap_or(libc::EIO))),
+    };
+    let mut command = command(request);
+    command.current_dir(cwd);
     let mut streams = match request.terminal {
-        Some(size) => Streams::terminal(&mut command, size)?,
+        Some(size) => Streams::terminal(&mut command, size, request.merged)?,
         None => Streams::pipes(&mut command, request.merged)?,
     };
     let child = match command.spawn() {
@@ -67,7 +74,17 @@ pub(super) fn run(request: &Request, control: &mut Control) -> Result<Report> {
     Ok(report)
 }
 
-fn command(request: &Request) -> Result<Command> {
+/// Where it starts. Our own place, which the guest need not have, is not worth a failure that would look like the command's.
+fn cwd(request: &Request) -> io::Result<OsString> {
+    let cwd: OsString = request.cwd.clone().into();
+    match std::fs::read_dir(&cwd) {
+        Err(e) if request.cwd_given => Err(e),
+        Err(_) => Ok("/".into()),
+        Ok(_) => Ok(cwd),
+    }
+}
+
+fn command(request: &Request) -> Command {
     let words: Vec<OsString> = request.command.iter().cloned().map(Into::into).collect();
     let mut command = match words.split_first() {
         Some((program, arguments)) => {
@@ -77,16 +94,9 @@ fn command(request: &Request) -> Result<Command> {
         }
         None => Command::new(SHELLS.into_iter().find(|shell| Path::new(shell).exists()).unwrap_or("/bin/sh")),
     };
-    let cwd: OsString = request.cwd.clone().into();
-    // Ours, which the guest need not have, is not worth a failure that would look like the command's.
-    let cwd = match std::fs::read_dir(&cwd) {
-        Err(e) if request.cwd_given => return Err(cannot(format!("start in {}", Path::new(&cwd).display()))(e)),
-        Err(_) => "/".into(),
-        Ok(_) => cwd,
-    };
-    command.current_dir(cwd).env_clear();
+    command.env_clear();
     command.envs(request.env.iter().cloned().map(|(name, value)| (OsString::from(name), OsString::from(value))));
-    Ok(command)
+    command
 }
 
 /// Waits for the command, and for every process that lost its parent.
@@ -124,7 +134,6 @@ impl Streams {
     /// A process group of its own, with pipes.
     fn pipes(command: &mut Command, merged: bool) -> Result<Self> {
         let mut streams = Self::new()?;
-        let pipe = || io::pipe().map_err(cannot("make a pipe"));
         let (input, to_command) = pipe()?;
         let (from_command, output) = pipe()?;
         command.process_group(0).stdin(input);
@@ -132,9 +141,7 @@ impl Streams {
         if merged {
             command.stderr(output.try_clone().map_err(cannot("copy a descriptor"))?);
         } else {
-            let (errors, output) = pipe()?;
-            command.stderr(output);
-            streams.move_output(errors.into(), ports::open(STDERR, false)?)?;
+            streams.errors(command)?;
         }
         command.stdout(output);
         streams.move_output(from_command.into(), port)?;
@@ -142,15 +149,27 @@ impl Streams {
         Ok(streams)
     }
 
+    /// The command's other output through a pipe of its own.
+    fn errors(&mut self, command: &mut Command) -> Result<()> {
+        let (errors, output) = pipe()?;
+        command.stderr(output);
+        self.move_output(errors.into(), ports::open(STDERR, false)?)
+    }
+
     /// A session of its own on a terminal.
     #[allow(unsafe_code)]
-    fn terminal(command: &mut Command, (columns, rows): (u16, u16)) -> Result<Self> {
+    fn terminal(command: &mut Command, (columns, rows): (u16, u16), merged: bool) -> Result<Self> {
         let mut streams = Self::new()?;
         let (master, slave) = open_terminal().map_err(cannot("make a terminal"))?;
         let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         tcsetwinsize(&master, size).map_err(cannot("set the terminal's size"))?;
         let copy = |fd: &OwnedFd| fd.try_clone().map_err(cannot("copy a descriptor"));
-        command.stdin(Stdio::from(copy(&slave)?)).stdout(Stdio::from(copy(&slave)?)).stderr(Stdio::from(slave));
+        command.stdin(Stdio::from(copy(&slave)?)).stdout(Stdio::from(copy(&slave)?));
+        if merged {
+            command.stderr(Stdio::from(slave));
+        } else {
+            streams.errors(command)?;
+        }
         let take_terminal = || {
             rustix::process::setsid()?;
             // SAFETY: standard input of the new process is the terminal, open until exec.
@@ -168,7 +187,7 @@ impl Streams {
     fn move_output(&mut self, from: OwnedFd, port: File) -> Result<()> {
         let ended = self.ended.clone();
         let work = move || {
-            let mut pump = Pump { from, port, buffer: None };
+            let mut pump = Pump { from, port, buffer: None, rest: None };
             while !pump.step(&ended) {}
         };
         self.outputs.push(thread::Builder::new().spawn(work).map_err(cannot("start a thread"))?);
@@ -188,12 +207,20 @@ struct Pump {
     port: File,
     /// For what cannot be spliced: a terminal.
     buffer: Option<Vec<u8>>,
+    /// When the command has ended: the most that it can have left. Who writes on is not waited for.
+    rest: Option<usize>,
 }
 
 impl Pump {
     /// Waits for output and moves some of it; whether that was the last.
     fn step(&mut self, (ended, told): &(AtomicBool, OwnedFd)) -> bool {
         let last = ended.load(Ordering::Acquire);
+        if last && self.rest.is_none() {
+            self.rest = Some(fcntl_getpipe_size(&self.from).unwrap_or(TERMINAL_HOLDS));
+        }
+        if self.rest == Some(0) {
+            return true;
+        }
         let readable = if last {
             ready(&self.from, PollFlags::IN, Wait::No)
         } else {
@@ -204,7 +231,11 @@ impl Pump {
         }
         match self.copy() {
             Ok(0) => true,
-            Ok(_) | Err(Errno::INTR) => false,
+            Ok(len) => {
+                self.rest = self.rest.map(|rest| rest.saturating_sub(len));
+                false
+            }
+            Err(Errno::INTR) => false,
             Err(Errno::AGAIN) => !has_room(&self.port),
             // EIO: nobody has the terminal open any more.
             Err(_) => true,
@@ -213,7 +244,8 @@ impl Pump {
 
     fn copy(&mut self) -> std::result::Result<usize, Errno> {
         if self.buffer.is_none() {
-            match splice(&self.from, None, &self.port, None, PIECE, SpliceFlags::NONBLOCK | SpliceFlags::MOVE) {
+            let most = self.rest.unwrap_or(PIECE).min(PIECE);
+            match splice(&self.from, None, &self.port, None, most, SpliceFlags::NONBLOCK | SpliceFlags::MOVE) {
                 Err(Errno::INVAL) => self.buffer = Some(vec![0; PIECE / 2]),
                 result => return result,
             }
@@ -241,6 +273,10 @@ fn has_room(port: &File) -> bool {
         Ok(_) => !fds[0].revents().contains(PollFlags::HUP),
         Err(e) => e == Errno::INTR,
     }
+}
+
+fn pipe() -> Result<(io::PipeReader, io::PipeWriter)> {
+    io::pipe().map_err(cannot("make a pipe"))
 }
 
 enum Wait<'a> {

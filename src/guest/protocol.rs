@@ -79,7 +79,7 @@ pub struct Request {
     pub cwd_given: bool,
     /// Columns and rows of the terminal that it gets; otherwise pipes.
     pub terminal: Option<(u16, u16)>,
-    /// Both outputs are one.
+    /// Both outputs are one; on a terminal, the other one is not elsewhere.
     pub merged: bool,
     /// What its file system is.
     pub root: Root,
@@ -139,6 +139,8 @@ pub enum Report {
     Started,
     /// It does not, for this reason of the kernel's (`errno`).
     NotStarted(i32),
+    /// It does not, for the place where it was to start cannot be entered (`errno`).
+    NoCwd(i32),
     /// The guest could not be made ready: a sentence.
     NotReady(String),
     /// The command exited with this code.

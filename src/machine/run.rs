@@ -103,8 +103,8 @@ impl Machine {
         running.stop();
         running.mailbox.close();
         let outcome = result?;
-        running.wait_for_output(&outcome)?;
-        let outcome = running.judged(outcome);
+        let given_up = running.wait_for_output(&outcome)?;
+        let outcome = running.judged(outcome, given_up);
         let post_mortem = outcome.is_failure().then(|| running.post_mortem(&outcome));
         let exits = running.exits;
         let reason =
@@ -410,6 +410,7 @@ impl Running {
     fn on_tick(&mut self) -> Result<Option<Outcome>, Error> {
         let _ = self.ticker.wait();
         self.raw_mode.iter().for_each(RawMode::refresh);
+        self.options.transcript.iter().for_each(|transcript| transcript.look(Instant::now()));
         // A full buffer leaves the ring to fill up, too, and then vCPUs exit and wait.
         if !self.paused && !self.board.output.is_full() {
             self.exits.coalesced += self.board.drain();

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Errand, Error, GUEST, INPUT, MAIL, Running, SIGNAL, TICKED, WRITTEN, host};
+use super::{Errand, Error, GUEST, INPUT, MAIL, Running, SIGNAL, SIGNALS, TICKED, WRITTEN, host};
 use crate::backend::transcript::{Transcript, Verdict};
 use crate::outcome::{BootTiming, Exits, Outcome, Report};
 use crate::post_mortem::{PostMortem, Remains};
@@ -56,6 +56,20 @@ pub(super) fn reason(outcome: &Outcome, log: &[String], errand: Option<Errand>) 
     }
 }
 
+/// What an end is worth beside what the console showed (`verdict`) or had to show (`expecting`). A guest with an `errand`
+/// has no end of its own.
+fn judged(outcome: Outcome, verdict: Option<Outcome>, errand: bool, expecting: bool) -> Outcome {
+    let regular = outcome.is_orderly() || matches!(outcome, Outcome::Exited(_) | Outcome::Signalled(_));
+    match (&outcome, verdict) {
+        (Outcome::Quit | Outcome::Killed(_), _) => outcome,
+        (_, Some(good @ Outcome::Expected(_))) => good,
+        (_, Some(bad)) if regular => bad,
+        (end, None) if errand && end.is_orderly() => Outcome::Lost(end.word()),
+        (end, None) if expecting && (end.is_orderly() || *end == Outcome::Exited(0)) => Outcome::Missed(end.word()),
+        _ => outcome,
+    }
+}
+
 impl Running {
     /// What the console's lines say, if they do.
     pub(super) fn verdict(&self) -> Option<Outcome> {
@@ -64,17 +78,16 @@ impl Running {
     }
 
     /// The outcome when all output is written. What a pattern said of the last lines comes before the end that the guest
-    /// itself made right after them, which may be heard of first.
-    pub(super) fn judged(&self, outcome: Outcome) -> Outcome {
+    /// itself made right after them, which may be heard of first. `given_up` is why not all output was written.
+    pub(super) fn judged(&self, outcome: Outcome, given_up: Option<Outcome>) -> Outcome {
         let expecting = self.options.transcript.as_ref().is_some_and(Transcript::expects);
-        match (&outcome, self.verdict()) {
-            (Outcome::Quit | Outcome::Killed(_), _) => outcome,
-            (_, Some(good @ Outcome::Expected(_))) => good,
-            (end, None) if self.options.errand.is_some() && end.is_orderly() => Outcome::Lost(end.word()),
-            (end, Some(bad)) if end.is_orderly() => bad,
-            (end, None) if expecting && end.is_orderly() => Outcome::Missed(end.word()),
-            _ => outcome,
+        let judged = judged(outcome, self.verdict(), self.options.errand.is_some(), expecting);
+        if !matches!(judged, Outcome::Exited(_) | Outcome::Signalled(_)) {
+            return judged;
         }
+        // The code of a command that wrote for nobody is not worth much: it may well have been killed for that.
+        let lost = self.lines.iter().find_map(|line| line.output.lost());
+        lost.map(Outcome::OutputLost).or(given_up).unwrap_or(judged)
     }
 
     /// Looks at what is left, when nothing runs any more.
@@ -89,36 +102,39 @@ impl Running {
         remains.look(self.options.vmcore.as_deref(), || self.ending_signal().is_some())
     }
 
-    /// Waits until the last byte of every console is written, or somebody loses patience.
-    pub(super) fn wait_for_output(&mut self, outcome: &Outcome) -> Result<(), Error> {
+    /// Waits until the last byte of every console is written, or somebody loses patience: that is given, then.
+    pub(super) fn wait_for_output(&mut self, outcome: &Outcome) -> Result<Option<Outcome>, Error> {
         // Somebody who stopped the guest wants to be gone: readers that still read get a second.
         let impatient = matches!(outcome, Outcome::Quit | Outcome::Killed(_) | Outcome::TimedOut(_) | Outcome::Hung(_));
         let limit = if impatient { Some(Instant::now() + Duration::from_secs(1)) } else { self.deadline };
-        let mut quit = false;
         let mut unwritten = self.lines.len();
         loop {
             let timeout = limit.map(|d| d.saturating_duration_since(Instant::now()));
             let ready: Vec<u64> = self.poller.wait(timeout).map_err(host("waiting for events"))?.collect();
-            for token in &ready {
+            let mut given_up = None;
+            for token in ready.iter().copied() {
                 match token {
                     WRITTEN.. => {
                         // Each tells it once.
                         let line = self.lines.get((token - WRITTEN) as usize);
                         unwritten -= usize::from(line.is_some_and(|line| line.output.done().read().is_ok()));
                     }
-                    INPUT.. if self.on_input(*token, true)? == Some(Outcome::Quit) => quit = true,
+                    INPUT.. => given_up = self.on_input(token, true)?.or(given_up),
+                    SIGNAL => given_up = self.ending_signal().filter(|n| SIGNALS.contains(n)).map(Outcome::Killed),
                     _ => {}
                 }
             }
-            let given_up = limit.is_some_and(|d| d <= Instant::now())
-                || ready.contains(&SIGNAL) && self.ending_signal().is_some()
-                || quit;
             if unwritten == 0 {
-                return Ok(());
+                return Ok(None);
             }
-            if given_up {
+            if limit.is_some_and(|d| d <= Instant::now()) {
+                given_up = given_up.or(self.options.timeout.map(Outcome::TimedOut));
                 log::warn!("nobody reads the console's output; the rest of it is lost");
-                return Ok(());
+                return Ok(given_up);
+            }
+            if given_up.is_some() {
+                log::warn!("nobody reads the console's output; the rest of it is lost");
+                return Ok(given_up);
             }
             if ready.contains(&TICKED) {
                 let _ = self.ticker.wait();
@@ -137,6 +153,34 @@ impl Running {
 mod tests {
     use super::*;
     use crate::event::PanicSource;
+
+    #[test]
+    fn the_console_s_word_counts_with_every_regular_end() {
+        use Outcome::{Crashed, Exited, Expected, Killed, Lost, Missed, PoweredOff, Refused, Signalled};
+        let (good, bad) = (|| Some(Expected("ok".into())), || Some(Refused("BUG".into())));
+        let crashed = || Crashed("x".into());
+        let ends = [
+            (PoweredOff, None, false, PoweredOff),
+            (PoweredOff, None, true, Missed("powered-off")),
+            (PoweredOff, bad(), false, Refused("BUG".into())),
+            (Exited(0), None, false, Exited(0)),
+            (Exited(0), None, true, Missed("exited")),
+            (Exited(0), bad(), false, Refused("BUG".into())),
+            (Exited(0), good(), true, Expected("ok".into())),
+            // It says itself that something was wrong.
+            (Exited(3), None, true, Exited(3)),
+            (Signalled(9), None, true, Signalled(9)),
+            (Signalled(9), bad(), false, Refused("BUG".into())),
+            (crashed(), bad(), true, crashed()),
+            (crashed(), good(), true, Expected("ok".into())),
+            (Killed(15), good(), true, Killed(15)),
+        ];
+        for (end, verdict, expecting, outcome) in ends {
+            assert_eq!(judged(end.clone(), verdict.clone(), false, expecting), outcome, "{end:?} {verdict:?}");
+        }
+        assert_eq!(judged(PoweredOff, None, true, true), Lost("powered-off"));
+        assert_eq!(judged(PoweredOff, bad(), true, true), Refused("BUG".into()));
+    }
 
     #[test]
     fn the_log_has_reasons() {
