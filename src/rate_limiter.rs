@@ -4,11 +4,13 @@
 //! then takes it into debt, so that large requests are slow but not stuck.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use vmm_sys_util::timerfd::TimerFd;
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
 
 use crate::options::Size;
 
@@ -144,19 +146,24 @@ impl RateLimiter {
 
 /// A timer that a handler watches until the next request may go.
 pub struct Alarm {
-    timer: TimerFd,
+    timer: OwnedFd,
     set: bool,
 }
 
 impl Alarm {
     /// Not set.
     pub fn new() -> io::Result<Self> {
-        Ok(Alarm { timer: TimerFd::new().map_err(io::Error::from)?, set: false })
+        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
+        Ok(Alarm { timer, set: false })
     }
 
     /// Makes it readable after `wait`.
     pub fn set(&mut self, wait: Duration) -> io::Result<()> {
-        self.timer.reset(wait, None).map_err(io::Error::from)?;
+        let never = Timespec { tv_sec: 0, tv_nsec: 0 };
+        // Nothing at all would disarm it.
+        let wait = Timespec::try_from(wait.max(Duration::from_nanos(1))).map_err(io::Error::other)?;
+        let once = Itimerspec { it_interval: never, it_value: wait };
+        timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)?;
         self.set = true;
         Ok(())
     }
@@ -166,10 +173,11 @@ impl Alarm {
         self.set
     }
 
-    /// It has rung.
+    /// It has rung: if so, it is not set any more. An event that is delivered again finds one that has not.
     pub fn clear(&mut self) {
-        let _ = self.timer.wait();
-        self.set = false;
+        if rustix::io::read(&self.timer, &mut [0; 8]).is_ok() {
+            self.set = false;
+        }
     }
 }
 
@@ -185,6 +193,22 @@ mod tests {
     use proptest::prelude::*;
 
     const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn an_alarm_that_has_not_rung_keeps_nobody_waiting() {
+        let mut alarm = Alarm::new().unwrap();
+        alarm.clear();
+        alarm.set(Duration::from_secs(1000)).unwrap();
+        alarm.clear();
+        assert!(alarm.is_set());
+        alarm.set(Duration::ZERO).unwrap();
+        let mut poller = crate::event::Poller::new().unwrap();
+        poller.add(alarm.as_raw_fd(), 0, crate::event::Interest::Read).unwrap();
+        assert_eq!(poller.wait(Some(Duration::from_secs(10))).unwrap().count(), 1);
+        alarm.clear();
+        assert!(!alarm.is_set());
+        alarm.clear();
+    }
 
     #[test]
     fn a_burst_and_then_the_rate() {
