@@ -246,10 +246,10 @@ impl Loopback {
         Ok(tokens.len())
     }
 
-    /// Delivers an event until it is done.
+    /// Delivers an event until it is done; a beginning once, as a worker does.
     pub fn deliver(&self, handler: &mut dyn Handler, queues: &mut [Queue], event: Event) -> Result<(), Fault> {
         let cx = Context::new(&self.ram, &self.interrupt, &self.poller);
-        while handler.event(event, queues, &cx)? == Progress::More {}
+        while handler.event(event, queues, &cx)? == Progress::More && event != Event::Start {}
         Ok(())
     }
 

@@ -189,6 +189,8 @@ impl Loop {
                 continue;
             }
             match self.deliver(event) {
+                // A beginning comes once; what it did not get to, the kicks behind it do.
+                Ok(Progress::Done) | Ok(Progress::More) if event == Event::Start => {}
                 Ok(Progress::Done) => {}
                 Ok(Progress::More) => self.pending.push(event),
                 Err(fault) => self.fail(&fault),
@@ -407,6 +409,30 @@ mod tests {
         }
         std::thread::sleep(Duration::from_millis(50));
         assert_eq!(s.events.load(Ordering::SeqCst), 2, "start and the first look");
+    }
+
+    /// Never has enough, and watches something from its beginning on.
+    struct Greedy(Arc<EventFd>, Arc<AtomicUsize>);
+
+    impl Handler for Greedy {
+        fn event(&mut self, event: Event, _: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
+            self.1.fetch_add(1, Ordering::SeqCst);
+            if event == Event::Start {
+                cx.watch(self.0.as_raw_fd(), 7, Interest::Read)?;
+            }
+            Ok(if self.1.load(Ordering::SeqCst) < 10 { Progress::More } else { Progress::Done })
+        }
+    }
+
+    #[test]
+    fn a_beginning_comes_once() {
+        let (fd, events) = (Arc::new(eventfd().unwrap()), Arc::new(AtomicUsize::new(0)));
+        let s = serving(Box::new(Greedy(fd.clone(), events.clone())), fd, events);
+        let deadline = soon();
+        while s.events.load(Ordering::SeqCst) < 10 {
+            assert!(Instant::now() < deadline, "it was not asked again");
+            std::thread::yield_now();
+        }
     }
 
     #[test]
