@@ -324,6 +324,8 @@ type Client = Arc<Mutex<Option<UnixStream>>>;
 pub struct SocketInput {
     listener: Listener,
     client: Client,
+    /// The client has closed its sending side; it may read on, until it goes or another one comes.
+    silent: bool,
 }
 
 struct SocketWriter(Client);
@@ -354,7 +356,7 @@ pub fn socket(path: &Path) -> Result<Console, Error> {
         eager: true,
         told: false,
     };
-    let input = Input::Socket(SocketInput { listener, client });
+    let input = Input::Socket(SocketInput { listener, client, silent: false });
     Ok(Console { output: Some(output), input })
 }
 
@@ -367,7 +369,8 @@ impl Input {
             Input::Fifo(fifo) => Some(fifo.file.as_raw_fd()),
             Input::Socket(socket) => {
                 let client = socket.client.lock().unwrap_or_else(PoisonError::into_inner);
-                Some(client.as_ref().map_or(socket.listener.as_raw_fd(), AsRawFd::as_raw_fd))
+                let speaks = client.as_ref().filter(|_| !socket.silent);
+                Some(speaks.map_or(socket.listener.as_raw_fd(), AsRawFd::as_raw_fd))
             }
         }
     }
@@ -382,7 +385,10 @@ impl Input {
         match self {
             Input::None | Input::Stdin(_) | Input::Stream(_) | Input::Fifo(_) => true,
             Input::Pty(master) => !hung_up(master.as_raw_fd()),
-            Input::Socket(socket) => socket.client.lock().unwrap_or_else(PoisonError::into_inner).is_some(),
+            Input::Socket(socket) => {
+                let client = socket.client.lock().unwrap_or_else(PoisonError::into_inner);
+                client.as_ref().is_some_and(|client| !socket.silent || !hung_up(client.as_raw_fd()))
+            }
         }
     }
 
@@ -425,19 +431,24 @@ impl Input {
 impl SocketInput {
     fn read(&mut self, buffer: &mut [u8]) -> Got {
         let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        match client.as_mut().map(|c| c.read(buffer)) {
-            None => {
-                // Writing to it may wait: output has a thread of its own.
-                if let Ok(Some(new)) = self.listener.accept()
-                    && new.set_nonblocking(false).is_ok()
-                {
-                    *client = Some(new);
-                }
+        let Some(current) = client.as_mut().filter(|_| !self.silent) else {
+            // Writing to it may wait: output has a thread of its own.
+            if let Ok(Some(new)) = self.listener.accept()
+                && new.set_nonblocking(false).is_ok()
+            {
+                *client = Some(new);
+                self.silent = false;
+            }
+            return Got::Nothing;
+        };
+        match current.read(buffer) {
+            Ok(n) if n > 0 => Got::Bytes(n),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => Got::Nothing,
+            Ok(_) if !hung_up(current.as_raw_fd()) => {
+                self.silent = true;
                 Got::Nothing
             }
-            Some(Ok(n)) if n > 0 => Got::Bytes(n),
-            Some(Err(e)) if e.kind() == io::ErrorKind::Interrupted => Got::Nothing,
-            Some(_) => {
+            _ => {
                 *client = None;
                 Got::Nothing
             }
@@ -470,6 +481,26 @@ mod tests {
             assert_eq!(console.input.read(&mut [0; 8]), Got::Nothing);
         }
         assert!(socket(&path).err().unwrap().to_string().ends_with("another process listens there"));
+
+        // One that only listens from now on, until another one comes.
+        let mut listener = UnixStream::connect(&path).unwrap();
+        assert_eq!(console.input.read(&mut [0; 8]), Got::Nothing);
+        listener.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(console.input.read(&mut [0; 8]), Got::Nothing);
+        let writer = &mut console.output.as_mut().unwrap().writer;
+        writer.write_all(b"still").unwrap();
+        let mut got = [0; 5];
+        listener.read_exact(&mut got).unwrap();
+        assert_eq!((&got, console.input.connected()), (b"still", true));
+        let mut next = UnixStream::connect(&path).unwrap();
+        assert_eq!(console.input.read(&mut [0; 8]), Got::Nothing);
+        next.write_all(b"ls").unwrap();
+        assert_eq!(console.input.read(&mut [0; 8]), Got::Bytes(2));
+        assert_eq!(listener.read(&mut got).unwrap(), 0, "it has gone");
+        next.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(console.input.read(&mut [0; 8]), Got::Nothing);
+        drop(next);
+        assert!(!console.input.connected());
         drop(console);
         assert!(!path.exists());
         std::fs::write(&path, "precious").unwrap();
