@@ -101,7 +101,7 @@ struct Inner {
     registers: Registers,
     run: Run,
     paused: bool,
-    /// A worker did not stop in time once: do not make a vCPU wait that long again.
+    /// A worker did not stop in time: do not make a vCPU wait that long again.
     stuck: bool,
 }
 
@@ -147,11 +147,12 @@ impl MmioTransport {
     }
 
     /// Stops the device: requests in flight finish, what was written is flushed, the queues come back. The vCPUs must
-    /// not run. Does nothing to a device that is not running.
+    /// not run. Does nothing to a device that is not running. One that needs longer, for a slow disk, goes on stopping.
     pub fn pause(&self) -> Result<(), Stuck> {
         let mut inner = self.lock();
         inner.paused = true;
-        self.halt(&mut inner)
+        let limit = if inner.stuck { Duration::ZERO } else { DRAIN_DEADLINE };
+        self.halt(&mut inner, limit)
     }
 
     /// Goes on after [`MmioTransport::pause`] or [`MmioTransport::from_state`]. What was due before is done now: kicks
@@ -159,6 +160,12 @@ impl MmioTransport {
     pub fn resume(&self) {
         let mut inner = self.lock();
         inner.paused = false;
+        // A pause that was too short for it: it must have stopped before it can start.
+        if inner.stuck && self.status(&inner.registers) & NEEDS_RESET == 0 {
+            if let Err(stuck) = self.halt(&mut inner, DRAIN_DEADLINE) {
+                self.interrupt.needs_reset(&self.info.name, &stuck);
+            }
+        }
         self.start(&mut inner);
         if self.interrupt.0.status.load(Ordering::SeqCst) != 0 {
             self.interrupt.line().trigger();
@@ -241,14 +248,16 @@ impl MmioTransport {
             .collect()
     }
 
-    /// Stops the device and takes its queues back. A device that does not stop in time stays as it is and needs a
-    /// reset.
-    fn halt(&self, inner: &mut Inner) -> Result<(), Stuck> {
-        let limit = if inner.stuck { Duration::ZERO } else { DRAIN_DEADLINE };
+    /// Stops the device and takes its queues back. One that does not stop within `limit` is stuck, and may be stopped
+    /// again.
+    fn halt(&self, inner: &mut Inner, limit: Duration) -> Result<(), Stuck> {
         let stopped = inner.run.stop(Instant::now() + limit, &mut inner.registers.queues);
         self.elsewhere.store(inner.run.is_elsewhere(), Ordering::SeqCst);
         match stopped {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                inner.stuck = false;
+                Ok(())
+            }
             // The other side is gone, and with it what was in flight.
             Err(running::Error::Lost(e)) => {
                 self.interrupt.needs_reset(&self.info.name, format_args!("it did not give its queues back: {e}"));
@@ -256,10 +265,15 @@ impl MmioTransport {
             }
             Err(running::Error::Stuck(stuck)) => {
                 inner.stuck = true;
-                self.interrupt.needs_reset(&self.info.name, &stuck);
                 Err(stuck)
             }
         }
+    }
+
+    /// The same for the driver, who cannot go on with a device that is stuck.
+    fn halt_for_driver(&self, inner: &mut Inner) -> Result<(), Stuck> {
+        let limit = if inner.stuck { Duration::ZERO } else { DRAIN_DEADLINE };
+        self.halt(inner, limit).inspect_err(|stuck| self.interrupt.needs_reset(&self.info.name, stuck))
     }
 
     /// 2.1, 4.2.2: zero resets; otherwise bits are only added, each after those that come before it.
@@ -288,10 +302,9 @@ impl MmioTransport {
 
     /// 2.4: back to the beginning. A device that is stuck stays: its status goes on to read as not zero.
     fn reset(&self, inner: &mut Inner) {
-        if self.halt(inner).is_err() {
+        if self.halt_for_driver(inner).is_err() {
             return;
         }
-        inner.stuck = false;
         inner.device.reset();
         inner.registers.status = 0;
         inner.registers.driver_features = 0;
@@ -302,7 +315,7 @@ impl MmioTransport {
 
     /// Changes a queue's registers; a running device is stopped for that and started again.
     fn change_queue(&self, inner: &mut Inner, change: impl FnOnce(&mut QueueState)) {
-        if self.halt(inner).is_err() {
+        if self.halt_for_driver(inner).is_err() {
             return;
         }
         if let Some(queue) = inner.registers.selected_mut() {

@@ -609,6 +609,41 @@ fn a_stuck_device_is_named_and_reset_when_it_lets_go() {
     assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15);
 }
 
+/// A disk that takes long to flush is not lost by a pause.
+#[test]
+fn a_pause_that_was_too_short_is_survived() {
+    let ram = ram();
+    let info = DeviceInfo { queue_sizes: vec![8], name: "slow".into(), ..Multi::new().info };
+    let [finish, taken] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+    let transport = transport(&ram, Slow(info, finish.clone(), taken.clone()));
+    let mut driver = FakeDriver::new(&transport, &ram);
+    driver.start(0, RING, 8);
+    driver.queues[0].add(&[inn(B, 1)]).unwrap();
+    driver.kick(0);
+    let deadline = Instant::now() + DRAIN_DEADLINE;
+    while !taken.load(Ordering::SeqCst) {
+        assert!(Instant::now() < deadline, "the request is not taken");
+        std::thread::yield_now();
+    }
+    taken.store(false, Ordering::SeqCst);
+    // As if it had been paused once before: nobody waits long.
+    transport.lock().stuck = true;
+    transport.pause().unwrap_err();
+    assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15);
+    finish.store(true, Ordering::SeqCst);
+    transport.resume();
+    assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15);
+    assert!(driver.queues[0].take_used().is_some());
+    driver.queues[0].add(&[inn(B, 1)]).unwrap();
+    driver.kick(0);
+    while !taken.swap(false, Ordering::SeqCst) {
+        assert!(Instant::now() < deadline, "the next request is not taken");
+        std::thread::yield_now();
+    }
+    transport.pause().unwrap();
+    assert!(driver.queues[0].take_used().is_some());
+}
+
 mod random {
     use super::*;
     use proptest::prelude::*;
