@@ -115,10 +115,14 @@ impl Handler for Pair {
                 _ => Progress::Done,
             },
             Event::Ready(PORT) => {
-                let sent = if (self.blocked || self.sending) && !is_set(&self.tx_alarm) {
-                    self.transmit(port, tx, cx)?
-                } else {
-                    Progress::Done
+                let sent = match (self.blocked, self.sending, is_set(&self.tx_alarm)) {
+                    (false, false, _) | (false, true, true) => Progress::Done,
+                    (_, _, false) => self.transmit(port, tx, cx)?,
+                    // What is half sent is no new packet, for which the limit would make it wait.
+                    (true, _, true) => {
+                        self.blocked = would_block(port.flush());
+                        Progress::Done
+                    }
                 };
                 let received = if self.starved { Progress::Done } else { self.receive(port, rx, cx)? };
                 if sent == Progress::More { sent } else { received }
@@ -256,7 +260,7 @@ impl Pair {
         self.blocked = false;
         let result = self.transmit_batch(port, tx, cx);
         self.sending = matches!(result, Ok(Progress::More));
-        self.blocked |= matches!(port.flush(), Err(e) if e.kind() == io::ErrorKind::WouldBlock);
+        self.blocked |= would_block(port.flush());
         result
     }
 
@@ -372,6 +376,10 @@ impl Pair {
         self.watched = wanted;
         Ok(())
     }
+}
+
+fn would_block(result: io::Result<()>) -> bool {
+    matches!(result, Err(e) if e.kind() == io::ErrorKind::WouldBlock)
 }
 
 fn is_set(alarm: &Option<Alarm>) -> bool {
