@@ -3,19 +3,19 @@
 //! What it writes goes from its pipe to the port by `splice`, without a copy here. What it left in the pipes when it
 //! ended is moved, too; processes that it left behind keep nobody waiting.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Access, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, fcntl_getpipe_size, splice};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, wait};
@@ -23,7 +23,7 @@ use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use super::ports::{self, Control};
-use super::protocol::{Order, Report, Request, STDERR, STDIN, STDOUT};
+use super::protocol::{Bytes, Order, Report, Request, STDERR, STDIN, STDOUT};
 use super::{Error, Result, cannot};
 
 /// Bytes that are moved at once.
@@ -39,6 +39,9 @@ pub(super) fn run(request: &Request, control: &mut Control) -> Result<Report> {
         Ok(cwd) => cwd,
         Err(e) => return Ok(Report::NoCwd(e.raw_os_error().unwrap_or(libc::EIO))),
     };
+    if program(request, &cwd).is_some_and(|program| is_foreign(&program)) {
+        return Ok(Report::NotStarted(libc::ENOEXEC));
+    }
     let mut command = command(request);
     command.current_dir(cwd);
     let mut streams = match request.terminal {
@@ -82,6 +85,28 @@ fn cwd(request: &Request) -> io::Result<OsString> {
         Err(_) => Ok("/".into()),
         Ok(_) => Ok(cwd),
     }
+}
+
+/// The file that the first word names.
+fn program(request: &Request, cwd: &OsStr) -> Option<PathBuf> {
+    let bytes = |bytes: &Bytes| OsString::from(bytes.clone());
+    let name = request.command.first().map(bytes)?;
+    let cwd = Path::new(cwd);
+    if name.as_encoded_bytes().contains(&b'/') {
+        return Some(cwd.join(name));
+    }
+    let path = request.env.iter().find(|(name, _)| bytes(name) == "PATH").map(|(_, value)| bytes(value))?;
+    let places = std::env::split_paths(&path).map(|dir| cwd.join(dir).join(&name));
+    places.into_iter().find(|place| rustix::fs::access(place, Access::EXEC_OK).is_ok() && place.is_file())
+}
+
+/// Whether it is a program for another kind of machine: what the kernel refuses, a shell would try to read as a script.
+fn is_foreign(program: &Path) -> bool {
+    const OURS: [u16; 2] = [3, 62]; // EM_386, EM_X86_64
+    let mut head = [0; 20];
+    let read = File::open(program).and_then(|mut file| file.read_exact(&mut head));
+    let machine = u16::from_le_bytes([head[18], head[19]]);
+    read.is_ok() && head.starts_with(b"\x7fELF") && !OURS.contains(&machine)
 }
 
 fn command(request: &Request) -> Command {

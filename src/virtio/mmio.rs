@@ -161,10 +161,11 @@ impl MmioTransport {
         let mut inner = self.lock();
         inner.paused = false;
         // A pause that was too short for it: it must have stopped before it can start.
-        if inner.stuck && self.status(&inner.registers) & NEEDS_RESET == 0 {
-            if let Err(stuck) = self.halt(&mut inner, DRAIN_DEADLINE) {
-                self.interrupt.needs_reset(&self.info.name, &stuck);
-            }
+        if inner.stuck
+            && self.status(&inner.registers) & NEEDS_RESET == 0
+            && let Err(stuck) = self.halt(&mut inner, DRAIN_DEADLINE)
+        {
+            self.interrupt.needs_reset(&self.info.name, &stuck);
         }
         self.start(&mut inner);
         if self.interrupt.0.status.load(Ordering::SeqCst) != 0 {
