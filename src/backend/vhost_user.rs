@@ -9,8 +9,8 @@
 //! machine; file descriptors travel beside them. Addresses in the protocol are "the front end's": ours are simply
 //! guest-physical, so that a daemon learns nothing of where things are in this process.
 //!
-//! The daemon is another program, and may be anything: every answer has a deadline and a shape, and one that breaks
-//! either ends the connection. Guest memory it shares as a whole; the file behind that is sealed, so that it cannot be
+//! The daemon is another program, and may be anything: its answers have a shape, and all that one call here asks for has
+//! one deadline, since a vCPU may wait for it. A daemon that breaks either ends the connection. Guest memory it shares as a whole; the file behind that is sealed, so that it cannot be
 //! cut off under the guest.
 
 #[cfg(test)]
@@ -35,10 +35,8 @@ use super::vhost::Ring;
 use crate::memory::SharedRegion;
 use wire::*;
 
-/// How long a daemon may take to answer.
-const ANSWER: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
-/// How long it may take to finish what it has begun, when it is stopped.
-const STOP: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
+/// How long a daemon may take for all answers to one call.
+const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`, among the device's features.
 const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -113,6 +111,10 @@ pub struct Frontend {
     features: u64,
     protocol: u64,
     max_queues: Option<u16>,
+    /// How long the daemon may take, for all that one call asks for.
+    patience: Duration,
+    /// When the answers to the call of now must be there.
+    deadline: Instant,
     /// Where the daemon tells that its configuration has changed.
     channel: Option<Channel>,
     /// We understood each other at first.
@@ -137,12 +139,20 @@ impl Frontend {
             };
             Error::Connect { path: path.into(), hint, source }
         })?;
+        Self::over(stream, path, PATIENCE)
+    }
+
+    /// The same on a connection that is there, which must not block, with a daemon that may take so long for a call.
+    /// `path` is for messages.
+    pub fn over(stream: UnixStream, path: &Path, patience: Duration) -> Result<Self, Error> {
         let mut frontend = Frontend {
             stream,
             path: path.into(),
             features: 0,
             protocol: 0,
             max_queues: None,
+            patience,
+            deadline: Instant::now() + patience,
             channel: None,
             greeted: false,
             broken: None,
@@ -217,7 +227,7 @@ impl Frontend {
     /// Takes the daemon's requests, at most a few; whether its configuration has changed.
     pub fn config_changed(&mut self) -> io::Result<bool> {
         let Some(channel) = &mut self.channel else { return Ok(false) };
-        match channel.take() {
+        match channel.take(Instant::now() + self.patience) {
             Ok(changed) => Ok(changed),
             Err(e) => {
                 // Without it, it is still a device.
@@ -229,10 +239,11 @@ impl Frontend {
 
     /// The first `len` bytes of configuration space, at most 256.
     pub fn config(&mut self, len: usize) -> io::Result<Vec<u8>> {
+        self.begin(self.patience);
         let len = len.min(MAX_CONFIG);
         let question = [&config_header(0, len)[..], &vec![0; len]].concat();
         let mut answer = vec![0; CONFIG_HEADER + MAX_CONFIG];
-        let n = self.ask(Request::GetConfig, &question, &mut answer, ANSWER)?;
+        let n = self.ask(Request::GetConfig, &question, &mut answer)?;
         match answer.get(CONFIG_HEADER..n) {
             Some(config) if config.len() == len => Ok(config.to_vec()),
             _ => Err(io::Error::other(format!("its configuration space does not have {len} bytes"))),
@@ -244,12 +255,14 @@ impl Frontend {
         if data.len() > MAX_CONFIG {
             return Err(io::ErrorKind::InvalidInput.into());
         }
+        self.begin(self.patience);
         self.tell(Request::SetConfig, &[&config_header(offset, data.len())[..], data].concat(), &[])
     }
 
     /// Hands it these rings, with what the driver negotiated of [`Frontend::features`]; they wait for
     /// [`Frontend::enable`].
     pub fn start(&mut self, features: u64, memory: &[SharedRegion<'_>], rings: &[Ring<'_>]) -> io::Result<()> {
+        self.begin(self.patience);
         let features = features & self.features | self.features & PROTOCOL_FEATURES;
         self.tell(Request::SetFeatures, &features.to_ne_bytes(), &[])?;
         self.set_memory(memory)?;
@@ -279,24 +292,37 @@ impl Frontend {
         self.tell(Request::SetMemTable, &payload, &fds)
     }
 
-    /// Lets a ring pass requests, or not.
-    pub fn enable(&mut self, ring: u16, on: bool) -> io::Result<()> {
+    /// Lets rings pass requests, or not.
+    pub fn enable(&mut self, rings: impl IntoIterator<Item = (u16, bool)>) -> io::Result<()> {
         if self.features & PROTOCOL_FEATURES == 0 {
             return Ok(());
         }
-        self.tell(Request::SetVringEnable, &pair(ring.into(), on.into()), &[])
+        self.begin(self.patience);
+        let mut rings = rings.into_iter();
+        rings.try_for_each(|(ring, on)| self.tell(Request::SetVringEnable, &pair(ring.into(), on.into()), &[]))
     }
 
-    /// Has it finish what it has begun with a ring and leave it alone; the next available entry.
-    pub fn stop(&mut self, ring: u16) -> io::Result<u16> {
+    /// Has it finish what it has begun with rings and leave them alone; the next available entry of each.
+    pub fn stop(&mut self, rings: &[u16]) -> io::Result<Vec<u16>> {
+        // What it has begun may take longer than an answer.
+        self.begin(self.patience * 2);
+        rings.iter().map(|ring| self.stop_ring(*ring)).collect()
+    }
+
+    fn stop_ring(&mut self, ring: u16) -> io::Result<u16> {
         let mut answer = [0; 8];
-        let n = self.ask(Request::GetVringBase, &pair(ring.into(), 0), &mut answer, STOP)?;
+        let n = self.ask(Request::GetVringBase, &pair(ring.into(), 0), &mut answer)?;
         let [i0, i1, i2, i3, n0, n1, n2, n3] = answer;
         let (index, next) = (u32::from_ne_bytes([i0, i1, i2, i3]), u32::from_ne_bytes([n0, n1, n2, n3]));
         match u16::try_from(next) {
             Ok(next) if n == answer.len() && index == u32::from(ring) => Ok(next),
             _ => Err(self.fail(invalid("it does not know where it is in a ring"))),
         }
+    }
+
+    /// A call begins, all of which must be over in time.
+    fn begin(&mut self, limit: Duration) {
+        self.deadline = Instant::now() + limit;
     }
 
     /// A message that has no answer of its own. Where the daemon can say whether it obeys, it must.
@@ -307,7 +333,7 @@ impl Frontend {
             return Ok(());
         }
         let mut answer = [0; 8];
-        let n = self.receive(request, &mut answer, ANSWER)?;
+        let n = self.receive(request, &mut answer)?;
         match (n, u64::from_ne_bytes(answer)) {
             (8, 0) => Ok(()),
             (8, _) => Err(io::Error::other(format!("the daemon at {} refuses {request:?}", self.path.display()))),
@@ -317,28 +343,27 @@ impl Frontend {
 
     fn ask_number(&mut self, request: Request) -> io::Result<u64> {
         let mut answer = [0; 8];
-        match self.ask(request, &[], &mut answer, ANSWER)? {
+        match self.ask(request, &[], &mut answer)? {
             8 => Ok(u64::from_ne_bytes(answer)),
             _ => Err(self.fail(invalid("its answer has the wrong size"))),
         }
     }
 
     /// A message and its answer; returns how long that is.
-    fn ask(&mut self, request: Request, payload: &[u8], answer: &mut [u8], limit: Duration) -> io::Result<usize> {
+    fn ask(&mut self, request: Request, payload: &[u8], answer: &mut [u8]) -> io::Result<usize> {
         self.send(request, 0, payload, &[])?;
-        self.receive(request, answer, limit)
+        self.receive(request, answer)
     }
 
     fn send(&mut self, request: Request, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.check()?;
         let message = [&header(request as u32, VERSION | flags, payload.len()), payload].concat();
-        send_all(&self.stream, &message, fds, Instant::now() + ANSWER).map_err(|e| self.fail(e))
+        send_all(&self.stream, &message, fds, self.deadline).map_err(|e| self.fail(e))
     }
 
     /// Takes the answer to `request`; returns how long it is.
-    fn receive(&mut self, request: Request, answer: &mut [u8], limit: Duration) -> io::Result<usize> {
-        let deadline = Instant::now() + limit;
-        let received = receive(&mut self.stream, request as u32, answer, deadline);
+    fn receive(&mut self, request: Request, answer: &mut [u8]) -> io::Result<usize> {
+        let received = receive(&mut self.stream, request as u32, answer, self.deadline);
         received.map_err(|e| self.fail(e))
     }
 
@@ -372,7 +397,7 @@ struct Channel {
 
 impl Channel {
     /// Takes what is there; whether one of it says that configuration space has changed.
-    fn take(&mut self) -> io::Result<bool> {
+    fn take(&mut self, deadline: Instant) -> io::Result<bool> {
         let mut changed = false;
         let mut bytes = [0; MAX_REQUEST];
         match self.stream.read(&mut bytes) {
@@ -394,7 +419,7 @@ impl Channel {
             if flags & NEED_REPLY != 0 {
                 let failed = u64::from(request != CONFIG_CHANGE);
                 let reply = [&header(request, VERSION | REPLY, 8)[..], &failed.to_ne_bytes()].concat();
-                send_all(&self.stream, &reply, &[], Instant::now() + ANSWER)?;
+                send_all(&self.stream, &reply, &[], deadline)?;
             }
         }
         Ok(changed)

@@ -17,7 +17,7 @@ fn start(frontend: &mut Frontend, ram: &GuestRam) -> io::Result<()> {
     let (desc, avail, used) = (0x1000, 0x2000, 0x3000);
     let ring = Ring { index, size, next_avail, desc, avail, used, kick: &kick, call: &call };
     frontend.start(u64::MAX, &ram.shared_regions().unwrap(), &[ring])?;
-    frontend.enable(1, true)
+    frontend.enable([(1, true)])
 }
 
 #[test]
@@ -35,7 +35,7 @@ fn a_good_daemon_is_told_everything() {
     let numbers = |bytes: &[u8]| bytes.chunks(8).map(|c| u64::from_ne_bytes(c.try_into().unwrap())).collect::<Vec<_>>();
     assert_eq!(numbers(&told[1].1), [1, 0, 1 << 20, 0, 0], "one region, at its guest address");
     assert_eq!(numbers(&told[4].1), [1, 0x1000, 0x3000, 0x2000, 0]);
-    assert_eq!(frontend.stop(1).unwrap(), 7);
+    assert_eq!(frontend.stop(&[1]).unwrap(), [7]);
     frontend.look().unwrap();
 }
 
@@ -64,7 +64,7 @@ fn misbehaves(at: u32, answer: fn() -> Answer) -> String {
         Ok(frontend) => frontend,
         Err(e) => return sentence(&e),
     };
-    let result = frontend.config(8).and_then(|_| start(&mut frontend, &ram())).and_then(|()| frontend.stop(1));
+    let result = frontend.config(8).and_then(|_| start(&mut frontend, &ram())).and_then(|()| frontend.stop(&[1]));
     let why = result.unwrap_err().to_string();
     if why.contains("is gone") {
         // Nobody waits for it again.
@@ -86,6 +86,31 @@ fn no_daemon_is_waited_for_for_ever() {
             assert!(misbehaves(at, || Answer::End).contains("it has closed the connection"), "{at}");
         }
     });
+}
+
+#[test]
+fn a_call_has_one_deadline_however_many_messages_it_has() {
+    for (at, what) in [(10, "start"), (18, "enable"), (11, "stop")] {
+        let daemon = FakeDaemon::start(move |request, payload| {
+            if request == at {
+                std::thread::sleep(Duration::from_millis(25));
+            }
+            Answer::Good(good(FEATURES, request, payload))
+        });
+        let mut frontend = Frontend::connect(&daemon.path).unwrap();
+        // Twice that for a stop: each answer comes within it, and all of them do not.
+        frontend.patience = Duration::from_millis(100);
+        let (kick, call) = (eventfd().unwrap(), eventfd().unwrap());
+        let ring = |index| Ring { index, size: 8, next_avail: 0, desc: 0, avail: 0, used: 0, kick: &kick, call: &call };
+        let (indices, rings): (Vec<u16>, Vec<Ring<'_>>) = (0..32).map(|i| (i, ring(i))).unzip();
+        let why = match what {
+            "start" => frontend.start(0, &ram().shared_regions().unwrap(), &rings).unwrap_err(),
+            "enable" => frontend.enable(indices.iter().map(|i| (*i, true))).unwrap_err(),
+            _ => frontend.stop(&indices).unwrap_err(),
+        };
+        assert!(why.to_string().contains("it does not answer"), "{what}: {why}");
+        assert!(frontend.broken().is_some(), "{what}");
+    }
 }
 
 #[test]
@@ -123,21 +148,21 @@ fn requests_of_the_daemon() {
     let (ours, mut its) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     let mut channel = Channel { stream: ours, buffer: vec![] };
-    assert!(!channel.take().unwrap());
+    assert!(!channel.take(Instant::now()).unwrap());
     let mut say = |bytes: &[u8]| io::Write::write_all(&mut its, bytes).unwrap();
     say(&header(CONFIG_CHANGE, 9, 0)[..5]);
-    assert!(!channel.take().unwrap());
+    assert!(!channel.take(Instant::now()).unwrap());
     say(&header(CONFIG_CHANGE, 9, 0)[5..]);
-    assert!(channel.take().unwrap());
+    assert!(channel.take(Instant::now()).unwrap());
     say(&[&header(3, 9, 4)[..], &[1; 4]].concat());
-    assert!(!channel.take().unwrap());
+    assert!(!channel.take(Instant::now()).unwrap());
     say(&header(CONFIG_CHANGE, 1, MAX_REQUEST + 1));
-    assert!(channel.take().is_err());
+    assert!(channel.take(Instant::now()).is_err());
     let mut answers = [0; 40];
     its.read_exact(&mut answers).unwrap();
     assert_eq!((&answers[..12], answers[12], answers[32]), (&header(CONFIG_CHANGE, 5, 8)[..], 0, 1));
     drop(its);
-    assert!(channel.take().is_err());
+    assert!(channel.take(Instant::now()).is_err());
 }
 
 #[test]
@@ -175,7 +200,7 @@ proptest! {
         if let Ok(mut frontend) = Frontend::connect(&daemon.path) {
             let _ = frontend.config(60);
             let _ = start(&mut frontend, &ram());
-            let _ = frontend.stop(1);
+            let _ = frontend.stop(&[1]);
             let _ = frontend.look();
         }
     }

@@ -119,14 +119,12 @@ impl Connection {
 
     /// Lets rings that were handed over pass requests, or not.
     pub(in crate::virtio) fn enable(&self, rings: impl IntoIterator<Item = (u16, bool)>) -> io::Result<()> {
-        let mut frontend = self.frontend();
-        rings.into_iter().try_for_each(|(ring, on)| frontend.enable(ring, on))
+        self.frontend().enable(rings)
     }
 
     /// Takes rings back.
     pub(in crate::virtio) fn take_back(&self, rings: &[u16]) -> io::Result<Vec<u16>> {
-        let mut frontend = self.frontend();
-        rings.iter().map(|ring| frontend.stop(*ring)).collect()
+        self.frontend().stop(rings)
     }
 
     /// A share without queues that sees the daemon go.
