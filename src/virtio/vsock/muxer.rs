@@ -452,10 +452,13 @@ impl Muxer {
 
     /// 5.10.6.7: the guest's connections are gone, and it reads its context id again.
     fn tell(&mut self, events: &mut Queue, cx: &Context<'_>) -> Result<(), Fault> {
-        let Some(chain) = events.pop(cx.ram)? else {
-            // Without a buffer now, its kick comes with one.
-            events.enable_notifications(cx.ram)?;
-            return Ok(());
+        let chain = loop {
+            match events.pop(cx.ram)? {
+                Some(chain) => break chain,
+                // One that came before its kick was asked for has none.
+                None if events.enable_notifications(cx.ram)? => {}
+                None => return Ok(()),
+            }
         };
         let told = chain.writer(cx.ram).write(&TRANSPORT_RESET.to_le_bytes());
         events.push_used(cx.ram, chain, if told.is_ok() { 4 } else { 0 })?;
