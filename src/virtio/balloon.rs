@@ -8,7 +8,7 @@
 mod hints;
 mod stats;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::str::FromStr;
@@ -103,7 +103,7 @@ impl BalloonConfig {
     }
 }
 
-/// What is saved of a balloon. Which pages are in it the guest knows.
+/// What is saved of a balloon. Which pages are in it the guest knows, but not what they are parts of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonState {
@@ -113,6 +113,12 @@ pub struct BalloonState {
     pub actual: u32,
     /// What it fills free pages with.
     pub poison: u32,
+    /// What was asked of its free pages, and whether that is over (`free_page_hint_cmd_id`).
+    pub hint_command: u32,
+    /// The last question that had a number.
+    pub last_hint: u32,
+    /// Where the host takes back huge pages only: which pages of each are in the balloon.
+    pub parts: BTreeMap<u64, [u64; 8]>,
 }
 
 /// The device.
@@ -133,7 +139,7 @@ struct Shared {
     poison: AtomicU32,
     stats: Mutex<Option<(Instant, BTreeMap<&'static str, u64>)>>,
     /// Where the host takes back huge pages only: which pages of each are in the balloon.
-    parts: Mutex<HashMap<u64, [u64; 8]>>,
+    parts: Mutex<BTreeMap<u64, [u64; 8]>>,
     hints: Mutex<Hints>,
     /// That the host refused was told already.
     warned: AtomicBool,
@@ -259,19 +265,23 @@ impl VirtioDevice for Balloon {
 
     fn save(&self) -> Result<serde_json::Value, StateError> {
         let poison = self.shared.poison.load(Ordering::Acquire);
-        let state = BalloonState { target: self.target, actual: self.actual, poison };
+        let (hint_command, last_hint) = lock(&self.shared.hints).save();
+        let parts = lock(&self.shared.parts).clone();
+        let state = BalloonState { target: self.target, actual: self.actual, poison, hint_command, last_hint, parts };
         serde_json::to_value(state).map_err(|e| StateError(e.to_string()))
     }
 
     fn restore(&mut self, state: &serde_json::Value) -> Result<(), StateError> {
         let name = &self.info.name;
-        let BalloonState { target, actual, poison } = BalloonState::deserialize(state)
+        let BalloonState { target, actual, poison, hint_command, last_hint, parts } = BalloonState::deserialize(state)
             .map_err(|e| StateError(format!("the saved state of {name} is broken: {e}")))?;
         if u64::from(target) > self.ram.0 >> PAGE_SHIFT {
             let ram = self.ram;
             return Err(StateError(format!("{name} was saved with {target} pages, more than the {ram} of memory")));
         }
         (self.target, self.actual) = (target, actual);
+        *lock(&self.shared.hints) = Hints::restored(hint_command, last_hint);
+        *lock(&self.shared.parts) = parts;
         self.shared.poison.store(poison, Ordering::Release);
         Ok(())
     }
@@ -730,15 +740,43 @@ mod tests {
     fn state_is_saved_and_checked() {
         let mut balloon = Balloon::new("balloon", &"1M".parse().unwrap(), Size(RAM));
         balloon.write_config(4, &7u32.to_le_bytes());
+        lock(&balloon.shared.parts).insert(3, [1; 8]);
         let state = balloon.save().unwrap();
         let mut other = Balloon::new("balloon", &BalloonConfig::default(), Size(RAM));
         other.restore(&state).unwrap();
         assert_eq!((other.stats().target, other.stats().actual), (1 << 20, 7 << 12));
+        assert_eq!(*lock(&other.shared.parts), BTreeMap::from([(3, [1; 8])]), "halves of huge pages");
         for (key, value) in [("target", (RAM >> 12) + 1), ("poison", 1 << 32), ("more", 0)] {
             let mut bad = state.clone();
             bad[key] = value.into();
             assert!(other.restore(&bad).is_err(), "{key}");
         }
+    }
+
+    #[test]
+    fn a_restored_guest_gets_the_pages_back_that_it_told_of() {
+        let new = || Balloon::new("balloon", &"0,free_page_hinting".parse().unwrap(), Size(RAM));
+        let command = |balloon: &Balloon| {
+            let mut data = [0; 4];
+            balloon.read_config(8, &mut data);
+            u32::from_le_bytes(data)
+        };
+        let restored = |state: &serde_json::Value| {
+            let mut balloon = new();
+            balloon.restore(state).unwrap();
+            assert_eq!(balloon.save().unwrap(), *state);
+            balloon
+        };
+        let mut balloon = restored(&new().save().unwrap());
+        assert_eq!((command(&balloon), balloon.control(&Control::EndHints)), (0, Ok(Reply::Done)));
+        balloon.control(&Control::StartHints).unwrap();
+        let mut balloon = restored(&balloon.save().unwrap());
+        assert_eq!(command(&balloon), 2);
+        assert_eq!((balloon.control(&Control::EndHints), command(&balloon)), (Ok(Reply::ConfigChanged), 1));
+        let mut balloon = restored(&balloon.save().unwrap());
+        assert_eq!((balloon.control(&Control::EndHints), command(&balloon)), (Ok(Reply::Done), 1));
+        balloon.control(&Control::StartHints).unwrap();
+        assert_eq!(command(&balloon), 3, "no question twice");
     }
 
     #[test]

@@ -58,6 +58,18 @@ impl Hints {
         self.command
     }
 
+    /// The command that stands in configuration space, and the last that was used.
+    pub(super) fn save(&self) -> (u32, u32) {
+        (self.command, self.last)
+    }
+
+    /// A question that was saved can only be ended: what was told does not count any more, since whoever copied memory,
+    /// and watched what the guest wrote to it, is gone.
+    pub(super) fn restored(command: u32, last: u32) -> Self {
+        let phase = if command > DONE { Phase::Complete } else { Phase::Idle };
+        Hints { command, last, phase, ranges: BTreeMap::new() }
+    }
+
     pub(super) fn start(&mut self) {
         self.last = self.last.wrapping_add(1).max(DONE + 1);
         self.command = self.last;
