@@ -72,6 +72,10 @@ pub struct NetState {
     pub mac: Mac,
     /// Queue pairs in use.
     pub pairs: u16,
+    /// Whether the cable is plugged in.
+    pub plugged: bool,
+    /// Whether the driver was told of a link.
+    pub link: bool,
 }
 
 /// Who serves the queue pairs of a card, if not this process.
@@ -97,6 +101,8 @@ pub struct Net {
     /// As configured.
     mac: Mac,
     mtu: Option<u16>,
+    /// What the driver was told of the link before it was restored.
+    told: Option<bool>,
     shared: Arc<Shared>,
 }
 
@@ -190,7 +196,7 @@ impl Shared {
 
     /// Plugs the cable in, or pulls it.
     fn set_link(&self, up: bool) -> io::Result<()> {
-        if up {
+        if up && !self.plugged.load(Ordering::SeqCst) {
             (0..self.ports.len()).filter_map(|pair| self.port(pair)).for_each(|mut port| discard(&mut **port));
         }
         if let Some(elsewhere) = &self.elsewhere {
@@ -306,7 +312,7 @@ impl Net {
             warned: AtomicBool::new(false),
         };
         let info = DeviceInfo { id: DeviceId::Net, name, features, queue_sizes, shared_memory: vec![] };
-        Ok(Net { info, mac, mtu: extras.mtu, shared: Arc::new(shared) })
+        Ok(Net { info, mac, mtu: extras.mtu, told: None, shared: Arc::new(shared) })
     }
 
     /// `struct virtio_net_config` (5.1.4).
@@ -375,8 +381,12 @@ impl VirtioDevice for Net {
         // They are the same for all ports.
         let (tso4, tso6) = (csum && has(VIRTIO_NET_F_GUEST_TSO4), csum && has(VIRTIO_NET_F_GUEST_TSO6));
         let ecn = (tso4 || tso6) && has(VIRTIO_NET_F_GUEST_ECN);
+        let told = self.told.take().unwrap_or(self.shared.link_up());
         if let Err(e) = self.shared.prepare(Offloads { csum, tso4, tso6, ecn }) {
             self.shared.lost(&e);
+        }
+        if told != self.shared.link_up() {
+            interrupt.config_changed();
         }
         // 5.1.2: without MQ there is one pair, and the control queue follows it.
         let pairs = if has(VIRTIO_NET_F_MQ) { usize::from(self.shared.max_pairs) } else { 1 };
@@ -398,21 +408,29 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&mut self) {
+        self.told = None;
         self.shared.pairs.store(1, Ordering::SeqCst);
         *self.shared.mac() = self.mac;
     }
 
     fn save(&self) -> Result<serde_json::Value, StateError> {
-        let state = NetState { mac: *self.shared.mac(), pairs: self.shared.pairs.load(Ordering::SeqCst) };
+        let state = NetState {
+            mac: *self.shared.mac(),
+            pairs: self.shared.pairs.load(Ordering::SeqCst),
+            plugged: self.shared.plugged.load(Ordering::SeqCst),
+            link: self.told.unwrap_or(self.shared.link_up()),
+        };
         serde_json::to_value(state).map_err(|e| StateError(e.to_string()))
     }
 
     fn restore(&mut self, state: &serde_json::Value) -> Result<(), StateError> {
         let broken = |e: String| StateError(format!("the saved state of {} is broken: {e}", self.info.name));
-        let NetState { mac, pairs } = NetState::deserialize(state).map_err(|e| broken(e.to_string()))?;
+        let NetState { mac, pairs, plugged, link } = NetState::deserialize(state).map_err(|e| broken(e.to_string()))?;
         if pairs == 0 || pairs > self.shared.max_pairs {
             return Err(broken(format!("{pairs} queue pairs of {}", self.shared.max_pairs)));
         }
+        self.shared.set_link(plugged).map_err(|e| broken(e.to_string()))?;
+        self.told = Some(link);
         self.shared.pairs.store(pairs, Ordering::SeqCst);
         *self.shared.mac() = mac;
         Ok(())

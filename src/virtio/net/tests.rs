@@ -485,7 +485,9 @@ fn the_driver_chooses_how_many_pairs_it_uses() {
     assert_eq!(s.net.shared.pairs.load(Ordering::SeqCst), 1);
     s.net.restore(&state).unwrap();
     assert_eq!(s.net.shared.pairs.load(Ordering::SeqCst), 2);
-    for broken in [serde_json::json!({"mac": "02:00:00:00:00:01", "pairs": 4}), serde_json::json!({"pairs": 1})] {
+    let mut pairs = state.clone();
+    pairs["pairs"] = 4.into();
+    for broken in [pairs, serde_json::json!({"pairs": 1})] {
         assert!(s.net.restore(&broken).unwrap_err().to_string().starts_with("the saved state of net0 is broken"));
     }
     // Without MQ the control queue comes right behind the first pair.
@@ -581,7 +583,10 @@ fn a_pulled_cable_drops_packets() {
         s.rx.add(&[inn(B + i * 1000, 1000)]).unwrap();
     }
     s.event(Event::Start).unwrap();
+    s.incoming(300);
     assert_eq!(s.net.control(&Control::SetLink(true)).unwrap(), Reply::Done);
+    s.event(Event::Ready(0)).unwrap();
+    assert_eq!(s.rx.take_used().unwrap().1, 300, "it was plugged in all the time");
     assert_eq!(s.net.control(&Control::SetLink(false)).unwrap(), Reply::ConfigChanged);
     assert_eq!(s.net.config_space()[6], 0);
     s.event(Event::Ready(1)).unwrap();
@@ -598,8 +603,27 @@ fn a_pulled_cable_drops_packets() {
     s.event(Event::Ready(0)).unwrap();
     s.send([0; HEADER], &[7; 60], &[]).unwrap();
     assert_eq!((s.rx.take_used().unwrap().1, s.rx.take_used(), s.sent().len()), (200, None, 1));
-    assert_eq!(s.read(B, 200), with_buffers(packet, 1));
+    assert_eq!(s.read(B + 1000, 200), with_buffers(packet, 1));
     assert!(s.net.control(&Control::BalloonStats).is_err());
+}
+
+#[test]
+fn a_restored_guest_hears_what_became_of_its_link() {
+    // Whether the cable was plugged in and the network there; whether the next network is there.
+    for (plugged, alive, next) in [(true, true, true), (false, true, true), (true, false, true), (true, true, false)] {
+        let mut s = Setup::new(MRG);
+        s.net.control(&Control::SetLink(plugged)).unwrap();
+        s.net.shared.alive.store(alive, Ordering::SeqCst);
+        let state = s.net.save().unwrap();
+        let (mut net, wires) = net(1);
+        net.restore(&state).unwrap();
+        assert_eq!(net.save().unwrap(), state);
+        net.shared.alive.store(next, Ordering::SeqCst);
+        let s = Setup::of((net, wires), MRG, 1, 16);
+        let (link, was) = (plugged && next, plugged && alive);
+        assert_eq!((s.net.config_space()[6], s.net.save().unwrap()["link"].as_bool()), (link.into(), Some(link)));
+        assert_eq!(s.wire.interrupt.line().take_count(), u64::from(link != was), "{plugged} {alive} {next}");
+    }
 }
 
 #[test]
