@@ -21,7 +21,7 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF};
 
 use super::net::{self, Mac, Net};
 use super::vhost::{Served, Server};
-use super::{Activated, Activation, DeviceId, DeviceInfo, RING_FEATURES, VirtioDevice};
+use super::{Activated, Activation, DeviceId, DeviceInfo, RING_FEATURES, StateError, VirtioDevice};
 use crate::backend::{unix, vhost_user};
 use crate::options;
 
@@ -38,7 +38,7 @@ const FS_CONFIG: usize = MAX_TAG + 4;
 /// Bytes of `struct virtio_blk_config` (5.2.4) up to the end of what write-zeroes needs.
 const BLK_CONFIG: usize = 60;
 /// Where `writeback` is in it, the one field that a driver writes.
-const BLK_WRITEBACK: u64 = 32;
+const BLK_WRITEBACK: u8 = 32;
 /// Where `num_queues` is in it.
 const BLK_QUEUES: usize = 34;
 
@@ -218,6 +218,14 @@ struct VhostUser {
     own: (usize, Vec<u8>),
 }
 
+/// What is saved of a file system or a disk besides its queues. What a daemon keeps of a guest, nobody saves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VhostUserState {
+    /// Whether writes may be cached, if the driver has said so.
+    pub writeback: Option<bool>,
+}
+
 impl VhostUser {
     fn fs(name: String, config: &VhostUserConfig, connection: Connection) -> Result<Self, Error> {
         let queues = u32::from(config.queues).to_le_bytes().to_vec();
@@ -264,6 +272,17 @@ impl VhostUser {
         let info = DeviceInfo { id, name, features, queue_sizes, shared_memory: vec![] };
         VhostUser { info, connection: Arc::new(connection), own }
     }
+
+    fn warn(&self, done: io::Result<()>) {
+        if let Err(e) = done {
+            warn!("{}: its cache mode cannot be changed: {e}", self.info.name);
+        }
+    }
+
+    /// Whether it is a disk whose driver says if writes may be cached.
+    fn has_writeback(&self) -> bool {
+        self.info.id == DeviceId::Block && self.info.features & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0
+    }
 }
 
 impl VirtioDevice for VhostUser {
@@ -280,12 +299,8 @@ impl VirtioDevice for VhostUser {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        let has_writeback = self.info.id == DeviceId::Block && self.info.features & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0;
-        if !(has_writeback && offset == BLK_WRITEBACK && matches!(data, [0 | 1])) {
-            return;
-        }
-        if let Err(e) = self.connection.write_config(BLK_WRITEBACK as usize, data) {
-            warn!("{}: its cache mode cannot be changed: {e}", self.info.name);
+        if let (&[byte @ (0 | 1)], true) = (data, offset == u64::from(BLK_WRITEBACK) && self.has_writeback()) {
+            self.warn(self.connection.set(BLK_WRITEBACK, byte));
         }
     }
 
@@ -293,5 +308,26 @@ impl VirtioDevice for VhostUser {
         let Activation { ram, features, queues, kicks, interrupt } = activation;
         let remote = Served::start(self.connection.clone(), features, &ram, &queues, &kicks, &interrupt)?;
         Ok(Activated::Elsewhere(Box::new(remote), self.connection.clone().watch().into_iter().collect()))
+    }
+
+    fn reset(&mut self) {
+        self.warn(self.connection.unset());
+    }
+
+    fn save(&self) -> Result<serde_json::Value, StateError> {
+        let state = VhostUserState { writeback: self.connection.was_set().map(|byte| byte != 0) };
+        serde_json::to_value(state).map_err(|e| StateError(e.to_string()))
+    }
+
+    fn restore(&mut self, state: &serde_json::Value) -> Result<(), StateError> {
+        let broken = |e: String| StateError(format!("the saved state of {} is broken: {e}", self.info.name));
+        match VhostUserState::deserialize(state).map_err(|e| broken(e.to_string()))?.writeback {
+            None => Ok(()),
+            Some(on) if self.has_writeback() => {
+                let refused = |e| StateError(format!("the cache mode of {} cannot be restored: {e}", self.info.name));
+                self.connection.set(BLK_WRITEBACK, on.into()).map_err(refused)
+            }
+            Some(_) => Err(broken("the daemon does not let its cache mode be changed".into())),
+        }
     }
 }

@@ -26,8 +26,21 @@ pub(in crate::virtio) struct Connection {
     features: u64,
     max_queues: Option<u16>,
     frontend: Mutex<Frontend>,
-    /// What is known of its configuration space.
-    config: Mutex<Vec<u8>>,
+    config: Mutex<Config>,
+}
+
+/// What is known of a daemon's configuration space.
+#[derive(Default)]
+struct Config {
+    bytes: Vec<u8>,
+    /// The byte that the driver has set: where, what was there before, what it is now. The next daemon must hear of it.
+    set: Option<(usize, u8, u8)>,
+}
+
+impl Config {
+    fn put(&mut self, at: usize, byte: u8) {
+        self.bytes.iter_mut().skip(at).take(1).for_each(|to| *to = byte);
+    }
 }
 
 impl Connection {
@@ -57,7 +70,7 @@ impl Connection {
         self.frontend.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn known_config(&self) -> MutexGuard<'_, Vec<u8>> {
+    fn known_config(&self) -> MutexGuard<'_, Config> {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -68,28 +81,43 @@ impl Connection {
             return Err(io::Error::new(io::ErrorKind::Unsupported, "it has no configuration space"));
         }
         let config = frontend.config(len)?;
-        *self.known_config() = config;
+        self.known_config().bytes = config;
         Ok(())
     }
 
     /// What is known of configuration space.
     pub(super) fn config(&self) -> Vec<u8> {
-        self.known_config().clone()
+        self.known_config().bytes.clone()
     }
 
-    /// Writes what is known of configuration space.
-    pub(super) fn write_config(&self, offset: usize, data: &[u8]) -> io::Result<()> {
-        self.frontend().set_config(u32::try_from(offset).map_err(io::Error::other)?, data)?;
-        self.known_config().iter_mut().skip(offset).zip(data).for_each(|(to, from)| *to = *from);
+    /// Sets the one byte of configuration space that a driver writes.
+    pub(super) fn set(&self, at: u8, byte: u8) -> io::Result<()> {
+        self.frontend().set_config(at.into(), &[byte])?;
+        let (mut config, at) = (self.known_config(), usize::from(at));
+        let before = config.set.map(|(_, before, _)| before).or(config.bytes.get(at).copied());
+        config.set = before.map(|before| (at, before, byte));
+        config.put(at, byte);
         Ok(())
+    }
+
+    /// What the driver has set it to.
+    pub(super) fn was_set(&self) -> Option<u8> {
+        self.known_config().set.map(|(_, _, byte)| byte)
+    }
+
+    /// Has it as it was before the driver set it; also if that is for the next daemon only.
+    pub(super) fn unset(&self) -> io::Result<()> {
+        let Some((at, before, _)) = self.known_config().set.take() else { return Ok(()) };
+        self.known_config().put(at, before);
+        self.frontend().set_config(at as u32, &[before])
     }
 
     /// Reads again what is known.
     fn refresh(&self, frontend: &mut Frontend) -> io::Result<()> {
-        let len = self.known_config().len();
+        let len = self.known_config().bytes.len();
         if len > 0 {
             let config = frontend.config(len)?;
-            *self.known_config() = config;
+            self.known_config().bytes = config;
         }
         Ok(())
     }
@@ -101,6 +129,11 @@ impl Connection {
         if frontend.look().is_err() {
             *frontend = self.connect_again(features)?;
             self.refresh(&mut frontend)?;
+            let mut config = self.known_config();
+            if let Some((at, _, byte)) = config.set {
+                frontend.set_config(at as u32, &[byte])?;
+                config.put(at, byte);
+            }
         }
         frontend.start(features, &memory, rings)
     }

@@ -215,6 +215,49 @@ fn the_end_of_a_daemon_is_seen_at_once() {
 }
 
 #[test]
+fn the_cache_mode_outlives_daemons_and_pauses_and_no_reset() {
+    let s = setup();
+    let mut driver = FakeDriver::new(&s.transport, &s.ram);
+    driver.start(RING_FEATURES, 0x1000, 8);
+    let mode = || {
+        let mut mode = [0];
+        crate::bus::BusDevice::read(&s.transport, 0x100 + 32, &mut mode);
+        mode[0]
+    };
+    // What the daemon of the tests says of itself.
+    assert_eq!(mode(), 32);
+    let told = || s.daemon.requests.try_iter().filter(|(request, _)| *request == 25).collect::<Vec<_>>();
+    let set = |byte: u8| vec![(25, [&[32, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0][..], &[byte]].concat())];
+    crate::bus::BusDevice::write(&s.transport, 0x100 + 32, &[0]);
+    crate::bus::BusDevice::write(&s.transport, 0x100 + 32, &[1]);
+    crate::bus::BusDevice::write(&s.transport, 0x100 + 32, &[0]);
+    assert_eq!((mode(), told()), (0, [set(0), set(1), set(0)].concat()));
+    s.transport.pause().unwrap();
+    let state = s.transport.save().unwrap();
+    // A new daemon, while nobody looks.
+    s.ends.store(true, Ordering::SeqCst);
+    crate::bus::BusDevice::write(&s.transport, 0x100 + 32, &[1]);
+    s.transport.resume();
+    assert_eq!((driver.get(VIRTIO_MMIO_STATUS), mode(), told()), (15, 0, set(0)));
+    driver.set(VIRTIO_MMIO_STATUS, 0);
+    assert_eq!((mode(), told()), (32, set(32)));
+    driver.set(VIRTIO_MMIO_STATUS, 0);
+    assert_eq!(told(), []);
+
+    let daemon = FakeDaemon::good(BLK);
+    let blk = open("vu0", &config(&daemon, "type=blk")).unwrap();
+    let restored = MmioTransport::from_state(blk, s.ram.clone(), IrqLine::new(5).unwrap(), &state).unwrap();
+    assert_eq!(restored.save().unwrap().device, serde_json::json!({"writeback": false}));
+    assert_eq!(daemon.requests.try_iter().filter(|(request, _)| *request == 25).collect::<Vec<_>>(), set(0));
+    let plain = FakeDaemon::good(VERSION_1 | RING_FEATURES);
+    let mut fs = open("vu1", &config(&plain, "type=fs,tag=x")).unwrap();
+    assert!(fs.restore(&state.device).unwrap_err().to_string().contains("does not let its cache mode be changed"));
+    let state = fs.save().unwrap();
+    fs.restore(&state).unwrap();
+    assert!(fs.restore(&serde_json::json!({"writeback": 1})).is_err());
+}
+
+#[test]
 fn memory_must_be_shared() {
     let daemon = FakeDaemon::good(BLK);
     let blk = open("vu0", &config(&daemon, "type=blk")).unwrap();
