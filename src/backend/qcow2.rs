@@ -18,6 +18,9 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, StorageOpenOptions};
 
+use rustix::fs::{CWD, RenameFlags};
+use rustix::io::Errno;
+
 use super::image::{Error, Format, ImageOptions, Overlay, found_format, open_file};
 use super::{AlignedBuffer, Disk, SECTOR};
 use crate::memory::RamSlice;
@@ -93,19 +96,22 @@ pub(super) fn over(options: &ImageOptions, overlay: &Overlay) -> Result<Qcow2Dis
 fn overlay_file(path: &Path, base: &Path, format: Format, size: u64) -> Result<File, Error> {
     let base = base.canonicalize().unwrap_or_else(|_| base.into());
     if !path.exists() {
+        // A name that no other VM takes, nor one that was killed while it made this one.
         let mut new = path.as_os_str().to_owned();
-        new.push(format!(".new.{}", std::process::id()));
-        let new = Path::new(&new);
         let cannot = |source| Error::Open { path: path.into(), hint: ": the overlay cannot be made", source };
+        new.push(format!(".new.{:x}", rand().map_err(cannot)?));
+        let new = Path::new(&new);
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create_new(true).mode(0o600).open(new).map_err(cannot)?;
         // Beside and renamed, or a full disk would leave half an overlay under the name.
         let made = create(&file, new, size, Some((&base, format)))
             .and_then(|()| file.sync_all())
-            .and_then(|()| std::fs::rename(new, path));
-        if let Err(e) = made {
-            let _ = std::fs::remove_file(new);
-            return Err(cannot(e));
+            .and_then(|()| give_name(new, path));
+        let _ = std::fs::remove_file(new);
+        match made {
+            // Another VM was faster: it has the overlay, and this one will find it locked; or it has ended.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            made => made.map_err(cannot)?,
         }
     }
     let (file, _) = open_file(path, false, false)?;
@@ -119,6 +125,15 @@ fn overlay_file(path: &Path, base: &Path, format: Format, size: u64) -> Result<F
             let found = found.map_or("that is none", String::as_str).to_string();
             Err(Error::OtherBase { path: path.into(), found, base })
         }
+    }
+}
+
+/// Gives a file that is at `from` the name `to`, if nothing has that. It may be left at `from` too.
+fn give_name(from: &Path, to: &Path) -> io::Result<()> {
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // Not every file system knows that.
+        Err(Errno::INVAL | Errno::NOSYS) => std::fs::hard_link(from, to),
+        result => Ok(result?),
     }
 }
 
@@ -382,6 +397,37 @@ mod tests {
             error(&ImageOptions { overlay: Some(Overlay::File(top.clone())), ..options(&base) }).contains("no overlay")
         );
         assert_eq!(std::fs::read(&top).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn an_overlay_is_made_once_however_many_want_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, top) = (dir.path().join("base.img"), dir.path().join("top.qcow2"));
+        std::fs::write(&base, [0; 4096]).unwrap();
+        let over = ImageOptions { overlay: Some(Overlay::File(top.clone())), ..options(&base) };
+        let start = std::sync::Barrier::new(4);
+        let results: Vec<_> = std::thread::scope(|scope| {
+            let threads = [(); 4].map(|()| {
+                scope.spawn(|| {
+                    start.wait();
+                    let disk = image::open(&over)?;
+                    write(&*disk, 512, &[7; 512]);
+                    Ok(disk)
+                })
+            });
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        for e in results.iter().filter_map(|result: &Result<_, Error>| result.as_ref().err()) {
+            assert!(matches!(e, Error::InUse { .. }), "{e}");
+        }
+        assert_eq!(results.iter().flatten().count(), 1);
+        drop(results);
+        let disk = crate::backend::when_free(|| image::open(&over));
+        assert_eq!(read(&*disk, 512, 512), [7; 512], "what the one wrote");
+        assert_eq!(dir.path().read_dir().unwrap().count(), 2, "nothing else is left");
+        // What came first stays.
+        assert_eq!(give_name(&base, &top).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert!(std::fs::read(&top).unwrap().starts_with(b"QFI"));
     }
 
     #[test]
