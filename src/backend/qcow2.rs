@@ -11,8 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock};
 
 use imago::file::File as Storage;
-use imago::format::gate::ImplicitOpenGate;
-use imago::format::{Format as ImagoFormat, PreallocateMode};
+use imago::format::PreallocateMode;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
@@ -41,11 +40,10 @@ impl Qcow2Disk {
         let ImageOptions { path, readonly, direct, .. } = options;
         let what = "it is no qcow2 image that can be used";
         let failed = |source| Error::Image { path: path.clone(), what, source };
-        let gate = Gate { trusted, depth: 0 };
         check(&file).map_err(failed)?;
         let storage = storage(file, path, !readonly, *direct).map_err(failed)?;
-        let image = Qcow2::<Storage>::builder(storage).write(!readonly).open(gate).map_err(failed)?;
-        Self::new(FormatAccess::new(image), path)
+        let below = Below { trusted, direct: *direct, depth: 0 };
+        Self::new(below.open(storage, path, Format::Qcow2, !readonly).map_err(failed)?, path)
     }
 
     fn new(image: FormatAccess<Storage>, path: &Path) -> Result<Self, Error> {
@@ -65,12 +63,8 @@ pub(super) fn over(options: &ImageOptions, overlay: &Overlay) -> Result<Qcow2Dis
     let found = found_format(&mut file, path, *format)?;
     check(&file).map_err(failed("it cannot be used as a base"))?;
     let base = storage(file, path, false, *direct).map_err(failed("its size cannot be found"))?;
-    let gate = Gate { trusted: format.is_some(), depth: 0 };
-    let base = match found {
-        Format::Raw => Raw::builder(base).open(gate).map(FormatAccess::new),
-        Format::Qcow2 => Qcow2::<Storage>::builder(base).open(gate).map(FormatAccess::new),
-    };
-    let base = base.map_err(failed("it cannot be used as a base"))?;
+    let below = Below { trusted: format.is_some(), direct: *direct, depth: 0 };
+    let base = below.open(base, path, found, false).map_err(failed("it cannot be used as a base"))?;
     let (top, top_path) = match overlay {
         Overlay::Tmp => {
             let folder = std::env::temp_dir();
@@ -173,37 +167,56 @@ fn storage(file: File, path: &Path, write: bool, direct: bool) -> io::Result<Sto
     Storage::from_open_file(file, StorageOpenOptions::new().filename(path).write(write).direct(direct))
 }
 
-/// Decides on files that an image refers to.
-struct Gate {
+/// Opens images with what they refer to.
+struct Below {
     /// The user vouches for the image.
     trusted: bool,
+    direct: bool,
     depth: usize,
 }
 
-impl ImplicitOpenGate<Storage> for Gate {
-    fn open_format<F: FormatDriverBuilder<Storage>>(&mut self, builder: F) -> io::Result<FormatAccess<Storage>> {
-        if !matches!(F::FORMAT, ImagoFormat::Raw | ImagoFormat::Qcow2) {
-            return Err(io::Error::other("its base image is neither raw nor qcow2"));
+impl Below {
+    fn open(&self, file: Storage, path: &Path, format: Format, write: bool) -> io::Result<FormatAccess<Storage>> {
+        // Nothing is opened for its name alone: what lies below is opened here. (Other files are refused by `check`.)
+        let deny = DenyImplicitOpenGate::default();
+        if format == Format::Raw {
+            return Raw::builder(file).write(write).open(deny).map(FormatAccess::new);
         }
-        let below = Gate { trusted: self.trusted, depth: self.depth + 1 };
-        builder.write(false).open(below).map(FormatAccess::new)
+        let mut image = Qcow2::<Storage>::builder(file).write(write).backing(None).open(deny)?;
+        if let Some(name) = image.implicit_backing_file() {
+            let base = self.base(path, name, image.implicit_backing_format().map(String::as_str))?;
+            image.set_backing(Some(base));
+        }
+        Ok(FormatAccess::new(image))
     }
 
-    /// Comes before [`Gate::open_format`], for the file of the base image. (Other files are refused by [`check`].)
-    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<Storage> {
-        let path = options.get_filename().unwrap_or(Path::new("")).to_path_buf();
+    /// A base image. Of what format it is must be said: a raw one is some guest's to write, who could make it look like
+    /// another that refers to any file of the host.
+    fn base(&self, image: &Path, name: &str, format: Option<&str>) -> io::Result<FormatAccess<Storage>> {
+        let path = &image.parent().unwrap_or(Path::new("")).join(name);
+        let refused = |why| Err(io::Error::other(why));
         if !self.trusted {
             let path = path.display();
-            let why = format!("it refers to the base image {path}; say format=qcow2 if it may open that");
-            return Err(io::Error::other(why));
+            return refused(format!("it refers to the base image {path}; say format=qcow2 if it may open that"));
         }
+        let format = match format {
+            Some("raw" | "file") => Format::Raw,
+            Some("qcow2") => Format::Qcow2,
+            Some(other) => return refused(format!("its base image {name} is {other}, neither raw nor qcow2")),
+            None => {
+                return refused(format!(
+                    "{} does not say whether its base image is raw or qcow2, and a guest can make the one look like \
+                     the other; 'qemu-img rebase -u -b {name} -F raw' (or qcow2) has it say so",
+                    image.display()
+                ));
+            }
+        };
         if self.depth >= MAX_DEPTH {
-            let why = format!("more than {MAX_DEPTH} images lie below each other, or it is its own base");
-            return Err(io::Error::other(why));
+            return refused(format!("more than {MAX_DEPTH} images lie below each other, or it is its own base"));
         }
-        let (file, _) = open_file(&path, true, options.get_direct()).map_err(io::Error::other)?;
+        let (file, _) = open_file(path, true, self.direct).map_err(io::Error::other)?;
         check(&file)?;
-        storage(file, &path, false, options.get_direct())
+        Below { depth: self.depth + 1, ..*self }.open(storage(file, path, false, self.direct)?, path, format, false)
     }
 }
 
@@ -441,6 +454,15 @@ mod tests {
         // If the user says so, it is.
         let trusted = ImageOptions { format: Some(Format::Qcow2), ..options(&disk) };
         assert_eq!(read(&*image::open(&trusted).unwrap(), 0, 512), [42; 512]);
+        // But only as what it is said to be, and that must be said: another guest could have written to it as raw bytes.
+        let mut header = vec![0; 4096];
+        let image = File::options().read(true).write(true).open(&disk).unwrap();
+        image.read_exact_at(&mut header, 0).unwrap();
+        let at = header.windows(4).position(|word| word == [0xE2, 0x79, 0x2A, 0xCA]).unwrap();
+        image.write_all_at(&[1; 4], at as u64).unwrap();
+        drop(image);
+        let message = error(&trusted);
+        assert!(message.contains("whether its base image") && message.contains("-F raw"), "{message}");
         // As raw bytes it is harmless anyway.
         let raw = ImageOptions { format: Some(Format::Raw), ..options(&disk) };
         assert_eq!(&read(&*image::open(&raw).unwrap(), 0, 4), b"QFI\xfb");
