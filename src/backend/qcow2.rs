@@ -17,7 +17,7 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, StorageOpenOptions};
 
-use rustix::fs::{CWD, RenameFlags};
+use rustix::fs::{CWD, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::image::{Error, Format, ImageOptions, Overlay, found_format, open_file};
@@ -68,15 +68,9 @@ pub(super) fn over(options: &ImageOptions, overlay: &Overlay) -> Result<Qcow2Dis
     let (top, top_path) = match overlay {
         Overlay::Tmp => {
             let folder = std::env::temp_dir();
-            let file = temporary_file(&folder).map_err(|source| Error::Open {
-                path: folder.clone(),
-                hint: ": no room for its overlay",
-                source,
-            })?;
-            create(&file, &folder, base.size(), None).map_err(failed("its overlay cannot be made"))?;
-            (file, folder)
+            (throw_away(&folder, base.size(), *direct)?, folder)
         }
-        Overlay::File(top) => (overlay_file(top, path, found, base.size())?, top.clone()),
+        Overlay::File(top) => (overlay_file(options, top, found, base.size())?, top.clone()),
     };
     let failed = |source| Error::Image { path: top_path.clone(), what: "it is no overlay that can be used", source };
     let storage = storage(top, &top_path, true, *direct).map_err(failed)?;
@@ -87,7 +81,8 @@ pub(super) fn over(options: &ImageOptions, overlay: &Overlay) -> Result<Qcow2Dis
 }
 
 /// An open, locked overlay, which is made if it is not there.
-fn overlay_file(path: &Path, base: &Path, format: Format, size: u64) -> Result<File, Error> {
+fn overlay_file(options: &ImageOptions, path: &Path, format: Format, size: u64) -> Result<File, Error> {
+    let ImageOptions { path: base, direct, .. } = options;
     let base = base.canonicalize().unwrap_or_else(|_| base.into());
     if !path.exists() {
         // A name that no other VM takes, nor one that was killed while it made this one.
@@ -108,10 +103,10 @@ fn overlay_file(path: &Path, base: &Path, format: Format, size: u64) -> Result<F
             made => made.map_err(cannot)?,
         }
     }
-    let (file, _) = open_file(path, false, false)?;
+    let (file, _) = open_file(path, false, *direct)?;
     let failed = |source| Error::Image { path: path.into(), what: "it is no overlay that can be used", source };
     check(&file).map_err(failed)?;
-    let look = storage(file.try_clone().map_err(failed)?, path, false, false).map_err(failed)?;
+    let look = storage(file.try_clone().map_err(failed)?, path, false, *direct).map_err(failed)?;
     let top = Qcow2::<Storage>::builder(look).backing(None).open(DenyImplicitOpenGate::default()).map_err(failed)?;
     match top.implicit_backing_file() {
         Some(found) if Path::new(found) == base => Ok(file),
@@ -120,6 +115,20 @@ fn overlay_file(path: &Path, base: &Path, format: Format, size: u64) -> Result<F
             Err(Error::OtherBase { path: path.into(), found, base })
         }
     }
+}
+
+/// An overlay without a name.
+fn throw_away(folder: &Path, size: u64, direct: bool) -> Result<File, Error> {
+    let cannot = |hint| move |source| Error::Open { path: folder.into(), hint, source };
+    let file = temporary_file(folder).map_err(cannot(": no room for its overlay"))?;
+    create(&file, folder, size, None).map_err(cannot(": its overlay cannot be made"))?;
+    if direct {
+        // Not sooner: it is made in pieces that are no whole blocks.
+        let flags = rustix::fs::fcntl_getfl(&file).map(|flags| flags | OFlags::DIRECT);
+        let set = flags.and_then(|flags| rustix::fs::fcntl_setfl(&file, flags));
+        set.map_err(|e| cannot(": its file system has no direct=on for the overlay; TMPDIR names another")(e.into()))?;
+    }
+    Ok(file)
 }
 
 /// Gives a file that is at `from` the name `to`, if nothing has that. It may be left at `from` too.
@@ -441,6 +450,53 @@ mod tests {
         // What came first stays.
         assert_eq!(give_name(&base, &top).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         assert!(std::fs::read(&top).unwrap().starts_with(b"QFI"));
+    }
+
+    #[test]
+    fn direct_is_for_all_of_an_images_files() {
+        // On the file system of the checkout, which has O_DIRECT where a temporary folder may not.
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let (below, base, top) = (dir.path().join("below"), dir.path().join("base"), dir.path().join("top"));
+        std::fs::write(&below, vec![3; SIZE as usize]).unwrap();
+        qcow2(&base, SIZE, Some((&below, Format::Raw)));
+        let options = ImageOptions { direct: true, format: Some(Format::Qcow2), ..options(&base) };
+        let over = ImageOptions { overlay: Some(Overlay::File(top.clone())), ..options.clone() };
+        let is_direct = |fd: &str| {
+            let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap();
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim();
+            i32::from_str_radix(flags, 8).unwrap() & libc::O_DIRECT != 0
+        };
+        for again in [false, true] {
+            let disk = crate::backend::when_free(|| image::open(&over));
+            let mut open = Vec::new();
+            for entry in Path::new("/proc/self/fd").read_dir().unwrap().flatten() {
+                if let Ok(file) = entry.path().read_link()
+                    && file.starts_with(dir.path())
+                {
+                    assert!(is_direct(entry.file_name().to_str().unwrap()), "{}", file.display());
+                    open.push(file);
+                }
+            }
+            assert!([&below, &base, &top].iter().all(|file| open.contains(file)), "{open:?}");
+            if !again {
+                // Neither whole blocks nor on their bounds, nor in memory that is.
+                write(&*disk, 512 * 7, &[5; 3 * 512]);
+                write(&*disk, 512 * 200, &[6; 80 * 512]);
+                disk.write_zeroes(512 * 8, 512, false).unwrap();
+                disk.flush().unwrap();
+            }
+            let expected = [[3; 512], [5; 512], [0; 512], [5; 512], [3; 512]].concat();
+            assert_eq!(read(&*disk, 512 * 6, 5 * 512), expected);
+            assert_eq!(read(&*disk, 512 * 200, 81 * 512), [vec![6; 80 * 512], vec![3; 512]].concat());
+        }
+        let file = throw_away(dir.path(), SIZE, true).unwrap();
+        assert!(is_direct(&std::os::fd::AsRawFd::as_raw_fd(&file).to_string()));
+        check(&file).unwrap();
+        let image = storage(file, dir.path(), true, true).unwrap();
+        let image = Qcow2::<Storage>::builder(image).write(true).open(DenyImplicitOpenGate::default()).unwrap();
+        let disk = Qcow2Disk::new(FormatAccess::new(image), dir.path()).unwrap();
+        write(&disk, 512, &[8; 3 * 512]);
+        assert_eq!(read(&disk, 0, 512 * 2), [[0; 512], [8; 512]].concat());
     }
 
     #[test]
