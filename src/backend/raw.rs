@@ -9,7 +9,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::FallocateFlags;
 use vm_memory::bitmap::Bitmap;
@@ -43,7 +43,7 @@ pub struct RawDisk {
     file: File,
     kind: RawKind,
     size: AtomicU64,
-    /// For direct disks: held while blocks are read, changed and written.
+    /// For direct disks: held while blocks are read, changed and written, and while pieces of blocks become zero.
     direct: Option<Mutex<()>>,
 }
 
@@ -52,6 +52,27 @@ impl RawDisk {
     /// open for `direct` input and output.
     pub(super) fn new(file: File, kind: RawKind, direct: bool, size: u64) -> Self {
         RawDisk { file, kind, size: AtomicU64::new(size), direct: direct.then(Mutex::default) }
+    }
+
+    /// Keeps others from changing pieces of blocks, on a direct disk.
+    fn alone(&self) -> Option<MutexGuard<'_, ()>> {
+        self.direct.as_ref().map(|lock| lock.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The same for a range that the kernel changes: what is in whole blocks gets in nobody's way.
+    fn alone_in(&self, offset: u64, len: u64) -> Option<MutexGuard<'_, ()>> {
+        if (offset | len).is_multiple_of(DIRECT_BLOCK) { None } else { self.alone() }
+    }
+
+    fn discard_alone(&self, offset: u64, len: u64) -> io::Result<()> {
+        match self.kind {
+            RawKind::File => {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                fallocate(&self.file, flags, offset, len)
+            }
+            RawKind::Blocks => block_range(&self.file, BLKDISCARD, offset, len),
+            RawKind::Characters => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 
     /// A request that is not in whole blocks, by way of a buffer that is: `copy` moves between the guest's buffers and
@@ -63,8 +84,7 @@ impl RawDisk {
         write: bool,
         copy: impl FnOnce(&mut [u8]) -> io::Result<()>,
     ) -> io::Result<()> {
-        let _alone =
-            self.direct.as_ref().filter(|_| write).map(|lock| lock.lock().unwrap_or_else(PoisonError::into_inner));
+        let _alone = write.then(|| self.alone());
         let start = offset - offset % DIRECT_BLOCK;
         let end = (offset + len).next_multiple_of(DIRECT_BLOCK);
         let mut buffer = AlignedBuffer::new((end - start) as usize);
@@ -164,19 +184,14 @@ impl Disk for RawDisk {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self.kind {
-            RawKind::File => {
-                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                fallocate(&self.file, flags, offset, len)
-            }
-            RawKind::Blocks => block_range(&self.file, BLKDISCARD, offset, len),
-            RawKind::Characters => Err(io::ErrorKind::Unsupported.into()),
-        }
+        let _alone = self.alone_in(offset, len);
+        self.discard_alone(offset, len)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+        let _alone = self.alone_in(offset, len);
         let quick = match self.kind {
-            RawKind::File if may_unmap => self.discard(offset, len),
+            RawKind::File if may_unmap => self.discard_alone(offset, len),
             RawKind::File => fallocate(&self.file, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, len),
             RawKind::Blocks => block_range(&self.file, BLKZEROOUT, offset, len),
             RawKind::Characters => return write_zeros(&self.file, offset, len),
@@ -418,6 +433,39 @@ mod tests {
         image(&dir, "odd", 4096 + 512);
         let odd = super::super::image::open_raw(&dir.path().join("odd"), false, true).unwrap_err().to_string();
         assert!(odd.contains("4608 bytes") && odd.contains("direct"), "{odd}");
+    }
+
+    #[test]
+    fn zeros_beside_a_direct_write_stay_zeros() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let disk = super::super::image::open_raw(&image(&dir, "a", 8192), false, true).unwrap();
+        let ram = GuestRam::anonymous(1 << 20);
+        ram.write(0, &[7; 4096]).unwrap();
+        let slice = |at, len| [ram.slice(at, len).unwrap()];
+        let ended = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // What another queue writes to the same block.
+            scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) {
+                    disk.write(&slice(512, 512), 5 * 512).unwrap();
+                }
+            });
+            let mut kept = true;
+            for round in 0..200 {
+                disk.write(&slice(0, 2048), 0).unwrap();
+                match round % 2 {
+                    0 => disk.write_zeroes(0, 2048, round % 4 == 0).unwrap(),
+                    _ if disk.discard(0, 2048).is_ok() => {}
+                    _ => continue,
+                }
+                disk.read(&slice(0x8000, 2048), 0).unwrap();
+                let mut back = [0; 2048];
+                ram.read(0x8000, &mut back).unwrap();
+                kept &= back == [0; 2048];
+            }
+            ended.store(true, Ordering::Relaxed);
+            assert!(kept, "old data came back");
+        });
     }
 
     #[test]
