@@ -47,8 +47,10 @@ impl Server {
     /// Gives back what the umask of this process took; the guest has applied its own before. Not where the directory has
     /// a list of what new files shall be like, for then the umask did nothing.
     fn mend_mode(&self, dir: &Node, node: &Node, stat: &mut Stat, mode: u32) -> io::Result<()> {
-        let missing = mode & self.umask & !stat.mode & 0o777;
-        if missing != 0 && !dir.has_default_acl() {
+        let (asked, missing) = (mode & 0o777, mode & self.umask & 0o777);
+        // Else it is not what was made: somebody on the host may have put something else there meanwhile.
+        let as_made = stat.mode & 0o777 == asked & !self.umask;
+        if missing != 0 && as_made && !dir.has_default_acl() {
             node.chmod(stat.mode | missing)?;
             *stat = node.stat()?;
         }
@@ -96,6 +98,11 @@ impl Server {
         let (file, entry, handle) = match made {
             Ok(file) => {
                 let (node, mut stat) = self.with_descriptors(|| dir.child(name))?;
+                let made = Stat::of(&file)?;
+                if (made.dev, made.ino) != (stat.dev, stat.ino) {
+                    // Somebody on the host put another file there meanwhile. The guest looks again.
+                    return Err(Errno::STALE.into());
+                }
                 self.mend_mode(&dir, &node, &mut stat, mode)?;
                 (file, self.enter_node(caller.nodeid, name, node, &stat)?, None)
             }
