@@ -1,5 +1,6 @@
 //! Requests about names in directories.
 
+use std::fs::File;
 use std::io;
 use std::time::Duration;
 
@@ -95,7 +96,7 @@ impl Server {
         let dir = self.node(caller.nodeid)?;
         let access = access(flags);
         let made = self.with_descriptors(|| self.make_as(caller, || dir.create(name, access - OFlags::TRUNC, mode)));
-        let (file, entry, handle) = match made {
+        let (file, entry) = match made {
             Ok(file) => {
                 let (node, mut stat) = self.with_descriptors(|| dir.child(name))?;
                 let made = Stat::of(&file)?;
@@ -104,23 +105,29 @@ impl Server {
                     return Err(Errno::STALE.into());
                 }
                 self.mend_mode(&dir, &node, &mut stat, mode)?;
-                (file, self.enter_node(caller.nodeid, name, node, &stat)?, None)
+                (Some(file), self.enter_node(caller.nodeid, name, node, &stat)?)
             }
             Err(e) if e.raw_os_error() == Some(libc::EEXIST) && flags & libc::O_EXCL as u32 == 0 => {
-                let entry = self.enter(caller.nodeid, &dir, name)?;
-                if entry.stat.kind() == FileType::Symlink {
-                    return Err(Errno::LOOP.into());
-                }
-                let node = self.node(entry.id)?;
-                (self.open_node(&node, access, open_flags & OPEN_KILL_SUIDGID != 0)?, entry, Some(node))
+                (None, self.enter(caller.nodeid, &dir, name)?)
             }
             Err(e) => return Err(e),
         };
-        let node = handle.map_or_else(|| self.node(entry.id), Ok)?;
-        let handle = self.remember(entry.id, Handle::File(file, node))?;
+        let handle = self.open_entry(&entry, file, access, open_flags & OPEN_KILL_SUIDGID != 0);
+        // With an error the guest is told of no file, and cannot forget it.
+        let handle = handle.inspect_err(|_| self.inodes().forget(entry.id, 1))?;
         // The size may be another one now.
         let attributes = if access.contains(OFlags::TRUNC) { Duration::ZERO } else { entry.attributes };
         Ok(Out::default().entry(&Entry { attributes, ..entry }).u64(handle).u32(0).u32(0).done())
+    }
+
+    /// The handle of a file that was made and is open, or else is there.
+    fn open_entry(&self, entry: &Entry, file: Option<File>, access: OFlags, kill: bool) -> io::Result<u64> {
+        if entry.stat.kind() == FileType::Symlink {
+            return Err(Errno::LOOP.into());
+        }
+        let node = self.node(entry.id)?;
+        let file = file.map_or_else(|| self.open_node(&node, access, kill), Ok)?;
+        self.remember(entry.id, Handle::File(file, node))
     }
 
     pub(super) fn remove(&self, caller: Caller, mut args: Args<'_>, dir: bool) -> io::Result<Out> {

@@ -394,6 +394,23 @@ fn files_are_made_read_and_written() {
 }
 
 #[test]
+fn what_cannot_be_opened_is_not_known() {
+    let mut guest = Guest::new("");
+    fs::create_dir(guest.path("dir")).unwrap();
+    symlink("/etc", guest.path("link")).unwrap();
+    let before = guest.server().counts();
+    assert_eq!(guest.create(ROOT, "dir", libc::O_RDWR, 0o600).unwrap_err(), libc::EISDIR);
+    assert_eq!(guest.create(ROOT, "link", libc::O_RDWR, 0o600).unwrap_err(), libc::ELOOP);
+    assert_eq!(guest.server().counts(), before);
+    // But for what the guest knew before.
+    let dir = guest.lookup(ROOT, "dir").unwrap();
+    assert_eq!(guest.create(ROOT, "dir", libc::O_RDWR, 0o600).unwrap_err(), libc::EISDIR);
+    guest.getattr(dir.id).unwrap();
+    guest.forget(dir.id, 1);
+    assert_eq!(guest.server().counts(), before);
+}
+
+#[test]
 fn sizes_and_offsets_of_the_guest_are_checked() {
     let mut guest = Guest::new("");
     let (file, handle) = guest.create(ROOT, "file", libc::O_RDWR, 0o600).unwrap();
