@@ -108,6 +108,14 @@ impl RateLimiter {
         self.charge_at(bytes, Instant::now())
     }
 
+    /// Takes the tokens for bytes that a request is about beyond those it was let through for.
+    pub fn charge_more(&self, bytes: u64) {
+        let mut buckets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(bucket) = &mut buckets.bytes {
+            bucket.level -= bytes as f64;
+        }
+    }
+
     fn charge_at(&self, bytes: u64, now: Instant) -> Result<(), Duration> {
         let mut buckets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Buckets { bytes: for_bytes, ops } = &mut *buckets;
@@ -254,6 +262,9 @@ mod tests {
         assert!(wait >= 1000 * MS && wait < 1010 * MS, "{wait:?}");
         assert!(limiter.take_at(1, start + wait - MS).is_err());
         limiter.take_at(1, start + wait + MS).unwrap();
+        limiter.charge_more(2000);
+        let wait = limiter.take_at(1, start + wait + MS).unwrap_err();
+        assert!(wait > 1900 * MS && wait < 2010 * MS, "{wait:?}");
     }
 
     proptest! {

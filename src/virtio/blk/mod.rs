@@ -39,10 +39,13 @@ const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 const CONFIG_BYTES: usize = 60;
 /// Where `writeback` is in configuration space.
 const WRITEBACK: usize = 32;
-/// Ranges of one discard or write-zeroes request.
+/// Ranges of one discard request.
 const MAX_RANGES: u32 = 64;
-/// Sectors of one such range: 1 GiB, which bounds the time a request takes.
+/// Sectors of one such range, and of all ranges of a write-zeroes request: 1 GiB, which bounds the time it takes.
 const MAX_RANGE_SECTORS: u32 = 1 << 21;
+/// Sectors of the one range that a write-zeroes request should have. They may have to be written really, and count for
+/// the bandwidth as if they were: what comes behind 16 MiB has not long to wait.
+const ZERO_SECTORS: u32 = 1 << 15;
 
 /// How requests are carried out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -287,7 +290,7 @@ fn config_space(sectors: u64, queues: u16) -> [u8; CONFIG_BYTES] {
     put(WRITEBACK, &[1]);
     put(34, &queues.to_le_bytes());
     // max_discard_sectors, max_discard_seg, discard_sector_alignment; the same for write_zeroes, and may_unmap.
-    for (at, value) in [(36, MAX_RANGE_SECTORS), (40, MAX_RANGES), (44, 8), (48, MAX_RANGE_SECTORS), (52, MAX_RANGES)] {
+    for (at, value) in [(36, MAX_RANGE_SECTORS), (40, MAX_RANGES), (44, 8), (48, ZERO_SECTORS), (52, 1)] {
         put(at, &value.to_le_bytes());
     }
     put(56, &[1]);

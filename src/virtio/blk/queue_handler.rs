@@ -47,7 +47,9 @@ impl QueueHandler {
                 queue.unpop(chain);
                 return Ok(Progress::Done);
             }
-            self.begin(chain, queue, cx)?;
+            if self.begin(chain, queue, cx)? {
+                break;
+            }
         }
         Ok(Progress::More)
     }
@@ -61,8 +63,10 @@ impl QueueHandler {
         }
     }
 
-    fn begin(&mut self, chain: Chain, queue: &mut Queue, cx: &Context<'_>) -> Result<(), Fault> {
+    /// Does a request, or has the kernel do it. Whether others should have their turn now.
+    fn begin(&mut self, chain: Chain, queue: &mut Queue, cx: &Context<'_>) -> Result<bool, Fault> {
         let disk = &*self.shared.disk;
+        let mut large = false;
         let result = match request::decode(&self.shared, &chain, cx.ram)? {
             Err(failed) => Err(failed),
             Ok(request) => match (&mut self.ring, request) {
@@ -70,7 +74,7 @@ impl QueueHandler {
                     let (iov, len) = ring.vector(&buffers);
                     drop(buffers);
                     ring.read(chain, iov, len, offset);
-                    return Ok(());
+                    return Ok(false);
                 }
                 (Some(ring), Request::Write(buffers, offset))
                     if !self.shared.writes_at_once && ring.takes(disk, &buffers, offset) =>
@@ -78,18 +82,22 @@ impl QueueHandler {
                     let (iov, len) = ring.vector(&buffers);
                     drop(buffers);
                     ring.write(chain, iov, len, offset, self.shared.write_through.load(Ordering::Acquire));
-                    return Ok(());
+                    return Ok(false);
                 }
                 (Some(ring), Request::Flush) if ring.has_room() => {
                     self.shared.dirty.store(false, Ordering::Release);
                     ring.flush(chain);
-                    return Ok(());
+                    return Ok(false);
                 }
-                (_, request) => self.shared.execute(request),
+                (_, request) => {
+                    large = request.is_large();
+                    self.shared.execute(request)
+                }
             },
         };
         let written = self.shared.answer(&chain, cx.ram, result)?;
-        Ok(queue.push_used(cx.ram, chain, written)?)
+        queue.push_used(cx.ram, chain, written)?;
+        Ok(large)
     }
 
     /// Has the kernel begin what was collected, and answers what it has finished.

@@ -80,7 +80,7 @@ fn parts<'a>(chain: &'a Chain, ram: &'a GuestRam) -> Result<(Writer<'a>, Writer<
     Ok((data, writer))
 }
 
-/// How many bytes a request moves, for its rate limit.
+/// How many bytes a request moves, for its rate limit; those that it makes zero come on top.
 pub(super) fn cost(chain: &Chain, ram: &GuestRam) -> u64 {
     (chain.reader(ram).len() + chain.writer(ram).len()).saturating_sub(HEADER as u64 + 1)
 }
@@ -130,6 +130,13 @@ fn decode_parts<'a>(shared: &Shared, mut reader: Reader<'a>, data: Writer<'a>) -
     })
 }
 
+impl Request<'_> {
+    /// Whether it is about more of the disk than its chain shows, and may take long.
+    pub(super) fn is_large(&self) -> bool {
+        matches!(self, Request::Discard(_) | Request::WriteZeroes(_))
+    }
+}
+
 impl Shared {
     /// Where in the image `len` bytes at `sector` are: whole sectors within the capacity.
     fn offset(&self, sector: u64, len: u64) -> Result<u64, Failed> {
@@ -148,6 +155,8 @@ impl Shared {
         if !len.is_multiple_of(RANGE as u64) || len / RANGE as u64 > MAX_RANGES.into() {
             return Err(Failed::Request);
         }
+        // More than a driver may ask for that goes by the configuration, and as much as it could once be told.
+        let mut left = if allowed == 0 { u64::MAX } else { u64::from(MAX_RANGE_SECTORS) * SECTOR };
         let mut ranges = Vec::new();
         for _ in 0..len / RANGE as u64 {
             let mut range = [0; RANGE];
@@ -163,6 +172,7 @@ impl Shared {
                 return Err(Failed::Request);
             }
             let len = u64::from(count) * SECTOR;
+            left = left.checked_sub(len).ok_or(Failed::Request)?;
             ranges.push(Range { offset: self.offset(sector, len)?, len, unmap: flags != 0 });
         }
         Ok(ranges)
@@ -178,6 +188,10 @@ impl Shared {
                 self.change(|| ranges.iter().try_for_each(|r| self.disk.discard(r.offset, r.len))).map_err(lacking)?;
             }
             Request::WriteZeroes(ranges) => {
+                // Whatever becomes of them: a disk that cannot do better writes them.
+                if let Some(limiter) = &self.limiter {
+                    limiter.charge_more(ranges.iter().map(|r| r.len).sum());
+                }
                 let zero = |r: &Range| self.disk.write_zeroes(r.offset, r.len, r.unmap);
                 self.change(|| ranges.iter().try_for_each(zero)).map_err(lacking)?;
             }

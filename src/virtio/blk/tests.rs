@@ -416,6 +416,49 @@ fn limits_are_kept_and_nothing_is_lost() {
     assert!(start.elapsed() >= std::time::Duration::from_millis(50), "five of six had to wait for 10 ms");
 }
 
+/// A disk of 4 GiB that nothing is written to.
+fn sparse(options: &str) -> (tempfile::NamedTempFile, Setup) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(4 << 30).unwrap();
+    let config: BlkConfig = format!("{}{options}", file.path().display()).parse().unwrap();
+    let setup = Setup::with(GuestRam::anonymous(1 << 20), Blk::new("blk0", &config).unwrap(), Arc::default());
+    (file, setup)
+}
+
+#[test]
+fn zeros_have_a_bound_and_take_turns() {
+    let (_file, mut setup) = sparse("");
+    // What fits into 1 GiB, and what does not. Discarding writes nothing, and has only the bound of each range.
+    for (counts, status) in [([1 << 20, 1 << 20], OK), ([1 << 20, (1 << 20) + 1], IOERR), ([1 << 21, 1], IOERR)] {
+        setup.ram.write(DATA, &counts.map(|count| range(1 << 22, count, 1)).concat()).unwrap();
+        assert_eq!(setup.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[out(DATA, 32)]), status, "{counts:?}");
+        setup.ram.write(DATA, &counts.map(|count| range(1 << 22, count, 0)).concat()).unwrap();
+        assert_ne!(setup.request(VIRTIO_BLK_T_DISCARD, 0, &[out(DATA, 32)]), IOERR, "{counts:?}");
+    }
+    // Each may take long: a pause is heard between two.
+    setup.header(VIRTIO_BLK_T_WRITE_ZEROES, 0);
+    setup.ram.write(DATA, &range(0, 8, 1)).unwrap();
+    for _ in 0..2 {
+        setup.driver.add(&[out(HDR, 16), out(DATA, 16), inn(STATUS, 1)]).unwrap();
+    }
+    let poller = crate::event::Poller::new().unwrap();
+    let cx = Context::new(&setup.ram, &setup.loopback.interrupt, &poller);
+    for _ in 0..2 {
+        assert_eq!(setup.handler.event(Event::Kick(0), &mut setup.queues, &cx).unwrap(), Progress::More);
+        assert!(setup.driver.take_used().is_some() && setup.driver.take_used().is_none());
+    }
+    assert_eq!(setup.handler.event(Event::Kick(0), &mut setup.queues, &cx).unwrap(), Progress::Done);
+}
+
+#[test]
+fn zeros_count_for_the_bandwidth() {
+    let (_file, mut setup) = sparse(",bandwidth=1M");
+    setup.ram.write(DATA, &range(0, 1 << 21, 1)).unwrap();
+    assert_eq!(setup.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[out(DATA, 16)]), OK);
+    let wait = setup.shared.limiter.as_ref().unwrap().take(1).unwrap_err();
+    assert!(wait > std::time::Duration::from_secs(500), "{wait:?} for 1 GiB");
+}
+
 #[test]
 fn keys_that_make_no_sense_are_refused() {
     let refused = |text: &str| text.parse::<BlkConfig>().unwrap().validate().unwrap_err().to_string();
