@@ -62,9 +62,9 @@ fn kernels_that_panic_or_have_no_drivers() {
 /// that is not there.
 #[test]
 fn what_never_starts() {
-    let append = ["--append", "rdinit=/nosuch root=/dev/nosuch rootwait", "--timeout", "20s"];
+    let append = ["--append", "rdinit=/nosuch root=/dev/nosuch rootwait", "--timeout", "12s"];
     let ended = Run::exec(&["true"]).args(&append).run_to_end().expect(124, "timed-out");
-    assert_eq!(sentence(&ended), "the guest was still running after the time limit of 20s");
+    assert_eq!(sentence(&ended), "the guest was still running after the time limit of 12s");
     assert!(ended.stderr.contains("] Waiting for root device /dev/nosuch..."), "{ended}");
 
     // The start of a program for ARM: as much of it as a kernel looks at.
@@ -79,25 +79,6 @@ fn what_never_starts() {
 
     let ended = Run::exec(&["true"]).args(&["--cwd", "/nosuch"]).run_to_end().expect(126, "not-started");
     assert_eq!(ended.stderr, "vireo: cannot start in /nosuch in the guest: No such file or directory (os error 2)\n");
-}
-
-/// A folder of a hundred thousand files, which somebody else takes away while they are listed.
-#[test]
-fn a_folder_with_very_many_files_that_go() {
-    let script = r#"
-dir=$(mktemp -d /tmp/many.XXXXXX) && cd "$dir" || exit
-trap 'cd /; rm -rf "$dir"' EXIT
-mkdir files control
-(cd files && seq 100000 | xargs touch)
-(until [ -e control/listed ]; do sleep 0.1; done; rm -rf files; touch control/removed) &
-"$@" --share files:/files --share control:/control:rw -- sh -c '
-    ls /files | wc -l
-    touch /control/listed
-    until [ -e /control/removed ]; do ls -l /files >/dev/null 2>&1; done
-    cat /files/1 2>&1
-    exit 3'"#;
-    let ended = Run::exec(&[]).args(&["--cwd", "/"]).through(script).run_to_end().expect(3, "exited");
-    assert_eq!(ended.stdout, "100000\ncat: /files/1: No such file or directory\n", "{ended}");
 }
 
 /// A command that fills all file systems and the memory gets errors and signals, and the guest's init lives on; it does

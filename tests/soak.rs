@@ -337,6 +337,25 @@ echo clean"#;
     assert!(ended.code() == 0 && ended.stdout.ends_with("clean\n"), "{ended}");
 }
 
+/// A folder of a hundred thousand files, which somebody else takes away while they are listed.
+#[test]
+fn a_folder_with_very_many_files_that_go() {
+    let script = r#"
+dir=$(mktemp -d /tmp/many.XXXXXX) && cd "$dir" || exit
+trap 'cd /; rm -rf "$dir"' EXIT
+mkdir files control
+(cd files && seq 100000 | xargs touch)
+(until [ -e control/listed ]; do sleep 0.1; done; rm -rf files; touch control/removed) &
+"$@" --share files:/files --share control:/control:rw -- sh -c '
+    ls /files | wc -l
+    touch /control/listed
+    until [ -e /control/removed ]; do ls -l /files >/dev/null 2>&1; done
+    cat /files/1 2>&1
+    exit 3'"#;
+    let ended = Run::exec(&[]).args(&["--cwd", "/"]).through(script).run_to_end().expect(3, "exited");
+    assert_eq!(ended.stdout, "100000\ncat: /files/1: No such file or directory\n", "{ended}");
+}
+
 /// Two runs at once in one folder, which the host changes, too.
 #[test]
 fn a_folder_that_changes() {

@@ -103,7 +103,8 @@ impl Transcript {
         };
         let mut state = self.lock();
         state.readers += 1;
-        let reader = Reader { transcript: self.clone(), id: state.readers, line: Vec::new(), inner, told };
+        let (transcript, id, console) = (self.clone(), state.readers, name.clone());
+        let reader = Reader { transcript, id, console, line: Vec::new(), inner, told };
         drop(state);
         Destination { name, writer: Box::new(reader), eager, told }
     }
@@ -159,6 +160,8 @@ struct Reader {
     transcript: Transcript,
     /// Which of the consoles it reads.
     id: usize,
+    /// What messages call it.
+    console: String,
     line: Vec<u8>,
     inner: Option<Box<dyn Write + Send>>,
     /// See [`Destination::told`].
@@ -177,7 +180,8 @@ impl Write for Reader {
             Some(result) => {
                 let error = result.err().unwrap_or_else(|| io::ErrorKind::WriteZero.into());
                 let level = if self.told { log::Level::Debug } else { log::Level::Warn };
-                log::log!(level, "cannot write console output ({error}); it is thrown away from here on");
+                let name = &self.console;
+                log::log!(level, "{name}: cannot write console output ({error}); it is thrown away from here on");
                 self.inner = None;
                 bytes.len()
             }
