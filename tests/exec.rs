@@ -98,7 +98,7 @@ fn however_it_ends() {
     assert_eq!(panicked.stdout, "before\n");
     assert!(panicked.stderr.contains("sysrq triggered crash"), "the last lines of the kernel: {panicked}");
 
-    let late = Run::exec(&["sh", "-c", "echo begun; sleep 1000"]).args(&["--timeout", "20s", "--quiet"]).run_to_end();
+    let late = Run::exec(&["sh", "-c", "echo begun; sleep 1000"]).args(&["--timeout", "12s", "--quiet"]).run_to_end();
     let late = late.expect(124, "timed-out");
     assert_eq!((late.stdout.as_str(), late.stderr.as_str()), ("begun\n", ""));
 

@@ -122,6 +122,8 @@ until grep -q datagram /tmp/www/log; do
     sleep 0.3
 done
 fetch 127.0.0.1 8080
+# A connection that passt takes with it would keep the guest waiting.
+until grep -q served /tmp/www/log; do sleep 0.2; done
 passt=$(children)
 echo "passt runs: $(ls -d $(printf '/proc/%s ' $passt) | wc -l)"
 kill $passt
@@ -146,6 +148,7 @@ until [ $(refused) != 0 ]; do sleep 0.1; done
 echo "datagram: ok"
 tell $(cat /tmp/gateway) datagram
 serve $(cat /tmp/gateway)
+tell $(cat /tmp/gateway) served &
 until [ "$(cat /sys/class/net/eth0/carrier)" = 0 ]; do sleep 0.1; done
 echo "link then: 0"
 "#,
