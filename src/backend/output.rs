@@ -236,7 +236,9 @@ impl Output {
                 let Destination { name, told, .. } = destination;
                 let level = if told { log::Level::Debug } else { log::Level::Warn };
                 log::log!(level, "{name}: cannot write console output ({e}); it is thrown away from here on");
-                let lost = told && e.kind() != io::ErrorKind::BrokenPipe;
+                // Of a pipe, and of a socket.
+                let gone = matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
+                let lost = told && !gone;
                 let lost = lost.then(|| format!("cannot write the command's output to {name}: {e}"));
                 let mut state = self.lock();
                 let State { closing, room_wanted, pushed, .. } = *state;
