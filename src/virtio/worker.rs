@@ -61,7 +61,8 @@ impl Worker {
         poller.add(control.as_raw_fd(), CONTROL, Interest::Read)?;
         for (i, queue) in share.queues.iter().enumerate().filter(|(_, q)| q.is_enabled()) {
             let kick = kicks.get(usize::from(queue.index())).ok_or(io::ErrorKind::InvalidInput)?;
-            poller.add(kick.as_raw_fd(), WORKER_TOKENS + i as u64, Interest::Read)?;
+            // The edge: each kick is one, so nobody need take it out of the eventfd, which would be a call for each.
+            poller.add(kick.as_raw_fd(), WORKER_TOKENS + i as u64, Interest::ReadEdge)?;
         }
         let (pending, tokens) = (Vec::new(), Vec::new());
         let (stopping, dead) = (false, false);
@@ -72,7 +73,7 @@ impl Worker {
             share,
             ram,
             interrupt,
-            kicks,
+            _kicks: kicks,
             control: control_of_loop,
             poller,
             pending,
@@ -150,7 +151,8 @@ struct Loop {
     share: Share,
     ram: GuestRam,
     interrupt: Interrupt,
-    kicks: Arc<[EventFd]>,
+    /// Open for as long as they are watched.
+    _kicks: Arc<[EventFd]>,
     control: Arc<EventFd>,
     poller: Poller,
     /// Events to deliver in the next round.
@@ -269,12 +271,7 @@ impl Loop {
                     self.stopping = true;
                     continue;
                 }
-                kick if kick >= WORKER_TOKENS => {
-                    let i = (kick - WORKER_TOKENS) as usize;
-                    let fd = self.share.queues.get(i).and_then(|q| self.kicks.get(usize::from(q.index())));
-                    let _ = fd.map(EventFd::read);
-                    Event::Kick(i)
-                }
+                kick if kick >= WORKER_TOKENS => Event::Kick((kick - WORKER_TOKENS) as usize),
                 token => Event::Ready(token),
             };
             if !self.pending.contains(&event) {
