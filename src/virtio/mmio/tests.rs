@@ -574,22 +574,31 @@ impl VirtioDevice for Slow {
     }
 }
 
-#[test]
-fn a_stuck_device_is_named_and_reset_when_it_lets_go() {
-    let ram = ram();
+/// One of those, what has it finish, and what tells that it has taken a request.
+fn slow(ram: &GuestRam) -> (MmioTransport, Arc<AtomicBool>, Arc<AtomicBool>) {
     let info = DeviceInfo { queue_sizes: vec![8], name: "slow".into(), ..Multi::new().info };
     let [finish, taken] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
-    let transport = transport(&ram, Slow(info, finish.clone(), taken.clone()));
-    let mut driver = FakeDriver::new(&transport, &ram);
-    driver.start(0, RING, 8);
+    (transport(ram, Slow(info, finish.clone(), taken.clone())), finish, taken)
+}
+
+/// Makes a request, and waits until it is taken: there is nothing to be stuck with before.
+fn ask(driver: &mut FakeDriver<'_>, taken: &AtomicBool) {
     driver.queues[0].add(&[inn(B, 1)]).unwrap();
     driver.kick(0);
-    // Until it has taken the request, there is nothing to be stuck with.
     let deadline = Instant::now() + DRAIN_DEADLINE;
-    while !taken.load(Ordering::SeqCst) {
+    while !taken.swap(false, Ordering::SeqCst) {
         assert!(Instant::now() < deadline, "the request is not taken");
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn a_stuck_device_is_named_and_reset_when_it_lets_go() {
+    let ram = ram();
+    let (transport, finish, taken) = slow(&ram);
+    let mut driver = FakeDriver::new(&transport, &ram);
+    driver.start(0, RING, 8);
+    ask(&mut driver, &taken);
     driver.set(VIRTIO_MMIO_STATUS, 0);
     assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15 | NEEDS_RESET, "the reset is not over");
     let begin = Instant::now();
@@ -613,19 +622,10 @@ fn a_stuck_device_is_named_and_reset_when_it_lets_go() {
 #[test]
 fn a_pause_that_was_too_short_is_survived() {
     let ram = ram();
-    let info = DeviceInfo { queue_sizes: vec![8], name: "slow".into(), ..Multi::new().info };
-    let [finish, taken] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
-    let transport = transport(&ram, Slow(info, finish.clone(), taken.clone()));
+    let (transport, finish, taken) = slow(&ram);
     let mut driver = FakeDriver::new(&transport, &ram);
     driver.start(0, RING, 8);
-    driver.queues[0].add(&[inn(B, 1)]).unwrap();
-    driver.kick(0);
-    let deadline = Instant::now() + DRAIN_DEADLINE;
-    while !taken.load(Ordering::SeqCst) {
-        assert!(Instant::now() < deadline, "the request is not taken");
-        std::thread::yield_now();
-    }
-    taken.store(false, Ordering::SeqCst);
+    ask(&mut driver, &taken);
     // As if it had been paused once before: nobody waits long.
     transport.lock().stuck = true;
     transport.pause().unwrap_err();
@@ -634,12 +634,7 @@ fn a_pause_that_was_too_short_is_survived() {
     transport.resume();
     assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15);
     assert!(driver.queues[0].take_used().is_some());
-    driver.queues[0].add(&[inn(B, 1)]).unwrap();
-    driver.kick(0);
-    while !taken.swap(false, Ordering::SeqCst) {
-        assert!(Instant::now() < deadline, "the next request is not taken");
-        std::thread::yield_now();
-    }
+    ask(&mut driver, &taken);
     transport.pause().unwrap();
     assert!(driver.queues[0].take_used().is_some());
 }
