@@ -300,6 +300,15 @@ impl<'a> Span<'a> {
             (len > 0).then(|| ram.slice(addr, len))
         })
     }
+
+    /// All of them, in memory that need not grow on the way.
+    fn buffers(self) -> Result<Vec<RamSlice<'a>>, OutOfRam> {
+        let mut buffers = Vec::with_capacity(self.segments.len());
+        for slice in self.slices() {
+            buffers.push(slice?);
+        }
+        Ok(buffers)
+    }
 }
 
 /// Reads the device-readable bytes of a chain from front to back.
@@ -334,6 +343,11 @@ impl<'a> Reader<'a> {
     pub fn slices(self) -> impl Iterator<Item = Result<RamSlice<'a>, OutOfRam>> {
         self.0.slices()
     }
+
+    /// The same, all at once.
+    pub fn buffers(self) -> Result<Vec<RamSlice<'a>>, OutOfRam> {
+        self.0.buffers()
+    }
 }
 
 /// Writes the device-writable bytes of a chain from front to back.
@@ -367,6 +381,11 @@ impl<'a> Writer<'a> {
     /// The memory itself, for system calls.
     pub fn slices(self) -> impl Iterator<Item = Result<RamSlice<'a>, OutOfRam>> {
         self.0.slices()
+    }
+
+    /// The same, all at once.
+    pub fn buffers(self) -> Result<Vec<RamSlice<'a>>, OutOfRam> {
+        self.0.buffers()
     }
 }
 

@@ -116,11 +116,11 @@ fn decode_parts<'a>(shared: &Shared, mut reader: Reader<'a>, data: Writer<'a>) -
     Ok(match kind {
         VIRTIO_BLK_T_IN => {
             let offset = shared.offset(sector, data.len())?;
-            Request::Read(data.slices().collect::<Result<_, _>>()?, offset)
+            Request::Read(data.buffers()?, offset)
         }
         VIRTIO_BLK_T_OUT => {
             let offset = shared.offset(sector, reader.len())?;
-            Request::Write(reader.slices().collect::<Result<_, _>>()?, offset)
+            Request::Write(reader.buffers()?, offset)
         }
         VIRTIO_BLK_T_FLUSH => Request::Flush,
         VIRTIO_BLK_T_DISCARD => Request::Discard(shared.ranges(reader, 0)?),

@@ -65,7 +65,7 @@ impl Server {
             return Err(Errno::INVAL.into());
         }
         let room = room.take(size.into()).map_err(|_| Errno::INVAL)?;
-        let buffers = room.slices().collect::<Result<Vec<_>, _>>().map_err(|_| Errno::FAULT)?;
+        let buffers = room.buffers().map_err(|_| Errno::FAULT)?;
         passthrough::read(file, &buffers, offset)
     }
 
@@ -80,7 +80,7 @@ impl Server {
             return Err(Errno::INVAL.into());
         }
         let data = data.take(size.into()).map_err(|_| Errno::INVAL)?;
-        let buffers = data.slices().collect::<Result<Vec<_>, _>>().map_err(|_| Errno::FAULT)?;
+        let buffers = data.buffers().map_err(|_| Errno::FAULT)?;
         let from_cache = write_flags & WRITE_CACHE != 0;
         let append = flags & libc::O_APPEND as u32 != 0 && !from_cache;
         let sync = flags & libc::O_DSYNC as u32 != 0 && !from_cache;

@@ -320,7 +320,7 @@ impl Pair {
         let Some(header) = checked(header, self.features, len) else {
             return invalid("its header asks for what was not negotiated or makes no sense");
         };
-        let frame = reader.slices().collect::<Result<Vec<_>, _>>()?;
+        let frame = reader.buffers()?;
         Ok(match port.send(&header, &frame) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => port.send(&header, &frame),
             result => result,
