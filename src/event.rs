@@ -106,10 +106,13 @@ impl Signals {
             for signal in signals {
                 let mut action: libc::sigaction = std::mem::zeroed();
                 libc::sigaction(*signal, std::ptr::null(), &mut action);
-                // Children must be heard of, whatever the parent thought of its own.
-                if action.sa_sigaction != libc::SIG_IGN || *signal == libc::SIGCHLD {
-                    libc::sigaddset(&mut set, *signal);
+                if *signal == libc::SIGCHLD {
+                    // Children must be heard of, whatever the parent thought of its own: ignored, they only vanish.
+                    libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+                } else if action.sa_sigaction == libc::SIG_IGN {
+                    continue;
                 }
+                libc::sigaddset(&mut set, *signal);
             }
             let errno = libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
             if errno != 0 {

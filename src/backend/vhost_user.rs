@@ -10,8 +10,8 @@
 //! guest-physical, so that a daemon learns nothing of where things are in this process.
 //!
 //! The daemon is another program, and may be anything: its answers have a shape, and all that one call here asks for has
-//! one deadline, since a vCPU may wait for it. A daemon that breaks either ends the connection. Guest memory it shares as a whole; the file behind that is sealed, so that it cannot be
-//! cut off under the guest.
+//! one deadline, since a vCPU may wait for it. A daemon that breaks either ends the connection. Guest memory it shares as
+//! a whole; the file behind that is sealed, so that it cannot be cut off under the guest.
 
 #[cfg(test)]
 #[allow(missing_docs)]

@@ -77,7 +77,8 @@ pub(super) fn run(request: &Request, control: &mut Control) -> Result<Report> {
     Ok(report)
 }
 
-/// Where it starts. Our own place, which the guest need not have, is not worth a failure that would look like the command's.
+/// Where it starts. Our own place, which the guest need not have, is not worth a failure that would look like the
+/// command's.
 fn cwd(request: &Request) -> io::Result<OsString> {
     let cwd: OsString = request.cwd.clone().into();
     match std::fs::read_dir(&cwd) {
@@ -97,16 +98,19 @@ fn program(request: &Request, cwd: &OsStr) -> Option<PathBuf> {
     }
     let path = request.env.iter().find(|(name, _)| bytes(name) == "PATH").map(|(_, value)| bytes(value))?;
     let places = std::env::split_paths(&path).map(|dir| cwd.join(dir).join(&name));
-    places.into_iter().find(|place| rustix::fs::access(place, Access::EXEC_OK).is_ok() && place.is_file())
+    places.into_iter().find(|place| place.is_file() && rustix::fs::access(place, Access::EXEC_OK).is_ok())
 }
 
 /// Whether it is a program for another kind of machine: what the kernel refuses, a shell would try to read as a script.
 fn is_foreign(program: &Path) -> bool {
     const OURS: [u16; 2] = [3, 62]; // EM_386, EM_X86_64
     let mut head = [0; 20];
-    let read = File::open(program).and_then(|mut file| file.read_exact(&mut head));
+    // Nobody may ever write to a FIFO.
+    if !program.is_file() || File::open(program).and_then(|mut file| file.read_exact(&mut head)).is_err() {
+        return false;
+    }
     let machine = u16::from_le_bytes([head[18], head[19]]);
-    read.is_ok() && head.starts_with(b"\x7fELF") && !OURS.contains(&machine)
+    head.starts_with(b"\x7fELF") && !OURS.contains(&machine)
 }
 
 fn command(request: &Request) -> Command {

@@ -192,9 +192,8 @@ impl Loop {
             }
             match self.deliver(event) {
                 // A beginning comes once; what it did not get to, the kicks behind it do.
-                Ok(Progress::Done) | Ok(Progress::More) if event == Event::Start => {}
-                Ok(Progress::Done) => {}
-                Ok(Progress::More) => self.pending.push(event),
+                Ok(Progress::More) if event != Event::Start => self.pending.push(event),
+                Ok(_) => {}
                 Err(fault) => self.fail(&fault),
             }
         }

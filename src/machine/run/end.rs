@@ -87,6 +87,8 @@ impl Running {
         }
         // The code of a command that wrote for nobody is not worth much: it may well have been killed for that.
         let lost = self.lines.iter().find_map(|line| line.output.lost());
+        // Who types Ctrl-A X knows what he does not wait for.
+        let given_up = given_up.filter(|why| *why != Outcome::Quit);
         lost.map(Outcome::OutputLost).or(given_up).unwrap_or(judged)
     }
 
@@ -120,21 +122,19 @@ impl Running {
                         unwritten -= usize::from(line.is_some_and(|line| line.output.done().read().is_ok()));
                     }
                     INPUT.. => given_up = self.on_input(token, true)?.or(given_up),
-                    SIGNAL => given_up = self.ending_signal().filter(|n| SIGNALS.contains(n)).map(Outcome::Killed),
+                    SIGNAL => {
+                        let signal = self.ending_signal().filter(|signal| SIGNALS.contains(signal));
+                        given_up = signal.map(Outcome::Killed).or(given_up);
+                    }
                     _ => {}
                 }
             }
             if unwritten == 0 {
                 return Ok(None);
             }
-            if limit.is_some_and(|d| d <= Instant::now()) {
-                given_up = given_up.or(self.options.timeout.map(Outcome::TimedOut));
+            if given_up.is_some() || limit.is_some_and(|d| d <= Instant::now()) {
                 log::warn!("nobody reads the console's output; the rest of it is lost");
-                return Ok(given_up);
-            }
-            if given_up.is_some() {
-                log::warn!("nobody reads the console's output; the rest of it is lost");
-                return Ok(given_up);
+                return Ok(given_up.or(self.options.timeout.map(Outcome::TimedOut)));
             }
             if ready.contains(&TICKED) {
                 let _ = self.ticker.wait();
