@@ -4,6 +4,10 @@
 //! `boot.rs`), from exec of the monitor to its exit: `vireo run` of a stock kernel to an init that ends at once, and
 //! `vireo exec -- true` with the host's files as its root. Then what a MiB of a command's output costs on its way to a
 //! pipe, by the difference of a long and a short run: through exec, and through QEMU's virtio-serial.
+//!
+//! With `VNG=/path/to/vng` (virtme-ng: `python3 -m venv V && V/bin/pip install virtme-ng`; it wants the package `udev`),
+//! `true` under the full kernel by both, with this machine's files as the root. These come over the network there, and
+//! waiting for them leaps the clock, so what counts is the time that the processor was busy.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -94,6 +98,37 @@ MEASURE
 inside sh measure "$5" "$6"
 "#;
 
+/// Runs in the emulated host, as `sh -c SCRIPT sh VIREO VNG KERNEL RUNS`.
+const BESIDE_VNG: &str = r#"
+vireo=$1 vng=$2 kernel=$3
+export HOME=/tmp XDG_CACHE_HOME=/tmp PATH=${vng%/*}:$PATH:/usr/sbin:/sbin # it starts others of its programs
+cd /tmp
+busy() { read -r _ user nice system _ _ irq softirq _ </proc/stat; echo $((user + nice + system + irq + softirq)); }
+# measured NAME COMMAND...: hundredths of a second
+measured() {
+    name=$1
+    shift
+    echo begin
+    start=$(busy)
+    "$@" >output 2>errors </dev/null
+    status=$?
+    end=$(busy)
+    if [ $status = 0 ]; then
+        echo "instructions $name $(((end - start) * 10000000))"
+    else
+        echo "$name ended with $status"
+        tail -n 5 output errors
+    fi
+}
+while sleep 5; do echo "the clock moves"; done &
+trap 'kill $!' EXIT
+for n in $(seq "$4"); do
+    measured 'exec full' "$vireo" exec --kernel "$kernel" --modules "${kernel%/boot/*}" --memory 512M -- true
+    # Without --verbose it ends with 255 here.
+    measured 'vng full' "$vng" --verbose --force-9p -r "$kernel" --memory 512M --user root -- true
+done
+"#;
+
 /// In QEMU's guest: as many bytes as the command line says, to the port.
 const GUEST: &str = "for word in $(cat /proc/cmdline); do case $word in bytes=*) bytes=${word#bytes=} ;; esac; done
 until [ -e /dev/vport0p1 ]; do sleep 0.01; done
@@ -116,6 +151,15 @@ fn bench() -> Result<(), String> {
     let (vireo, mut facts) = (vireo.display().to_string(), Facts::new());
     let args = [&vireo, &images, &modules, &initrd, &RUNS.to_string(), &MIB.to_string()];
     in_host(&["--icount"], &format!("{STAGE}{SCRIPT}"), &args.map(String::as_str), &mut facts)?;
+    if let Some(vng) = std::env::var_os("VNG") {
+        let kernel = fs::read_dir(format!("{REPO}/target/host/kernel-full/boot"))
+            .map_err(|e| format!("kernel-full: {e}"))?
+            .filter_map(|entry| Some(entry.ok()?.path().display().to_string()))
+            .find(|path| path.contains("/vmlinuz-"))
+            .ok_or("there is no kernel in kernel-full")?;
+        let args = [&vireo, &vng.display().to_string(), &kernel, &RUNS.to_string()];
+        in_host(&["--icount"], BESIDE_VNG, &args.map(String::as_str), &mut facts)?;
+    }
     print(&facts);
     Ok(())
 }
@@ -141,6 +185,11 @@ fn print(facts: &Facts) {
     println!("{:<44}{:>10}", "vireo exec -- true, M", text(exec, 0));
     println!("{:<44}{:>10}", "a MiB of output, QEMU virtio-serial, K", text(qemu, 0));
     println!("{:<44}{:>10}", "a MiB of output, vireo exec, K", text(ours, 0));
+    for (monitor, name) in [("exec", "vireo exec"), ("vng", "virtme-ng")] {
+        if let Some(value) = best(facts, "instructions", monitor, "full") {
+            println!("{:<44}{:>10}", format!("{name}, full kernel, host's files, M"), text(Some(value / 1e6), 0));
+        }
+    }
     println!("\n{:<58}{:>9}{:>9}", "", "here", "target");
     target("exec -- true, times run to an init that ends", exec.zip(run).map(|(exec, run)| exec / run), 1.4, 2);
     // 0.8 of the throughput is 1.25 of the work.
