@@ -16,6 +16,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::common::hears_signals;
 use crate::guests::vireo::{Collected, DEADLINE, Ended, Kernel, Running, folder, vireo};
 use crate::guests::{POWER_OFF, elf, text, writes};
 
@@ -746,6 +747,7 @@ fn control_a_is_for_vireo_and_twice_for_the_guest() {
 fn in_shell(script: &str, kernel: &Kernel) -> Command {
     let command = kernel.command(&["--grace", "0s"]);
     let mut shell = Command::new("bash");
+    hears_signals(&mut shell);
     shell.args(["--norc", "-c", &format!("set -m; {script}"), "bash"]);
     shell.arg(command.get_program()).args(command.get_args());
     shell

@@ -126,10 +126,8 @@ fn a_shell_on_a_terminal() {
     guest.wait_for("# ");
     guest.send(b"echo tty: $(tty) $(stty size)\n");
     guest.wait_for("tty: /dev/pts/");
-    guest.send(b"sleep 1000; echo status: $?\n");
-    guest.wait_for("status: $?");
-    guest.send(b"sleep 1000\n");
-    guest.send(b"\x03");
+    guest.send(b"sh -c 'echo foreground-$((40 + 2)); exec sleep 1000'\n");
+    guest.wait_for("foreground-42"); // before, Ctrl-C would be the shell's
     guest.send(b"\x03");
     guest.send(b"echo alive-$((40 + 2))\n");
     guest.wait_for("alive-42");

@@ -84,7 +84,23 @@ impl Drop for HostOfTest {
 fn run_on_host() -> Command {
     let mut command = Command::new(repo("tests/host/run"));
     HOST.with(|host| command.args(["--on", host.0]));
+    hears_signals(&mut command);
     command
+}
+
+/// Has `command` start as from a terminal, even if the tests run behind `nohup` or in the background of a script, where
+/// signals that they send are ignored.
+#[allow(unsafe_code)]
+pub fn hears_signals(command: &mut Command) {
+    // SAFETY: system calls that touch no memory.
+    unsafe {
+        command.pre_exec(|| {
+            for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGHUP] {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            Ok(())
+        });
+    }
 }
 
 /// Runs another program than vireo where vireo runs, with pipes for its streams.

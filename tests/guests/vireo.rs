@@ -8,6 +8,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::common::hears_signals;
+
 /// What no wait in these tests takes on a machine of any use. The slowest KVM needs a second for most of them.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -15,6 +17,7 @@ pub const DEADLINE: Duration = Duration::from_secs(60);
 pub fn vireo() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vireo"));
     command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).env_remove("RUST_LOG");
+    hears_signals(&mut command);
     command
 }
 
