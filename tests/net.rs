@@ -128,9 +128,9 @@ passt=$(children)
 echo "passt runs: $(ls -d $(printf '/proc/%s ' $passt) | wc -l)"
 kill $passt
 until [ -z "$(children)" ]; do sleep 0.1; done
-echo "passt reaped: ok"
 status=0
 wait $vireo || status=$?
+echo "passt reaped: ok" # not into a line of the guest's console
 exit $status
 "#,
     );
