@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::net::UdpSocket;
+use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
@@ -249,7 +249,7 @@ fn set_queue(file: &File, attached: bool) -> io::Result<()> {
 /// Any socket will do to speak of interfaces.
 #[allow(unsafe_code)]
 fn bring_up(name: &str) -> io::Result<()> {
-    let socket = UdpSocket::bind("127.0.0.1:0").or_else(|_| UdpSocket::bind("[::1]:0"))?;
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).or_else(|_| UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)))?;
     let request = Request::new(name, libc::IFF_UP | libc::IFF_RUNNING);
     // SAFETY: the kernel reads one ifreq, whose memory is valid for the call.
     checked(unsafe { ioctl_with_ref(&socket, libc::SIOCSIFFLAGS, &request.0) })

@@ -34,7 +34,7 @@ const ACK: u8 = 5;
 
 /// Programs expect `localhost`; a kernel without a network has none.
 pub(super) fn loopback() -> Result<()> {
-    let Ok(socket) = UdpSocket::bind("0.0.0.0:0") else { return Ok(()) };
+    let Ok(socket) = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)) else { return Ok(()) };
     up(&socket, "lo").map_err(cannot("set up the interface lo"))
 }
 
