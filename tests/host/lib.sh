@@ -8,6 +8,7 @@ state=$repo/target/host          # everything these scripts make; removing it is
 images=$state/images             # kernels and initramfs for guests
 share=$state/share               # the one place the emulated host may write to, same path on both sides
 agent=$state/host-agent
+export PATH=$state/bin:$PATH     # QEMU, where the system's own is too old
 
 hosts="a b"                      # the emulated hosts: two, so that two processors are used (see `up`)
 
