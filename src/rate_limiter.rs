@@ -212,7 +212,7 @@ mod tests {
         alarm.set(Duration::ZERO).unwrap();
         let mut poller = crate::event::Poller::new().unwrap();
         poller.add(alarm.as_raw_fd(), 0, crate::event::Interest::Read).unwrap();
-        assert_eq!(poller.wait(Some(Duration::from_secs(10))).unwrap().count(), 1);
+        assert_eq!(poller.wait(Some(Duration::from_secs(60))).unwrap().count(), 1);
         alarm.clear();
         assert!(!alarm.is_set());
         alarm.clear();

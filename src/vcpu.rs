@@ -20,9 +20,9 @@ mod answers;
 
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -39,6 +39,7 @@ use crate::kvm::ring::{CoalescedRing, ImmediateExit};
 use crate::kvm::{Error, Vm, failed};
 use crate::memory::GuestRam;
 use crate::outcome::Exits;
+use crate::thread_time::ThreadTime;
 
 /// What all vCPUs of a machine share.
 pub struct Board {
@@ -246,7 +247,10 @@ impl Vcpu {
             control: Control::default(),
             trapped: false,
         };
+        let time = Arc::new(OnceLock::new());
+        let own_time = time.clone();
         let thread = thread::Builder::new().name(format!("vcpu{id}")).stack_size(256 << 10).spawn(move || {
+            let _ = own_time.set(ThreadTime::of_this_thread().ok());
             if let Some(cpu) = pin
                 && let Err(e) = pin_to(cpu)
             {
@@ -254,7 +258,7 @@ impl Vcpu {
             }
             state.run(paused, ended)
         })?;
-        Ok(VcpuThread { thread, commands: command_tx, replies: reply_rx, immediate_exit, kicked, output })
+        Ok(VcpuThread { thread, time, commands: command_tx, replies: reply_rx, immediate_exit, kicked, output })
     }
 }
 
@@ -412,6 +416,8 @@ pub struct Final {
 /// A running vCPU, as the machine sees it.
 pub struct VcpuThread {
     thread: JoinHandle<Final>,
+    /// Set by the thread when it starts; `None` on a host that keeps no such totals.
+    time: Arc<OnceLock<Option<ThreadTime>>>,
     commands: Sender<Command>,
     replies: Receiver<Reply>,
     immediate_exit: Arc<ImmediateExit>,
@@ -450,6 +456,11 @@ impl VcpuThread {
             }
         }
         Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+    }
+
+    /// Time that the thread had to wait for a processor, as far as the host knows.
+    pub fn waited_time(&self) -> Duration {
+        self.time.get().and_then(Option::as_ref).map_or(Duration::ZERO, ThreadTime::waited)
     }
 
     /// Ends the thread and returns what is left.

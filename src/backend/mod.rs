@@ -85,7 +85,7 @@ impl AlignedBuffer {
 /// forked has all of ours until it executes its program.
 #[cfg(test)]
 fn when_free<T, E: std::fmt::Display>(open: impl Fn() -> Result<T, E>) -> T {
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
     loop {
         match open() {
             Ok(opened) => return opened,

@@ -36,7 +36,7 @@ use crate::vcpu::{Board, Command, End, Final, Reply, VcpuThread};
 use crate::virtio::control::ControlError;
 use crate::virtio::mmio::MmioTransport;
 pub use end::Ended;
-use watches::{HANG_LOOK, HangWatch, Insistence, SleepWatch};
+use watches::{HangWatch, Insistence, SleepWatch};
 
 /// How a run is bounded.
 #[derive(Default)]
@@ -439,17 +439,18 @@ impl Running {
         Ok(None)
     }
 
+    /// Returns whether the guest made no progress for `limit`.
     fn hangs_for(&mut self, limit: Duration) -> bool {
         let now = Instant::now();
-        if now - self.hang_watch.looked >= HANG_LOOK {
-            let output = self.lines.iter().map(|line| line.output.pushed()).sum();
-            let cpu_time = self.vcpus.iter().map(VcpuThread::cpu_time).sum();
-            self.hang_watch.look(now, output, cpu_time);
-        }
         if self.paused {
-            self.hang_watch.busy = now;
+            self.hang_watch.restart(now);
+        } else if self.hang_watch.due(now) {
+            let output = self.lines.iter().map(|line| line.output.pushed()).sum();
+            // A vCPU that waits for a processor of a busy host has work to do.
+            let work = self.vcpus.iter().map(|vcpu| vcpu.cpu_time() + vcpu.waited_time()).sum();
+            self.hang_watch.poll(now, output, work);
         }
-        now - self.hang_watch.busy >= limit
+        self.hang_watch.idle() >= limit
     }
 
     /// Whether every vCPU is halted with interrupts off. Asking costs each an exit, so it is asked only while none of

@@ -184,7 +184,7 @@ impl FakeQueue {
 
     /// Waits for the next used chain.
     pub fn wait_used(&mut self) -> (u16, u32) {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             if let Some(used) = self.take_used() {
                 return used;
@@ -255,7 +255,7 @@ impl Loopback {
 
     /// Has the handler finish what is in flight, as before a stop. Panics after ten seconds.
     pub fn drain(&self, handler: &mut dyn Handler, queues: &mut [Queue]) -> Result<(), Fault> {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(60);
         let cx = Context::new(&self.ram, &self.interrupt, &self.poller);
         while handler.drain(queues, &cx)? == Progress::More {
             assert!(Instant::now() < deadline, "requests are still in flight after ten seconds");
@@ -363,7 +363,7 @@ impl<'a> FakeDriver<'a> {
 
     /// Waits until `Status` has `bit`.
     pub fn wait_status(&self, bit: u32) {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while self.get(VIRTIO_MMIO_STATUS) & bit == 0 {
             assert!(Instant::now() < deadline, "status {:#x} lacks {bit:#x}", self.get(VIRTIO_MMIO_STATUS));
             std::thread::yield_now();

@@ -521,6 +521,21 @@ pub fn until<T: std::fmt::Debug>(what: &str, mut look: impl FnMut() -> T, wanted
     }
 }
 
+/// Runs what `run` makes of a time limit, which must end it, until the guest got as far as `far_enough` before that: a limit
+/// too short for this machine as busy as it is now is doubled. Returns the last run and its limit.
+pub fn run_into_time_limit(run: impl Fn(&str) -> Run, far_enough: impl Fn(&Ended) -> bool) -> (Ended, String) {
+    let mut seconds = 12;
+    loop {
+        let limit = format!("{seconds}s");
+        let ended = run(&limit).run_to_end().expect(124, "timed-out");
+        if far_enough(&ended) {
+            return (ended, limit);
+        }
+        seconds *= 2;
+        assert!(seconds < DEADLINE.as_secs(), "the guest did not get far enough within {limit}; {ended}");
+    }
+}
+
 /// A machine that is asked for things while it runs (`live.rs`).
 pub struct Live {
     guest: Guest,

@@ -9,30 +9,51 @@ pub(super) struct SleepWatch {
     pub(super) interval: u32,
 }
 
-/// Whether the guest still does something.
+/// Detects a guest that has stopped making progress: no output, and hardly any work by its vCPUs.
 pub(super) struct HangWatch {
-    pub(super) looked: Instant,
-    pub(super) busy: Instant,
+    polled: Instant,
+    /// Time without progress so far.
+    idle: Duration,
     output: u64,
-    pub(super) cpu_time: Duration,
+    work: Duration,
 }
 
-/// How often it is looked at.
-pub(super) const HANG_LOOK: Duration = Duration::from_secs(1);
+/// Interval between two polls.
+const HANG_POLL: Duration = Duration::from_secs(1);
 
 impl HangWatch {
     pub(super) fn new() -> Self {
-        let now = Instant::now();
-        HangWatch { looked: now, busy: now, output: 0, cpu_time: Duration::ZERO }
+        HangWatch { polled: Instant::now(), idle: Duration::ZERO, output: 0, work: Duration::ZERO }
     }
 
-    /// A guest that uses less than a twentieth of a processor only waits, whatever its timers do.
-    pub(super) fn look(&mut self, now: Instant, output: u64, cpu_time: Duration) {
-        let used = cpu_time.saturating_sub(self.cpu_time);
-        if output != self.output || used * 20 > now - self.looked {
-            self.busy = now;
+    /// Returns whether the next poll is due.
+    pub(super) fn due(&self, now: Instant) -> bool {
+        now.duration_since(self.polled) >= HANG_POLL
+    }
+
+    /// Takes the totals since the guest's start: bytes of console output, and time that its vCPUs ran or wanted to run.
+    ///
+    /// A guest that uses less than a twentieth of a processor only waits, whatever its timers do. A poll that comes late
+    /// shows that vireo itself did not run (a stopped process, a suspended or overloaded host), so the guest did not
+    /// have that time either: one poll adds at most twice its interval.
+    pub(super) fn poll(&mut self, now: Instant, output: u64, work: Duration) {
+        let elapsed = now.duration_since(self.polled);
+        if output != self.output || work.saturating_sub(self.work) * 20 > elapsed {
+            self.idle = Duration::ZERO;
+        } else {
+            self.idle += elapsed.min(HANG_POLL * 2);
         }
-        *self = HangWatch { looked: now, output, cpu_time, ..*self };
+        *self = HangWatch { polled: now, output, work, ..*self };
+    }
+
+    /// Starts over: the guest was paused.
+    pub(super) fn restart(&mut self, now: Instant) {
+        (self.polled, self.idle) = (now, Duration::ZERO);
+    }
+
+    /// Returns the time without progress.
+    pub(super) fn idle(&self) -> Duration {
+        self.idle
     }
 }
 
@@ -67,18 +88,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn output_and_work_are_life() {
+    fn output_and_work_are_progress() {
         let mut watch = HangWatch::new();
-        let start = watch.busy;
-        let at = |seconds| start + Duration::from_secs(seconds);
-        watch.look(at(1), 0, Duration::from_millis(20));
-        assert_eq!(watch.busy, start, "timers tick");
-        watch.look(at(2), 1, Duration::from_millis(40));
-        assert_eq!(watch.busy, at(2), "a byte");
-        watch.look(at(3), 1, Duration::from_millis(140));
-        assert_eq!(watch.busy, at(3), "a tenth of a processor");
-        watch.look(at(9), 1, Duration::from_millis(240));
-        assert_eq!(watch.busy, at(3));
+        let start = watch.polled;
+        let mut idle_after = |seconds, output, work| {
+            watch.poll(start + Duration::from_secs(seconds), output, Duration::from_millis(work));
+            watch.idle()
+        };
+        assert_eq!(idle_after(1, 0, 20), Duration::from_secs(1), "timers tick");
+        assert_eq!(idle_after(2, 1, 40), Duration::ZERO, "a byte");
+        assert_eq!(idle_after(3, 1, 140), Duration::ZERO, "a tenth of a processor");
+        assert_eq!(idle_after(5, 1, 200), Duration::from_secs(2));
+        assert_eq!(idle_after(6, 1, 210), Duration::from_secs(3));
+    }
+
+    #[test]
+    fn time_that_vireo_did_not_run_is_not_the_guest_s() {
+        let mut watch = HangWatch::new();
+        let start = watch.polled;
+        assert!(!watch.due(start + Duration::from_millis(900)));
+        watch.poll(start + Duration::from_secs(3600), 0, Duration::ZERO);
+        assert_eq!(watch.idle(), Duration::from_secs(2));
+        watch.restart(start + Duration::from_secs(3700));
+        assert_eq!(watch.idle(), Duration::ZERO);
     }
 
     #[test]

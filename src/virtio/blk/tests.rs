@@ -70,8 +70,8 @@ impl Disk for Arc<Diary> {
 
 /// Waits for something that the handler waits for.
 fn settle(loopback: &mut Loopback, handler: &mut QueueHandler, queues: &mut [Queue]) -> Result<(), Fault> {
-    let ready = loopback.deliver_ready(handler, queues, std::time::Duration::from_secs(10))?;
-    assert!(ready > 0, "nothing became ready in ten seconds");
+    let ready = loopback.deliver_ready(handler, queues, std::time::Duration::from_secs(60))?;
+    assert!(ready > 0, "nothing became ready within a minute");
     Ok(())
 }
 

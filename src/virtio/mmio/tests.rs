@@ -121,7 +121,7 @@ fn linux_brings_it_up_and_gets_its_bytes() {
             assert_eq!(driver.queues[0].wait_used().1, 100);
         }
         // The interrupt comes after the used index.
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while driver.get(VIRTIO_MMIO_INTERRUPT_STATUS) != 1 {
             assert!(Instant::now() < deadline);
         }
