@@ -39,7 +39,7 @@ use crate::vcpu::{self, Board, Vcpu};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::{self, Blk};
 use crate::virtio::console::Console;
-use crate::virtio::fs::Fs;
+use crate::virtio::fs::{self, Fs};
 use crate::virtio::mem::Mem;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::net::{self, Net};
@@ -251,8 +251,10 @@ fn open_devices(
         let start = memory.place(&what, file.memory_len(), file.backing())?;
         devices.push(Box::new(Pmem::new(format!("pmem{i}"), file, start)));
     }
+    let descriptors = if config.shares.is_empty() { 0 } else { passthrough::raise_descriptor_limit() };
+    let budget = fs::Budget::new(descriptors, config.shares.len());
     for (i, share) in config.shares.iter().enumerate() {
-        devices.push(Box::new(Fs::new(i, share)?));
+        devices.push(Box::new(Fs::new(i, share, &budget)?));
     }
     for (i, device) in config.vhost_user.iter().enumerate() {
         devices.push(vhost_user::open(format!("vhost-user{i}"), device)?);

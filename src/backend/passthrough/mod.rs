@@ -4,6 +4,9 @@
 //! the folder is reached. (A directory that somebody on the host moves out of the folder meanwhile goes on to be
 //! reachable by who holds its node, as it does for a process that works in it.)
 //!
+//! What is mounted inside the folder belongs to it, but for the kernel's interfaces (/proc, /sys and the like): an empty
+//! directory stands in for each.
+//!
 //! Regular files and directories can be opened for their contents, anything else cannot: opening a FIFO may wait for
 //! ever, and opening a device may do anything.
 //!
@@ -12,6 +15,7 @@
 mod data;
 mod directory;
 mod identity;
+mod interface;
 mod node;
 mod xattr;
 
@@ -37,6 +41,14 @@ pub enum Error {
         /// The OS error.
         source: io::Error,
     },
+    /// It is one of the kernel's interfaces.
+    #[error("cannot share {}: it is the host kernel's {name}, not a file system with data", path.display())]
+    Interface {
+        /// The folder.
+        path: PathBuf,
+        /// The file system's name.
+        name: &'static str,
+    },
     /// Without /proc there is no way to most system calls.
     #[error("cannot share {}: /proc/self/fd is needed for that", path.display())]
     NoProc {
@@ -52,7 +64,8 @@ pub fn open_root(path: &Path) -> Result<(Node, Stat), Error> {
     let fail = |source: io::Error| Error::Open { path: path.into(), source };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| fail(e.into()))?;
-    let (node, stat) = Node::new(fd).map_err(fail)?;
+    let root = Node::root(fd).map_err(fail)?;
+    let (node, stat) = root.map_err(|name| Error::Interface { path: path.into(), name })?;
     node.open_dir().map_err(fail)?;
     node.permissions().map_err(|source| Error::NoProc { path: path.into(), source })?;
     Ok((node, stat))

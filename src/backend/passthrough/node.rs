@@ -3,13 +3,15 @@
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use rustix::fs::{
     self, AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, StatFs, Statx, StatxFlags, StatxTimestamp,
     Timespec, Timestamps, Uid,
 };
 use rustix::io::Errno;
+
+use super::interface;
 
 /// One component of a path: not empty, without `/`, neither `.` nor `..`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +72,7 @@ impl From<TimeChange> for Timespec {
 }
 
 /// What is known of a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stat {
     /// The file system it is on.
     pub dev: u64,
@@ -111,6 +113,13 @@ impl Stat {
         Ok(fs::statx(fd, c"", AtFlags::EMPTY_PATH, wanted)?.into())
     }
 
+    /// The empty directory that stands in for a mount of the host: nothing of the original but its identity.
+    fn closed(&self) -> Self {
+        let Stat { dev, mount, ino, blksize, .. } = *self;
+        let mode = FileType::Directory.as_raw_mode() | 0o555;
+        Stat { dev, mount, ino, blksize, mode, nlink: 2, ..Stat::default() }
+    }
+
     /// The type bits of the mode.
     pub fn kind(&self) -> FileType {
         FileType::from_raw_mode(self.mode)
@@ -142,43 +151,92 @@ impl From<Statx> for Stat {
 /// A file of any kind, held by a descriptor that names it and opens nothing.
 #[derive(Debug)]
 pub struct Node {
-    fd: OwnedFd,
+    held: Held,
     kind: FileType,
+}
+
+/// What stands for the file.
+#[derive(Debug)]
+enum Held {
+    File {
+        fd: OwnedFd,
+        /// The file system, and where it is mounted.
+        dev: u64,
+        mount: u64,
+    },
+    /// Nothing: the host has one of the kernel's interfaces here (see `interface`), and the guest sees an empty
+    /// directory that nobody can write to.
+    Closed(Stat),
 }
 
 const NO_MODE: Mode = Mode::empty();
 
 impl Node {
-    pub(super) fn new(fd: OwnedFd) -> io::Result<(Self, Stat)> {
+    /// The folder that is shared; or what it is instead of a file system with data.
+    pub(super) fn root(fd: OwnedFd) -> io::Result<Result<(Self, Stat), &'static str>> {
+        if let Some(name) = interface::name(&fd)? {
+            return Ok(Err(name));
+        }
         let stat = Stat::of(&fd)?;
-        Ok((Node { fd, kind: stat.kind() }, stat))
+        Ok(Ok((Node::new(fd, &stat), stat)))
+    }
+
+    fn new(fd: OwnedFd, stat: &Stat) -> Self {
+        Node { held: Held::File { fd, dev: stat.dev, mount: stat.mount }, kind: stat.kind() }
+    }
+
+    /// The descriptor, for calls that a closed directory refuses.
+    pub(super) fn fd(&self) -> io::Result<&OwnedFd> {
+        match &self.held {
+            Held::File { fd, .. } => Ok(fd),
+            Held::Closed(_) => Err(Errno::ROFS.into()),
+        }
     }
 
     /// Its path for calls that follow it, one step, to the file itself.
-    pub(super) fn path(&self) -> String {
-        format!("/proc/self/fd/{}", self.fd.as_raw_fd())
+    pub(super) fn path(&self) -> io::Result<String> {
+        Ok(format!("/proc/self/fd/{}", self.fd()?.as_raw_fd()))
+    }
+
+    /// Whether this is the empty directory that stands in for a kernel interface of the host.
+    pub fn is_closed(&self) -> bool {
+        matches!(self.held, Held::Closed(_))
     }
 
     /// What is known of it.
     pub fn stat(&self) -> io::Result<Stat> {
-        Stat::of(&self.fd)
+        match &self.held {
+            Held::File { fd, .. } => Stat::of(fd),
+            Held::Closed(stat) => Ok(*stat),
+        }
     }
 
     pub(super) fn permissions(&self) -> io::Result<u32> {
-        Ok(fs::stat(self.path())?.st_mode)
+        Ok(fs::stat(self.path()?)?.st_mode)
     }
 
-    /// What has this name in this directory, whatever it is.
+    /// What has this name in this directory, whatever it is; where one of the kernel's interfaces begins, an empty
+    /// directory.
     pub fn child(&self, name: Name<'_>) -> io::Result<(Node, Stat)> {
+        let Held::File { dev, mount, .. } = self.held else { return Err(Errno::NOENT.into()) };
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        Node::new(self.open_beneath(name, flags, NO_MODE)?)
+        let fd = self.open_beneath(name, flags, NO_MODE)?;
+        let stat = Stat::of(&fd)?;
+        if (stat.dev, stat.mount) == (dev, mount) || interface::name(&fd)?.is_none() {
+            return Ok((Node::new(fd, &stat), stat));
+        }
+        if stat.kind() != FileType::Directory {
+            return Err(Errno::ACCESS.into());
+        }
+        let stat = stat.closed();
+        Ok((Node { held: Held::Closed(stat), kind: FileType::Directory }, stat))
     }
 
     fn open_beneath(&self, name: Name<'_>, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-        match fs::openat2(&self.fd, name.0, flags, mode, resolve) {
+        match fs::openat2(self.fd()?, name.0, flags, mode, resolve) {
             // Linux before 5.6, and containers that do not know the call: a single name leads nowhere else anyway.
-            Err(Errno::NOSYS | Errno::PERM) => Ok(fs::openat(&self.fd, name.0, flags, mode)?),
+            Err(Errno::NOSYS | Errno::PERM) => Ok(fs::openat(self.fd()?, name.0, flags, mode)?),
             result => Ok(result?),
         }
     }
@@ -192,13 +250,13 @@ impl Node {
         }
         // Some files of /proc and /sys have readers wait; and one who holds a lease.
         let flags = flags | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        Ok(File::from(fs::open(self.path(), flags, NO_MODE)?))
+        Ok(File::from(fs::open(self.path()?, flags, NO_MODE)?))
     }
 
     /// Opens a directory for its entries.
     pub fn open_dir(&self) -> io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(fs::openat(&self.fd, c".", flags, NO_MODE)?)
+        Ok(fs::openat(self.fd()?, c".", flags, NO_MODE)?)
     }
 
     /// Makes a regular file and opens it; there must be none of this name.
@@ -209,7 +267,7 @@ impl Node {
 
     /// Makes a directory.
     pub fn make_dir(&self, name: Name<'_>, mode: u32) -> io::Result<()> {
-        Ok(fs::mkdirat(&self.fd, name.0, permissions(mode))?)
+        Ok(fs::mkdirat(self.fd()?, name.0, permissions(mode))?)
     }
 
     /// Makes a regular file, a FIFO, a socket, or the character device 0:0 that overlay file systems know as "not there".
@@ -221,27 +279,27 @@ impl Node {
             FileType::CharacterDevice if rdev == 0 => {}
             _ => return Err(Errno::PERM.into()),
         }
-        Ok(fs::mknodat(&self.fd, name.0, kind, permissions(mode), 0)?)
+        Ok(fs::mknodat(self.fd()?, name.0, kind, permissions(mode), 0)?)
     }
 
     /// Makes a symbolic link.
     pub fn make_symlink(&self, name: Name<'_>, target: &CStr) -> io::Result<()> {
-        Ok(fs::symlinkat(target, &self.fd, name.0)?)
+        Ok(fs::symlinkat(target, self.fd()?, name.0)?)
     }
 
     /// Gives a file another name, in this directory.
     pub fn link(&self, name: Name<'_>, file: &Node) -> io::Result<()> {
-        Ok(fs::linkat(fs::CWD, file.path(), &self.fd, name.0, AtFlags::SYMLINK_FOLLOW)?)
+        Ok(fs::linkat(fs::CWD, file.path()?, self.fd()?, name.0, AtFlags::SYMLINK_FOLLOW)?)
     }
 
     /// Takes a name away from what is no directory.
     pub fn unlink(&self, name: Name<'_>) -> io::Result<()> {
-        Ok(fs::unlinkat(&self.fd, name.0, AtFlags::empty())?)
+        Ok(fs::unlinkat(self.fd()?, name.0, AtFlags::empty())?)
     }
 
     /// Removes an empty directory.
     pub fn remove_dir(&self, name: Name<'_>) -> io::Result<()> {
-        Ok(fs::unlinkat(&self.fd, name.0, AtFlags::REMOVEDIR)?)
+        Ok(fs::unlinkat(self.fd()?, name.0, AtFlags::REMOVEDIR)?)
     }
 
     /// renameat2(2) with its flags.
@@ -249,25 +307,25 @@ impl Node {
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         if flags.is_empty() {
             // Not every file system knows the other call.
-            return Ok(fs::renameat(&self.fd, name.0, &to.fd, new_name.0)?);
+            return Ok(fs::renameat(self.fd()?, name.0, to.fd()?, new_name.0)?);
         }
-        Ok(fs::renameat_with(&self.fd, name.0, &to.fd, new_name.0, flags)?)
+        Ok(fs::renameat_with(self.fd()?, name.0, to.fd()?, new_name.0, flags)?)
     }
 
     /// Where a symbolic link leads.
     pub fn read_link(&self) -> io::Result<CString> {
-        Ok(fs::readlinkat(&self.fd, c"", Vec::new())?)
+        Ok(fs::readlinkat(self.fd()?, c"", Vec::new())?)
     }
 
     /// Sets the permissions.
     pub fn chmod(&self, mode: u32) -> io::Result<()> {
-        Ok(fs::chmod(self.path(), permissions(mode))?)
+        Ok(fs::chmod(self.path()?, permissions(mode))?)
     }
 
     /// Changes user, group, or at least the time of the last change, as chown(2).
     pub fn chown(&self, uid: Option<u32>, gid: Option<u32>) -> io::Result<()> {
         let (uid, gid) = (uid.filter(|id| *id != u32::MAX), gid.filter(|id| *id != u32::MAX));
-        Ok(fs::chownat(&self.fd, c"", uid.map(Uid::from_raw), gid.map(Gid::from_raw), AtFlags::EMPTY_PATH)?)
+        Ok(fs::chownat(self.fd()?, c"", uid.map(Uid::from_raw), gid.map(Gid::from_raw), AtFlags::EMPTY_PATH)?)
     }
 
     /// Sets the size of a regular file.
@@ -278,26 +336,21 @@ impl Node {
     /// Sets times.
     pub fn set_times(&self, atime: TimeChange, mtime: TimeChange) -> io::Result<()> {
         let times = Timestamps { last_access: atime.into(), last_modification: mtime.into() };
-        Ok(fs::utimensat(fs::CWD, self.path(), &times, AtFlags::empty())?)
+        Ok(fs::utimensat(fs::CWD, self.path()?, &times, AtFlags::empty())?)
     }
 
     /// About the file system it is on.
     pub fn stat_fs(&self) -> io::Result<StatFs> {
-        Ok(fs::fstatfs(&self.fd)?)
+        Ok(fs::fstatfs(self.fd()?)?)
     }
 
     /// Has the whole file system it is on written to disk.
     pub fn sync_fs(&self) -> io::Result<()> {
         match self.kind {
+            _ if self.is_closed() => Ok(()),
             FileType::Directory => Ok(fs::syncfs(self.open_dir()?)?),
             _ => Ok(fs::syncfs(self.open(OFlags::RDONLY)?)?),
         }
-    }
-}
-
-impl AsFd for Node {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
     }
 }
 

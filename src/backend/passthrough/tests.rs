@@ -134,6 +134,60 @@ fn nothing_special_is_opened() {
 }
 
 #[test]
+fn the_kernels_interfaces_are_closed() {
+    for (path, name) in [("/proc", "proc"), ("/sys", "sysfs"), ("/proc/self", "proc"), ("/sys/kernel", "sysfs")] {
+        let refused = open_root(path.as_ref()).unwrap_err().to_string();
+        assert_eq!(
+            refused,
+            format!("cannot share {path}: it is the host kernel's {name}, not a file system with data")
+        );
+    }
+    let (root, _) = open_root("/".as_ref()).unwrap();
+    let (proc, stat) = root.child(name(c"proc")).unwrap();
+    assert!(proc.is_closed() && !root.is_closed());
+    assert_eq!((stat.mode, stat.uid, stat.gid), (libc::S_IFDIR | 0o555, 0, 0));
+    assert_eq!(proc.stat().unwrap(), stat);
+    assert_eq!(errno(proc.child(name(c"self"))), libc::ENOENT);
+    assert_eq!(errno(proc.open(OFlags::RDONLY)), libc::EISDIR);
+    assert_eq!(errno(proc.open_dir()), libc::EROFS);
+    assert_eq!(errno(proc.create(name(c"x"), OFlags::WRONLY, 0o600)), libc::EROFS);
+    assert_eq!(errno(proc.unlink(name(c"self"))), libc::EROFS);
+    assert_eq!(errno(root.link(name(c"x"), &proc)), libc::EROFS);
+    assert_eq!(errno(root.rename(name(c"nothing"), &proc, name(c"x"), 0)), libc::EROFS);
+}
+
+/// What is mounted is judged when it is opened, by what is open: also a single file, and what was not there before.
+#[test]
+fn a_mount_that_comes_later_is_closed() {
+    let folder = Folder::new();
+    fs::create_dir(folder.path("dir")).unwrap();
+    fs::write(folder.path("file"), "data").unwrap();
+    let (before, _) = folder.root.child(name(c"dir")).unwrap();
+    let in_own_namespace = || {
+        use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
+        // SAFETY: the thread ends with this function, and no descriptors are unshared.
+        #[allow(unsafe_code)]
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.ok()?;
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+        let (root, _) = open_root(&folder.dir.path().join("share")).unwrap();
+        assert!(!root.child(name(c"dir")).unwrap().0.is_closed());
+        mount("proc", folder.path("dir"), "proc", MountFlags::empty(), None).unwrap();
+        mount_bind("/proc/kcore", folder.path("file")).ok();
+        mount_bind("/proc/version", folder.path("file")).unwrap();
+        assert!(root.child(name(c"dir")).unwrap().0.is_closed());
+        assert_eq!(errno(root.child(name(c"file"))), libc::EACCES);
+        assert_eq!(errno(before.child(name(c"self"))), libc::ENOENT, "the directory below the mount");
+        // What has data is crossed into.
+        mount("tmpfs", folder.path("dir"), "tmpfs", MountFlags::empty(), None).unwrap();
+        fs::write(folder.path("dir/in"), "").unwrap();
+        assert!(root.child(name(c"dir")).unwrap().0.child(name(c"in")).is_ok());
+        Some(())
+    };
+    let run = std::thread::scope(|scope| scope.spawn(in_own_namespace).join().unwrap());
+    assert!(run.is_some() || !rustix::process::geteuid().is_root(), "root may mount");
+}
+
+#[test]
 fn data_moves_between_guest_memory_and_files() {
     let folder = Folder::new();
     let file = folder.root.create(name(c"file"), OFlags::RDWR, 0o640).unwrap();

@@ -25,30 +25,36 @@ fn checked(name: &CStr) -> io::Result<&CStr> {
 impl Node {
     /// Fills `value` with an attribute's value and returns its length; without room for anything only that.
     pub fn xattr(&self, name: &CStr, value: &mut [u8]) -> io::Result<usize> {
-        if value.is_empty() {
-            return Ok(fs::getxattr_query(self.path(), checked(name)?)?);
+        if self.is_closed() {
+            return Err(Errno::NODATA.into());
         }
-        Ok(fs::getxattr(self.path(), checked(name)?, value)?)
+        if value.is_empty() {
+            return Ok(fs::getxattr_query(self.path()?, checked(name)?)?);
+        }
+        Ok(fs::getxattr(self.path()?, checked(name)?, value)?)
     }
 
     /// Sets one, by the flags of setxattr(2).
     pub fn set_xattr(&self, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
-        Ok(fs::setxattr(self.path(), checked(name)?, value, flags)?)
+        Ok(fs::setxattr(self.path()?, checked(name)?, value, flags)?)
     }
 
     /// Takes one away.
     pub fn remove_xattr(&self, name: &CStr) -> io::Result<()> {
-        Ok(fs::removexattr(self.path(), checked(name)?)?)
+        Ok(fs::removexattr(self.path()?, checked(name)?)?)
     }
 
     /// The names there are, each with a NUL behind it.
     pub fn xattr_names(&self) -> io::Result<Vec<u8>> {
+        if self.is_closed() {
+            return Ok(Vec::new());
+        }
         let mut names = vec![0; FEW_BYTES];
-        let len = match fs::listxattr(self.path(), names.as_mut_slice()) {
+        let len = match fs::listxattr(self.path()?, names.as_mut_slice()) {
             Err(Errno::RANGE) => {
                 names.resize(MAX_BYTES, 0);
-                fs::listxattr(self.path(), names.as_mut_slice())?
+                fs::listxattr(self.path()?, names.as_mut_slice())?
             }
             len => len?,
         };
@@ -58,6 +64,6 @@ impl Node {
 
     /// Whether new files in this directory get an access control list rather than what the umask leaves.
     pub fn has_default_acl(&self) -> bool {
-        fs::getxattr_query(self.path(), c"system.posix_acl_default").is_ok_and(|len| len > 0)
+        self.path().is_ok_and(|path| fs::getxattr_query(path, c"system.posix_acl_default").is_ok_and(|len| len > 0))
     }
 }

@@ -66,11 +66,25 @@ impl Server {
     }
 
     pub(super) fn statfs(&self, caller: Caller) -> io::Result<Out> {
-        let stat = self.node(caller.nodeid)?.stat_fs()?;
+        let node = self.node(caller.nodeid)?;
         let mut out = Out::default();
+        if node.is_closed() {
+            // No blocks, no files; sizes and lengths of names as everywhere.
+            return Ok(out.zeros(40).u32(4096).u32(255).u32(4096).zeros(28).done());
+        }
+        let stat = node.stat_fs()?;
         out.u64(stat.f_blocks).u64(stat.f_bfree).u64(stat.f_bavail).u64(stat.f_files).u64(stat.f_ffree);
         out.u32(stat.f_bsize as u32).u32(stat.f_namelen as u32).u32(stat.f_frsize as u32);
         Ok(out.zeros(28).done())
+    }
+
+    /// Writes everything to the disk; nothing where nothing can be written, as in [`Server::fsync`].
+    pub(super) fn sync_fs(&self, caller: Caller) -> io::Result<Out> {
+        let node = self.node(caller.nodeid)?;
+        if !self.readonly {
+            self.with_descriptors(|| node.sync_fs())?;
+        }
+        Ok(Out::default())
     }
 
     pub(super) fn setxattr(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {

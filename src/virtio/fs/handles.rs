@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::budget::{Pool, Slot};
 use crate::backend::passthrough::Node;
 
 /// An open file or directory. The node is kept with it: what is open stays what it is, names or not.
@@ -15,19 +16,31 @@ use crate::backend::passthrough::Node;
 pub(super) enum Handle {
     File(File, #[allow(dead_code)] Arc<Node>),
     Dir(OwnedFd, #[allow(dead_code)] Arc<Node>),
+    /// A directory that stands in for one of the host kernel's interfaces: always empty.
+    Closed(Arc<Node>),
 }
 
 impl Handle {
     pub fn file(&self) -> io::Result<&File> {
         match self {
             Handle::File(file, _) => Ok(file),
-            Handle::Dir(..) => Err(Errno::ISDIR.into()),
+            Handle::Dir(..) | Handle::Closed(_) => Err(Errno::ISDIR.into()),
         }
     }
 
-    pub fn dir(&self) -> io::Result<&OwnedFd> {
+    /// Opens a directory for its entries.
+    pub fn open_dir(node: Arc<Node>) -> io::Result<Self> {
+        if node.is_closed() {
+            return Ok(Handle::Closed(node));
+        }
+        Ok(Handle::Dir(node.open_dir()?, node))
+    }
+
+    /// The directory; `None` for one that has no entries.
+    pub fn dir(&self) -> io::Result<Option<&OwnedFd>> {
         match self {
-            Handle::Dir(dir, _) => Ok(dir),
+            Handle::Dir(dir, _) => Ok(Some(dir)),
+            Handle::Closed(_) => Ok(None),
             Handle::File(..) => Err(Errno::NOTDIR.into()),
         }
     }
@@ -36,53 +49,50 @@ impl Handle {
 /// All of it, by the numbers that the guest has for it.
 #[derive(Debug)]
 pub(super) struct Handles {
-    max: usize,
+    descriptors: Arc<Pool>,
     /// With the numbers of the files.
-    open: HashMap<u64, (u64, Arc<Handle>)>,
+    open: HashMap<u64, (u64, Arc<Handle>, Slot)>,
     next: u64,
 }
 
 impl Handles {
-    /// None, and room for some of so many descriptors that this process may have.
-    pub fn new(descriptors: u64) -> Self {
-        Handles { max: (descriptors / 8).clamp(16, 1 << 16) as usize, open: HashMap::new(), next: 1 }
+    /// None.
+    pub fn new(descriptors: Arc<Pool>) -> Self {
+        Handles { descriptors, open: HashMap::new(), next: 1 }
     }
 
     pub fn insert(&mut self, file: u64, handle: Handle) -> io::Result<u64> {
-        if self.open.len() >= self.max {
-            return Err(Errno::NFILE.into());
-        }
         let id = self.next;
+        self.restore(id, file, handle)?;
         self.next += 1;
-        self.open.insert(id, (file, Arc::new(handle)));
         Ok(id)
     }
 
     pub fn get(&self, id: u64) -> io::Result<Arc<Handle>> {
-        Ok(self.open.get(&id).map(|(_, handle)| handle.clone()).ok_or(Errno::BADF)?)
+        Ok(self.open.get(&id).map(|(_, handle, _)| handle.clone()).ok_or(Errno::BADF)?)
     }
 
     /// The handle, to be closed by who drops it: outside of the lock, for that may take its time.
     pub fn remove(&mut self, id: u64) -> io::Result<Arc<Handle>> {
-        Ok(self.open.remove(&id).map(|(_, handle)| handle).ok_or(Errno::BADF)?)
+        Ok(self.open.remove(&id).map(|(_, handle, _)| handle).ok_or(Errno::BADF)?)
     }
 
     /// All of them, as [`Handles::remove`]. Numbers are not used again.
     pub fn clear(&mut self) -> Vec<Arc<Handle>> {
-        self.open.drain().map(|(_, (_, handle))| handle).collect()
+        self.open.drain().map(|(_, (_, handle, _))| handle).collect()
     }
 
     /// The next number; and of each that is open its number, the file's, and itself.
     pub fn all(&self) -> (u64, Vec<(u64, u64, Arc<Handle>)>) {
-        (self.next, self.open.iter().map(|(id, (file, handle))| (*id, *file, handle.clone())).collect())
+        (self.next, self.open.iter().map(|(id, (file, handle, _))| (*id, *file, handle.clone())).collect())
     }
 
     /// Something is open again, by the number it had.
     pub fn restore(&mut self, id: u64, file: u64, handle: Handle) -> io::Result<()> {
-        if self.open.len() >= self.max {
+        if self.descriptors.is_exhausted(self.open.len()) {
             return Err(Errno::NFILE.into());
         }
-        self.open.insert(id, (file, Arc::new(handle)));
+        self.open.insert(id, (file, Arc::new(handle), self.descriptors.take()));
         Ok(())
     }
 

@@ -5,10 +5,11 @@
 //! unless the host has put something else there meanwhile (ESTALE: the guest looks its path up again). What is open
 //! keeps its descriptor.
 //!
-//! How many files there may be is bounded by the guest's memory: its own record of one takes more than
-//! [`GUEST_BYTES`], so that a guest that forgets as it should never meets the bound.
+//! How many files are remembered is bounded by a part of the guest's memory ([`Limits`]). When there are more, the one
+//! that was closed first is forgotten, though the guest has not: it gets ESTALE when it comes back, and looks the path up
+//! again, as its kernel does by itself. What is open is never forgotten.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{CStr, CString};
 use std::io;
 use std::sync::Arc;
@@ -16,31 +17,33 @@ use std::sync::Arc;
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
+use super::budget::{Pool, Slot};
 use super::state::FileState;
 use super::wire::ROOT;
 use crate::backend::passthrough::{Name, Node, Stat, Time};
 
-/// Less than a Linux guest needs to remember a file: an inode and a name.
-pub(super) const GUEST_BYTES: u64 = 768;
+/// A file is remembered for this many bytes of the guest's memory. A record takes some 400 bytes here with a name of
+/// usual length, so all of them take about a twentieth of it.
+const RAM_PER_FILE: u64 = 8192;
 /// As many may be known in any case.
 const MIN_FILES: usize = 1 << 16;
 /// No path is so long that it has more components.
 const MAX_DEPTH: usize = 4096;
 
 /// How much may be held.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Limits {
     /// Files that are known.
     pub files: usize,
     /// Of these, held by a descriptor.
-    pub descriptors: usize,
+    pub descriptors: Arc<Pool>,
 }
 
 impl Limits {
-    /// For a process that may have so many descriptors, shared with other folders, and a guest with so much memory.
-    pub fn new(descriptors: u64, guest_ram: u64) -> Self {
-        let files = usize::try_from(guest_ram / GUEST_BYTES).unwrap_or(usize::MAX).max(MIN_FILES);
-        Limits { files, descriptors: (descriptors / 8).clamp(16, 1 << 16) as usize }
+    /// For a guest with so much memory.
+    pub fn new(descriptors: Arc<Pool>, guest_ram: u64) -> Self {
+        let files = usize::try_from(guest_ram / RAM_PER_FILE).unwrap_or(usize::MAX).max(MIN_FILES);
+        Limits { files, descriptors }
     }
 }
 
@@ -86,7 +89,7 @@ struct Inode {
     /// Where it was seen last.
     parent: u64,
     name: CString,
-    node: Option<Arc<Node>>,
+    node: Option<(Arc<Node>, Slot)>,
     /// Since it was looked at for closing.
     used: bool,
     /// When it was opened last.
@@ -106,6 +109,8 @@ pub(super) struct Inodes {
     held: VecDeque<u64>,
     /// How many have a descriptor.
     descriptors: usize,
+    /// Those whose descriptor was closed, the oldest first; and some that have one again, or are forgotten.
+    idle: VecDeque<u64>,
 }
 
 impl Inodes {
@@ -119,7 +124,7 @@ impl Inodes {
             lookups: 1,
             parent: ROOT,
             name: CString::default(),
-            node: Some(root),
+            node: Some((root, limits.descriptors.take())),
             used: true,
             stamp: None,
             submount: false,
@@ -131,9 +136,16 @@ impl Inodes {
             next: ROOT + 1,
             held: VecDeque::new(),
             descriptors: 0,
+            idle: VecDeque::new(),
         }
     }
 
+    /// The guest has this much memory.
+    pub fn set_guest_ram(&mut self, bytes: u64) {
+        self.limits = Limits::new(self.limits.descriptors.clone(), bytes);
+    }
+
+    #[cfg(test)]
     pub fn set_limits(&mut self, limits: Limits) {
         self.limits = limits;
     }
@@ -143,6 +155,7 @@ impl Inodes {
         self.by_id.retain(|id, _| *id == ROOT);
         self.by_key.retain(|_, id| *id == ROOT);
         self.held = VecDeque::new();
+        self.idle = VecDeque::new();
         self.descriptors = 0;
         self.by_id.shrink_to_fit();
         self.by_key.shrink_to_fit();
@@ -170,32 +183,52 @@ impl Inodes {
                 (inode.parent, inode.name) = (parent, name.as_c_str().to_owned());
                 inode.used = true;
                 if inode.node.is_none() {
-                    inode.node = Some(Arc::new(node));
-                    self.hold(id);
+                    self.hold(id, Arc::new(node));
                 }
             }
             return Ok((id, submount));
         }
-        if self.by_id.len() >= self.limits.files {
-            return Err(Errno::NFILE.into());
-        }
+        self.make_room()?;
         let id = self.next;
         self.next += 1;
-        let (name, node) = (name.as_c_str().to_owned(), Some(Arc::new(node)));
-        let inode =
-            Inode { key, kind, born: stat.born, lookups: 1, parent, name, node, used: true, stamp: None, submount };
+        let (name, born) = (name.as_c_str().to_owned(), stat.born);
+        let inode = Inode { key, kind, born, lookups: 1, parent, name, node: None, used: true, stamp: None, submount };
         self.by_id.insert(id, inode);
         self.by_key.insert(key, id);
-        self.hold(id);
+        self.hold(id, Arc::new(node));
         Ok((id, submount))
     }
 
-    /// A descriptor more. Closes others if these are too many.
-    fn hold(&mut self, id: u64) {
-        self.held.push_back(id);
-        self.descriptors += 1;
-        if self.descriptors > self.limits.descriptors {
-            self.close_some(1);
+    /// Forgets files until one more may be known.
+    fn make_room(&mut self) -> io::Result<()> {
+        let mut rounds = 0;
+        while self.by_id.len() >= self.limits.files {
+            match self.idle.pop_front() {
+                Some(id) if self.by_id.get(&id).is_some_and(|inode| inode.node.is_none() && !inode.submount) => {
+                    self.remove(id);
+                }
+                Some(_) => {}
+                // Most were used since they were looked at last, then one round only notes that.
+                None if rounds < 4 => {
+                    rounds += 1;
+                    self.close_some(64);
+                }
+                None => return Err(Errno::NFILE.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a file a descriptor. Closes others if these are too many.
+    fn hold(&mut self, id: u64, node: Arc<Node>) {
+        if self.limits.descriptors.is_exhausted(self.descriptors) {
+            // One for this, and one for another share that may be waiting for its part.
+            self.close_some(2);
+        }
+        if let Some(inode) = self.by_id.get_mut(&id) {
+            inode.node = Some((node, self.limits.descriptors.take()));
+            self.held.push_back(id);
+            self.descriptors += 1;
         }
     }
 
@@ -211,8 +244,9 @@ impl Inodes {
             let Some(inode) = self.by_id.get_mut(&id) else { continue };
             match &inode.node {
                 None => continue,
-                Some(node) if !inode.used && Arc::strong_count(node) == 1 => {
+                Some((node, _)) if !inode.used && Arc::strong_count(node) == 1 => {
                     inode.node = None;
+                    self.idle.push_back(id);
                     self.descriptors -= 1;
                     closed += 1;
                 }
@@ -221,6 +255,12 @@ impl Inodes {
                     self.held.push_back(id);
                 }
             }
+        }
+        // A file is in it once for each time that it was closed.
+        if self.idle.len() > 2 * self.by_id.len() + 64 {
+            let Inodes { by_id, idle, .. } = self;
+            let mut seen = HashSet::new();
+            idle.retain(|id| by_id.get(id).is_some_and(|inode| inode.node.is_none()) && seen.insert(*id));
         }
     }
 
@@ -234,7 +274,7 @@ impl Inodes {
         let inode = self.by_id.get_mut(&id).ok_or(Errno::STALE)?;
         inode.used = true;
         match &inode.node {
-            Some(node) => Ok(node.clone()),
+            Some((node, _)) => Ok(node.clone()),
             None => self.reopen(id),
         }
     }
@@ -244,7 +284,7 @@ impl Inodes {
         let (mut names, mut at): (Vec<&CStr>, u64) = (Vec::new(), id);
         let mut node = loop {
             let inode = self.by_id.get(&at).ok_or(Errno::STALE)?;
-            if let Some(node) = &inode.node {
+            if let Some((node, _)) = &inode.node {
                 break node.clone();
             }
             if names.len() > MAX_DEPTH {
@@ -264,7 +304,6 @@ impl Inodes {
             (stat.dev, stat.ino, stat.kind(), stat.born) == (inode.key.dev, inode.key.ino, inode.kind, inode.born)
         };
         let stat = found.filter(same).ok_or(Errno::STALE)?;
-        inode.node = Some(node.clone());
         // The number of a mount may be another one, after a restore.
         let before = std::mem::replace(&mut inode.key, Key::from(&stat));
         if inode.key != before {
@@ -273,7 +312,7 @@ impl Inodes {
                 self.by_key.remove(&before);
             }
         }
-        self.hold(id);
+        self.hold(id, node.clone());
         Ok(node)
     }
 
@@ -299,16 +338,20 @@ impl Inodes {
         if inode.lookups > 0 || id == ROOT || inode.submount {
             return;
         }
+        self.remove(id);
+        // What is left of it in the queue must not grow without end.
+        if self.held.len() > 2 * self.descriptors + 64 {
+            let Inodes { by_id, held, .. } = self;
+            held.retain(|id| by_id.get(id).is_some_and(|inode| inode.node.is_some()));
+        }
+    }
+
+    fn remove(&mut self, id: u64) {
         if let Some(inode) = self.by_id.remove(&id) {
             self.descriptors -= usize::from(inode.node.is_some());
             if self.by_key.get(&inode.key) == Some(&id) {
                 self.by_key.remove(&inode.key);
             }
-        }
-        // What is left of it in the queue must not grow without end.
-        if self.held.len() > 2 * self.descriptors + 64 {
-            let Inodes { by_id, held, .. } = self;
-            held.retain(|id| by_id.get(id).is_some_and(|inode| inode.node.is_some()));
         }
     }
 }
@@ -355,6 +398,7 @@ impl Inodes {
                 Inode { key, kind, born, lookups, parent, name, node: None, used: false, stamp: None, submount };
             self.by_id.insert(id, inode);
             self.by_key.insert(key, id);
+            self.idle.push_back(id);
         }
         self.next = next.max(ROOT + 1);
         Ok(())

@@ -27,7 +27,7 @@ impl Server {
         let (id, position, size) = (args.u64()?, args.u64()?, args.u32()?);
         let room = u64::from(size.min(MAX_TRANSFER)).min(room) as usize;
         let handle = self.handle(id)?;
-        let dir = handle.dir()?;
+        let Some(dir) = handle.dir()? else { return Ok(Out::default()) };
         let node = if plus { Some(self.node(caller.nodeid)?) } else { None };
         let mut listing = lock(&self.listing);
         if position == 0 || (listing.handle, listing.position) != (id, position) {
@@ -57,31 +57,15 @@ impl Server {
     /// What a name is, as LOOKUP would say; nothing if that cannot be told.
     fn look_at(&self, parent: u64, dir: &Node, entry: &DirEntry) -> Entry {
         let found = Name::new(&entry.name).and_then(|name| self.enter(parent, dir, name));
-        found.unwrap_or(Entry { id: 0, stat: NOTHING, flags: 0, names: Duration::ZERO, attributes: Duration::ZERO })
+        found.unwrap_or(Entry {
+            id: 0,
+            stat: Stat::default(),
+            flags: 0,
+            names: Duration::ZERO,
+            attributes: Duration::ZERO,
+        })
     }
 }
-
-const NOTHING: Stat = {
-    use crate::backend::passthrough::Time;
-    let time = Time { sec: 0, nsec: 0 };
-    Stat {
-        dev: 0,
-        mount: 0,
-        ino: 0,
-        mode: 0,
-        nlink: 0,
-        uid: 0,
-        gid: 0,
-        rdev: (0, 0),
-        size: 0,
-        blocks: 0,
-        blksize: 0,
-        atime: time,
-        mtime: time,
-        ctime: time,
-        born: time,
-    }
-};
 
 /// `fuse_dirent`.
 fn put(out: &mut Out, entry: &DirEntry) {

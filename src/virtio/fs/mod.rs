@@ -31,6 +31,7 @@
 //! `names`, `files`, `listing` and `attributes` do them. [`crate::backend::passthrough`] is the folder.
 
 mod attributes;
+mod budget;
 mod files;
 mod handles;
 mod inodes;
@@ -55,6 +56,7 @@ use super::{
 };
 use crate::backend::passthrough;
 use crate::options;
+pub use budget::Budget;
 use server::Server;
 use state::FsState;
 
@@ -147,8 +149,8 @@ pub struct Fs {
 }
 
 impl Fs {
-    /// Opens the folder. `index` is the share's place among the machine's.
-    pub fn new(index: usize, config: &FsConfig) -> Result<Self, passthrough::Error> {
+    /// Opens the folder. `index` is the share's place among the machine's, which share the budget.
+    pub fn new(index: usize, config: &FsConfig, budget: &Budget) -> Result<Self, passthrough::Error> {
         let queues = config.queues.unwrap_or(1);
         // 5.11.4: the tag, padded with zeros, and the number of request queues.
         let mut space = [0; TAG_BYTES + 4];
@@ -164,7 +166,7 @@ impl Fs {
                 shared_memory: vec![],
             },
             config: space,
-            server: Arc::new(Server::new(config)?),
+            server: Arc::new(Server::new(config, budget)?),
         })
     }
 }

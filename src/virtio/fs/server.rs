@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
+use super::budget::Budget;
 use super::handles::{Handle, Handles};
 use super::inodes::{Inodes, Limits};
 use super::listing::Listing;
@@ -38,8 +39,6 @@ pub(super) struct Server {
     pub identity: Identity,
     /// Of this process; the guest has applied its own.
     pub umask: u32,
-    /// How many descriptors this process may have.
-    descriptors: u64,
     inodes: Mutex<Inodes>,
     handles: Mutex<Handles>,
     pub listing: Mutex<Listing>,
@@ -80,9 +79,8 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Server {
     /// Opens the folder.
-    pub fn new(config: &FsConfig) -> Result<Self, passthrough::Error> {
+    pub fn new(config: &FsConfig, budget: &Budget) -> Result<Self, passthrough::Error> {
         let (root, stat) = passthrough::open_root(&config.path)?;
-        let descriptors = passthrough::raise_descriptor_limit();
         Ok(Server {
             readonly: config.readonly,
             squash: config.squash_uid,
@@ -90,9 +88,8 @@ impl Server {
             cache: config.cache,
             identity: Identity::of_process(),
             umask: passthrough::umask(),
-            descriptors,
-            inodes: Mutex::new(Inodes::new(Arc::new(root), &stat, Limits::new(descriptors, 0))),
-            handles: Mutex::new(Handles::new(descriptors)),
+            inodes: Mutex::new(Inodes::new(Arc::new(root), &stat, Limits::new(budget.known.clone(), 0))),
+            handles: Mutex::new(Handles::new(budget.open.clone())),
             listing: Mutex::default(),
             begun: AtomicBool::new(false),
             submounts: AtomicBool::new(false),
@@ -101,7 +98,7 @@ impl Server {
 
     /// The guest has so much memory.
     pub fn set_guest_ram(&self, bytes: u64) {
-        lock(&self.inodes).set_limits(Limits::new(self.descriptors, bytes));
+        lock(&self.inodes).set_guest_ram(bytes);
     }
 
     #[cfg(test)]
@@ -238,7 +235,7 @@ impl Server {
             op::FALLOCATE => self.fallocate(args),
             op::LSEEK => self.lseek(args),
             op::COPY_FILE_RANGE => self.copy_file_range(args),
-            op::SYNCFS => self.node(caller.nodeid)?.sync_fs().map(|()| Out::default()),
+            op::SYNCFS => self.sync_fs(caller),
             op::IOCTL => Err(Errno::NOTTY.into()),
             // Among them, on purpose: ACCESS (the guest judges by itself), FLUSH (closing has nothing to do here), and
             // locks (the guest keeps them).
@@ -386,6 +383,7 @@ impl Server {
             Some(id) => match &*self.handle(id)? {
                 Handle::File(file, _) => Stat::of(file.as_fd())?,
                 Handle::Dir(dir, _) => Stat::of(dir)?,
+                Handle::Closed(node) => node.stat()?,
             },
         };
         Ok(self.seen(stat))

@@ -139,7 +139,7 @@ impl Server {
     fn reopen(&self, file: u64, access: Access) -> io::Result<Handle> {
         let node = self.node(file)?;
         let flags = match access {
-            Access::Directory => return Ok(Handle::Dir(self.with_descriptors(|| node.open_dir())?, node)),
+            Access::Directory => return self.with_descriptors(|| Handle::open_dir(node.clone())),
             Access::Read => OFlags::RDONLY,
             Access::Write => OFlags::WRONLY,
             Access::Both => OFlags::RDWR,

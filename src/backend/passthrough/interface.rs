@@ -1,0 +1,98 @@
+//! File systems whose files are no data but the host kernel's interfaces: reading one tells about the host or waits for
+//! it, writing one reconfigures it. A share neither starts in such a file system nor crosses into one.
+//!
+//! The kernel identifies a file system by its magic number (statfs(2)), which is asked of the open descriptor, never of a
+//! path: what is mounted over a name a moment later changes nothing about a file that is already held. Automount points
+//! (autofs) are not in the list: looking at one mounts nothing, and what the host has mounted there is data.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use rustix::fs::fstatfs;
+
+/// Magic numbers and names, as in the kernel's `linux/magic.h` or in the source of the file system.
+const INTERFACES: [(u32, &str); 37] = [
+    // Processes, devices, and what the kernel knows and can be told about itself.
+    (0x0000_9FA0, "proc"),
+    (0x6265_6572, "sysfs"),
+    (0x6462_6720, "debugfs"),
+    (0x7472_6163, "tracefs"),
+    (0x7363_6673, "securityfs"),
+    (0x6265_6570, "configfs"),
+    (0x0027_E0EB, "cgroup"),
+    (0x6367_7270, "cgroup2"),
+    (0x0765_5821, "resctrl"),
+    (0xCAFE_4A11, "bpf"),
+    (0x4249_4E4D, "binfmt_misc"),
+    (0xDE5E_81E4, "efivarfs"),
+    (0x6165_676C, "pstore"),
+    (0xF97C_FF8C, "selinuxfs"),
+    (0x4341_5D53, "smackfs"),
+    (0x5A3C_69F0, "apparmorfs"),
+    (0xABBA_1974, "xenfs"),
+    (0x0000_9FA1, "openpromfs"),
+    // Devices and hardware.
+    (0x0000_1CD1, "devpts"),
+    (0x0000_9FA2, "usbfs"),
+    (0x6C6F_6F70, "binderfs"),
+    (0xAEE7_1EE7, "gadgetfs"),
+    (0x0A64_7361, "functionfs"),
+    (0x6672_6F67, "ibmasmfs"),
+    (0x0072_6A77, "ipathfs"),
+    (0x6264_6576, "bdev"),
+    (0x6461_7864, "dax"),
+    // Other parts of the kernel, and what processes talk through.
+    (0x6573_5543, "fusectl"),
+    (0x6E66_7364, "nfsd"),
+    (0x6759_6969, "rpc_pipefs"),
+    (0x76A9_F425, "ocfs2_dlmfs"),
+    (0x1980_0202, "mqueue"),
+    (0x5049_5045, "pipefs"),
+    (0x534F_434B, "sockfs"),
+    (0x0904_1934, "anon_inodefs"),
+    (0x6E73_6673, "nsfs"),
+    (0x5049_4446, "pidfs"),
+];
+/// Files here are memory that an administrator set aside for certain programs.
+const HUGETLBFS: (u32, &str) = (0x9584_58F6, "hugetlbfs");
+
+/// Name of the kernel interface that an open file belongs to, if it does.
+pub(super) fn name(fd: impl AsFd) -> io::Result<Option<&'static str>> {
+    // All magic numbers have 32 bits, in a field of 64.
+    let magic = fstatfs(fd)?.f_type as u32;
+    let mut all = INTERFACES.iter().chain([&HUGETLBFS]);
+    Ok(all.find(|(number, _)| *number == magic).map(|(_, name)| *name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every interface that this machine happens to have mounted is known.
+    #[test]
+    fn mounted_interfaces_are_found() {
+        let data =
+            ["ext4", "xfs", "btrfs", "tmpfs", "ramfs", "devtmpfs", "overlay", "squashfs", "9p", "virtiofs", "fuse"];
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        let mut found = 0;
+        for line in mounts.lines() {
+            let mut fields = line.split(' ');
+            let (Some(place), Some(kind)) = (fields.nth(1), fields.next()) else { panic!("{line}") };
+            let Ok(fd) = rustix::fs::open(place, rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()) else { continue };
+            // Another file system may be mounted on top of this one.
+            let last = mounts.lines().rev().find(|other| other.split(' ').nth(1) == Some(place));
+            if last != Some(line) {
+                continue;
+            }
+            match name(&fd).unwrap() {
+                Some(name) => {
+                    assert!(name == kind || kind == "cpuset", "{line}: taken for {name}");
+                    found += 1;
+                }
+                None => assert!(!INTERFACES.iter().any(|(_, name)| *name == kind), "{line}"),
+            }
+            assert!(!data.contains(&kind) || name(&fd).unwrap().is_none(), "{line}");
+        }
+        assert!(found >= 2, "/proc and /sys at least: {mounts}");
+    }
+}
