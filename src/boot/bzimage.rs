@@ -17,6 +17,12 @@ const XLF_KERNEL_64: u16 = 1;
 const PROTOCOL_UNPACK: u16 = 0x20A;
 /// Protocol with `xloadflags`: Linux 3.8.
 const PROTOCOL_64: u16 = 0x20C;
+/// Unit of `syssize`.
+const PARAGRAPH: u64 = 16;
+/// Highest initrd address of a kernel whose header does not have `initrd_addr_max`.
+const INITRD_ADDR_MAX: u64 = 0x37FF_FFFF;
+/// Longest command line of a kernel whose header does not have `cmdline_size`.
+const CMDLINE_SIZE: u64 = 255;
 
 /// The setup header as it stands in the file, which is how it goes into the zero page.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,14 +57,17 @@ impl SetupHeader {
         (u64::from(sectors) + 1) * 512
     }
 
-    /// Length of the protected-mode kernel.
+    /// Length of the protected-mode kernel, rounded up to whole paragraphs.
     fn kernel_len(&self) -> u64 {
-        u64::from(self.u32(0x1F4)) * 16
+        u64::from(self.u32(0x1F4)) * PARAGRAPH
     }
 
     /// Highest address that the initrd may take.
     pub fn initrd_addr_max(&self) -> u64 {
-        self.u32(0x22C).into()
+        match self.u32(0x22C) {
+            0 => INITRD_ADDR_MAX,
+            max => max.into(),
+        }
     }
 
     /// Alignment that the kernel wants: a power of two of at least 2 MiB.
@@ -69,7 +78,10 @@ impl SetupHeader {
 
     /// Longest command line without its NUL.
     pub fn cmdline_size(&self) -> u64 {
-        self.u32(0x238).into()
+        match self.u32(0x238) {
+            0 => CMDLINE_SIZE,
+            size => size.into(),
+        }
     }
 
     /// Where the kernel wants to be.
@@ -115,20 +127,28 @@ impl BzImage {
         if setup.get::<1>(0x211)[0] & LOADED_HIGH == 0 {
             return Err(Problem::NotAKernel("a zImage, which is loaded low".into()));
         }
-        let (setup_len, kernel_len) = (setup.setup_len(), setup.kernel_len());
+        let (setup_len, mut kernel_len) = (setup.setup_len(), setup.kernel_len());
+        let missing = (setup_len + kernel_len).saturating_sub(data.len());
+        if missing < PARAGRAPH.min(kernel_len) {
+            kernel_len -= missing; // the file ends within the last paragraph
+        }
         data.check(setup_len, kernel_len)?;
         let version = version(data, u64::from(setup.u16(0x20E)), setup_len);
         Ok(BzImage { kernel: (setup_len, kernel_len), version, setup })
     }
 
-    /// Offset and length of the payload: the compressed vmlinux, with its size behind it.
-    pub fn payload(&self) -> Result<(u64, u64), Problem> {
+    /// Offset and length of the payload: the compressed vmlinux, followed by its size. Programs other than Linux that
+    /// use this format (memtest86+) have none.
+    pub fn payload(&self) -> Result<Option<(u64, u64)>, Problem> {
         let (offset, len) = (u64::from(self.setup.u32(0x248)), u64::from(self.setup.u32(0x24C)));
+        if len == 0 {
+            return Ok(None);
+        }
         if offset + len > self.kernel.1 || len < 8 {
             let kernel = self.kernel.1;
             return Err(Problem::Damaged(format!("a payload at {offset}..+{len} in a kernel of {kernel} bytes")));
         }
-        Ok((self.kernel.0 + offset, len))
+        Ok(Some((self.kernel.0 + offset, len)))
     }
 
     /// Whether it has the 64-bit entry, so that it boots without being unpacked.

@@ -179,11 +179,16 @@ impl Elf {
         if !matches!(kind, PT_LOAD | PT_NOTE) {
             return Ok(());
         }
-        data.check(offset, file_len)?;
-        self.end = self.end.max(offset + file_len);
-        if kind == PT_NOTE {
+        // The offset of a segment without bytes of its own, a bss, means nothing.
+        if file_len > 0 {
+            data.check(offset, file_len)?;
+            self.end = self.end.max(offset + file_len);
+        }
+        if kind == PT_NOTE && file_len > 0 {
             let align = if f.word(c, 48, 28) == 8 { 8 } else { 4 };
             self.notes(&data.bytes(offset, file_len.min(NOTES_MAX))?, align);
+        }
+        if kind != PT_LOAD {
             return Ok(());
         }
         let segment =
@@ -232,8 +237,10 @@ impl Elf {
             let f = Fields(header);
             if f.u32(4) != SHT_NOBITS && f.u32(4) != 0 {
                 let (offset, len) = (f.word(self.class64, 24, 16), f.word(self.class64, 32, 20));
-                data.check(offset, len)?;
-                self.end = self.end.max(offset + len);
+                if len > 0 {
+                    data.check(offset, len)?;
+                    self.end = self.end.max(offset + len);
+                }
             }
         }
         Ok(())

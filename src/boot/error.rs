@@ -91,6 +91,9 @@ pub enum Problem {
     /// A header contradicts itself.
     #[error("damaged: {0}")]
     Damaged(String),
+    /// A sound file that this machine cannot boot: a sentence that says why.
+    #[error("{0}")]
+    Unsuitable(String),
     /// A boot protocol from before what is needed.
     #[error("boot protocol {}.{:02} is too old; vireo needs {} or newer", version >> 8, version & 0xFF, needs)]
     TooOld {

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::bzimage::SetupHeader;
 use super::error::Problem;
 use super::kaslr::Relocations;
+use super::multiboot;
 use super::source::Data;
 use crate::layout::PAGE_SIZE;
 use crate::memory::GuestRam;
@@ -24,9 +25,9 @@ pub struct ImageInfo {
     pub entry64: Option<u64>,
     /// Physical address of the PVH entry.
     pub pvh: Option<u32>,
-    /// Physical address of the entry by multiboot. The cache keeps no such kernels.
+    /// Entry by multiboot. The cache keeps no such kernels.
     #[serde(skip)]
-    pub multiboot: Option<u32>,
+    pub multiboot: Option<multiboot::Start>,
     /// Whether this is Linux.
     pub linux: bool,
     /// The setup header of the bzImage that it comes from.

@@ -77,14 +77,17 @@ fn examine_bzimage(data: Data, mode: BootMode) -> Result<Image, Problem> {
     if mode == BootMode::BzImage {
         return packed_image(data, bz);
     }
-    let (offset, len) = bz.payload()?;
-    let head = data.bytes(offset, len.min(16))?;
-    let Some(compression) = Compression::detect(&head) else {
-        // lzma, lzo, or something new: the guest knows how to unpack itself.
-        if mode == BootMode::Auto && bz.has_entry64() {
+    let payload = bz.payload()?;
+    let head = payload.map(|(offset, len)| data.bytes(offset, len.min(16))).transpose()?;
+    let Some((compression, (offset, len))) = head.and_then(|head| Compression::detect(&head)).zip(payload) else {
+        // No payload, lzma, lzo, or something new: the guest knows how to unpack itself, if it has to.
+        if mode == BootMode::Auto && (bz.has_entry64() || payload.is_none()) {
             return packed_image(data, bz);
         }
-        let found = "a bzImage in an unknown compression".to_string();
+        let found = match payload {
+            Some(_) => "a bzImage in an unknown compression".to_string(),
+            None => "a bzImage without a compressed kernel in it".to_string(),
+        };
         let (mode, needs) = (mode_name(mode), "gzip, zstd, xz, lz4 or bzip2, try --boot bzimage");
         return Err(Problem::NoEntry { found, mode, needs });
     };
@@ -139,7 +142,7 @@ fn elf_image(data: Data, format: &str) -> Result<Image, Problem> {
     let (start, end) = (first.paddr, last.paddr + last.mem_len);
     if start < layout::HIGH_RAM || end > layout::MMIO_HOLE {
         let (low, high) = (layout::HIGH_RAM, layout::MMIO_HOLE);
-        return Err(Problem::Damaged(format!(
+        return Err(Problem::Unsuitable(format!(
             "its segments at {start:#x}..{end:#x} are not within {low:#x}..{high:#x}, where vireo loads kernels"
         )));
     }
@@ -192,7 +195,7 @@ pub(super) fn trim_zeros(data: &Data, piece: &mut Piece) -> Result<(), Problem> 
 pub fn entry(info: &ImageInfo, mode: BootMode) -> Result<(u64, Protocol), Problem> {
     let pvh = info.pvh.map(|entry| (u64::from(entry), Protocol::Pvh));
     let entry64 = info.entry64.map(|entry| (entry, Protocol::Linux64));
-    let multiboot = info.multiboot.map(|entry| (u64::from(entry), Protocol::Multiboot));
+    let multiboot = info.multiboot.map(|start| (u64::from(start.entry), Protocol::Multiboot));
     let (entry, needs) = match mode {
         BootMode::Auto if info.linux => (entry64.or(pvh), "an entry"),
         BootMode::Auto => (pvh.or(entry64).or(multiboot), "an entry"),
@@ -227,8 +230,8 @@ pub fn find_version(data: &Data) -> Option<String> {
     version
 }
 
-/// What a file is that is no kernel, as far as its first bytes tell.
-fn guess(head: &[u8]) -> String {
+/// Name of what a file seems to be that is not a kernel, by its first bytes.
+pub(super) fn guess(head: &[u8]) -> String {
     let at = |offset: usize, magic: &[u8]| head.get(offset..).is_some_and(|b| b.starts_with(magic));
     let name = match head {
         [] => "an empty file",

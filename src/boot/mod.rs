@@ -10,6 +10,7 @@ mod elf;
 pub mod error;
 pub mod image;
 pub mod initramfs;
+mod initrd;
 pub mod kaslr;
 pub mod kernel;
 pub mod modules;
@@ -31,7 +32,7 @@ mod unpack;
 mod zero_page;
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::de::value::SeqAccessDeserializer;
 use serde::de::{SeqAccess, Visitor};
@@ -42,7 +43,7 @@ pub use self::regs::{Entry, Protocol};
 
 use self::cache::Cache;
 use self::image::Image;
-use self::initramfs::{HostFile, Piece};
+use self::initramfs::Piece;
 use self::pack::InitramfsConfig;
 use self::place::Plan;
 use self::zero_page::ZeroPage;
@@ -204,7 +205,7 @@ impl BootFiles {
             config.cmdline = multiboot::command_line(&config);
         }
         place::check_cmdline(&image.info, &config.cmdline)?;
-        let initrd = open_initrd(&config, &image)?;
+        let initrd = initrd::open(&config, &image)?;
 
         let mut space = place::Space::new(ram_size, &image).map_err(of_kernel)?;
         let initrd_place = match initrd.iter().map(Piece::len).fold(0, u64::saturating_add) {
@@ -212,7 +213,11 @@ impl BootFiles {
             len => Some(space.place_initrd(len).map_err(of_initrd)?),
         };
         let plan = space.place_kernel(&image, initrd_place, protocol, &config.cmdline)?;
-        let entry = Entry { address: entry - image.info.start + plan.kernel, protocol };
+        let info = match image.info.multiboot.filter(|_| protocol == Protocol::Multiboot) {
+            Some(start) => start.info(),
+            None => protocol.usual_info(),
+        };
+        let entry = Entry { address: entry - image.info.start + plan.kernel, protocol, info };
         Ok(BootFiles { config, image, cached, entry, initrd, plan })
     }
 
@@ -231,8 +236,10 @@ impl BootFiles {
             piece.load(ram, at)?;
             at += piece.len(); // they were added up when they were placed
         }
-        ram.write(layout::CMDLINE, config.cmdline.as_bytes())?;
-        ram.write(layout::CMDLINE + config.cmdline.len() as u64, &[0])?;
+        let multiboot = image.info.multiboot.filter(|_| entry.protocol == Protocol::Multiboot);
+        let cmdline = multiboot.map_or(layout::CMDLINE, |start| start.handed);
+        ram.write(cmdline, config.cmdline.as_bytes())?;
+        ram.write(cmdline + config.cmdline.len() as u64, &[0])?;
 
         let rsdp = if platform.acpi {
             Some(acpi::write(ram, platform)?)
@@ -248,7 +255,7 @@ impl BootFiles {
             Protocol::Pvh => pvh::write(ram, plan.initrd, rsdp, &memory)?,
             Protocol::Multiboot => {
                 let module = plan.initrd.zip(config.initrd.first().map(PathBuf::as_path));
-                multiboot::write(ram, module, &memory)?;
+                multiboot::write(ram, cmdline, module, &memory)?;
             }
             Protocol::Linux64 => {
                 let (setup, seed) = (image.info.setup.as_ref(), kaslr::random()?);
@@ -294,30 +301,6 @@ fn open_kernel(config: &BootConfig, cache: Option<&Cache>) -> Result<(Image, boo
     }
     // The stored form can be mapped, and frees the memory that unpacking took.
     Ok((cache.store(&source, &miss, &image).unwrap_or(image), false))
-}
-
-/// The initrds, each padded to what archives are aligned to, and what is packed behind them.
-fn open_initrd(config: &BootConfig, image: &Image) -> Result<Vec<Piece>, Error> {
-    let mut pieces = Vec::new();
-    let mut padding = 0;
-    for path in &config.initrd {
-        pieces.push(Piece::Bytes(vec![0; padding]));
-        let file = open_one(path).map_err(|problem| problem.of_initrd(path))?;
-        padding = initramfs::padding(file.len);
-        pieces.push(Piece::File(file));
-    }
-    if let Some(packed) = &config.initramfs {
-        pieces.push(Piece::Bytes(vec![0; padding]));
-        pieces.extend(pack::pack(config, packed, image)?);
-    }
-    Ok(pieces)
-}
-
-fn open_one(path: &Path) -> Result<HostFile, Problem> {
-    match HostFile::open(path)? {
-        HostFile { len: 0, .. } => Err(Problem::Truncated { what: "an initrd", needs: 1, has: 0 }),
-        file => Ok(file),
-    }
 }
 
 /// The memory map that the guest is given, in address order: what [`crate::layout`] reserves, and RAM.

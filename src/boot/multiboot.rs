@@ -9,6 +9,8 @@
 //! layout::MULTIBOOT_INFO    information | module | memory map | "vireo"
 //! layout::MULTIBOOT_STRING  the module's string
 //! ```
+//!
+//! A kernel that is itself loaded there, as GRUB is, has all three moved together to the nearest free place.
 
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
@@ -38,13 +40,34 @@ const HAS_ADDRESSES: u32 = 1 << 16;
 
 /// Which fields of the information are valid: memory sizes, command line, modules, memory map, loader name.
 const INFO_FLAGS: u32 = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9;
-const MODULE: u64 = layout::MULTIBOOT_INFO + 0x80;
-const MEMORY_MAP: u64 = layout::MULTIBOOT_INFO + 0x100;
-const LOADER_NAME: u64 = layout::MULTIBOOT_INFO + 0xF00;
+/// Offsets of the module's description, the memory map and the loader's name from the information.
+const MODULE: u64 = 0x80;
+const MEMORY_MAP: u64 = 0x100;
+const LOADER_NAME: u64 = 0xF00;
+/// Offsets of the information and the module's string from the command line.
+const INFO: u64 = layout::MULTIBOOT_INFO - layout::CMDLINE;
+const STRING: u64 = layout::MULTIBOOT_STRING - layout::CMDLINE;
+/// Length of the command line's space, the information and the string.
+const HANDED_LEN: u64 = layout::MULTIBOOT_END - layout::CMDLINE;
 
-/// Memory that a kernel may be loaded to: what the layout keeps nothing in.
-const LOADABLE: [Range<u64>; 3] =
-    [PAGE_SIZE..layout::CMDLINE, layout::MULTIBOOT_END..layout::EBDA, layout::HIGH_RAM..layout::MMIO_HOLE];
+/// Memory that a kernel may be loaded to: RAM in which nothing of vireo's has a fixed place.
+const LOADABLE: [Range<u64>; 2] = [layout::GDT_END..layout::EBDA, layout::HIGH_RAM..layout::MMIO_HOLE];
+
+/// How a multiboot kernel is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// Guest-physical address of the entry.
+    pub entry: u32,
+    /// Guest-physical address of the command line, with the information and the module's string after it.
+    pub handed: u64,
+}
+
+impl Start {
+    /// Guest-physical address of the information, which the kernel finds in EBX.
+    pub fn info(self) -> u64 {
+        self.handed + INFO
+    }
+}
 
 /// The header, found and with a right checksum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,7 +133,9 @@ pub fn image(data: Data, header: &Header) -> Result<Image, Problem> {
         REQUIRED.filter(|bit| header.flags & !UNDERSTOOD & 1 << bit != 0).map(|bit| bit.to_string()).collect();
     if !unknown.is_empty() {
         let bits = unknown.join(", ");
-        return Err(Problem::Damaged(format!("its multiboot header requires what nobody knows (flags: bit {bits})")));
+        return Err(Problem::Unsuitable(format!(
+            "its multiboot header requires what the specification does not define (flags: bit {bits})"
+        )));
     }
     let (loads, entry, format) = if header.has_addresses() {
         (vec![header.load(&data)?], header.addresses[4].into(), "multiboot")
@@ -118,7 +143,7 @@ pub fn image(data: Data, header: &Header) -> Result<Image, Problem> {
         let (loads, entry) = elf_loads(&data)?;
         (loads, entry, "multiboot ELF")
     };
-    check_places(&loads)?;
+    let handed = place_handed(&loads)?;
     let inside = |load: &Load| entry >= load.piece.paddr && entry - load.piece.paddr < load.piece.len;
     let entry = u32::try_from(entry)
         .ok()
@@ -126,6 +151,8 @@ pub fn image(data: Data, header: &Header) -> Result<Image, Problem> {
         .ok_or_else(|| Problem::Damaged(format!("the entry at {entry:#x} lies in no part of it that is loaded")))?;
     let start = loads.iter().map(|load| load.piece.paddr).min().unwrap_or(0);
     let end = loads.iter().map(|load| load.piece.paddr + load.mem_len).max().unwrap_or(0);
+    // No other data may be placed over what lies above the kernel.
+    let end = if handed >= layout::HIGH_RAM { handed + HANDED_LEN } else { end };
     let mut pieces: Vec<_> = loads.into_iter().map(|load| load.piece).collect();
     pieces.iter_mut().try_for_each(|piece| trim_zeros(&data, piece))?;
     pieces.retain(|piece| piece.len > 0);
@@ -136,7 +163,7 @@ pub fn image(data: Data, header: &Header) -> Result<Image, Problem> {
         end: end.next_multiple_of(PAGE_SIZE),
         entry64: None,
         pvh: None,
-        multiboot: Some(entry),
+        multiboot: Some(Start { entry, handed }),
         linux: false,
         setup: None,
         pieces,
@@ -157,18 +184,26 @@ fn elf_loads(data: &Data) -> Result<(Vec<Load>, u64), Problem> {
     Ok((elf.segments.into_iter().map(load).collect(), entry))
 }
 
-/// Fails unless everything goes where there may be something.
-fn check_places(loads: &[Load]) -> Result<(), Problem> {
+/// Finds a place for what the kernel is handed, apart from everything that is loaded. Fails if something is to be loaded
+/// where it cannot be.
+fn place_handed(loads: &[Load]) -> Result<u64, Problem> {
     for Load { piece: Piece { paddr: start, .. }, mem_len } in loads {
         let free = |place: &Range<u64>| *start >= place.start && *mem_len <= place.end.saturating_sub(*start);
         if !LOADABLE.iter().any(free) {
-            let places = LOADABLE.map(|place| format!("{:#x}..{:#x}", place.start, place.end)).join(", ");
-            return Err(Problem::Damaged(format!(
-                "it wants {mem_len:#x} bytes at {start:#x}, which is not within any of {places}"
+            let places = LOADABLE.map(|place| format!("{:#x}..{:#x}", place.start, place.end)).join(" and ");
+            return Err(Problem::Unsuitable(format!(
+                "it wants {mem_len:#x} bytes at {start:#x}; the RAM that kernels may be loaded to is {places}"
             )));
         }
     }
-    Ok(())
+    // All ends are below the MMIO hole by now.
+    let is_free = |start: &u64| {
+        loads.iter().all(|Load { piece, mem_len }| start + HANDED_LEN <= piece.paddr || piece.paddr + mem_len <= *start)
+    };
+    let low = (PAGE_SIZE..=layout::EBDA - HANDED_LEN).step_by(PAGE_SIZE as usize);
+    let end = loads.iter().map(|load| load.piece.paddr + load.mem_len).max().unwrap_or(0);
+    let above = end.next_multiple_of(PAGE_SIZE).max(layout::HIGH_RAM);
+    Ok([layout::CMDLINE].into_iter().chain(low).find(is_free).unwrap_or(above))
 }
 
 /// What the kernel is given as its command line.
@@ -176,9 +211,15 @@ pub fn command_line(config: &BootConfig) -> String {
     format!("{} {}", config.kernel.display(), config.cmdline).trim_end().to_string()
 }
 
-/// Writes the information, the module, the memory map, and the strings that they point to. The command line is at its
-/// usual place already.
-pub fn write(ram: &GuestRam, module: Option<(Initrd, &Path)>, memory: &[MemoryRange]) -> Result<(), OutOfRam> {
+/// Writes the information, the module, the memory map, and the strings that they point to. The command line is at
+/// `handed` already.
+pub fn write(
+    ram: &GuestRam,
+    handed: u64,
+    module: Option<(Initrd, &Path)>,
+    memory: &[MemoryRange],
+) -> Result<(), OutOfRam> {
+    let (at, string) = (handed + INFO, handed + STRING);
     let kib = |range: &MemoryRange| ((range.end - range.start) >> 10) as u32;
     let ram_from = |start: u64| memory.iter().find(|range| range.kind == 1 && range.start == start).map_or(0, kib);
     // Each entry: the size of the rest, address, length, kind.
@@ -193,24 +234,25 @@ pub fn write(ram: &GuestRam, module: Option<(Initrd, &Path)>, memory: &[MemoryRa
     info[0] = INFO_FLAGS;
     info[1] = ram_from(0);
     info[2] = ram_from(layout::HIGH_RAM);
-    info[4] = layout::CMDLINE as u32;
+    // What the kernel is handed lies below the MMIO hole.
+    info[4] = handed as u32;
     info[5] = module.is_some().into();
-    info[6] = MODULE as u32;
+    info[6] = (at + MODULE) as u32;
     info[11] = map.len() as u32;
-    info[12] = MEMORY_MAP as u32;
-    info[16] = LOADER_NAME as u32;
-    ram.write(layout::MULTIBOOT_INFO, &info.map(u32::to_le_bytes).concat())?;
-    ram.write(MEMORY_MAP, &map)?;
-    ram.write(LOADER_NAME, b"vireo\0")?;
+    info[12] = (at + MEMORY_MAP) as u32;
+    info[16] = (at + LOADER_NAME) as u32;
+    ram.write(at, &info.map(u32::to_le_bytes).concat())?;
+    ram.write(at + MEMORY_MAP, &map)?;
+    ram.write(at + LOADER_NAME, b"vireo\0")?;
     // Such kernels come from a BIOS otherwise, and Xen finds room for its real-mode code by what the BIOS left.
     ram.write(layout::BDA_EBDA_SEGMENT, &((layout::EBDA >> 4) as u16).to_le_bytes())?;
     ram.write(layout::BDA_MEMORY_SIZE, &((layout::EBDA >> 10) as u16).to_le_bytes())?;
     if let Some((Initrd { start, len }, path)) = module {
         // Initrds lie below 4 GiB, and a path that could be opened has room on a page.
-        ram.write_obj(MODULE, [start as u32, (start + len) as u32, layout::MULTIBOOT_STRING as u32, 0])?;
+        ram.write_obj(at + MODULE, [start as u32, (start + len) as u32, string as u32, 0])?;
         let path = path.as_os_str().as_bytes();
-        let room = (layout::MULTIBOOT_END - layout::MULTIBOOT_STRING) as usize - 1;
-        ram.write(layout::MULTIBOOT_STRING, &[&path[..path.len().min(room)], b"\0"].concat())?;
+        let room = (HANDED_LEN - STRING) as usize - 1;
+        ram.write(string, &[&path[..path.len().min(room)], b"\0"].concat())?;
     }
     Ok(())
 }
@@ -258,7 +300,10 @@ mod tests {
     #[test]
     fn addresses_place_the_file() {
         let image = flat(A, [0x20_0040, 0x20_0000, 0, 0, 0x20_0080]).unwrap();
-        assert_eq!((image.info.start, image.info.end, image.info.multiboot), (0x20_0000, 0x20_1000, Some(0x20_0080)));
+        assert_eq!(
+            (image.info.start, image.info.end, image.info.multiboot),
+            (0x20_0000, 0x20_1000, Some(Start { entry: 0x20_0080, handed: layout::CMDLINE }))
+        );
         assert_eq!(image.info.pieces, [Piece { paddr: 0x20_0000, offset: 0, len: 0x1000 }]);
         let image = flat(A, [0x8020, 0x8000, 0x8100, 0x1_0000, 0x8010]).unwrap();
         assert_eq!((image.info.start, image.info.end), (0x8000, 0x1_0000));
@@ -269,7 +314,7 @@ mod tests {
     fn headers_that_contradict_themselves_or_us_are_refused() {
         let m = 0x10_0000;
         for (flags, addresses, says) in [
-            (A | 8, [m + 0x40, m, 0, 0, m], "requires what nobody knows (flags: bit 3)"),
+            (A | 8, [m + 0x40, m, 0, 0, m], "requires what the specification does not define (flags: bit 3)"),
             (A | 0x8010, [m + 0x40, m, 0, 0, m], "(flags: bit 4, 15)"),
             (A, [m - 4, m, 0, 0, m], "says that it is at 0xffffc, loaded from 0x100000 on"),
             (A, [m + 0x44, m, 0, 0, m], "at 0x40 of the file says"),
@@ -278,9 +323,12 @@ mod tests {
             (A, [m + 0x40, m, m + 0x100, m + 0xFF, m], "a bss that ends at 0x1000ff, within 0x100000..0x100100"),
             (A, [m + 0x40, m, 0, 0, m + 0x1000], "the entry at 0x101000 lies in no part"),
             (A, [m + 0x40, m, 0, 0, 0], "the entry at 0x0 lies in no part"),
-            (A, [0x540, 0x500, 0, 0, 0x500], "it wants 0x1000 bytes at 0x500, which is not within any of 0x1000.."),
-            (A, [0x1_F041, 0x1_F001, 0, 0, 0x1_F001], "bytes at 0x1f001"),
-            (A, [0x3_0040, 0x3_0000, 0, 0, 0x3_0000], "bytes at 0x30000"),
+            (
+                A,
+                [0x540, 0x500, 0, 0, 0x500],
+                "it wants 0x1000 bytes at 0x500; the RAM that kernels may be loaded to is 0x600..0x9fc00 and 0x100000..",
+            ),
+            (A, [0xF_0040, 0xF_0000, 0, 0, 0xF_0000], "bytes at 0xf0000"),
             (A, [0x8040, 0x8000, 0, 0x20_0000, 0x8000], "0x1f8000 bytes at 0x8000"),
             (A, [u32::MAX - 0xFBF, u32::MAX - 0xFFF, 0, 0, u32::MAX - 0xFFF], "bytes at 0xfffff000"),
         ] {
@@ -290,11 +338,29 @@ mod tests {
     }
 
     #[test]
+    fn what_the_kernel_is_handed_makes_way_for_the_kernel() {
+        let handed = |loads: &[(u64, u64)]| {
+            let load = |&(paddr, mem_len)| Load { piece: Piece { paddr, offset: 0, len: 0 }, mem_len };
+            place_handed(&loads.iter().map(load).collect::<Vec<_>>()).unwrap()
+        };
+        assert_eq!(handed(&[(0x600, layout::CMDLINE - 0x600), (0x3_2000, 0x1000)]), layout::CMDLINE);
+        // GRUB, as grub-mkimage -O i386-coreboot makes it.
+        assert_eq!(handed(&[(0x9000, 0x1_8758), (0x10_0000, 0x3_6C24)]), 0x2_2000);
+        assert_eq!(handed(&[(0x1000, 0x7_F000)]), 0x8_0000);
+        assert_eq!(handed(&[(0x1_8000, 0x7_8000)]), 0x1000);
+        assert_eq!(handed(&[(0x600, layout::EBDA - 0x600)]), layout::HIGH_RAM);
+        assert_eq!(handed(&[(0x600, layout::EBDA - 0x600), (0x10_0000, 0x1001)]), 0x10_2000);
+        // A kernel that leaves no room below is charged for what lies above it.
+        let image = flat(A, [0x640, 0x600, 0, layout::EBDA as u32, 0x600]).unwrap();
+        assert_eq!((image.info.start, image.info.end), (0x600, layout::HIGH_RAM + HANDED_LEN));
+    }
+
+    #[test]
     fn the_information_points_at_everything() {
         let ram = GuestRam::anonymous(32 << 20);
         let module = (Initrd { start: 0x1F0_0000, len: 0x1234 }, Path::new("/tests/env"));
         let memory = super::super::memory_map(&ram);
-        write(&ram, Some(module), &memory).unwrap();
+        write(&ram, layout::CMDLINE, Some(module), &memory).unwrap();
         let info: [u32; 17] = ram.read_obj(layout::MULTIBOOT_INFO).unwrap();
         assert_eq!((info[0], info[1], info[2]), (0x24D, 639, 31 << 10));
         assert_eq!((info[4], info[5], info[11]), (layout::CMDLINE as u32, 1, 4 * 24));
@@ -306,7 +372,7 @@ mod tests {
         assert_eq!(last, [20, 0x10_0000, 0, 31 << 20, 0, 1]);
         assert_eq!((ram.read_obj::<u16>(0x40E).unwrap(), ram.read_obj::<[u8; 2]>(0x413).unwrap()), (0x9FC0, [0x7F, 2]));
         let long = "x".repeat(5000);
-        write(&ram, Some((Initrd::default(), Path::new(&long))), &memory).unwrap();
+        write(&ram, layout::CMDLINE, Some((Initrd::default(), Path::new(&long))), &memory).unwrap();
         assert_eq!(ram.read_obj::<[u8; 2]>(layout::MULTIBOOT_END - 2).unwrap(), *b"x\0");
     }
 }

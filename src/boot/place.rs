@@ -58,7 +58,7 @@ impl Space {
         let info = &image.info;
         if info.end > layout::MMIO_HOLE {
             let (start, end, hole) = (info.start, info.end, layout::MMIO_HOLE);
-            return Err(Problem::Damaged(format!("it wants memory at {start:#x}..{end:#x}, above {hole:#x}")));
+            return Err(Problem::Unsuitable(format!("it wants memory at {start:#x}..{end:#x}, above {hole:#x}")));
         }
         // The first MiB is for ours, though a multiboot kernel may lie there, too.
         let kernel_end = info.end.next_multiple_of(PAGE_SIZE).max(layout::HIGH_RAM);

@@ -41,6 +41,17 @@ pub enum Protocol {
     Multiboot,
 }
 
+impl Protocol {
+    /// Guest-physical address at which the kernel is usually told of its machine.
+    pub fn usual_info(self) -> u64 {
+        match self {
+            Protocol::Linux64 => layout::ZERO_PAGE,
+            Protocol::Pvh => layout::PVH_START_INFO,
+            Protocol::Multiboot => layout::MULTIBOOT_INFO,
+        }
+    }
+}
+
 /// Where and how the boot processor starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -48,6 +59,8 @@ pub struct Entry {
     pub address: u64,
     /// The contract.
     pub protocol: Protocol,
+    /// Guest-physical address of the zero page, the start info or the multiboot information.
+    pub info: u64,
 }
 
 impl Entry {
@@ -77,9 +90,9 @@ impl Entry {
         let long = self.protocol == Protocol::Linux64;
         let mut regs = kvm_regs { rip: self.address, rflags: RFLAGS, ..Default::default() };
         match self.protocol {
-            Protocol::Linux64 => regs.rsi = layout::ZERO_PAGE,
-            Protocol::Pvh => regs.rbx = layout::PVH_START_INFO,
-            Protocol::Multiboot => (regs.rax, regs.rbx) = (multiboot::BOOTED, layout::MULTIBOOT_INFO),
+            Protocol::Linux64 => regs.rsi = self.info,
+            Protocol::Pvh => regs.rbx = self.info,
+            Protocol::Multiboot => (regs.rax, regs.rbx) = (multiboot::BOOTED, self.info),
         }
         let mut sregs = *base;
         sregs.gdt.base = layout::GDT;
@@ -118,7 +131,7 @@ mod tests {
     #[test]
     fn the_first_4_gib_map_to_themselves() {
         let ram = GuestRam::anonymous(1 << 20);
-        let entry = Entry { address: 0x100_0200, protocol: Protocol::Linux64 };
+        let entry = Entry { address: 0x100_0200, protocol: Protocol::Linux64, info: layout::ZERO_PAGE };
         entry.write_tables(&ram).unwrap();
         let (regs, sregs) = entry.registers(&kvm_sregs::default());
         for address in [0u64, 0x100_0200, 0x7FFF_FFFF, 0xFFFF_FFFF] {
@@ -138,14 +151,15 @@ mod tests {
 
     #[test]
     fn pvh_starts_flat_and_unpaged() {
-        let entry = Entry { address: 0x10_0000, protocol: Protocol::Pvh };
+        let entry = Entry { address: 0x10_0000, protocol: Protocol::Pvh, info: layout::PVH_START_INFO };
         let base = kvm_sregs { cr4: 0x20, efer: 0x500, cr0: 0x6000_0010, apic_base: 0xFEE0_0900, ..Default::default() };
         let (regs, sregs) = entry.registers(&base);
         assert_eq!((regs.rip, regs.rbx), (0x10_0000, layout::PVH_START_INFO));
         assert_eq!((sregs.cr0, sregs.cr4, sregs.efer), (0x11, 0, 0));
         assert_eq!((sregs.cs.l, sregs.cs.db, sregs.cs.limit), (0, 1, u32::MAX));
         assert_eq!(sregs.apic_base, base.apic_base);
-        let (regs, same) = Entry { protocol: Protocol::Multiboot, ..entry }.registers(&base);
+        let (regs, same) =
+            Entry { protocol: Protocol::Multiboot, info: layout::MULTIBOOT_INFO, ..entry }.registers(&base);
         assert_eq!((regs.rax, regs.rbx, same), (0x2BAD_B002, layout::MULTIBOOT_INFO, sregs));
     }
 }

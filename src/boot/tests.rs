@@ -123,7 +123,7 @@ fn pvh_for_other_kernels_or_on_request() {
     assert_eq!((entry.protocol, entry.address), (Protocol::Pvh, START + 0x50));
     assert_eq!(ram.read_obj::<u64>(START + 0x100).unwrap(), POINTER);
     let flat = testing::elf64(0x20_0000, &segment(), &[]);
-    assert_eq!(pvh(&flat).2, Entry { address: 0x20_0000, protocol: Protocol::Linux64 });
+    assert_eq!(pvh(&flat).2, Entry { address: 0x20_0000, protocol: Protocol::Linux64, info: layout::ZERO_PAGE });
 }
 
 #[test]
@@ -158,6 +158,13 @@ fn multiboot_for_files_that_say_nothing_better() {
     assert_eq!(module, 1 << 20);
     let error = refusal(&low, |c| c.initrd = vec![files.write("large", &vec![7; (63 << 20) + 1])]);
     assert_eq!(error, "it needs 65M of memory or more, the machine has 64M");
+    // Where vireo's own data is otherwise.
+    let (_, ram, entry) = boot(&testing::multiboot(layout::CMDLINE as u32), |c| c.cmdline = "a b".into()).unwrap();
+    let text: u32 = ram.read_obj(entry.info + 16).unwrap();
+    let mut line = [0; 256];
+    ram.read(text.into(), &mut line).unwrap();
+    assert!(line.split(|byte| *byte == 0).next().unwrap().ends_with(b"/kernel a b"));
+    assert_eq!(ram.read_obj::<u8>(layout::CMDLINE + 0x20).unwrap(), 0x90, "the kernel is there");
     let error = refusal(&low, |c| c.cmdline = "x".repeat(0xFFFF));
     assert!(error.ends_with("this kernel takes at most 65535"), "{error}");
 }
@@ -176,10 +183,39 @@ fn a_bzimage_may_stay_packed() {
     assert!(refused.starts_with("this is a bzImage in an unknown compression; --boot direct needs"), "{refused}");
 }
 
+/// memtest86+ has the header of a kernel, but no compressed kernel in it, and ends within its last paragraph.
+#[test]
+fn a_bzimage_need_not_be_linux() {
+    let mut memtest = testing::bzimage_of(&[0x90; 64]);
+    let mut put = |at: usize, bytes: &[u8]| memtest[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x230, &0x1000u32.to_le_bytes());
+    put(0x234, &[0, 12, 9, 0]);
+    put(0x248, &[0; 8]);
+    put(0x258, &0x10_0000u64.to_le_bytes());
+    memtest.truncate(memtest.len() - 8);
+    let (description, ram, entry) = boot(&memtest, |_| ()).unwrap();
+    assert_eq!((description.format.as_str(), entry.address), ("bzImage, unpacked by the guest", 0x10_0200));
+    assert_eq!(ram.read_obj::<[u8; 2]>(0x10_0240).unwrap(), [0x90; 2]);
+    let refused = refusal(&memtest, |c| c.boot = BootMode::Pvh);
+    assert!(refused.starts_with("this is a bzImage without a compressed kernel in it; --boot pvh needs"), "{refused}");
+    // Fields of 0 are ones that the header's protocol did not have.
+    memtest[0x22C..0x230].fill(0);
+    memtest[0x238..0x23C].fill(0);
+    assert!(boot(&memtest, |c| c.cmdline = "x".repeat(255)).is_ok());
+    let refused = refusal(&memtest, |c| c.cmdline = "x".repeat(256));
+    assert_eq!(refused, "the kernel command line has 256 bytes; this kernel takes at most 255");
+    // More than the last paragraph is missing.
+    memtest.truncate(memtest.len() - 8);
+    assert!(refusal(&memtest, |_| ()).starts_with("truncated: the file needs "));
+    memtest[0x236] = 4;
+    memtest.resize(memtest.len() + 16, 0);
+    assert!(refusal(&memtest, |_| ()).contains("a bzImage without a 64-bit entry"));
+}
+
 #[test]
 fn initrd_and_cmdline_arrive() {
     let files = Files::new();
-    let initrd = files.write("initrd", &[0xAB; 5000]);
+    let initrd = files.write("initrd", &[&b"070701"[..], &[0xAB; 4994]].concat());
     let cmdline = "console=ttyS0 quiet";
     let (_, ram, entry) = boot(&testing::linux(0), |c| {
         c.initrd = vec![initrd];
@@ -199,21 +235,26 @@ fn initrd_and_cmdline_arrive() {
 #[test]
 fn initrds_are_put_together_at_multiples_of_four() {
     let files = Files::new();
-    let initrd = vec![files.write("one", &[1; 5]), files.write("two", &[2; 7]), files.write("three", &[3; 2])];
+    let initrd = vec![
+        files.write("one", b"\x02\x21\x4C\x18\x01"),
+        files.write("two", b"070701\x02"),
+        files.write("three", b"\x1F\x8B"),
+    ];
     let config = |c: &mut BootConfig| c.initrd = initrd;
     let (_, ram, _) = boot(&testing::linux(0), config).unwrap();
-    assert_eq!(ram.read_obj::<u32>(layout::ZERO_PAGE + 0x21C).unwrap(), 18);
+    assert_eq!(ram.read_obj::<u32>(layout::ZERO_PAGE + 0x21C).unwrap(), 26);
     let start = u64::from(ram.read_obj::<u32>(layout::ZERO_PAGE + 0x218).unwrap());
-    let bytes = ram.read_obj::<[u8; 18]>(start).unwrap();
-    assert_eq!(bytes, [1, 1, 1, 1, 1, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 0, 3, 3]);
+    // Four zeros at least, as the kernel needs after lz4.
+    let bytes = ram.read_obj::<[u8; 26]>(start).unwrap();
+    assert_eq!(bytes, *b"\x02\x21\x4C\x18\x01\0\0\0\0\0\0\x00070701\x02\0\0\0\0\0\x1F\x8B");
 
     let (host, guest) = (files.write("file", b"content"), "/a/file".into());
     let packed = pack::InitramfsConfig { files: vec![pack::FileConfig { host, guest }], ..Default::default() };
-    let initrd = vec![files.write("odd", &[7; 9])];
+    let initrd = vec![files.write("odd", b"070701678")];
     let (_, ram, _) = boot(&testing::linux(0), |c| (c.initrd, c.initramfs) = (initrd, Some(packed))).unwrap();
     let len = ram.read_obj::<u32>(layout::ZERO_PAGE + 0x21C).unwrap();
     let start = u64::from(ram.read_obj::<u32>(layout::ZERO_PAGE + 0x218).unwrap());
-    assert_eq!(ram.read_obj::<[u8; 9]>(start + 9).unwrap(), *b"\0\0\x00070701");
+    assert_eq!(ram.read_obj::<[u8; 13]>(start + 9).unwrap(), *b"\0\0\0\0\0\0\x00070701");
     assert_eq!((len % 4, ram.read_obj::<[u8; 10]>(start + u64::from(len) - 12).unwrap()), (0, *b"AILER!!!\0\0"));
 }
 
@@ -231,7 +272,7 @@ fn what_does_not_fit_is_told_with_what_would() {
     let error = refusal(&linux, |c| c.initrd = sparse("huge", 5 << 30));
     assert!(error.ends_with("fit below the kernel's limit, whatever the memory size"), "{error}");
     let error = refusal(&linux, |c| c.initrd = sparse("empty", 0));
-    assert_eq!(error, "truncated: an initrd needs 1 bytes, has 0");
+    assert_eq!(error, "this is an empty file");
     let error = refusal(&linux, |c| c.initrd = vec!["/nonexistent/initrd".into()]);
     assert_eq!(error, "cannot open it: No such file or directory (os error 2)");
     let error = refusal(&linux, |c| c.cmdline = "x".repeat(2048));
@@ -295,6 +336,11 @@ fn elf_files_that_contradict_themselves() {
     assert!(outside.contains("are not within 0x100000..0xc0000000"), "{outside}");
     assert!(case(START, &[seg(u64::MAX - 8, 4, 0x1000)]).starts_with("damaged: a segment of 4 bytes"));
     assert!(case(START, &[seg(0x1000, 16, 16)]).contains("are not within"));
+    // The offset of a bss need not lie in the file.
+    let mut with_bss = testing::elf64(START, &[seg(START, 16, 16), seg(START + 0x1000, 0, 0x1000)], &[]);
+    let bss = 64 + 2 * 56;
+    with_bss[bss + 8..bss + 16].copy_from_slice(&u64::MAX.to_le_bytes());
+    assert!(boot(&with_bss, |_| ()).is_ok());
     assert_eq!(case(START, &[]), "damaged: this ELF file has no segments to load");
     assert_eq!(case(START + 64, &[seg(START, 16, 16)]), "damaged: the entry at 0x1000040 lies in no segment");
     let mut relocated_outside = testing::linux(0);
@@ -347,8 +393,13 @@ fn truncated_anywhere_is_an_error() {
             _ if len + 24 > image.len() => 1,
             _ => 61,
         };
+        // Only padding follows a bzImage's payload.
+        let padding = match super::bzimage::is_bzimage(&image) {
+            true => image.len() - 1024 - 0x240 - u32::from_le_bytes(*image[0x24C..].first_chunk().unwrap()) as usize,
+            false => 0,
+        };
         let mut len = 0;
-        while len < image.len() {
+        while len < image.len() - padding {
             let error = refusal(&image[..len], |_| ());
             assert!(!error.is_empty(), "{len} of {}", image.len());
             len += step(len);
