@@ -21,7 +21,7 @@ use crate::virtio::mem::MemConfig;
 use crate::virtio::net::NetConfig;
 use crate::virtio::pmem::PmemConfig;
 use crate::virtio::rng::RngConfig;
-use crate::virtio::vhost_user::VhostUserConfig;
+use crate::virtio::vhost_user::{Kind, VhostUserConfig};
 use crate::virtio::vsock::VsockConfig;
 
 /// A whole machine.
@@ -157,7 +157,7 @@ pub struct HostLimits {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
     /// Too little RAM.
-    #[error("--memory {0}: a guest needs at least 16M")]
+    #[error("--memory {0}: a guest needs at least 16M{hint}", hint = .0.unit_hint())]
     TooLittleMemory(Size),
     /// Not whole pages.
     #[error("--memory {0}: not a multiple of {1}")]
@@ -274,6 +274,25 @@ impl MachineConfig {
         Ok(())
     }
 
+    /// Kernel modules that drive the virtio devices, the transport first. Kernels may have any of them built in.
+    pub fn device_modules(&self) -> Vec<&'static str> {
+        let served = |kind: Kind| self.vhost_user.iter().any(|device| device.kind == kind);
+        let drivers = [
+            (!self.disks.is_empty() || served(Kind::Blk), "virtio_blk"),
+            (!self.nets.is_empty() || served(Kind::Net), "virtio_net"),
+            (!self.shares.is_empty() || served(Kind::Fs), "virtiofs"),
+            (self.console.is_some() || !self.console_ports.is_empty(), "virtio_console"),
+            (!self.pmems.is_empty(), "nd_pmem"),
+            (!self.pmems.is_empty(), "virtio_pmem"),
+            (self.rng.is_some(), "virtio_rng"),
+            (self.vsock.is_some(), "vmw_vsock_virtio_transport"),
+            (self.balloon.is_some(), "virtio_balloon"),
+            (self.virtio_mem.is_some(), "virtio_mem"),
+        ];
+        let drivers: Vec<_> = drivers.into_iter().filter(|(wanted, _)| *wanted).map(|(_, name)| name).collect();
+        if drivers.is_empty() { drivers } else { [&["virtio_mmio"][..], &drivers].concat() }
+    }
+
     /// All the memory that the guest can ever have: its RAM, and what can be added.
     pub fn most_memory(&self) -> Size {
         let added = self.virtio_mem.as_ref().map_or(0, |mem| mem.size.0);
@@ -317,7 +336,11 @@ mod tests {
             c.validate().and_then(|()| c.validate_host(limits)).err().map(|e| e.to_string()).unwrap_or_default()
         };
         assert_eq!(check(|_| {}), "");
-        assert_eq!(check(|c| c.memory.size = Size(1)), "--memory 1: a guest needs at least 16M");
+        assert_eq!(check(|c| c.memory.size = Size::mib(1)), "--memory 1M: a guest needs at least 16M");
+        assert_eq!(
+            check(|c| c.memory.size = Size(512)),
+            "--memory 512: a guest needs at least 16M; a size without a unit is in bytes: for MiB write 512M"
+        );
         assert_eq!(check(|c| c.memory.size = Size((16 << 20) + 1)), "--memory 16777217: not a multiple of 4K");
         assert_eq!(
             check(|c| c.memory.size = Size(100 << 40)),
@@ -326,7 +349,7 @@ mod tests {
         assert_eq!(check(|c| c.cpu.count = 0), "--cpus 0: a guest needs at least one vCPU");
         let balloon = |text: &str| text.parse::<BalloonConfig>().unwrap().validate(Size::mib(256)).unwrap_err();
         assert_eq!(balloon("257M"), "257M: the guest has only 256M of memory");
-        assert_eq!(balloon("5000"), "5000: not a multiple of 4K");
+        assert!(balloon("5000").starts_with("5000: not a multiple of 4K; a size without a unit is in bytes"));
         assert!(balloon("stats=1ms").starts_with("stats=1ms: neither less than 100ms"));
         assert!(check(|c| c.balloon = "1G".parse().ok()).starts_with("--balloon 1G: "));
         assert!(check(|c| c.console = Some(ConsoleEnd::Stdio)).starts_with("only one of the serial port, the console"));
@@ -347,6 +370,17 @@ mod tests {
             check(|c| c.vsock = Some(VsockConfig { cid: 2, path: "v".into() })),
             "--vsock: context id 2 is not one of a guest: those are 3 to 4294967294"
         );
+    }
+
+    #[test]
+    fn devices_name_their_drivers() {
+        let mut config = config();
+        assert!(config.device_modules().is_empty());
+        config.disks.push("disk".parse().unwrap());
+        assert_eq!(config.device_modules(), ["virtio_mmio", "virtio_blk"]);
+        config.vhost_user.push("socket=s,type=fs".parse().unwrap());
+        config.rng = "".parse().ok();
+        assert_eq!(config.device_modules(), ["virtio_mmio", "virtio_blk", "virtiofs", "virtio_rng"]);
     }
 
     #[test]

@@ -16,6 +16,14 @@ use serde::{Deserialize, Serialize, Serializer};
 #[error("{0}")]
 pub struct Error(String);
 
+impl Error {
+    /// Adds what helps to an error about the unknown key `key`.
+    pub(crate) fn hint_for_key(self, key: &str, hint: &str) -> Self {
+        let is_about = self.0.starts_with(&format!("unknown key '{key}'"));
+        if is_about { Error(format!("unknown key '{key}'; {hint}")) } else { self }
+    }
+}
+
 impl de::Error for Error {
     fn custom<T: fmt::Display>(msg: T) -> Self {
         Error(msg.to_string())
@@ -52,7 +60,11 @@ pub fn from_str<T: DeserializeOwned>(text: &str, first: Option<&'static str>) ->
             },
         };
         if pair.0.is_empty() {
-            return Err(Error("an item is empty; write key=value,key=value".into()));
+            let what = if text.ends_with(',') { "there is nothing after the last comma" } else { "an item is empty" };
+            return Err(Error(format!("{what}; write key=value,key=value")));
+        }
+        if first == Some(pair.0.as_str()) && i == 0 && pair.1.as_deref() == Some("") {
+            return Err(Error(format!("'{}' is empty", pair.0)));
         }
         items.push(pair);
     }
@@ -207,7 +219,7 @@ impl<'de> Deserializer<'de> for Value<'_> {
     }
 }
 
-/// A number of bytes: `4096`, `512K`, `256M`, `2G`, `1T` (powers of 1024; `KiB`, `KB` and lower case mean the same).
+/// A number of bytes: `4096`, `512K`, `256M`, `1.5G`, `1T` (powers of 1024; `KiB`, `KB` and lower case mean the same).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
@@ -216,6 +228,14 @@ impl Size {
     pub const fn mib(n: u64) -> Self {
         Size(n << 20)
     }
+
+    /// The end of a message about a size that is wrong, if the unit may have been forgotten.
+    pub(crate) fn unit_hint(self) -> String {
+        match self.0 {
+            n @ 1..0x10_0000 => format!("; a size without a unit is in bytes: for MiB write {n}M"),
+            _ => String::new(),
+        }
+    }
 }
 
 impl FromStr for Size {
@@ -223,9 +243,10 @@ impl FromStr for Size {
 
     fn from_str(text: &str) -> Result<Self, Error> {
         let bad = || Error(format!("'{text}' is not a size; write bytes or a number with K, M, G or T, like 256M"));
-        let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').len();
         let (number, unit) = text.split_at(digits);
-        let shift = match unit.to_ascii_lowercase().as_str() {
+        let (number, fraction) = number.split_once('.').unwrap_or((number, "0"));
+        let shift: u32 = match unit.to_ascii_lowercase().as_str() {
             "" | "b" => 0,
             "k" | "kb" | "kib" => 10,
             "m" | "mb" | "mib" => 20,
@@ -233,13 +254,25 @@ impl FromStr for Size {
             "t" | "tb" | "tib" => 40,
             _ => return Err(bad()),
         };
-        if number.is_empty() {
+        if number.is_empty() || fraction.is_empty() || fraction.contains('.') {
             return Err(bad());
         }
         let too_large = || Error(format!("'{text}' is larger than any address space"));
         let number: u64 = number.parse().map_err(|_| too_large())?;
-        number.checked_mul(1 << shift).map(Size).ok_or_else(too_large)
+        let whole = number.checked_mul(1 << shift).ok_or_else(too_large)?;
+        let uneven = || Error(format!("'{text}' is not a whole number of bytes; write it in a smaller unit"));
+        whole.checked_add(part(fraction, shift).ok_or_else(uneven)?).map(Size).ok_or_else(too_large)
     }
+}
+
+/// The decimal fraction `digits` of 2 to the power of `shift`, if that is a whole number.
+fn part(digits: &str, shift: u32) -> Option<u64> {
+    let digits = digits.trim_end_matches('0');
+    let scale = 10u128.checked_pow(digits.len() as u32)?;
+    let digits: u128 = if digits.is_empty() { 0 } else { digits.parse().ok()? };
+    // The digits are less than the scale, so the quotient is less than 2 to the power of `shift`.
+    let scaled = digits.checked_mul(1 << shift)?;
+    if scaled.is_multiple_of(scale) { u64::try_from(scaled / scale).ok() } else { None }
 }
 
 impl fmt::Display for Size {
@@ -253,7 +286,7 @@ impl fmt::Display for Size {
     }
 }
 
-/// A length of time: `90s`, `500ms`, `2m`, `1h`; a bare number is seconds.
+/// A length of time: `90s`, `500ms`, `2m`, `1h30m`; a bare number is seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Span(pub Duration);
 
@@ -261,19 +294,30 @@ impl FromStr for Span {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        let bad = || Error(format!("'{text}' is not a time; write a number with ms, s, m or h, like 60s"));
-        let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').len();
-        let (number, unit) = text.split_at(digits);
-        let factor = match unit {
-            "ms" => 0.001,
-            "" | "s" => 1.0,
-            "m" | "min" => 60.0,
-            "h" => 3600.0,
-            _ => return Err(bad()),
-        };
-        let number: f64 = number.parse().map_err(|_| bad())?;
+        let bad = || Error(format!("'{text}' is not a time; write a number with ms, s, m or h, like 60s or 1h30m"));
+        let is_number = |c: char| c.is_ascii_digit() || c == '.';
+        let (mut rest, mut seconds, mut smallest) = (text, 0.0, f64::INFINITY);
+        loop {
+            let unit = rest.trim_start_matches(is_number);
+            let number: f64 = rest[..rest.len() - unit.len()].parse().map_err(|_| bad())?;
+            rest = unit.trim_start_matches(|c| !is_number(c));
+            let factor = match &unit[..unit.len() - rest.len()] {
+                "ms" => 0.001,
+                "s" => 1.0,
+                "m" | "min" => 60.0,
+                "h" => 3600.0,
+                "" if smallest.is_infinite() => 1.0,
+                _ => return Err(bad()),
+            };
+            if factor >= smallest {
+                return Err(bad());
+            }
+            (seconds, smallest) = (seconds + number * factor, factor);
+            if rest.is_empty() {
+                break;
+            }
+        }
         // A year is far beyond any use and far below what timers overflow at.
-        let seconds = number * factor;
         if !(0.0..=31_536_000.0).contains(&seconds) {
             return Err(Error(format!("'{text}' is longer than a year")));
         }
@@ -374,6 +418,10 @@ mod tests {
         assert_eq!(disk("x,path=y").unwrap_err(), "'path' is given twice");
         assert_eq!(disk("readonly=on").unwrap_err(), "'path=' is missing");
         assert_eq!(disk("x,queues").unwrap_err(), "queues: needs a value");
+        assert_eq!(disk("x,").unwrap_err(), "there is nothing after the last comma; write key=value,key=value");
+        assert_eq!(disk("path=").unwrap_err(), "'path' is empty");
+        let hinted = from_str::<Disk>("eth0", None).unwrap_err().hint_for_key("eth0", "write tap=eth0");
+        assert_eq!(hinted.to_string(), "unknown key 'eth0'; write tap=eth0");
     }
 
     #[test]
@@ -381,19 +429,66 @@ mod tests {
         for (text, bytes) in [("0", 0), ("4096", 4096), ("1k", 1024), ("256M", 256 << 20), ("2GiB", 2 << 30)] {
             assert_eq!(text.parse::<Size>().unwrap(), Size(bytes), "{text}");
         }
-        for text in ["", "M", "1X", "-1", "1.5G", "99999999999T", "16777216T", "99999999999999999999"] {
+        for (text, bytes) in [("1.5G", 1536 << 20), ("0.25M", 256 << 10), ("2.0", 2), ("1.50T", 1536 << 30)] {
+            assert_eq!(text.parse::<Size>().unwrap(), Size(bytes), "{text}");
+        }
+        let long = format!("1.{}G", "3".repeat(60));
+        for text in [
+            "",
+            "M",
+            "1X",
+            "-1",
+            "1.5",
+            "1.G",
+            ".5G",
+            "1.2.3G",
+            "0.3G",
+            &long,
+            "99999999999T",
+            "16777216T",
+            "16777215.99999999T",
+            "99999999999999999999",
+        ] {
             assert!(text.parse::<Size>().is_err(), "{text}");
         }
+        let uneven = "1.1G".parse::<Size>().unwrap_err().to_string();
+        assert_eq!(uneven, "'1.1G' is not a whole number of bytes; write it in a smaller unit");
+        assert_eq!(Size(512).unit_hint(), "; a size without a unit is in bytes: for MiB write 512M");
+        assert_eq!(Size::mib(1).unit_hint(), "");
         assert_eq!(Size::mib(256).to_string(), "256M");
         assert_eq!(Size(1000).to_string(), "1000");
     }
 
     #[test]
     fn times() {
-        for (text, ms) in [("60s", 60_000), ("500ms", 500), ("2m", 120_000), ("1.5", 1500)] {
+        for (text, ms) in [
+            ("60s", 60_000),
+            ("500ms", 500),
+            ("2m", 120_000),
+            ("1.5", 1500),
+            ("1h30m", 5_400_000),
+            ("1m0.5s", 60_500),
+            ("2h3m4s5ms", 7_384_005),
+        ] {
             assert_eq!(text.parse::<Span>().unwrap().0, Duration::from_millis(ms), "{text}");
         }
-        for text in ["", "s", "1d", "-1s", "nan", "1e9h", "99999h", "."] {
+        for text in [
+            "",
+            "s",
+            "1d",
+            "-1s",
+            "nan",
+            "1e9h",
+            "99999h",
+            ".",
+            "1h30",
+            "30m1h",
+            "1s1s",
+            "1h m",
+            "1 h",
+            "8000h800h",
+            "1h-1m",
+        ] {
             assert!(text.parse::<Span>().is_err(), "{text}");
         }
     }

@@ -168,7 +168,7 @@ impl Machine {
             virtio_slots: (0..devices.len() as u32).collect(),
             serial: true,
         };
-        let boot = BootFiles::open(&with_device_parameters(&config, &platform)?, config.memory.size.0)?;
+        let boot = BootFiles::open(&with_what_devices_need(&config, &platform)?, config.memory.size.0)?;
         let (input, output) = console::open(&config.serial, "the serial console", transcript)?;
         let ram = GuestRam::with_areas(&config.effective_memory(), device_memory.into_areas())?;
 
@@ -281,9 +281,16 @@ fn open_devices(
     Ok(devices)
 }
 
-/// Without ACPI a kernel learns of its devices from the command line; with it, the user's is passed on as it is.
-fn with_device_parameters(config: &MachineConfig, platform: &Platform) -> Result<boot::BootConfig, Error> {
+/// Without ACPI a kernel learns of its devices from the command line; with it, the user's is passed on as it is. Where
+/// modules are packed, the devices' drivers are, too, if they are modules.
+fn with_what_devices_need(config: &MachineConfig, platform: &Platform) -> Result<boot::BootConfig, Error> {
     let mut boot = config.boot.clone();
+    if let Some(modules) = boot.initramfs.as_mut().and_then(|packed| packed.modules.as_mut()) {
+        let is_wanted = |name: &&str| !modules.names.iter().chain(&modules.optional).any(|other| other == name);
+        let drivers: Vec<String> =
+            config.device_modules().into_iter().filter(is_wanted).map(ToString::to_string).collect();
+        modules.optional.extend(drivers);
+    }
     if !platform.acpi && !platform.virtio_slots.is_empty() {
         let parameters = boot::mptable::virtio_mmio_cmdline(platform)?;
         boot.cmdline = format!("{} {parameters}", boot.cmdline).trim_start().to_string();

@@ -92,7 +92,7 @@ impl BalloonConfig {
             return Err(format!("{}: the guest has only {ram} of memory", self.size));
         }
         if !size.is_multiple_of(PAGE) {
-            return Err(format!("{}: not a multiple of 4K", self.size));
+            return Err(format!("{}: not a multiple of 4K{}", self.size, self.size.unit_hint()));
         }
         match self.stats {
             Some(Span(every)) if !(Duration::from_millis(100)..=Duration::from_secs(86400)).contains(&every) => {

@@ -104,7 +104,8 @@ impl MemConfig {
             return Err(format!("block={block}: a power of two from 2M to 1G is needed"));
         }
         if size.0 == 0 || !size.0.is_multiple_of(block.0) {
-            return Err(format!("{size}: not a positive multiple of {block}, the size of a block"));
+            let hint = size.unit_hint();
+            return Err(format!("{size}: not a positive multiple of {block}, the size of a block{hint}"));
         }
         check_requested(requested.0, size.0, block.0).map_err(|e| format!("requested={requested}: {e}"))
     }

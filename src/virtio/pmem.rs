@@ -70,7 +70,7 @@ impl PmemConfig {
         }
         match self.size {
             Some(Size(size)) if size == 0 || !size.is_multiple_of(UNIT) => {
-                Err(format!("{path}: size={} is not a multiple of 2M", Size(size)))
+                Err(format!("{path}: size={} is not a multiple of 2M{}", Size(size), Size(size).unit_hint()))
             }
             _ => Ok(()),
         }

@@ -98,7 +98,9 @@ impl FromStr for NetConfig {
     type Err = options::Error;
 
     fn from_str(text: &str) -> Result<Self, options::Error> {
-        options::from_str(text, None)
+        let first = text.split(',').next().unwrap_or_default();
+        let hint = format!("write tap={first} for a tap device of the host, or user for a network without privilege");
+        options::from_str(text, None).map_err(|e| e.hint_for_key(first, &hint))
     }
 }
 
