@@ -10,17 +10,17 @@
 //! The serial console is the kernel's alone and goes to the transcript. The machine ends with the command's report: what
 //! the command wrote is in the rings by then, and those are emptied before anything is let go.
 
+mod environment;
+
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use rustix::fs::MemfdFlags;
@@ -108,8 +108,10 @@ pub struct Command {
     pub words: Vec<OsString>,
     /// `NAME=VALUE`, or `NAME` for our own value, or `*` for all of ours.
     pub env: Vec<OsString>,
-    /// Where it starts; by default our own working directory, if the guest has it.
+    /// Where it starts; by default our own working directory, if the guest's root is the host's.
     pub cwd: Option<PathBuf>,
+    /// Its standard input is empty, and ours is left alone.
+    pub no_input: bool,
     /// The root file system.
     pub root: RootFrom,
     /// Its writes reach the host.
@@ -137,6 +139,9 @@ pub enum Error {
     /// The root.
     #[error("cannot use {} as the root", .0.display())]
     Root(PathBuf, #[source] io::Error),
+    /// An environment variable.
+    #[error(transparent)]
+    Environment(#[from] environment::NoName),
     /// Something of the host's.
     #[error("cannot set up {0}")]
     Host(&'static str, #[source] io::Error),
@@ -182,7 +187,7 @@ struct Place {
 impl Command {
     /// Adds what the command needs to the machine that the user described.
     pub fn prepare(&self, config: &mut MachineConfig) -> Result<Session, Error> {
-        let streams = Streams::look();
+        let streams = Streams::look(self.no_input);
         let root = self.add_root(config)?;
         let mut mounts = Vec::new();
         for (folder, n) in self.folders.iter().zip(0..) {
@@ -195,7 +200,7 @@ impl Command {
         let place = Place { cwd: self.start(), ours: self.root == RootFrom::Path("/".into()) };
         let request = Request {
             command: self.words.iter().map(|word| word.as_os_str().into()).collect(),
-            env: self.environment(streams.terminal.is_some()),
+            env: self.environment(streams.terminal.is_some())?,
             cwd: place.cwd.as_os_str().into(),
             cwd_given: self.cwd.is_some(),
             terminal: streams.terminal,
@@ -209,12 +214,16 @@ impl Command {
         let (control, theirs) = UnixStream::pair().map_err(|e| Error::Host("a pair of sockets", e))?;
         let ends = [
             (CONTROL, ConsoleEnd::Fd(theirs.as_raw_fd())),
-            (STDIN, ConsoleEnd::Stdin),
+            (STDIN, if self.no_input { ConsoleEnd::Null } else { ConsoleEnd::Stdin }),
             (STDOUT, ConsoleEnd::Stdout),
             (STDERR, ConsoleEnd::Stderr),
         ];
         let wanted = ends.len() - usize::from(streams.merged);
-        let port = |(name, to): (&str, _)| PortConfig { name: name.into(), to, from: None };
+        let port = |(name, to): (&str, _)| {
+            // A port that nothing comes from has no end of its input; an empty file has.
+            let from = (name == STDIN && self.no_input).then(|| "/dev/null".into());
+            PortConfig { name: name.into(), to, from }
+        };
         config.console_ports.extend(ends.into_iter().take(wanted).map(port));
         if config.serial == ConsoleEnd::Stdio {
             config.serial = ConsoleEnd::Null;
@@ -298,33 +307,11 @@ impl Command {
         Ok(Root::Disk { writable })
     }
 
-    /// All that the command finds: a path to look for programs in, the kind of terminal, and what was asked for.
-    fn environment(&self, terminal: bool) -> Vec<(Bytes, Bytes)> {
-        let mut pairs: Vec<(OsString, OsString)> = Vec::new();
-        let mut set = |name: &OsStr, value: OsString| {
-            pairs.retain(|(other, _)| other != name);
-            pairs.push((name.into(), value));
-        };
-        let path = env::var_os("PATH").filter(|_| self.root == RootFrom::Path("/".into()));
-        set(
-            "PATH".as_ref(),
-            path.unwrap_or_else(|| "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into()),
-        );
-        set("HOME".as_ref(), "/root".into());
-        if let Some(kind) = env::var_os("TERM").filter(|_| terminal) {
-            set("TERM".as_ref(), kind);
-        }
-        for item in &self.env {
-            let bytes = item.as_bytes();
-            match memchr::memchr(b'=', bytes).and_then(|at| bytes.split_at_checked(at)) {
-                Some((name, rest)) => {
-                    set(OsStr::from_bytes(name), OsStr::from_bytes(rest.get(1..).unwrap_or_default()).into());
-                }
-                None if item == "*" => env::vars_os().for_each(|(name, value)| set(&name, value)),
-                None => _ = env::var_os(item).map(|value| set(item, value)),
-            }
-        }
-        pairs.iter().map(|(name, value)| (name.as_os_str().into(), value.as_os_str().into())).collect()
+    /// All variables that the command finds.
+    fn environment(&self, terminal: bool) -> Result<Vec<(Bytes, Bytes)>, Error> {
+        let same_root = self.root == RootFrom::Path("/".into());
+        let pairs = environment::of_command(&environment::ours(), &self.env, same_root, terminal, "/root".as_ref())?;
+        Ok(pairs.iter().map(|(name, value)| (name.as_os_str().into(), value.as_os_str().into())).collect())
     }
 }
 
@@ -337,8 +324,9 @@ struct Streams {
 }
 
 impl Streams {
-    fn look() -> Self {
-        let both = terminal::is_terminal(libc::STDIN_FILENO) && terminal::is_terminal(libc::STDOUT_FILENO);
+    fn look(no_input: bool) -> Self {
+        let reads = !no_input && terminal::is_terminal(libc::STDIN_FILENO);
+        let both = reads && terminal::is_terminal(libc::STDOUT_FILENO);
         let terminal = both.then(|| terminal::window_size(libc::STDOUT_FILENO).unwrap_or((80, 24)));
         let place = |fd: io::Result<rustix::fs::Stat>| fd.ok().map(|stat| (stat.st_dev, stat.st_ino));
         let (out, err) = (rustix::fs::fstat(io::stdout()), rustix::fs::fstat(io::stderr()));
@@ -356,28 +344,56 @@ fn in_memory(request: &Request) -> io::Result<File> {
     Ok(file)
 }
 
-/// Who sends orders: the loop, for signals. Cloning shares the port.
+/// Sender of orders to the guest. Cloning shares the port.
 #[derive(Clone)]
-pub struct Orders {
-    control: Arc<Mutex<UnixStream>>,
-    started: Arc<AtomicBool>,
+pub struct Orders(Arc<Mutex<Talk>>);
+
+struct Talk {
+    control: UnixStream,
+    /// Signals that arrived before the command ran, each once, and from then on nothing.
+    waiting: Option<Vec<i32>>,
 }
 
 impl Orders {
-    /// Passes a signal on; whether the command is there to get it.
-    pub fn signal(&self, signal: i32) -> bool {
-        if signal == libc::SIGWINCH {
-            return terminal::window_size(libc::STDOUT_FILENO)
-                .is_some_and(|(columns, rows)| self.send(&Order::Resize(columns, rows)));
-        }
-        self.started.load(Ordering::Acquire) && self.send(&Order::Signal(signal))
+    fn new(control: UnixStream) -> Self {
+        Orders(Arc::new(Mutex::new(Talk { control, waiting: Some(Vec::new()) })))
     }
 
+    /// Passes a signal on to the command, as soon as it runs. Returns whether it will be passed on.
+    pub fn signal(&self, signal: i32) -> bool {
+        let mut talk = self.lock();
+        if signal == libc::SIGWINCH {
+            return terminal::window_size(libc::STDOUT_FILENO)
+                .is_some_and(|(columns, rows)| talk.send(&Order::Resize(columns, rows)));
+        }
+        match &mut talk.waiting {
+            Some(waiting) if waiting.contains(&signal) => true,
+            Some(waiting) => {
+                waiting.push(signal);
+                true
+            }
+            None => talk.send(&Order::Signal(signal)),
+        }
+    }
+
+    /// Passes on the signals that have waited for the command. Returns false if it was running already.
+    fn started(&self) -> bool {
+        let mut talk = self.lock();
+        let Some(waiting) = talk.waiting.take() else { return false };
+        waiting.into_iter().for_each(|signal| _ = talk.send(&Order::Signal(signal)));
+        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Talk> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Talk {
     /// A guest that does not read its orders gets no more of them.
-    fn send(&self, order: &Order) -> bool {
+    fn send(&mut self, order: &Order) -> bool {
         let Ok(line) = serde_json::to_string(order) else { return false };
-        let mut control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
-        control.write_all(format!("{line}\n").as_bytes()).is_ok()
+        self.control.write_all(format!("{line}\n").as_bytes()).is_ok()
     }
 }
 
@@ -395,8 +411,8 @@ impl Session {
         self.control.set_nonblocking(false).map_err(failed)?;
         // Never waits for a guest that does not read.
         self.control.set_write_timeout(Some(std::time::Duration::from_millis(100))).map_err(failed)?;
-        let started = Arc::new(AtomicBool::new(false));
-        let orders = Orders { control: Arc::new(Mutex::new(self.control)), started: started.clone() };
+        let orders = Orders::new(self.control);
+        let started = orders.clone();
         let name = words.first().map_or("a shell".into(), |word| word.to_string_lossy().into_owned());
         let place = self.place;
         let hear = move || hear(reports, &started, &machine, &name, &place);
@@ -405,18 +421,18 @@ impl Session {
     }
 }
 
-fn hear(mut reports: BufReader<UnixStream>, started: &AtomicBool, machine: &Controller, name: &str, place: &Place) {
+fn hear(mut reports: BufReader<UnixStream>, orders: &Orders, machine: &Controller, name: &str, place: &Place) {
     let mut line = String::new();
-    // A line that is too long, or no report, ends the talk: then the guest is judged by how it ends.
+    // A line that is too long, not a report, or a second start ends the talk: then the guest is judged by how it ends.
     while reports.by_ref().take(LINE_MAX as u64).read_line(&mut line).is_ok_and(|len| len > 0) {
         let Ok(report) = serde_json::from_str(&line) else { return };
         line.clear();
         let outcome = match report {
-            Report::Started => {
-                started.store(true, Ordering::Release);
+            Report::Started if orders.started() => {
                 machine.init_started();
                 continue;
             }
+            Report::Started => return,
             Report::Exited(code) => Outcome::Exited(code),
             Report::Signalled(signal) => Outcome::Signalled(signal),
             Report::NotReady(why) => {
@@ -503,7 +519,8 @@ mod tests {
         let session =
             Session { control: ours, _held: Vec::new(), terminal: false, place: Place { cwd: "/".into(), ours: true } };
         let orders = session.listen(Controller::new(mailbox.clone()), &["true".into()]).unwrap();
-        assert!(!orders.signal(libc::SIGTERM), "nobody is there to get it yet");
+        // Signals wait for the command, each once.
+        assert!([libc::SIGINT, libc::SIGTERM, libc::SIGINT].iter().all(|signal| orders.signal(*signal)));
         theirs.write_all(b"\"started\"\n{\"exited\":3}\n").unwrap();
         let next = || loop {
             match mailbox.take_request() {
@@ -514,8 +531,23 @@ mod tests {
         assert!(matches!(next(), crate::machine::mailbox::Request::InitStarted));
         assert!(matches!(next(), crate::machine::mailbox::Request::Stop(Outcome::Exited(3))));
         assert!(orders.signal(libc::SIGTERM));
-        let mut line = String::new();
-        BufReader::new(theirs).read_line(&mut line).unwrap();
-        assert_eq!(line, "{\"signal\":15}\n");
+        let mut theirs = BufReader::new(theirs);
+        for signal in [2, 15, 15] {
+            let mut line = String::new();
+            theirs.read_line(&mut line).unwrap();
+            assert_eq!(line, format!("{{\"signal\":{signal}}}\n"));
+        }
+    }
+
+    #[test]
+    fn a_second_start_ends_the_talk() {
+        let mailbox = crate::machine::mailbox::Mailbox::new().unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"\"started\"\n\"started\"\n\"started\"\n{\"exited\":3}\n").unwrap();
+        let orders = Orders::new(ours.try_clone().unwrap());
+        let place = Place { cwd: "/".into(), ours: true };
+        hear(BufReader::new(ours), &orders, &Controller::new(mailbox.clone()), "true", &place);
+        let requests: Vec<_> = std::iter::from_fn(|| mailbox.take_request()).collect();
+        assert!(matches!(requests[..], [crate::machine::mailbox::Request::InitStarted]));
     }
 }

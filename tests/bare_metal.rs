@@ -13,7 +13,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::guests::vireo::{Collected, DEADLINE, Ended, Kernel, Running, folder, run, vireo};
-use crate::guests::{CRASH, NOWHERE, Op, POWER_OFF, elf, pvh, script, text, with_words, writes};
+use crate::guests::{CRASH, NOWHERE, Op, POWER_OFF, bzimage, elf, pvh, script, text, with_words, writes};
 use ::vireo::config::MachineConfig;
 use ::vireo::control::Controller;
 use ::vireo::devices::serial::SerialConfig;
@@ -83,6 +83,12 @@ fn each_way_to_end_has_its_code_and_sentence() {
         let ended = in_order(run(&image, &[])).expect(code).says(&format!("vireo: {sentence}"));
         assert_eq!(sentences(&ended.stderr).len(), 1, "{}", ended.stderr);
     }
+}
+
+#[test]
+fn bzimages_without_a_kernel_in_them_are_entered_as_they_are() {
+    let output = in_order(run(&bzimage(crate::guests::power_off()), &[])).expect(0);
+    assert_eq!(sentences(&output.stderr), ["vireo: the guest powered off"]);
 }
 
 #[test]

@@ -132,6 +132,14 @@ fn wrong_usage_is_explained_and_exits_with_2() {
             "'12x' is not a size; write bytes or a number with K, M, G or T",
         ),
         (&["run", "--kernel", "x", "--memory", "-1"], "'-1' is not a size"),
+        (&["run", "--kernel", "x", "--memory", "1.1G"], "'1.1G' is not a whole number of bytes"),
+        (&["run", "--kernel", "x", "--memory", "1G,"], "there is nothing after the last comma"),
+        (&["run", "--kernel", "x", "--disk", ""], "'path' is empty"),
+        (
+            &["run", "--kernel", "x", "--net", "eth0"],
+            "unknown key 'eth0'; write tap=eth0 for a tap device of the host, or user",
+        ),
+        (&["run", "--kernel", "x", "--timeout", "30m1h"], "'30m1h' is not a time"),
         (
             &["run", "--kernel", "x", "--memory", "1G,huge=1"],
             "unknown key 'huge'; valid keys are size, hugepages, shared, prefault",
@@ -169,7 +177,9 @@ fn impossible_machines_are_wrong_usage() {
         (["--cpus", "100000"], "at most 254 vCPUs"),
         (["--cpus", "2,affinity=0"], "affinity names 1 host processors for 2 vCPUs"),
         (["--cpus", "2,affinity=x"], "is not a list of host processors like 0-3"),
-        (["--memory", "1"], "--memory 1: a guest needs at least 16M"),
+        (["--memory", "1M"], "--memory 1M: a guest needs at least 16M"),
+        (["--memory", "512"], "a size without a unit is in bytes: for MiB write 512M"),
+        (["--balloon", "100"], "a size without a unit is in bytes: for MiB write 100M"),
         (["--memory", "17000001"], "not a multiple of 4K"),
         (["--cpu", "avx"], "must begin with + or -"),
         (["--pmem", "f,size=3M"], "--pmem f: size=3M is not a multiple of 2M"),
@@ -253,7 +263,7 @@ fn what_goes_with_the_kernel_is_checked_too() {
     let refused = |args: &[&str]| refused(&[&["--kernel", kernel], args].concat());
     contains(&refused(&["--initrd", "/nowhere"]), "cannot use the initrd /nowhere: cannot open it: No such file");
     contains(&refused(&["--initrd", path_text(&path)]), "this is a directory");
-    contains(&refused(&["--initrd", path_text(&empty)]), "an initrd needs 1 bytes, has 0");
+    contains(&refused(&["--initrd", path_text(&empty)]), "this is an empty file");
     contains(&refused(&["--initrd", path_text(&large)]), "it needs 1028M of memory or more, the machine has 16M");
     contains(&refused(&["--cmdline", &"x".repeat(70_000)]), "has 70000 bytes; this kernel takes at most");
     contains(&refused(&["--disk", "/nowhere"]), "cannot open disk /nowhere: No such file");
@@ -561,7 +571,10 @@ fn running_out_of_file_descriptors_is_one_sentence() {
         if ended.code() == 0 {
             break;
         }
-        contains(&one_sentence(ended, 125), "Too many open files (os error 24)");
+        contains(
+            &one_sentence(ended, 125),
+            "Too many open files (os error 24); raise the limit of open files: ulimit -n",
+        );
         refusals += 1;
     }
     assert!((5..50).contains(&refusals), "refused {refusals} times");

@@ -80,13 +80,57 @@ fn what_cannot_be_started_and_what_is_killed() {
         "vireo: cannot run no-such-command in the guest: No such file or directory (os error 2)\n"
     );
 
-    // A signal to vireo is one to the command, which may do with it what it likes.
-    let script = "trap 'echo heard; exit 7' TERM; echo ready; while :; do sleep 0.1; done";
+    // A signal to vireo is one to the command, which may do with it what it likes, and to none of its children.
+    let script = r#"trap 'echo heard; kill -USR1 $child; wait $child; exit 7' TERM
+sh -c 'trap "echo child" TERM; trap "echo end; exit" USR1; echo ready; while :; do sleep 0.1; done' &
+child=$!
+echo here
+while :; do sleep 0.1; done"#;
     let guest = Run::exec(&["sh", "-c", script]).start();
-    guest.wait_for("ready");
+    guest.wait_until(|shown| shown.contains("ready") && shown.contains("here"));
     guest.signal(15);
     let ended = guest.end().expect(7, "exited");
-    assert_eq!((ended.stdout.as_str(), ended.stderr.as_str()), ("ready\nheard\n", ""), "{ended}");
+    assert!(ended.stdout.ends_with("heard\nend\n") && !ended.stdout.contains("child"), "{ended}");
+    assert_eq!(ended.stderr, "", "{ended}");
+}
+
+/// A signal that comes while the kernel boots waits for the command.
+#[test]
+fn a_signal_before_the_command_runs() {
+    let script = "trap 'echo heard; exit 7' INT; while :; do sleep 0.1; done";
+    // Nothing comes from a command that is killed at its first instruction, and all of it from one that had the time
+    // for its trap; a kernel that went down with the signal would say so.
+    let guest = Run::exec(&["sh", "-c", script]).args(&["--verbose"]).start();
+    guest.wait_for_stderr("Linux version");
+    guest.signal(2);
+    let ended = guest.end();
+    assert!(matches!(ended.code(), 130 | 7), "{ended}");
+    assert!(matches!(ended.report["outcome"].as_str(), Some("signalled" | "exited")), "{ended}");
+}
+
+/// A loop that reads its own input, and the variables of test runners.
+#[test]
+fn in_scripts_and_under_test_runners() {
+    let run = Run::exec(&["sh", "-c", "cat; echo \"$line $CARGO_MANIFEST_DIR ${MY_TOKEN-none} $(pwd)\""]);
+    let wrapper = r#"set -e
+chmod 666 /dev/kvm
+dir=$(mktemp -d /tmp/runner.XXXXXX)
+trap 'rm -r "$dir"' EXIT
+chmod 755 "$dir"
+mkdir "$dir/cache"
+chown 4242:4242 "$dir/cache"
+cd "$dir"
+export XDG_CACHE_HOME=$dir/cache CARGO_MANIFEST_DIR=/src MY_TOKEN=secret
+printf 'one\ntwo\n' | while read -r line; do
+    export line
+    setpriv --reuid=4242 --regid=4242 --clear-groups "$@"
+done"#;
+    fs::set_permissions(run.dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let ended = run.args(&["-n"]).through(wrapper).run_to_end().expect(0, "exited");
+    let lines: Vec<Vec<&str>> = ended.stdout.lines().map(|line| line.split(' ').collect()).collect();
+    let [one, two] = &lines[..] else { panic!("{ended}") };
+    assert_eq!((&one[..3], &two[..3]), (&["one", "/src", "none"][..], &["two", "/src", "none"][..]), "{ended}");
+    assert!(one[3].starts_with("/tmp/runner."), "{ended}");
 }
 
 /// A kernel that panics under the command, a command that never ends, and one that takes the machine down.

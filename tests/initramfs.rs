@@ -116,6 +116,42 @@ fn programs_folders_and_files_arrive_behind_initrds() {
     }
 }
 
+/// What is packed after an initrd in lz4, whose format has no end of its own, and the drivers of the machine's devices,
+/// which nobody names.
+#[test]
+fn an_lz4_initrd_may_be_followed_and_a_disk_brings_its_drivers() {
+    let dir = scratch();
+    let at = |name: &str| dir.path().join(name);
+    let one = [(cpio::NewcBuilder::new("one").mode(0o100_644), Cursor::new("first"))];
+    cpio::write_cpio(one.into_iter(), File::create(at("one.cpio")).unwrap()).unwrap();
+    fs::write(at("one.cpio.lz4"), legacy_lz4(&fs::read(at("one.cpio")).unwrap())).unwrap();
+    File::create(at("data.img")).unwrap().set_len(1 << 20).unwrap();
+    let rest = r#"while read -r module; do insmod $module || echo "insmod $module: $?"; done </vireo/modules
+echo "one: $(cat /one)"
+echo "disk: $(cat /sys/block/vda/size)"
+poweroff -f
+"#;
+    fs::write(at("script"), format!("{BEGIN}{rest}")).unwrap();
+    let [initrd, script, disk] = ["one.cpio.lz4", "script", "data.img"].map(|name| text(at(name)));
+    let ended =
+        run(&["--initrd", &initrd, "--init", &script, "--busybox", "--modules", "virtio_blk,ext4", "--disk", &disk]);
+    assert_eq!((ended.fact("one"), ended.fact("disk")), ("first", "2048"), "{ended}");
+    assert!(!ended.stdout.contains("insmod "), "{ended}");
+}
+
+/// The format of `lz4 -l` with one block of nothing but literals.
+fn legacy_lz4(content: &[u8]) -> Vec<u8> {
+    let mut block = vec![0xF0];
+    let mut rest = content.len() - 15;
+    while rest >= 255 {
+        block.push(255);
+        rest -= 255;
+    }
+    block.push(rest as u8);
+    block.extend(content);
+    [&[2, 0x21, 0x4C, 0x18][..], &(block.len() as u32).to_le_bytes(), &block].concat()
+}
+
 /// A script that busybox runs loads modules that were found beside the kernel, with depmod's texts.
 #[test]
 fn scripts_run_with_busybox_and_load_modules_from_beside_the_kernel() {

@@ -32,7 +32,8 @@ const COMMAND_SIGNALS: [i32; 2] = [libc::SIGUSR1, libc::SIGUSR2];
     override_usage = "vireo exec [OPTIONS] [--] [COMMAND [ARGUMENT]...]",
     after_help = "Example:\n  vireo exec --kernel bzImage -- uname -r\n  \
                   vireo exec --kernel bzImage --share .:rw --timeout 10m -- make test\n  vireo exec\n\n\
-                  Signals are the command's; the third SIGINT, SIGTERM or SIGQUIT within ten seconds ends the \
+                  Signals are the command's, from its start on: SIGINT and SIGQUIT reach its process group, as from \
+                  a terminal, others its process. The third SIGINT, SIGTERM or SIGQUIT within ten seconds ends the \
                   guest.\n\nExit status: the command's own, 128+N if signal N killed it; 126 it cannot be run, 127 it is not \
                   there; 70 the kernel panicked, 71 the guest crashed or ended before the command, 72 it hung, 73 the \
                   console showed what it must not, 124 time limit, 125 vireo or the host failed, 2 wrong usage."
@@ -56,12 +57,17 @@ pub struct ExecArgs {
     /// Folder of the host: DIR[:GUEST][:ro|rw], at the same place and read-only by default; may be given several times
     #[arg(long, value_name = "DIR")]
     share: Vec<Folder>,
-    /// Environment variable: NAME=VALUE, NAME with the value that it has here, or '*' for all; may be given several times
+    /// Environment variable: NAME=VALUE, NAME with the value that it has here, or '*' for all; may be repeated. Without
+    /// it the command finds those that are set here, but for sessions and secrets; with another root LANG, LC_* and TZ
     #[arg(long, value_name = "NAME[=VALUE]")]
     env: Vec<OsString>,
-    /// Where the command starts [default: this folder, if it is in the guest]
+    /// Directory in which the command starts [default: this one, or / with another root]
     #[arg(long, value_name = "DIR")]
     cwd: Option<PathBuf>,
+    /// Source of the command's input: inherit, or null (which -n means), for loops like 'while read'
+    #[arg(long, short = 'n', value_name = "WHERE", num_args = 0..=1, require_equals = true,
+          default_missing_value = "null", default_value = "inherit", hide_default_value = true)]
+    stdin: InputFrom,
     #[command(flatten)]
     devices: DeviceArgs,
     /// Show the kernel's console on stderr
@@ -89,6 +95,15 @@ pub struct ExecArgs {
     command: Vec<OsString>,
 }
 
+/// `--stdin`.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum InputFrom {
+    /// Our own standard input.
+    Inherit,
+    /// Nothing.
+    Null,
+}
+
 impl ExecArgs {
     fn machine(&self) -> Result<MachineConfig, Failure> {
         let mut config = MachineConfig::default();
@@ -105,6 +120,7 @@ impl ExecArgs {
             words: self.command.clone(),
             env: self.env.clone(),
             cwd: self.cwd.clone(),
+            no_input: self.stdin == InputFrom::Null,
             root: self.root.clone(),
             writable: self.rw,
             folders: self.share.clone(),

@@ -11,9 +11,11 @@
 //! ```
 //!
 //! Keys are exec's own flags, so there is nothing else to learn and nothing that only one of both can do: each run is a
-//! vireo of its own with a command line made from the file, and cannot harm its neighbours.
+//! vireo of its own with a command line made from the file, and cannot harm its neighbours. Paths in the file are
+//! relative to its own folder.
 
 mod output;
+mod paths;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -22,7 +24,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -183,12 +185,15 @@ fn runs(given: &Given, matrix: &Matrix, exec: &clap::Command) -> Result<Vec<Run>
 /// The flags of a run, as exec understands them; what it does not understand in a sentence.
 fn words(given: &Given, flags: &[&Flags], exec: &clap::Command) -> Result<Vec<OsString>, String> {
     let mut words = Words::new();
+    let folder = given.matrix.parent().unwrap_or_else(|| Path::new(""));
     for (key, value) in flags.iter().copied().flatten() {
         if OURS.contains(&key.replace('-', "_").as_str()) {
             return Err(format!("'{key}' is for all runs together: say it on the command line"));
         }
         let wrong = || format!("{key} must be text, a number, true or false, or a list of these");
-        merge(&mut words, exec, key, values(value).ok_or_else(wrong)?);
+        let values = values(value).ok_or_else(wrong)?;
+        let located = |word: OsString| paths::located(key, &word.to_string_lossy(), folder).into();
+        merge(&mut words, exec, key, values.map(|words| words.into_iter().map(located).collect()));
     }
     for (key, values) in &given.flags {
         merge(&mut words, exec, key, Some(values.clone()));
@@ -514,6 +519,16 @@ rw = false
             ["x: --share=/d --timeout=9s --verbose -- true"]
         );
         assert_eq!(lines_of(&given(&[], &["true"]), "").unwrap(), ["run: -- true"]);
+    }
+
+    #[test]
+    fn paths_in_the_file_are_relative_to_it_and_those_given_beside_it_to_us() {
+        let given = Given { matrix: "tests/m.toml".into(), ..given(&[("modules", &["mine"])], &["true"]) };
+        let text = "disk = ['a.img,overlay=tmp']\nmodules = 'theirs'\n[kernels.k]\nkernel = 'bzImage'";
+        assert_eq!(
+            lines_of(&given, text).unwrap(),
+            ["k: --disk=tests/a.img,overlay=tmp --kernel=tests/bzImage --modules=mine -- true"]
+        );
     }
 
     #[test]

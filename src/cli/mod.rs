@@ -150,14 +150,17 @@ fn with_commands(mut error: clap::Error) -> clap::Error {
     error
 }
 
-/// What mends a host whose KVM cannot be used.
+/// Commands that help: for a host whose KVM cannot be used, for a limit that was reached.
 fn remedy(failure: &(dyn Error + 'static)) -> String {
-    match failure.downcast_ref() {
-        Some(machine::Error::Kvm(error)) => {
-            format!("; to mend it: {}", device::remedy(error, &HostFacts::read()))
-        }
-        _ => String::new(),
+    if let Some(machine::Error::Kvm(error)) = failure.downcast_ref() {
+        return format!("; to mend it: {}", device::remedy(error, &HostFacts::read()));
     }
+    // Not every type on the way shows its cause as such, but its text has the number.
+    let text = chain(failure);
+    if [libc::EMFILE, libc::ENFILE].iter().any(|errno| text.contains(&format!("(os error {errno})"))) {
+        return "; raise the limit of open files: ulimit -n 4096".into();
+    }
+    String::new()
 }
 
 /// `outer: inner: OS error`.
@@ -230,6 +233,17 @@ mod tests {
             let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
             assert!(help.contains("Example"), "{}", sub.get_name());
         }
+    }
+
+    #[test]
+    fn a_limit_of_open_files_is_named() {
+        let cause = io::Error::from_raw_os_error(libc::EMFILE);
+        assert_eq!(
+            remedy(&machine::Error::Host("an eventfd", cause)),
+            "; raise the limit of open files: ulimit -n 4096"
+        );
+        let other = io::Error::from_raw_os_error(libc::EACCES);
+        assert_eq!(remedy(&machine::Error::Host("an eventfd", other)), "");
     }
 
     #[test]

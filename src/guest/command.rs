@@ -18,7 +18,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{Access, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, fcntl_getpipe_size, splice};
-use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, wait};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, kill_process_group, wait};
 use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
@@ -62,11 +62,7 @@ pub(super) fn run(request: &Request, control: &mut Control) -> Result<Report> {
     let terminal = streams.terminal.take();
     control.listen(move |order| match order {
         // A number that is no signal of the kernel's is ignored by it.
-        Order::Signal(number) => {
-            if let Some(signal) = Signal::from_named_raw(number) {
-                let _ = kill_process_group(pid, signal);
-            }
-        }
+        Order::Signal(number) => Signal::from_named_raw(number).into_iter().for_each(|signal| pass_on(pid, signal)),
         Order::Resize(columns, rows) => {
             let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
             terminal.iter().for_each(|terminal| _ = tcsetwinsize(terminal, size));
@@ -75,6 +71,14 @@ pub(super) fn run(request: &Request, control: &mut Control) -> Result<Report> {
     let report = wait_for(pid)?;
     streams.finish();
     Ok(report)
+}
+
+/// Sends a signal to the command's process; to its whole group those that a terminal sends to all of the foreground.
+fn pass_on(command: Pid, signal: Signal) {
+    let _ = match signal {
+        Signal::INT | Signal::QUIT => kill_process_group(command, signal),
+        signal => kill_process(command, signal),
+    };
 }
 
 /// Where it starts. Our own place, which the guest need not have, is not worth a failure that would look like the

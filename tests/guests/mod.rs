@@ -53,6 +53,33 @@ fn image(code: &[u8], note: &[u8]) -> Vec<u8> {
     file
 }
 
+/// A bzImage that is not a Linux, as memtest86+ is: no payload, entered as it is, and a file that ends within the last
+/// unit of 16 bytes that its header counts.
+pub fn bzimage(code: &[u8]) -> Vec<u8> {
+    const SETUP: usize = 1024;
+    const ENTRY: usize = 0x200;
+    let mut kernel = vec![0; ENTRY];
+    kernel.extend(code);
+    if kernel.len().is_multiple_of(16) {
+        kernel.push(0);
+    }
+    let mut file = vec![0; SETUP];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1F1, &[1]); // setup_sects: one beside the first
+    put(0x1F4, &(kernel.len().div_ceil(16) as u32).to_le_bytes());
+    put(0x1FE, &[0x55, 0xAA, 0xEB, 0x66]);
+    put(0x202, b"HdrS\x0c\x02");
+    put(0x211, &[1]); // loaded high
+    put(0x22C, &u32::MAX.to_le_bytes());
+    put(0x230, &0x1000u32.to_le_bytes());
+    put(0x236, &[1, 0]); // there is a 64-bit entry
+    put(0x238, &255u32.to_le_bytes());
+    put(0x258, &(START - ENTRY as u64).to_le_bytes());
+    put(0x260, &(RESERVED as u32).to_le_bytes());
+    file.extend(kernel);
+    file
+}
+
 /// A multiboot kernel, an ELF file of 32 bits that is linked at another virtual address than it is loaded to.
 pub fn multiboot_elf(code: &[u8]) -> Vec<u8> {
     const CODE_OFFSET: u32 = 0x80;
