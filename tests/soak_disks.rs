@@ -206,7 +206,7 @@ while :; do
 done";
     let kept = common::scratch();
     let path = |name: &str| kept.path().join(name).display().to_string();
-    let (raw, qcow2) = (path("raw"), path("qcow2"));
+    let (raw, qcow2) = (path("raw"), path("disk.qcow2"));
     std::fs::File::create(&raw).unwrap().set_len(64 << 20).unwrap();
     tool(&["mke2fs", "-q", "-t", "ext4", &raw]);
     tool(&["qemu-img", "convert", "-O", "qcow2", &raw, &qcow2]);

@@ -1,23 +1,30 @@
 //! Disk images: what may be opened and how, locked against other VMs, and by which format its bytes are read.
 //!
-//! A raw image is the guest's to write, so nothing in it is believed when it is opened the next time: an image that
-//! says it is qcow2 is read as such, but a file that it refers to (a base image) is only opened if the user has said
-//! `format=qcow2`. Otherwise a guest could write a header that names any file of the host.
+//! A raw image is the guest's to write, so what it holds is not believed the next time. Without `format=`:
+//! - An image that begins like qcow2 is written to as qcow2 only if its name says so too (`.qcow2`); otherwise the guest may
+//!   have written that, and the user is asked for the format. It is only read as qcow2 whatever its name.
+//! - A file that a qcow2 image refers to (its base image) is not opened: a guest could name any file of the host.
+//! - An image that is named qcow2 but does not begin like it is refused: as a raw disk its guest could make it qcow2.
+//! - Other formats are refused by name. All of this is also what a guest gets that writes such a beginning to its raw disk:
+//!   it runs on undisturbed, and at the next start the user is asked. Its first sector needs no protection.
+//!
+//! With `format=raw` all bytes are the guest's.
 
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use log::warn;
+use log::{info, warn};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
+use super::detect::{self, Content, Foreign};
 use super::qcow2::{self, Qcow2Disk};
 use super::raw::{DIRECT_BLOCK, RawDisk, RawKind};
-use super::{AlignedBuffer, Disk, SECTOR};
+use super::{Disk, SECTOR};
 
 /// What is in an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,7 +80,7 @@ pub struct ImageOptions {
     pub readonly: bool,
     /// Go around the host's page cache (O_DIRECT).
     pub direct: bool,
-    /// What is in it; found by content when not given.
+    /// What is in it; found by content and name when not given.
     pub format: Option<Format>,
     /// Write elsewhere.
     pub overlay: Option<Overlay>,
@@ -127,13 +134,46 @@ pub enum Error {
         hint: &'static str,
     },
     /// It is (or refers to) an image that cannot be used.
-    #[error("disk {}: {what}", path.display())]
+    #[error("disk {} {what}", path.display())]
     Image {
         /// The file.
         path: PathBuf,
-        /// What was tried.
+        /// What it cannot be.
         what: &'static str,
         /// What the format's driver says.
+        source: io::Error,
+    },
+    /// It is in a format of another monitor.
+    #[error(
+        "disk {0} is a {1} image, which vireo does not read; 'qemu-img convert -f {2} -O qcow2 {0} {0}.qcow2' converts it, \
+         and format=raw gives the guest its bytes as they are",
+        path.display(), foreign.name, foreign.driver
+    )]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// The format.
+        foreign: &'static Foreign,
+    },
+    /// Content and name say different things, and a guest may have written the content.
+    #[error("disk {} {why}", path.display())]
+    Ambiguous {
+        /// The file.
+        path: PathBuf,
+        /// What they say, and what helps.
+        why: &'static str,
+    },
+    /// There is no place for what a guest writes over its disk.
+    #[error(
+        "overlay=tmp cannot have its file in the folder for temporary files, {}, which TMPDIR names{why}",
+        folder.display()
+    )]
+    Temporary {
+        /// The folder.
+        folder: PathBuf,
+        /// More of why; may be empty.
+        why: &'static str,
+        /// The OS error.
         source: io::Error,
     },
     /// An overlay of another base.
@@ -179,23 +219,35 @@ pub fn open(options: &ImageOptions) -> Result<Box<dyn Disk>, Error> {
         }
         return Ok(Box::new(qcow2::over(options, overlay)?));
     }
-    let (mut file, metadata) = open_file(path, *readonly, *direct)?;
-    Ok(match found_format(&mut file, path, *format)? {
+    let (file, metadata) = open_file(path, *readonly, *direct)?;
+    Ok(match found_format(&file, path, *format, !readonly)? {
         Format::Qcow2 => Box::new(Qcow2Disk::open(file, options, format.is_some())?),
         Format::Raw => Box::new(sized_disk(file, path, &metadata, *direct)?),
     })
 }
 
-/// The format that was asked for, or that the first bytes are of.
-pub(super) fn found_format(file: &mut File, path: &Path, format: Option<Format>) -> Result<Format, Error> {
+/// The format that was asked for, or that content and name agree on; an image that is only read is known by its content.
+pub(super) fn found_format(file: &File, path: &Path, format: Option<Format>, write: bool) -> Result<Format, Error> {
     if let Some(format) = format {
         return Ok(format);
     }
-    // A page of it, and aligned: the file may be open for direct input and output only.
-    let mut page = AlignedBuffer::new(4096);
-    let start = &mut *page.as_mut_slice();
-    let n = file.read(start).map_err(|source| Error::Open { path: path.into(), hint: "", source })?;
-    Ok(if start.get(..4.min(n)) == Some(b"QFI\xfb") { Format::Qcow2 } else { Format::Raw })
+    let content = detect::content(file).map_err(|source| Error::Open { path: path.into(), hint: "", source })?;
+    let ambiguous = |why| Err(Error::Ambiguous { path: path.into(), why });
+    match (content, detect::is_named_qcow2(path)) {
+        (Content::Foreign(foreign), _) => Err(Error::Foreign { path: path.into(), foreign }),
+        (Content::Qcow2, false) if write => ambiguous(
+            "begins like a qcow2 image, which its name does not say and a guest may have written: add format=qcow2 if \
+             it is one, or format=raw if all of its bytes are the guest's",
+        ),
+        (Content::Qcow2, _) => {
+            info!("disk {} is taken for a qcow2 image, as which it begins", path.display());
+            Ok(Format::Qcow2)
+        }
+        (Content::Unmarked, true) => ambiguous(
+            "is named like a qcow2 image but does not begin like one: add format=raw if all of its bytes are the guest's",
+        ),
+        (Content::Unmarked, false) => Ok(Format::Raw),
+    }
 }
 
 /// A disk on a file or block device, which knows its size.
@@ -319,5 +371,108 @@ fn lock(file: &File, readonly: bool) -> io::Result<()> {
     match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open_as(path: &Path, change: impl Fn(&mut ImageOptions)) -> Result<u64, String> {
+        let mut options = ImageOptions { path: path.into(), ..ImageOptions::default() };
+        change(&mut options);
+        open(&options).map(|disk| disk.size()).map_err(|e| e.to_string())
+    }
+
+    /// An empty qcow2 image of one megabyte, of the simplest form: header, first-level table, reference counts.
+    fn qcow2() -> Vec<u8> {
+        let mut image = vec![0; 4 * 65536];
+        let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, b"QFI\xfb\0\0\0\x03");
+        put(20, &16u32.to_be_bytes());
+        put(24, &(1u64 << 20).to_be_bytes());
+        put(36, &1u32.to_be_bytes());
+        put(40, &(3u64 * 65536).to_be_bytes());
+        put(48, &65536u64.to_be_bytes());
+        put(56, &1u32.to_be_bytes());
+        put(96, &4u32.to_be_bytes());
+        put(100, &104u32.to_be_bytes());
+        put(65536, &(2u64 * 65536).to_be_bytes());
+        put(2 * 65536, &[0, 1, 0, 1, 0, 1, 0, 1]);
+        image
+    }
+
+    #[test]
+    fn a_guest_cannot_make_its_raw_disk_another_format() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        let len = qcow2().len() as u64;
+        std::fs::write(&path, vec![0; qcow2().len()]).unwrap();
+        assert_eq!(open_as(&path, |_| ()), Ok(len));
+        // Its guest writes a header.
+        std::fs::write(&path, qcow2()).unwrap();
+        let refused = open_as(&path, |_| ()).unwrap_err();
+        assert!(
+            refused.contains("disk.img begins like a qcow2 image") && refused.contains("or format=raw"),
+            "{refused}"
+        );
+        assert_eq!(open_as(&path, |options| options.format = Some(Format::Raw)), Ok(len));
+        assert_eq!(open_as(&path, |options| options.format = Some(Format::Qcow2)), Ok(1 << 20));
+        // To be read it may be what it looks like: it refers to nothing.
+        assert_eq!(open_as(&path, |options| options.readonly = true), Ok(1 << 20));
+        assert_eq!(open_as(&path, |options| options.overlay = Some(Overlay::Tmp)), Ok(1 << 20));
+    }
+
+    #[test]
+    fn a_name_is_a_promise() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["disk.qcow2", "DISK.QCOW2", "old.qcow"] {
+            let path = dir.path().join(name);
+            std::fs::write(&path, vec![0; 65536]).unwrap();
+            for readonly in [false, true] {
+                let refused = open_as(&path, |options| options.readonly = readonly).unwrap_err();
+                assert!(refused.contains("is named like a qcow2 image but does not begin like one"), "{refused}");
+            }
+            assert_eq!(open_as(&path, |options| options.format = Some(Format::Raw)), Ok(65536));
+            // What its guest wrote as a raw disk is a qcow2 image only for who leaves `format=raw` out, and refers to nothing.
+            std::fs::write(&path, qcow2()).unwrap();
+            assert_eq!(open_as(&path, |_| ()), Ok(1 << 20));
+        }
+    }
+
+    #[test]
+    fn formats_of_others_are_named_and_pass_as_raw() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        for (at, mark, name, driver) in [
+            (0, &b"KDMV"[..], "VMDK", "vmdk"),
+            (0, b"# Disk DescriptorFile\nversion=1", "VMDK", "vmdk"),
+            (64, b"\x7f\x10\xda\xbe", "VDI", "vdi"),
+            (0, b"conectix", "VHD", "vpc"),
+            (65536 - 512, b"conectix", "VHD", "vpc"),
+            (65536 - 512, b"conectix with something", "VHD", "vpc"),
+            (0, b"vhdxfile", "VHDX", "vhdx"),
+            (0, b"QED\0", "QED", "qed"),
+            (0, b"WithouFreSpacExt", "Parallels", "parallels"),
+            (0, b"LUKS\xba\xbe", "LUKS", "luks"),
+        ] {
+            let mut bytes = vec![0; 65536];
+            bytes[at..at + mark.len()].copy_from_slice(mark);
+            std::fs::write(&path, bytes).unwrap();
+            for overlay in [None, Some(Overlay::Tmp)] {
+                let text = path.display();
+                let wanted = format!(
+                    "disk {text} is a {name} image, which vireo does not read; 'qemu-img convert -f {driver} -O qcow2 {text} \
+                     {text}.qcow2' converts it, and format=raw gives the guest its bytes as they are"
+                );
+                assert_eq!(open_as(&path, |options| options.overlay = overlay.clone()), Err(wanted));
+            }
+            assert_eq!(open_as(&path, |options| options.format = Some(Format::Raw)), Ok(65536));
+        }
+        // Only where they belong.
+        let mut bytes = vec![0; 65536];
+        bytes[512..516].copy_from_slice(b"KDMV");
+        std::fs::write(&path, bytes).unwrap();
+        assert_eq!(open_as(&path, |_| ()), Ok(65536));
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod console;
 pub mod console_watch;
+pub mod detect;
 pub mod fifo;
 pub mod image;
 pub mod mapped;

@@ -76,8 +76,8 @@ pub struct BlkConfig {
     /// What the guest sees in `/sys/block/vdX/serial`: at most 20 bytes of printable ASCII.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// What is in the image: `raw` or `qcow2`. Found by content when not given, but then a qcow2 image may not refer to
-    /// other files.
+    /// What is in the image: `raw` or `qcow2`. Found by content and name when not given, but then a qcow2 image may not
+    /// refer to other files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
     /// Where writes go instead of to the image: `tmp`, or a qcow2 file that is made if need be.

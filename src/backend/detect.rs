@@ -1,0 +1,70 @@
+//! Recognition of image formats, by what an image begins with and by its name.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use super::{AlignedBuffer, qcow2};
+
+/// A format that vireo does not read.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Foreign {
+    /// What it is called.
+    pub name: &'static str,
+    /// What `qemu-img` calls it.
+    pub driver: &'static str,
+}
+
+/// What the bytes of an image say of its format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Content {
+    /// Nothing: it may be a raw disk.
+    Unmarked,
+    Qcow2,
+    Foreign(&'static Foreign),
+}
+
+/// Where in its first page a format has which bytes.
+static MARKS: [(usize, &[u8], Foreign); 11] = [
+    (0, b"KDMV", Foreign { name: "VMDK", driver: "vmdk" }),
+    (0, b"COWD", Foreign { name: "VMDK", driver: "vmdk" }),
+    (0, b"# Disk DescriptorFile", Foreign { name: "VMDK", driver: "vmdk" }),
+    (0x40, b"\x7f\x10\xda\xbe", Foreign { name: "VDI", driver: "vdi" }),
+    (0, b"conectix", VHD),
+    (0, b"vhdxfile", Foreign { name: "VHDX", driver: "vhdx" }),
+    (0, b"QED\0", Foreign { name: "QED", driver: "qed" }),
+    (0, b"WithoutFreeSpace", Foreign { name: "Parallels", driver: "parallels" }),
+    (0, b"WithouFreSpacExt", Foreign { name: "Parallels", driver: "parallels" }),
+    (0, b"LUKS\xba\xbe", Foreign { name: "LUKS", driver: "luks" }),
+    (0, b"SKUL\xba\xbe", Foreign { name: "LUKS", driver: "luks" }),
+];
+const VHD: Foreign = Foreign { name: "VHD", driver: "vpc" };
+/// A VHD of a fixed size is a raw disk and a footer.
+static FIXED_VHD: Foreign = VHD;
+
+/// What an image is by its bytes. The file may be open for direct input and output only.
+pub(super) fn content(file: &File) -> io::Result<Content> {
+    let mut page = AlignedBuffer::new(4096);
+    let n = file.read_at(page.as_mut_slice(), 0)?;
+    let start = page.as_mut_slice().get(..n).unwrap_or_default();
+    if start.starts_with(qcow2::MAGIC) {
+        return Ok(Content::Qcow2);
+    }
+    let marked = |(at, mark, _): &&(usize, &[u8], Foreign)| start.get(*at..).is_some_and(|rest| rest.starts_with(mark));
+    if let Some((_, _, foreign)) = MARKS.iter().find(marked) {
+        return Ok(Content::Foreign(foreign));
+    }
+    // What is read is whole blocks, the last one perhaps not in full.
+    let end = (&mut &*file).seek(SeekFrom::End(0))?;
+    let Some(last) = end.checked_sub(512) else { return Ok(Content::Unmarked) };
+    let n = file.read_at(page.as_mut_slice(), last - last % 4096)?;
+    let rest = page.as_mut_slice().get((last % 4096) as usize..n).unwrap_or_default();
+    Ok(if rest.starts_with(b"conectix") { Content::Foreign(&FIXED_VHD) } else { Content::Unmarked })
+}
+
+/// Whether the name of an image says that it is qcow2.
+pub(super) fn is_named_qcow2(path: &Path) -> bool {
+    let extension = path.extension().and_then(|extension| extension.to_str());
+    extension.is_some_and(|extension| ["qcow2", "qcow"].iter().any(|name| extension.eq_ignore_ascii_case(name)))
+}
