@@ -1,16 +1,12 @@
 //! The host's terminal: raw mode that is undone on every way out, and the Ctrl-A escapes.
 //!
-//! Ways out: dropping [`RawMode`]; a panic ([`restore_on_panic`]); a signal that kills the process (the handlers
-//! installed by [`RawMode::enter`] restore first and then die of the same signal).
+//! Ways out: dropping [`RawMode`]; a panic, or a signal that kills the process, whose handlers call [`restore`].
 
 #![allow(unsafe_code)]
 
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::{io, mem, ptr};
-
-/// Signals that end the process without passing the event loop.
-const FATAL: [i32; 6] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT, libc::SIGSYS];
 
 /// The terminal's settings before raw mode, for handlers that can reach nothing else.
 static mut SAVED: mem::MaybeUninit<libc::termios> = mem::MaybeUninit::uninit();
@@ -51,10 +47,6 @@ impl RawMode {
             return Ok(None);
         }
         TERMINAL.store(fd, Ordering::Release);
-        for signal in FATAL {
-            // SAFETY: the handler only calls functions that are safe in signal handlers.
-            unsafe { libc::signal(signal, restore_and_die as *const () as libc::sighandler_t) };
-        }
         let raw_mode = RawMode(());
         set_raw()?;
         Ok(Some(raw_mode))
@@ -86,15 +78,6 @@ impl Drop for RawMode {
         restore();
         TERMINAL.store(-1, Ordering::Release);
     }
-}
-
-/// Restores the terminal before a panic prints its message.
-pub fn restore_on_panic() {
-    let hook = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        restore();
-        hook(info);
-    }));
 }
 
 /// Saves the user's settings and makes the terminal raw, unless it is another job's.
@@ -131,15 +114,6 @@ pub fn restore() {
     if fd >= 0 && IS_RAW.swap(false, Ordering::AcqRel) && !in_background(fd) {
         // SAFETY: SAVED was written before IS_RAW was set, and tcsetattr is async-signal-safe.
         unsafe { libc::tcsetattr(fd, libc::TCSANOW, ptr::addr_of!(SAVED).cast()) };
-    }
-}
-
-extern "C" fn restore_and_die(signal: i32) {
-    restore();
-    // SAFETY: both are async-signal-safe; the signal is delivered when the handler returns.
-    unsafe {
-        libc::signal(signal, libc::SIG_DFL);
-        libc::raise(signal);
     }
 }
 

@@ -158,7 +158,7 @@ const BUS_ERROR: &str = "vireo: the guest's memory is gone: a file mapped into i
                          space left for it\n";
 
 /// From now on an access of this process to what a mapped file no longer has ends it with a sentence and the exit status
-/// of a failure, not by SIGBUS. Call it after whoever else wants that signal ([`terminal::RawMode`]).
+/// of a failure, not by SIGBUS. It replaces what the signal did before.
 #[allow(unsafe_code)]
 pub fn explain_bus_errors() {
     extern "C" fn explain(_: i32) {

@@ -1,11 +1,12 @@
 //! From a machine's description to what is said of its end: the part that `run` and `exec` share.
 
 use std::ffi::OsString;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::debug::{self, DebugArgs};
-use super::watch::WatchArgs;
-use super::{Failure, say};
+use super::watch::{Files, WatchArgs};
+use super::{Failure, fault, say};
 use crate::config::MachineConfig;
 use crate::control::Controller;
 use crate::exec::Session;
@@ -52,7 +53,8 @@ pub(super) fn supervise(
     mut attempt: impl FnMut(RunOptions, Instant) -> Result<(String, Ended), Failure>,
     tell: impl FnOnce(&Ended),
 ) -> Result<u8, Failure> {
-    let files = watch.open()?;
+    let files = Arc::new(watch.open()?);
+    report_faults(files.clone(), name.into());
     let most = watch.attempts();
     let mut begin = start;
     let mut attempts = 1;
@@ -79,4 +81,11 @@ pub(super) fn supervise(
             }
         }
     }
+}
+
+/// Has a fault of vireo itself told in the reports, like every other failure.
+fn report_faults(files: Arc<Files>, name: String) {
+    fault::reports(move |sentence| {
+        let _ = files.write_failure(&name, &sentence.into());
+    });
 }

@@ -4,6 +4,7 @@ pub mod debug;
 pub mod devices;
 pub mod doctor;
 pub mod exec;
+mod fault;
 mod junit;
 mod launch;
 mod logging;
@@ -103,7 +104,7 @@ pub fn main(start: Instant) -> ExitCode {
     if guest::is_init() {
         guest::main();
     }
-    crate::terminal::restore_on_panic();
+    fault::install();
     let cli = Cli::try_parse().unwrap_or_else(|error| with_commands(error).exit());
     let result =
         logging::init(cli.log.log_level.as_deref(), cli.log.log_file.as_deref()).and_then(|()| match cli.command {
