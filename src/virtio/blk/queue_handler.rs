@@ -19,8 +19,9 @@ const ALARM: u64 = 1;
 
 /// Serves one queue.
 pub(super) struct QueueHandler {
-    shared: Arc<Shared>,
+    /// Dropped first: the kernel may still be using the disk's file, and the number of a closed file can be another's.
     ring: Option<Ring>,
+    shared: Arc<Shared>,
     /// Rings when the rate limit lets more through.
     alarm: Option<Alarm>,
 }
@@ -28,7 +29,7 @@ pub(super) struct QueueHandler {
 impl QueueHandler {
     pub(super) fn new(shared: Arc<Shared>, ring: Option<Ring>) -> io::Result<Self> {
         let alarm = shared.limiter.is_some().then(Alarm::new).transpose()?;
-        Ok(QueueHandler { shared, ring, alarm })
+        Ok(QueueHandler { ring, shared, alarm })
     }
 
     fn serve(&mut self, queue: &mut Queue, cx: &Context<'_>) -> Result<Progress, Fault> {

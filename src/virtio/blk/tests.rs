@@ -556,3 +556,82 @@ fn what_was_written_during_a_flush_is_flushed_at_the_end() {
     setup.diary.shared.lock().unwrap().take();
     assert!(shared.dirty.load(Ordering::Acquire));
 }
+
+/// A disk on the reading end of a pipe, where a read waits for bytes.
+struct Pipe {
+    file: std::io::PipeReader,
+    /// The ring, by its descriptor.
+    ring: Arc<std::sync::atomic::AtomicI32>,
+}
+
+impl Disk for Pipe {
+    fn size(&self) -> u64 {
+        4096
+    }
+    fn read(&self, _: &[RamSlice<'_>], _: u64) -> io::Result<()> {
+        unreachable!("the ring reads")
+    }
+    fn write(&self, _: &[RamSlice<'_>], _: u64) -> io::Result<()> {
+        unreachable!()
+    }
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
+        unreachable!()
+    }
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        unreachable!()
+    }
+    fn resize(&self, _: u64) -> io::Result<()> {
+        unreachable!()
+    }
+    fn fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        Some(std::os::fd::AsFd::as_fd(&self.file))
+    }
+}
+
+impl Drop for Pipe {
+    fn drop(&mut self) {
+        let ring = self.ring.load(Ordering::Relaxed);
+        let open = std::fs::read_link(format!("/proc/self/fd/{ring}"));
+        assert!(open.is_err(), "the disk goes before its ring: {open:?}");
+        println!("the ring is gone");
+    }
+}
+
+/// In a process of its own, where no other test opens files: a ring that goes with requests in flight needs the file.
+#[test]
+fn a_disk_outlives_its_ring() {
+    const CHILD: &str = "VIREO_TEST_RING";
+    if std::env::var_os(CHILD).is_none() {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        let this = "virtio::blk::tests::a_disk_outlives_its_ring";
+        let output = command.args(["--exact", this, "--nocapture"]).env(CHILD, "1").output().unwrap();
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && stdout.contains("the ring is gone"), "{output:?}");
+        return;
+    }
+    let (file, mut writer) = io::pipe().unwrap();
+    let ring_number = Arc::new(std::sync::atomic::AtomicI32::new(-1));
+    let disk = Pipe { file, ring: ring_number.clone() };
+    let config = BlkConfig { path: "pipe".into(), ..BlkConfig::default() };
+    let blk = Blk::with_disk("blk0", &config, Box::new(disk));
+    let ram = GuestRam::anonymous(1 << 20);
+    let Ok(ring) = Ring::new(&*blk.shared.disk, &ram) else {
+        println!("the ring is gone: this host has no io_uring");
+        return;
+    };
+    ring_number.store(std::os::fd::AsRawFd::as_raw_fd(&ring), Ordering::Relaxed);
+    let mut driver = FakeQueue::new(&ram, 0x1000, 16);
+    let mut queues = [driver.device(RING_FEATURES)];
+    let mut handler = QueueHandler::new(blk.shared.clone(), Some(ring)).unwrap();
+    let loopback = Loopback::new(&ram);
+    ram.write_obj(HDR, VIRTIO_BLK_T_IN.to_le()).unwrap();
+    driver.add(&[out(HDR, 16), inn(DATA, 512), inn(STATUS, 1)]).unwrap();
+    loopback.deliver(&mut handler, &mut queues, Event::Kick(0)).unwrap();
+    assert_eq!(driver.take_used(), None, "the read waits");
+    drop(blk);
+    io::Write::write_all(&mut writer, &[1; 512]).unwrap();
+    drop(handler);
+}
