@@ -11,7 +11,9 @@
 //!
 //! The daemon is another program, and may be anything: its answers have a shape, and all that one call here asks for has
 //! one deadline, since a vCPU may wait for it. A daemon that breaks either ends the connection. Guest memory it shares as
-//! a whole; the file behind that is sealed, so that it cannot be cut off under the guest.
+//! a whole; the file of RAM is sealed, so that it cannot be cut off under the guest. A file that `--pmem` lets the guest
+//! write is guest memory too, which any request may be about, and no seal can be put on a user's file: the daemon can change
+//! all of it. If it makes the file shorter, vireo ends with a sentence (`backend::mapped`).
 
 #[cfg(test)]
 #[allow(missing_docs)]
