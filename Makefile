@@ -4,7 +4,7 @@ PREFIX ?= /usr/local
 release := target/x86_64-unknown-linux-gnu/release/vireo
 
 .NOTPARALLEL:
-.PHONY: help build setup demo shell test bench soak fuzz install dist clean
+.PHONY: help build setup images rareimages demo shell test bench soak fuzz install dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -13,24 +13,31 @@ build: ## build the static binary
 	cargo build --release
 
 setup: ## install what the guests need, fetch kernels, make images
+	tests/host/setup test
+
+images:
 	tests/host/setup
 
-demo: setup build ## boot Debian's kernels: one, two, four CPUs
+demo: images build ## boot Debian's kernels: one, two, four CPUs
 	tests/host/with-host tests/host/demo
 
-shell: setup build ## a shell in a guest
+shell: images build ## a shell in a guest
 	tests/host/with-host tests/host/demo shell
 
 test: setup build ## run all tests, those with Linux guests where such run
 	tests/host/with-host cargo test
 
-bench: setup build ## measure the inner loops, then boots and devices beside QEMU's
+bench: images build ## measure the inner loops, then boots and devices beside QEMU's
 	cargo bench --bench micro
 	tests/host/with-host cargo bench --bench boot --bench exec --bench devices
 
-soak: setup build ## the long tests, then boot guests until one fails or SOAK_MINUTES (60) are over
+rareimages:
+	tests/host/setup soak
+
+soak: rareimages build ## the long tests, boots until one fails or SOAK_MINUTES (60) are over, the tests on Linux 6.12
 	cargo build --examples
-	tests/host/with-host sh -c 'cargo test --test soak --test soak_disks --test soak_net && NET_MIB=100 cargo test --test all -- net::a_tap net::user_networking vhost::the_kernel_moves && tests/host/soak'
+	tests/host/with-host sh -c 'cargo test --test soak --test soak_disks --test soak_net --test soak_kernels && NET_MIB=100 cargo test --test all -- net::a_tap net::user_networking vhost::the_kernel_moves && tests/host/soak'
+	VIREO_HOST_KERNEL=full-6.12 tests/host/with-host cargo test --test all -- boot:: endings:: exec:: kernels:: net:: shares:: vhost:: virtio::
 
 fuzz: ## run each fuzz target for FUZZ_SECONDS (60); needs a nightly toolchain
 	fuzz/run $(FUZZ_SECONDS)

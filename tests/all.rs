@@ -18,6 +18,7 @@ mod exec_bad;
 mod gdb;
 mod hvc;
 mod initramfs;
+mod kernels;
 mod mem;
 mod net;
 mod pmem;

@@ -4,6 +4,7 @@
 
 #![allow(dead_code)] // each test file uses its part
 
+pub mod kernels;
 pub mod net;
 pub mod programs;
 
@@ -35,7 +36,7 @@ pub fn repo(path: &str) -> PathBuf {
 /// A kernel or initramfs that `tests/host/setup` made.
 pub fn image(name: &str) -> PathBuf {
     let path = repo("target/host/images").join(name);
-    assert!(path.exists(), "{} is missing: run 'make setup'", path.display());
+    assert!(path.exists(), "{} is missing: run 'tests/host/setup test' (for make soak: 'soak')", path.display());
     path
 }
 
@@ -170,11 +171,15 @@ impl Run {
 
     /// The same with another kernel or other modules. Without words the test's script adds what it likes.
     pub fn exec_with(kernel: &Path, modules: &Path, words: &[&str]) -> Self {
+        Self::exec_alone(kernel, words).args(&["--modules", &modules.display().to_string()])
+    }
+
+    /// The same with a kernel whose modules vireo finds by itself.
+    pub fn exec_alone(kernel: &Path, words: &[&str]) -> Self {
         let words = Some(words.iter().map(ToString::to_string).collect());
         let run = Run { dir: scratch(), args: vec![], wrapper: vec![], env: vec![], cmdline: String::new(), words };
         let report = run.path("report.json");
-        run.args(&["--kernel", &kernel.display().to_string(), "--modules", &modules.display().to_string()])
-            .args(&["--report", &report])
+        run.args(&["--kernel", &kernel.display().to_string(), "--report", &report])
     }
 
     /// A run of `kernel` (an image's name, or a path) with a guest that runs `script` and powers off.
@@ -186,6 +191,15 @@ impl Run {
             Run { dir, args: vec![], wrapper: vec![], env: vec![], cmdline: "console=ttyS0 quiet".into(), words: None };
         let (initrd, report) = (run.path("initrd"), run.path("report.json"));
         run.args(&["--kernel", &kernel.display().to_string(), "--initrd", &initrd, "--report", &report])
+    }
+
+    /// Adds the modules of a kernel other than those of `make demo`, which the initramfs has.
+    pub fn with_modules(self, kernel: &str) -> Self {
+        let mut file = File::options().append(true).open(self.dir.path().join("initrd")).unwrap();
+        if !["cloud", "full"].contains(&kernel) {
+            io::copy(&mut File::open(image(&format!("modules-{kernel}.cpio"))).unwrap(), &mut file).unwrap();
+        }
+        self
     }
 
     /// Adds a program that `tests/host/setup` made to the guest's `/bin`.

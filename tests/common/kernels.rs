@@ -1,0 +1,71 @@
+//! Debian's kernels: each boots with its modules, and a command runs in it.
+
+use std::fs;
+use std::path::PathBuf;
+
+use super::{Run, repo};
+
+const SCRIPT: &str = r#"
+echo "release: $(uname -r)"
+echo "cpus: $(nproc)"
+echo "disk: $(head -c 5 /dev/vda)"
+echo "rng: $(head -c 8 /dev/hwrng | wc -c)"
+echo "avx: $(grep -c '^flags.* avx ' /proc/cpuinfo)"
+echo "bad: $(dmesg | grep -cE 'BUG:|Oops:|WARNING:|Call Trace')"
+"#;
+
+/// The release of a kernel that `tests/host/setup test` fetched, and where its package has it.
+fn kernel(name: &str) -> (String, PathBuf) {
+    let folder = repo(&format!("target/host/kernel-{name}"));
+    let version = fs::read_to_string(folder.join("version"));
+    let version = version.unwrap_or_else(|e| panic!("{}: {e}: run 'tests/host/setup test'", folder.display()));
+    let version = version.trim().to_string();
+    // From 7.x on beside the modules.
+    let places = [format!("boot/vmlinuz-{version}"), format!("usr/lib/modules/{version}/vmlinuz")];
+    let path = places.iter().map(|place| folder.join(place)).find(|path| path.exists());
+    (version, path.unwrap_or_else(|| panic!("no vmlinuz in {}", folder.display())))
+}
+
+/// Boots it with one and two processors, its drivers at work.
+pub fn boots(name: &str) {
+    let (version, _) = kernel(name);
+    for cpus in ["1", "2"] {
+        let run = Run::new(&format!("bzImage-{name}"), SCRIPT).with_modules(name);
+        fs::write(run.path("disk"), b"hello".repeat(1024)).unwrap();
+        let disk = run.path("disk");
+        let ended = run.args(&["--cpus", cpus, "--rng", "--disk", &disk]).run_to_end().success();
+        let facts = ["release", "cpus", "disk", "rng", "avx", "bad"].map(|fact| ended.fact(fact));
+        assert_eq!(facts, [&version, cpus, "hello", "8", cpus, "0"], "{ended}");
+    }
+}
+
+/// Runs a command in it. From where its package has it, it is found with its modules beside it.
+pub fn executes(name: &str) {
+    let (version, path) = kernel(name);
+    let script = "uname -r; nproc; wc -l </etc/passwd >&2; cat; exit 42";
+    let mut guest = Run::exec_alone(&path, &["sh", "-c", script]).args(&["--cpus", "2"]).start();
+    guest.send(b"what comes in\n");
+    guest.close_input();
+    let ended = guest.end().expect(42, "exited");
+    assert_eq!(ended.stdout, format!("{version}\n2\nwhat comes in\n"), "{ended}");
+    let lines = fs::read_to_string("/etc/passwd").unwrap().lines().count();
+    assert_eq!(ended.stderr, format!("{lines}\n"), "{ended}");
+}
+
+/// Two tests for each kernel, in a module of its name.
+macro_rules! kernels {
+    ($($module:ident $name:literal)*) => { $(
+        mod $module {
+            #[test]
+            fn boots() {
+                crate::common::kernels::boots($name);
+            }
+
+            #[test]
+            fn executes() {
+                crate::common::kernels::executes($name);
+            }
+        }
+    )* };
+}
+pub(crate) use kernels;
