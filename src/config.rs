@@ -389,7 +389,7 @@ mod tests {
         assert_eq!(pins("4,affinity=0-2:7").unwrap(), [0, 1, 2, 7]);
         assert!(pins("2").unwrap().is_empty());
         assert_eq!(pins("2,affinity=1"), Err(Error::AffinityCount(1, 2)));
-        for bad in ["2,affinity=a", "2,affinity=3-1", "2,affinity=0-99999999", "2,affinity="] {
+        for bad in ["2,affinity=a", "2,affinity=3-1", "2,affinity=0-99999999", "2,affinity=:"] {
             assert!(matches!(pins(bad), Err(Error::Affinity(_))), "{bad}");
         }
     }

@@ -61,10 +61,14 @@ pub enum RootFrom {
 }
 
 impl FromStr for RootFrom {
-    type Err = std::convert::Infallible;
+    type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(if text == "initramfs" { RootFrom::Initramfs } else { RootFrom::Path(text.into()) })
+        match text {
+            "" => Err("expected a folder, an image or initramfs"),
+            "initramfs" => Ok(RootFrom::Initramfs),
+            path => Ok(RootFrom::Path(path.into())),
+        }
     }
 }
 
@@ -89,8 +93,9 @@ impl FromStr for Folder {
             _ => (text, false),
         };
         let (host, guest) = rest.split_once(':').unwrap_or((rest, ""));
-        if host.is_empty() {
-            return Err("DIR[:GUEST][:ro|rw] is wanted".into());
+        let is_of_run = [",readonly", ",ro", ",rw"].iter().any(|end| rest.ends_with(end));
+        if host.is_empty() || is_of_run && !PathBuf::from(host).exists() {
+            return Err("expected DIR[:GUEST][:ro|rw], as in /srv/data:rw".into());
         }
         let host = std::path::absolute(host).map_err(|e| e.to_string())?;
         let guest = if guest.is_empty() { host.clone() } else { guest.into() };
@@ -491,6 +496,8 @@ mod tests {
         assert_eq!((full.guest.as_path(), full.writable), ("/mnt".as_ref(), true));
         assert!(folder("/srv/a:rw").unwrap().writable);
         assert!(folder("").is_err() && folder("/a:b").is_err());
+        assert_eq!(folder("/no/such,readonly").unwrap_err(), "expected DIR[:GUEST][:ro|rw], as in /srv/data:rw");
+        assert!("".parse::<RootFrom>().is_err());
     }
 
     #[test]

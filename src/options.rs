@@ -63,7 +63,7 @@ pub fn from_str<T: DeserializeOwned>(text: &str, first: Option<&'static str>) ->
             let what = if text.ends_with(',') { "there is nothing after the last comma" } else { "an item is empty" };
             return Err(Error(format!("{what}; write key=value,key=value")));
         }
-        if first == Some(pair.0.as_str()) && i == 0 && pair.1.as_deref() == Some("") {
+        if pair.1.as_deref() == Some("") {
             return Err(Error(format!("'{}' is empty", pair.0)));
         }
         items.push(pair);
@@ -419,7 +419,9 @@ mod tests {
         assert_eq!(disk("readonly=on").unwrap_err(), "'path=' is missing");
         assert_eq!(disk("x,queues").unwrap_err(), "queues: needs a value");
         assert_eq!(disk("x,").unwrap_err(), "there is nothing after the last comma; write key=value,key=value");
-        assert_eq!(disk("path=").unwrap_err(), "'path' is empty");
+        for (text, key) in [("", "path"), ("path=", "path"), ("x,size=", "size"), ("x,mode=,readonly", "mode")] {
+            assert_eq!(disk(text).unwrap_err(), format!("'{key}' is empty"));
+        }
         let hinted = from_str::<Disk>("eth0", None).unwrap_err().hint_for_key("eth0", "write tap=eth0");
         assert_eq!(hinted.to_string(), "unknown key 'eth0'; write tap=eth0");
     }

@@ -190,7 +190,7 @@ share "$1" "$2" $dir/missing
 share "$1" "$2" $dir/file
 setpriv --reuid 65534 --clear-groups --bounding-set=-all --inh-caps=-all -- "$1" run --kernel "$2" --share $dir/one 2>&1
 echo "status $?"
-share "$1" "$2" one,tag=
+share "$1" "$2" one,tag=0123456789012345678901234567890123456
 echo "folder: $dir"
 "#
     );
@@ -204,7 +204,7 @@ echo "folder: $dir"
         "status 125".into(),
         format!("vireo: cannot share {dir}/one: Permission denied (os error 13)"),
         "status 125".into(),
-        "vireo: --share: the tag '' is not 1 to 36 bytes long".into(),
+        "vireo: --share: the tag '0123456789012345678901234567890123456' is not 1 to 36 bytes long".into(),
         "status 2".into(),
     ];
     assert_eq!(lines[..8], expected.iter().map(String::as_str).collect::<Vec<_>>(), "{ended}");

@@ -111,6 +111,10 @@ pub fn find(config: &ModulesConfig, kernel: &Path, image: &Image) -> Result<Vec<
     if config.names.is_empty() && config.optional.is_empty() {
         return Ok(Vec::new());
     }
+    if let Some(dir) = &config.dir {
+        // What is built in needs no modules, but a folder that was named is expected to exist.
+        source::folder(dir).map_err(|source| Error::File { path: dir.clone(), source })?;
+    }
     let version = release(image).unwrap_or_default();
     let places = places(config, kernel, &version);
     let Some(dir) = places.iter().find(|dir| is_directory(dir)) else {

@@ -250,7 +250,8 @@ fn options_and_configuration_space() {
     };
     assert_eq!(check(&["/a", "/b", "/c,tag=x"]), "");
     assert_eq!(check(&["/a", "/b,tag=share0"]), "the tag 'share0' is given twice");
-    assert_eq!(check(&["/a,tag="]), "the tag '' is not 1 to 36 bytes long");
+    let unnamed = FsConfig { tag: Some(String::new()), ..config };
+    assert_eq!(FsConfig::validate(&[unnamed]).unwrap_err(), "the tag '' is not 1 to 36 bytes long");
     let long = "x".repeat(37);
     assert_eq!(check(&[&format!("/a,tag={long}")]), format!("the tag '{long}' is not 1 to 36 bytes long"));
     assert_eq!(check(&["/a,queues=17"]), "17 queues are not 1 to 16, which a share can have");
