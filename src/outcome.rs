@@ -57,6 +57,8 @@ pub enum Outcome {
     Lost(&'static str),
     /// `exec`: what the command wrote did not all reach its place on the host, for the reason in the text.
     OutputLost(String),
+    /// The guest ended well, but what it wrote to a disk did not reach the host's, as the text says.
+    DataLost(String),
     /// gdb's `kill`.
     KilledByDebugger,
 }
@@ -72,7 +74,7 @@ impl Outcome {
             Outcome::Hung(_) => 72,
             Outcome::Refused(_) | Outcome::Missed(_) => EXIT_UNEXPECTED,
             Outcome::TimedOut(_) => 124,
-            Outcome::NotReady(_) | Outcome::OutputLost(_) => EXIT_VIREO_FAILED,
+            Outcome::NotReady(_) | Outcome::OutputLost(_) | Outcome::DataLost(_) => EXIT_VIREO_FAILED,
             Outcome::DebugExit(code) | Outcome::Exited(code) | Outcome::NotStarted(code, _) => *code,
             Outcome::KilledByDebugger => 128 + libc::SIGKILL as u8,
             Outcome::Killed(signal) | Outcome::Signalled(signal) => {
@@ -103,6 +105,7 @@ impl Outcome {
             Outcome::NotReady(_) => "not-ready",
             Outcome::Lost(_) => "lost",
             Outcome::OutputLost(_) => "output-lost",
+            Outcome::DataLost(_) => "data-lost",
         }
     }
 
@@ -141,7 +144,8 @@ impl Outcome {
             Outcome::Signalled(signal) => {
                 format!("the command was killed by signal {signal} ({})", signal_name(*signal))
             }
-            Outcome::NotStarted(_, why) | Outcome::NotReady(why) | Outcome::OutputLost(why) => why.clone(),
+            Outcome::NotStarted(_, why) | Outcome::NotReady(why) => why.clone(),
+            Outcome::OutputLost(why) | Outcome::DataLost(why) => why.clone(),
             Outcome::Lost(word) => format!("the guest ended ({word}) before the command did"),
         }
     }

@@ -173,6 +173,11 @@ impl MmioTransport {
         }
     }
 
+    /// What the guest wrote and the host did not keep: see [`VirtioDevice::unsaved`].
+    pub fn unsaved(&self) -> Option<String> {
+        self.lock().device.unsaved()
+    }
+
     /// Asks the device for something, and tells its driver if that changed configuration space.
     pub fn control(&self, control: &Control) -> Result<Reply, ControlError> {
         let mut inner = self.lock();

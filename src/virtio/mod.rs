@@ -134,6 +134,11 @@ pub trait VirtioDevice: Send {
     /// Forgets what the driver set up. Called while stopped.
     fn reset(&mut self) {}
 
+    /// A sentence about what the guest wrote and the host did not keep, which the guest has not heard of.
+    fn unsaved(&self) -> Option<String> {
+        None
+    }
+
     /// What must be saved besides the queues. Called while stopped.
     fn save(&self) -> Result<serde_json::Value, StateError> {
         Ok(serde_json::Value::Null)

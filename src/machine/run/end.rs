@@ -70,6 +70,15 @@ fn judged(outcome: Outcome, verdict: Option<Outcome>, errand: bool, expecting: b
     }
 }
 
+/// The outcome of a run, some of whose data the host did not keep: no success, as whoever relies on the data must hear of
+/// that. A failure stays what it is.
+fn kept(outcome: Outcome, unsaved: &[String]) -> Outcome {
+    let Some((last, others)) = unsaved.split_last() else { return outcome };
+    let told = if outcome.exit_code() == 0 { others } else { unsaved };
+    told.iter().for_each(|what| log::warn!("{what}"));
+    if outcome.exit_code() == 0 { Outcome::DataLost(last.clone()) } else { outcome }
+}
+
 impl Running {
     /// What the console's lines say, if they do.
     pub(super) fn verdict(&self) -> Option<Outcome> {
@@ -82,6 +91,8 @@ impl Running {
     pub(super) fn judged(&self, outcome: Outcome, given_up: Option<Outcome>) -> Outcome {
         let expecting = self.options.transcript.as_ref().is_some_and(Transcript::expects);
         let judged = judged(outcome, self.verdict(), self.options.errand.is_some(), expecting);
+        let unsaved: Vec<String> = self.devices.iter().filter_map(|device| device.unsaved()).collect();
+        let judged = kept(judged, &unsaved);
         if !matches!(judged, Outcome::Exited(_) | Outcome::Signalled(_)) {
             return judged;
         }
@@ -180,6 +191,24 @@ mod tests {
         }
         assert_eq!(judged(PoweredOff, None, true, true), Lost("powered-off"));
         assert_eq!(judged(PoweredOff, bad(), true, true), Refused("BUG".into()));
+    }
+
+    #[test]
+    fn lost_data_is_no_success() {
+        use Outcome::{Crashed, DataLost, Exited, Expected, PoweredOff};
+        let unsaved = ["a".to_string(), "what the guest wrote to b may be lost: EIO".to_string()];
+        let lost = DataLost(unsaved[1].clone());
+        for (end, outcome) in [
+            (PoweredOff, lost.clone()),
+            (Exited(0), lost.clone()),
+            (Expected("ok".into()), lost.clone()),
+            (Exited(3), Exited(3)),
+            (Crashed("x".into()), Crashed("x".into())),
+        ] {
+            assert_eq!(kept(end.clone(), &[]), end);
+            assert_eq!(kept(end, &unsaved), outcome);
+        }
+        assert_eq!((lost.exit_code(), lost.word(), lost.sentence()), (125, "data-lost", unsaved[1].clone()));
     }
 
     #[test]

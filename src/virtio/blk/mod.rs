@@ -12,8 +12,8 @@ mod tests;
 use std::io;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use log::{debug, warn};
 use serde::{Deserialize, Serialize};
@@ -211,6 +211,8 @@ struct Shared {
     write_through: AtomicBool,
     /// Something was written since the last flush.
     dirty: AtomicBool,
+    /// Why the last flush, which the guest did not ask for and so does not hear of, failed.
+    unsaved: Mutex<Option<String>>,
     /// An error of the image was told already.
     warned: AtomicBool,
 }
@@ -255,6 +257,7 @@ impl Blk {
                 limiter: limits.any().then(|| RateLimiter::new(limits)),
                 write_through: AtomicBool::new(false),
                 dirty: AtomicBool::new(false),
+                unsaved: Mutex::default(),
                 warned: AtomicBool::new(false),
             }),
         }
@@ -372,6 +375,10 @@ impl VirtioDevice for Blk {
         Ok(Reply::ConfigChanged)
     }
 
+    fn unsaved(&self) -> Option<String> {
+        self.shared.unsaved.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn save(&self) -> Result<serde_json::Value, StateError> {
         let state = BlkState { sectors: self.shared.sectors(), writeback: self.writeback() };
         serde_json::to_value(state).map_err(|e| StateError(e.to_string()))
@@ -401,6 +408,18 @@ impl Shared {
     fn flush(&self) -> io::Result<()> {
         self.dirty.store(false, Ordering::Release);
         self.disk.flush().inspect_err(|_| self.dirty.store(true, Ordering::Release))
+    }
+
+    /// Flushes what was written, when the device stops. A failure is remembered even if the next flush succeeds: the OS
+    /// reports each only once, and what it was about is lost.
+    fn flush_last(&self) {
+        if self.dirty.load(Ordering::Acquire)
+            && let Err(e) = self.flush()
+        {
+            debug!("disk {}: the last flush failed: {e}", self.path.display());
+            let mut unsaved = self.unsaved.lock().unwrap_or_else(PoisonError::into_inner);
+            unsaved.get_or_insert_with(|| format!("what the guest wrote to {} may be lost: {e}", self.path.display()));
+        }
     }
 
     /// The guest gets to know of every error, the log of the first.

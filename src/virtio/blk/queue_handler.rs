@@ -151,11 +151,7 @@ impl Handler for QueueHandler {
         if self.ring.as_ref().is_some_and(|ring| ring.in_flight() > 0) {
             return Ok(Progress::More);
         }
-        if self.shared.dirty.load(Ordering::Acquire)
-            && let Err(e) = self.shared.flush()
-        {
-            self.shared.warn(&e);
-        }
+        self.shared.flush_last();
         Ok(Progress::Done)
     }
 }

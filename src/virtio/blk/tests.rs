@@ -277,6 +277,18 @@ fn flushes_reach_the_disk() {
     setup.ram.write_obj(STATUS, UNTOUCHED).unwrap();
     drain(&mut setup);
     assert_eq!(setup.calls(), ["write 512@512", "flush"]);
+    assert!(setup.shared.unsaved.lock().unwrap().is_none());
+    // The guest does not hear of this one; the next may succeed though data is lost.
+    for fails in [true, false] {
+        setup.diary.fail.store(false, Ordering::Relaxed);
+        assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 1, &[out(DATA, 512)]), OK);
+        setup.ram.write_obj(STATUS, UNTOUCHED).unwrap();
+        setup.diary.fail.store(fails, Ordering::Relaxed);
+        drain(&mut setup);
+        let unsaved = setup.shared.unsaved.lock().unwrap().clone().unwrap();
+        assert!(unsaved.starts_with("what the guest wrote to "), "{unsaved}");
+    }
+    setup.calls();
     // A driver without FLUSH expects every write to be on the disk.
     setup.shared.write_through.store(true, Ordering::Release);
     assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 2, &[out(DATA, 512)]), OK);
