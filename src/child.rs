@@ -1,6 +1,7 @@
 //! Programs that vireo starts.
 
 use std::io;
+use std::os::fd::RawFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -25,6 +26,20 @@ pub fn die_with_us(command: &mut Command) {
         // SAFETY: this prctl takes a number and touches no memory.
         unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     });
+}
+
+/// Has the program inherit a descriptor of this process, which keeps its number.
+#[allow(unsafe_code)]
+pub fn inherit(command: &mut Command, fd: RawFd) {
+    let keep = move || -> io::Result<()> {
+        // SAFETY: this fcntl takes two numbers and touches no memory.
+        match unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        }
+    };
+    // SAFETY: between fork and exec only a call is made that is async-signal-safe and allocates nothing.
+    unsafe { command.pre_exec(keep) };
 }
 
 /// `calls` makes nothing but system calls, and allocates nothing.

@@ -26,6 +26,7 @@ use std::thread;
 use rustix::fs::MemfdFlags;
 
 use crate::backend::console::ConsoleEnd;
+use crate::backend::held;
 use crate::boot::modules::ModulesConfig;
 use crate::boot::pack::{FileConfig, InitramfsConfig};
 use crate::config::MachineConfig;
@@ -35,6 +36,7 @@ use crate::guest::protocol::{
 };
 use crate::machine::run::Errand;
 use crate::outcome::Outcome;
+use crate::printable::printable;
 use crate::terminal;
 use crate::virtio::blk::BlkConfig;
 use crate::virtio::console::PortConfig;
@@ -48,6 +50,8 @@ const DISK_MODULES: [&str; 6] = ["ext4", "xfs", "btrfs", "squashfs", "erofs", "c
 const CMDLINE: &str = "console=ttyS0 reboot=t";
 /// A guest is there for its command; its init says why if it cannot be.
 pub const ERRAND: Errand = Errand { log_name: LOG_NAME };
+/// Characters that are shown of a guest's reason.
+const WHY_MAX: usize = 1000;
 /// Where distributions keep their kernels.
 const BOOT: &str = "/boot";
 
@@ -256,7 +260,7 @@ impl Command {
     /// Where the guest will see the kernel's modules, if the user said where they are.
     fn show_modules(&self, config: &mut MachineConfig, mounts: &mut Vec<Mount>) -> Option<Bytes> {
         let dir = self.modules.as_ref().filter(|dir| self.root != RootFrom::Initramfs && dir.is_dir())?;
-        let dir = dir.canonicalize().ok()?;
+        let dir = held::path(dir).canonicalize().ok()?;
         if self.root == RootFrom::Path("/".into()) {
             return Some(dir.as_os_str().into());
         }
@@ -299,7 +303,7 @@ impl Command {
     fn add_root(&self, config: &mut MachineConfig) -> Result<Root, Error> {
         let RootFrom::Path(path) = &self.root else { return Ok(Root::Initramfs) };
         let writable = self.writable;
-        let metadata = fs::metadata(path).map_err(|e| Error::Root(path.clone(), e))?;
+        let metadata = fs::metadata(held::path(path)).map_err(|e| Error::Root(path.clone(), e))?;
         if metadata.is_dir() {
             let (path, tag) = (path.clone(), Some(ROOT.into()));
             // The guest writes over it.
@@ -440,9 +444,10 @@ fn hear(mut reports: BufReader<UnixStream>, orders: &Orders, machine: &Controlle
             Report::Started => return,
             Report::Exited(code) => Outcome::Exited(code),
             Report::Signalled(signal) => Outcome::Signalled(signal),
-            Report::NotReady(why) => {
-                Outcome::NotReady(format!("the guest could not be made ready: {}", printable(&why)))
-            }
+            Report::NotReady(why) => Outcome::NotReady(format!(
+                "the guest could not be made ready: {}",
+                printable(&why.chars().take(WHY_MAX).collect::<String>())
+            )),
             Report::NotStarted(errno) => not_started(errno, name, place),
             Report::NoCwd(errno) => {
                 let error = io::Error::from_raw_os_error(errno);
@@ -467,11 +472,6 @@ fn not_started(errno: i32, name: &str, place: &Place) -> Outcome {
     let error = io::Error::from_raw_os_error(errno);
     let name = if name.is_empty() { "''" } else { name };
     Outcome::NotStarted(code, format!("cannot run {name} in the guest: {error}{hint}"))
-}
-
-/// A guest's text on a terminal.
-fn printable(text: &str) -> String {
-    text.chars().take(1000).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@
 //!
 //! Each imports only what stands to its right:
 //! `cli > gdb, exec > control, doctor > machine > config, post_mortem > boot, vcpu > virtio, devices > backend,
-//! rate_limiter > terminal, child, thread_time, bus, irq, event, memory, kvm, layout, options, outcome`. Beside them stands `guest`, the init
+//! rate_limiter > privileges, terminal, printable, child, thread_time, bus, irq, event, memory, kvm, layout, options, outcome`. Beside them stands `guest`, the init
 //! that `vireo exec` boots into: it uses none of them but for where a kernel's modules are, and only `exec` knows its messages. A device imports neither `kvm`
 //! nor the virtio transport nor `std::thread`.
 //! `unsafe` is denied crate-wide and opened only in the few modules that talk to the kernel.
@@ -36,7 +36,9 @@ pub mod virtio;
 pub mod devices;
 pub mod backend;
 pub mod rate_limiter;
+pub mod privileges;
 pub mod terminal;
+pub mod printable;
 pub mod child;
 pub mod thread_time;
 pub mod bus;

@@ -13,7 +13,7 @@
 mod area;
 mod mapping;
 pub mod page_table;
-mod populated;
+pub mod populated;
 mod release;
 
 use std::fs::File;

@@ -21,6 +21,7 @@ mod initramfs;
 mod kernels;
 mod mem;
 mod net;
+mod outputs;
 mod pmem;
 mod qemu;
 mod shares;

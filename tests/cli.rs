@@ -202,8 +202,8 @@ fn files_that_cannot_be_written_are_told_before_the_guest_runs() {
     for (flag, file, says) in [
         ("--vmcore", inside("no/core"), "No such file or directory"),
         ("--vmcore", inside(""), "a directory"),
-        ("--vmcore", inside("fifo"), "a regular file is wanted"),
-        ("--vmcore", "/dev/null".into(), "a regular file is wanted"),
+        ("--vmcore", inside("fifo"), "a regular file is needed"),
+        ("--vmcore", "/dev/null".into(), "a regular file is needed"),
         ("--console-log", inside("no/log"), "No such file or directory"),
     ] {
         let sentence = refused(&["--kernel", "x", flag, &file]);
@@ -343,7 +343,7 @@ fn consoles_that_cannot_be_are_named() {
     make_fifo(&path.join("fifo"));
     contains(&refused(format!("file:{}", at("fifo"))), "nobody reads this FIFO; start its reader first");
     fs::write(path.join("plain"), "precious").unwrap();
-    contains(&refused(format!("socket:{}", at("plain"))), "a file that is no socket is already there");
+    contains(&refused(format!("socket:{}", at("plain"))), "a file that is not a socket is already there");
     assert_eq!(fs::read(path.join("plain")).unwrap(), b"precious");
     let socket = path.join("socket");
     let serial = format!("socket:{}", at("socket"));

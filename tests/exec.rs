@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use crate::common::{Run, on_host, on_terminal, run_into_time_limit, tool};
 
@@ -248,4 +249,36 @@ fn a_second_attempt() {
     let ended = run.args(&watch).run_to_end().expect(0, "exited");
     assert_eq!((ended.stdout.as_str(), &ended.report["attempts"]), ("nokaslr\nnokaslr\n", &2.into()), "{ended}");
     assert!(ended.stderr.contains("vireo: it is started again: attempt 2 of 3\n"), "{ended}");
+}
+
+/// What guests plant in a folder that they write to leads no output out of it: not that of their own run, of the next one
+/// in the same matrix, of all of them, nor of a later vireo.
+#[test]
+fn planted_links() {
+    let (kept, shared) = (crate::common::scratch(), crate::common::scratch());
+    let victim = kept.path().join("victim");
+    fs::write(&victim, "precious").unwrap();
+    let at = |name: &str| shared.path().join(name).display().to_string();
+    let script = format!(
+        "cd /folder && for name in all.xml out/one.json out/two.log out/two.json planted; do
+         ln -sfn {} $name; done && echo planted",
+        victim.display()
+    );
+    let folder = format!("{}:/folder:rw", at(""));
+    let run = Run::exec(&["sh", "-c", &script]);
+    let file = run.path("matrix.toml");
+    fs::write(&file, "jobs = 1\n[configs.one]\n[configs.two]\n").unwrap();
+    let run = run.args(&["--matrix", &file, "--output-dir", &at("out"), "--junit", &at("all.xml"), "--share", &folder]);
+    let ended = run.run_to_end();
+    assert_eq!(ended.code(), 0, "{ended}");
+    for (name, part) in [("all.xml", "<testsuites"), ("out/one.json", "exited"), ("out/two.json", "exited")] {
+        let file = Path::new(&at(name)).to_path_buf();
+        assert!(!file.is_symlink() && fs::read_to_string(file).unwrap().contains(part), "{name}: {ended}");
+    }
+    // The second run's guest put one in the place of its own log, which was open by then.
+    assert!(Path::new(&at("out/two.log")).is_symlink(), "{ended}");
+    let later = Run::exec(&["true"]).args(&["--console-log", &at("planted"), "--share", &folder]).run_to_end();
+    assert_eq!(later.code(), 125, "{later}");
+    assert!(later.stderr.contains("is a symbolic link in"), "{later}");
+    assert_eq!(fs::read_to_string(victim).unwrap(), "precious");
 }

@@ -16,7 +16,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::fifo::FifoInput;
+use super::held;
 use super::output::Destination;
+use super::output_file::{Begin, live};
 use super::unix::{self, Listener};
 use crate::terminal;
 
@@ -148,7 +150,8 @@ pub trait Receiver: Send + Sync {
 /// A file to read input from; or a FIFO or device, which must not wait for anybody.
 pub fn input_file(path: &Path) -> Result<Input, Error> {
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(|e| Error::Open(path.into(), e))?;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(held::path(path));
+    let file = file.map_err(|e| Error::Open(path.into(), e))?;
     match file.metadata() {
         Ok(m) if m.is_dir() => Err(Error::Open(path.into(), io::ErrorKind::IsADirectory.into())),
         _ => Ok(Input::Stdin(file)),
@@ -250,17 +253,7 @@ impl Write for Unbuffered {
 /// A file for output, created or truncated. A FIFO must have its reader already: waiting for one could not be
 /// interrupted.
 pub fn file(path: &Path) -> Result<Console, Error> {
-    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-    let file = OpenOptions::new().write(true).create(true).truncate(true).custom_flags(flags).open(path);
-    let file = file.map_err(|e| match e.raw_os_error() {
-        Some(libc::ENXIO) => {
-            Error::Open(path.into(), io::Error::other("nobody reads this FIFO; start its reader first"))
-        }
-        _ => Error::Open(path.into(), e),
-    })?;
-    // Only the opening must not wait.
-    // SAFETY: changes a flag of a descriptor that is ours.
-    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, 0) };
+    let file = live(path, Begin::Empty).map_err(|e| Error::Open(path.into(), e))?;
     let output = Destination { name: path.display().to_string(), writer: Box::new(file), eager: false, told: false };
     Ok(Console { output: Some(output), input: Input::None })
 }
@@ -504,7 +497,7 @@ mod tests {
         drop(console);
         assert!(!path.exists());
         std::fs::write(&path, "precious").unwrap();
-        assert!(socket(&path).err().unwrap().to_string().contains("no socket"));
+        assert!(socket(&path).err().unwrap().to_string().contains("not a socket"));
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     }
 

@@ -4,48 +4,50 @@
 //! Nobody is waited for: who opens `PATH.out` gets what comes from then on, and what comes while nobody has it open is
 //! thrown away.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 
 use super::console::{Console, Error, Got, Input};
+use super::held;
 use super::output::Destination;
+use super::place::{FileId, Place};
 
-/// A FIFO's file that is removed with this, if it was made by it.
+/// A FIFO's file that is removed with this, if it was made by it and is still there.
 #[derive(Debug)]
-struct Place {
-    path: PathBuf,
-    made: bool,
+struct FifoFile {
+    place: Place,
+    made: Option<FileId>,
 }
 
-impl Place {
-    fn new(path: PathBuf) -> Result<Self, Error> {
-        let made = match rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0) {
-            Ok(()) => true,
-            Err(rustix::io::Errno::EXIST) => false,
-            Err(e) => return Err(Error::Open(path, e.into())),
+impl FifoFile {
+    fn new(path: &Path) -> Result<Self, Error> {
+        let failed = |e| Error::Open(path.into(), e);
+        let place = Place::find(path, &held::folders()).map_err(failed)?;
+        let (dir, name) = place.parts();
+        let made = match rustix::fs::mknodat(dir, name, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0) {
+            Ok(()) => place.id(),
+            Err(rustix::io::Errno::EXIST) => None,
+            Err(e) => return Err(failed(e.into())),
         };
-        // Opening something else might wait, or change it.
-        match path.metadata() {
-            Ok(m) if m.file_type().is_fifo() => Ok(Place { path, made }),
-            Ok(_) => Err(Error::Open(path, io::Error::other("it is there and is no FIFO"))),
-            Err(e) => Err(Error::Open(path, e)),
+        match place.stat().map_err(failed)? {
+            Some(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Fifo => Ok(FifoFile { place, made }),
+            _ => Err(failed(io::Error::other("it is there and is not a FIFO"))),
         }
     }
 }
 
-/// Opens one without waiting for its other end.
-fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
-    options.custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32).open(path)
+/// Opens what is at `place` now without waiting for its other end. Anything but a FIFO might wait, or change by it.
+fn open(place: &Place, flags: OFlags) -> io::Result<File> {
+    place.open_kind(FileType::Fifo, flags | OFlags::NONBLOCK)
 }
 
-impl Drop for Place {
+impl Drop for FifoFile {
     fn drop(&mut self) {
-        if self.made {
-            let _ = std::fs::remove_file(&self.path);
+        if let Some(made) = self.made {
+            let _ = self.place.remove_if(made);
         }
     }
 }
@@ -55,7 +57,7 @@ pub struct FifoInput {
     /// Not blocking.
     pub(super) file: File,
     /// Both, here because input ends in order; output has a thread of its own, which nobody waits for.
-    _places: [Place; 2],
+    _files: [FifoFile; 2],
 }
 
 impl FifoInput {
@@ -71,14 +73,14 @@ impl FifoInput {
 
 /// The FIFO that output goes to, open while somebody reads it.
 struct FifoWriter {
-    path: PathBuf,
+    place: Place,
     file: Option<File>,
 }
 
 impl Write for FifoWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.file.is_none() {
-            self.file = open(&self.path, OpenOptions::new().write(true)).ok();
+            self.file = open(&self.place, OFlags::WRONLY).ok();
             // Only the opening must not wait: output has a thread of its own.
             let waits = self.file.as_ref().is_none_or(|file| rustix::fs::fcntl_setfl(file, OFlags::empty()).is_ok());
             self.file.take_if(|_| !waits);
@@ -104,20 +106,22 @@ pub fn pair(path: &Path) -> Result<Console, Error> {
     let beside = |end: &str| {
         let mut name = path.as_os_str().to_os_string();
         name.push(end);
-        Place::new(name.into())
+        FifoFile::new(name.as_ref())
     };
     let (from, to) = (beside(".in")?, beside(".out")?);
-    let file = open(&from.path, OpenOptions::new().read(true)).map_err(|e| Error::Open(from.path.clone(), e))?;
-    let writer = FifoWriter { path: to.path.clone(), file: None };
-    let output =
-        Destination { name: to.path.display().to_string(), writer: Box::new(writer), eager: true, told: false };
-    Ok(Console { output: Some(output), input: Input::Fifo(FifoInput { file, _places: [from, to] }) })
+    let file = open(&from.place, OFlags::RDONLY).map_err(|e| Error::Open(from.place.path().into(), e))?;
+    let name = to.place.path().display().to_string();
+    let writer = Box::new(FifoWriter { place: to.place.clone(), file: None });
+    let output = Destination { name, writer, eager: true, told: false };
+    Ok(Console { output: Some(output), input: Input::Fifo(FifoInput { file, _files: [from, to] }) })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::OpenOptions;
     use std::io::Read;
+    use std::os::unix::fs::{OpenOptionsExt, symlink};
 
     #[test]
     fn both_ways_and_one_after_another() {
@@ -147,13 +151,38 @@ mod tests {
     fn what_is_there_is_taken_and_left() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("c");
-        let made = Place::new(dir.path().join("c.out")).unwrap();
+        let made = FifoFile::new(&dir.path().join("c.out")).unwrap();
         drop(pair(&path).unwrap());
-        assert!(made.path.exists());
+        assert!(made.place.path().exists());
         std::fs::write(dir.path().join("c.in"), "precious").unwrap();
         let error = pair(&path).err().unwrap();
-        assert!(std::error::Error::source(&error).unwrap().to_string().contains("no FIFO"), "{error}");
+        assert!(std::error::Error::source(&error).unwrap().to_string().contains("not a FIFO"), "{error}");
         assert_eq!(std::fs::read(dir.path().join("c.in")).unwrap(), b"precious");
         assert!(pair(Path::new("/nonexistent/c")).is_err());
+    }
+
+    #[test]
+    fn a_link_that_is_put_in_the_place_of_the_output_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let [path, out, victim] = ["c", "c.out", "victim"].map(|name| dir.path().join(name));
+        let mut console = pair(&path).unwrap();
+        let writer = &mut console.output.as_mut().unwrap().writer;
+        for precious in [true, false] {
+            std::fs::remove_file(&out).unwrap();
+            if precious {
+                std::fs::write(&victim, "precious").unwrap();
+            } else {
+                std::fs::remove_file(&victim).unwrap();
+                std::mem::forget(FifoFile::new(&victim).unwrap());
+            }
+            symlink(&victim, &out).unwrap();
+            let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&victim).unwrap();
+            writer.write_all(b"guest").unwrap();
+            let mut got = [0; 16];
+            let len = reader.read(&mut got).unwrap();
+            assert_eq!(&got[..len], if precious { &b"precious"[..] } else { b"" });
+        }
+        drop(console);
+        assert!(out.is_symlink(), "it was not made here");
     }
 }

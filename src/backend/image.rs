@@ -22,6 +22,7 @@ use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use super::detect::{self, Content, Foreign};
+use super::held;
 use super::qcow2::{self, Qcow2Disk};
 use super::raw::{DIRECT_BLOCK, RawDisk, RawKind};
 use super::{Disk, SECTOR};
@@ -299,12 +300,13 @@ fn open_kinds(path: &Path, readonly: bool, direct: bool, may: bool) -> Result<(F
         };
         Error::Open { path: path.into(), hint, source }
     };
+    let file = held::path(path);
     // Before it is opened: opening a FIFO would wait for its other end, and some devices act on being opened.
-    check_kind(path, &path.metadata().map_err(failed)?, may)?;
+    check_kind(path, &file.metadata().map_err(failed)?, may)?;
     let mut options = OpenOptions::new();
     let direct = if direct { libc::O_DIRECT } else { 0 };
     options.read(true).write(!readonly).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | direct);
-    let file = options.open(path).map_err(failed)?;
+    let file = options.open(file).map_err(failed)?;
     // And again, on what was really opened.
     let metadata = file.metadata().map_err(failed)?;
     check_kind(path, &metadata, may)?;

@@ -14,7 +14,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::image;
+use super::{held, image};
 use crate::memory::{Access, Backing};
 use crate::options::Size;
 use crate::outcome::EXIT_VIREO_FAILED;
@@ -105,9 +105,10 @@ impl MappedFile {
         };
         let unfit = |metadata| image::unfit_kind(&metadata).map(|kind| Error::Kind { path: path.into(), kind });
         // Before it is opened: opening a FIFO would wait for its other end, and some devices act on being opened.
-        unfit(path.metadata().map_err(failed)?).map_or(Ok(()), Err)?;
+        let named = held::path(path);
+        unfit(named.metadata().map_err(failed)?).map_or(Ok(()), Err)?;
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-        let mut file = OpenOptions::new().read(true).write(shared).custom_flags(flags).open(path).map_err(failed)?;
+        let mut file = OpenOptions::new().read(true).write(shared).custom_flags(flags).open(named).map_err(failed)?;
         // And again, on what was really opened.
         unfit(file.metadata().map_err(failed)?).map_or(Ok(()), Err)?;
         if image::is_taken(&file, path, !shared) {

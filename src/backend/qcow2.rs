@@ -34,7 +34,7 @@ use rustix::fs::{CWD, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::image::{Error, Format, ImageOptions, Overlay, found_format, open_file};
-use super::{AlignedBuffer, Disk, SECTOR};
+use super::{AlignedBuffer, Disk, SECTOR, held};
 use crate::memory::RamSlice;
 use header::Header;
 pub(super) use header::MAGIC;
@@ -284,6 +284,7 @@ fn overlay_file(options: &ImageOptions, path: &Path, format: Format, size: u64) 
         }
     }
     let (file, _) = open_file(path, false, *direct)?;
+    held::keep_new(path, &file);
     let failed = |source| Error::Image { path: path.into(), what: NO_OVERLAY, source };
     let end = (&file).seek(SeekFrom::End(0)).map_err(failed)?;
     let top = Header::read(&file, path, end, true).map_err(failed)?;

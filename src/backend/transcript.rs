@@ -16,6 +16,7 @@ use regex_lite::Regex;
 
 use super::output::Destination;
 use crate::event::{GuestEvent, GuestEvents};
+use crate::printable::is_hidden;
 
 /// How many lines are kept.
 pub const LINES: usize = 50;
@@ -149,7 +150,7 @@ impl State {
         let found = all.into_iter().find(|(_, pattern)| pattern.0.is_match(line));
         if let Some((good, pattern)) = found {
             // It will be part of a sentence.
-            let line = line.chars().filter(|c| !c.is_control()).collect();
+            let line = line.chars().filter(|c| !is_hidden(*c)).collect();
             self.verdict = Some(Verdict { good, pattern: pattern.to_string(), line });
             self.events.iter().for_each(|events| events.post(GuestEvent::Judged));
         }

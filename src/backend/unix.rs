@@ -1,19 +1,20 @@
 //! Unix stream sockets, none of whose calls waits for anybody.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, fchmod};
+use rustix::fs::{FileType, Mode, fchmod};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, recv, socket_with,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use super::held;
+use super::place::{FileId, Place, descriptor_path};
 
 /// Longest path of a socket in bytes: `sun_path` has 108 of them, one for the zero at the end.
 pub const MAX_PATH: usize = 107;
@@ -29,11 +30,12 @@ pub enum Error {
     Taken(PathBuf, &'static str),
 }
 
-/// A listening socket. Removes its file when dropped.
+/// A listening socket. Removes its file when dropped, if that is still what has the name.
 #[derive(Debug)]
 pub struct Listener {
     socket: UnixListener,
-    path: PathBuf,
+    place: Place,
+    file: Option<FileId>,
 }
 
 impl Listener {
@@ -49,18 +51,31 @@ impl Listener {
 
     fn listen(path: &Path, mode: Mode) -> Result<Self, Error> {
         let open = |e| Error::Open(path.into(), e);
-        if let Ok(meta) = fs::symlink_metadata(path) {
-            if !meta.file_type().is_socket() {
-                return Err(Error::Taken(path.into(), "a file that is no socket is already there"));
+        let folders = held::folders();
+        let place = Place::find_new(path, &folders).map_err(open)?;
+        if let Some(stat) = place.stat().map_err(open)? {
+            if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
+                return Err(Error::Taken(path.into(), "a file that is not a socket is already there"));
             }
-            match dial(path) {
-                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(open)?,
+            match dial_at(&place) {
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+                    place.remove_if(FileId::of(&stat)).map_err(open)?;
+                }
                 // Also with a full backlog, or of another type: it is not ours to judge.
                 _ => return Err(Error::Taken(path.into(), "another process listens there")),
             }
         }
-        let socket = bound(path, mode).map_err(|e| open(e.into()))?;
-        Ok(Listener { socket: socket.into(), path: path.into() })
+        // By the held directory where a guest may exchange it; otherwise by the name that tools show then.
+        let (dir, name) = place.parts();
+        let held = place.folder(&folders).map(|_| descriptor_path(&dir).join(name));
+        let socket = bound(held.as_deref().unwrap_or(path), mode).map_err(|e| open(e.into()))?;
+        let file = place.id();
+        Ok(Listener { socket: socket.into(), place, file })
+    }
+
+    /// Where it listens.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// The next client, non-blocking; `None` when there is none now.
@@ -84,7 +99,9 @@ impl AsRawFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        if let Some(file) = self.file {
+            let _ = self.place.remove_if(file);
+        }
     }
 }
 
@@ -109,6 +126,16 @@ pub fn dial(path: &Path) -> io::Result<UnixStream> {
             Err(Errno::INTR) => {}
             result => return Ok(result.map(|()| UnixStream::from(socket))?),
         }
+    }
+}
+
+/// The same for a socket in a held directory: what is no socket there, or a link, is an error.
+pub fn dial_at(place: &Place) -> io::Result<UnixStream> {
+    let socket = place.name_kind(FileType::Socket)?;
+    match dial(&descriptor_path(&socket)) {
+        // Without /proc there are no shared folders, and a name is what it was.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => dial(place.path()),
+        result => result,
     }
 }
 
@@ -139,6 +166,8 @@ pub fn make_room_for_descriptors(more: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::place::WritableFolders;
+    use std::fs;
     use std::io::Write;
 
     #[test]
@@ -156,10 +185,53 @@ mod tests {
         drop(listener);
         assert!(!path.exists());
         fs::write(&path, "precious").unwrap();
-        assert!(Listener::bind(&path).unwrap_err().to_string().ends_with("a file that is no socket is already there"));
+        assert!(
+            Listener::bind(&path).unwrap_err().to_string().ends_with("a file that is not a socket is already there")
+        );
         assert_eq!(fs::read(&path).unwrap(), b"precious");
         let nowhere = Listener::bind(&dir.path().join("no/where")).unwrap_err();
         assert!(nowhere.to_string().starts_with("cannot listen on "), "{nowhere}");
+    }
+
+    #[test]
+    fn a_listener_removes_its_own_file_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = Listener::bind(&path).unwrap();
+        fs::rename(&path, dir.path().join("moved")).unwrap();
+        fs::write(&path, "precious").unwrap();
+        drop(listener);
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+        fs::remove_file(&path).unwrap();
+        // Nor what is at the same path by way of another folder.
+        let folder = dir.path().join("folder");
+        fs::create_dir(&folder).unwrap();
+        let listener = Listener::bind(&folder.join("socket")).unwrap();
+        fs::rename(&folder, dir.path().join("aside")).unwrap();
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("socket"), "precious").unwrap();
+        drop(listener);
+        assert!(folder.join("socket").exists() && !dir.path().join("aside/socket").exists());
+    }
+
+    #[test]
+    fn a_held_place_leads_to_sockets_and_not_through_links() {
+        let dir = tempfile::tempdir().unwrap();
+        let (inside, secret) = (dir.path().join("inside"), dir.path().join("secret"));
+        fs::create_dir(&inside).unwrap();
+        let place = Place::find_new(&inside.join("vsock"), &WritableFolders::default()).unwrap().with_suffix("_52");
+        assert_eq!(dial_at(&place).unwrap_err().kind(), io::ErrorKind::NotFound);
+        let _secret = Listener::bind(&secret).unwrap();
+        std::os::unix::fs::symlink(&secret, inside.join("vsock_52")).unwrap();
+        assert!(dial_at(&place).unwrap_err().to_string().contains("a symbolic link"));
+        fs::remove_file(inside.join("vsock_52")).unwrap();
+        fs::write(inside.join("vsock_52"), "").unwrap();
+        assert!(dial_at(&place).unwrap_err().to_string().contains("something else"));
+        fs::remove_file(inside.join("vsock_52")).unwrap();
+        let service = Listener::bind(&inside.join("vsock_52")).unwrap();
+        fs::rename(&inside, dir.path().join("moved")).unwrap();
+        let _client = dial_at(&place).unwrap();
+        assert!(service.accept().unwrap().is_some());
     }
 
     #[test]

@@ -25,13 +25,14 @@ mod wire;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::fs::FileType;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::place::Place;
 use super::unix;
 use super::vhost::Ring;
 use crate::memory::SharedRegion;
@@ -126,11 +127,12 @@ pub struct Frontend {
 }
 
 impl Frontend {
-    /// Connects to the daemon that listens at `path`, and learns what it can.
-    pub fn connect(path: &Path) -> Result<Self, Error> {
-        let stream = unix::dial(path).map_err(|source| {
-            let is_socket = std::fs::metadata(path).map(|meta| meta.file_type().is_socket());
-            if let Ok(false) = is_socket {
+    /// Connects to the daemon that listens at `place`, and learns what it can.
+    pub fn connect(place: &Place) -> Result<Self, Error> {
+        let path = place.path();
+        let stream = unix::dial_at(place).map_err(|source| {
+            let kind = place.stat().ok().flatten().map(|stat| FileType::from_raw_mode(stat.st_mode));
+            if kind.is_some_and(|kind| kind != FileType::Socket) {
                 return Error::NoSocket(path.into());
             }
             let hint = match source.kind() {

@@ -8,12 +8,14 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::error::Problem;
+use crate::backend::held;
 use crate::memory::RamSlice;
 
 /// Opens a regular file for reading. A FIFO or a device is refused at once, without waiting for its other end.
 pub fn open(path: &Path) -> Result<(File, u64), Problem> {
     let mut options = OpenOptions::new();
-    let file = options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).map_err(Problem::Open)?;
+    let file = options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(held::path(path));
+    let file = file.map_err(Problem::Open)?;
     let metadata = file.metadata().map_err(Problem::Open)?;
     let kind = metadata.file_type();
     let found = match kind {

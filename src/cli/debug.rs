@@ -2,6 +2,7 @@
 
 use clap::Args;
 
+use super::named::{NamedFiles, Use};
 use super::{Failure, say};
 use crate::boot::kaslr;
 use crate::config::MachineConfig;
@@ -26,6 +27,13 @@ impl DebugArgs {
     pub fn settle(&self, config: &mut MachineConfig) {
         if self.gdb.is_some() {
             config.boot.cmdline = kaslr::settled(&config.boot.cmdline);
+        }
+    }
+
+    /// Adds the socket that the flags name.
+    pub(super) fn add_to(&self, named: &mut NamedFiles) {
+        if let Some(Address::Unix(path)) = &self.gdb {
+            named.add("--gdb", path, Use::Meeting);
         }
     }
 

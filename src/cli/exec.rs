@@ -10,8 +10,9 @@ use super::debug::DebugArgs;
 use super::devices::DeviceArgs;
 use super::launch::{boot, supervise};
 use super::matrix::{self, Given};
+use super::named::{NamedFiles, Use};
 use super::watch::WatchArgs;
-use super::{Failure, print, usage};
+use super::{Failure, LogArgs, print, usage};
 use crate::backend::console::ConsoleEnd;
 use crate::config::MachineConfig;
 use crate::event::Signals;
@@ -115,6 +116,26 @@ impl ExecArgs {
         Ok(config)
     }
 
+    /// Whether the guests are those of other processes.
+    pub(super) fn is_matrix(&self) -> bool {
+        self.matrix.is_some()
+    }
+
+    /// The files that the flags name, but for those of the machine.
+    pub(super) fn named(&self) -> NamedFiles {
+        let mut named = NamedFiles::default();
+        self.share.iter().for_each(|folder| named.add_folder("--share", &folder.host, folder.writable));
+        match &self.root {
+            RootFrom::Path(root) if root.is_dir() => named.add_folder("--root", root, self.rw),
+            RootFrom::Path(root) => named.add("--root", root, if self.rw { Use::Disk } else { Use::ReadDisk }),
+            RootFrom::Initramfs => {}
+        }
+        named.add_some("--modules", self.modules.as_deref(), Use::Folder);
+        self.watch.add_to(&mut named);
+        self.debug.add_to(&mut named);
+        named
+    }
+
     fn command(&self) -> Command {
         Command {
             words: self.command.clone(),
@@ -131,7 +152,7 @@ impl ExecArgs {
 }
 
 /// Boots, runs the command, tells; returns the exit status.
-pub fn run(args: ExecArgs, start: Instant) -> Result<u8, Failure> {
+pub fn run(args: ExecArgs, log: &LogArgs, start: Instant) -> Result<u8, Failure> {
     if let Some(file) = &args.matrix {
         let exec = super::exec_command();
         let (report, junit) = args.watch.reports();
@@ -144,11 +165,13 @@ pub fn run(args: ExecArgs, start: Instant) -> Result<u8, Failure> {
             command: args.command.clone(),
             flags: matrix::given_flags(&exec, &super::matches_of_command()),
         };
-        return matrix::run(&given, &exec);
+        return matrix::run(&given, &exec, log);
     }
     let command = args.command();
+    let machine = args.machine();
     let prepare = || -> Result<_, Failure> {
-        let mut config = args.machine()?;
+        // An error is told where the report can have it.
+        let mut config = machine.as_ref().map_or_else(|_| args.machine(), |machine| Ok(machine.clone()))?;
         let session = command.prepare(&mut config)?;
         args.debug.settle(&mut config);
         config.validate().map_err(usage)?;
@@ -157,6 +180,9 @@ pub fn run(args: ExecArgs, start: Instant) -> Result<u8, Failure> {
     if args.print_config {
         return print(format!("{}\n", serde_json::to_string_pretty(&prepare()?.0)?).as_bytes());
     }
+    let mut named = args.named();
+    machine.iter().for_each(|machine| named.add_machine(machine));
+    log.init_with(named, args.watch.attempts() > 1)?;
     let attempt = |options, start| {
         let (config, session) = prepare()?;
         let signals = Signals::new(&[&SIGNALS[..], &COMMAND_SIGNALS].concat())?;

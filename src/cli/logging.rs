@@ -1,12 +1,12 @@
 //! vireo's own messages: `log` to stderr or a file.
 
-use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::Path;
 
 use env_logger::{Builder, Env, Target};
 
 use super::Failure;
+use crate::backend::output_file::{Begin, live};
 
 /// A log file could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -20,7 +20,7 @@ pub fn init(level: Option<&str>, file: Option<&Path>) -> Result<(), Failure> {
         builder.parse_filters(level);
     }
     if let Some(path) = file {
-        let file = OpenOptions::new().create(true).append(true).open(path);
+        let file = live(path, Begin::Append);
         builder.target(Target::Pipe(Box::new(file.map_err(|e| LogFile(path.into(), e))?)));
     }
     // One write per line, so that lines of several threads don't mix; on stderr they look like all of vireo's.

@@ -28,16 +28,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use clap::ArgAction;
 use clap::parser::ValueSource;
+use clap::{ArgAction, FromArgMatches};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 use toml::Value;
 
-use self::output::{Log, Output, Place};
+use self::output::{Log, Output, RunReport};
+use super::exec::ExecArgs;
 use super::junit::Case;
+use super::named::{NamedFiles, Use};
 use super::report::{FileError, Reports};
-use super::{Failure, print, say, usage};
+use super::{Failure, LogArgs, print, say, usage};
 use crate::child;
 use crate::event::{Interest, Poller, Signals};
 use crate::outcome::EXIT_VIREO_FAILED;
@@ -134,7 +136,7 @@ struct Running {
     child: Child,
     begin: Instant,
     log: Log,
-    report: Place,
+    report: RunReport,
 }
 
 /// The runs that a file describes, in the order of their names.
@@ -265,11 +267,12 @@ pub(super) fn given_flags(exec: &clap::Command, matches: &clap::ArgMatches) -> W
 }
 
 /// Runs them all and tells how they ended; the exit status is that of the first that failed, in the order of the table.
-pub(super) fn run(given: &Given, exec: &clap::Command) -> Result<u8, Failure> {
+pub(super) fn run(given: &Given, exec: &clap::Command, log: &LogArgs) -> Result<u8, Failure> {
     let path = &given.matrix;
     let text = fs::read_to_string(path).map_err(|e| FileError::Read(path.clone(), e))?;
     let matrix: Matrix = toml::from_str(&text).map_err(|e| usage(Error::Parse(path.clone(), e.into())))?;
     let runs = runs(given, &matrix, exec).map_err(usage)?;
+    log.init_with(named(given, &runs, exec), false)?;
     let reports = Reports::new(given.report.as_deref(), given.junit.as_deref())?;
     let output = Output::new(given.output_dir.as_deref())?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
@@ -290,6 +293,20 @@ pub(super) fn run(given: &Given, exec: &clap::Command) -> Result<u8, Failure> {
     reports.write_junit(&done.iter().map(case).collect::<Vec<_>>())?;
     print(table(&done).as_bytes())?;
     Ok(code)
+}
+
+/// The files that are about all runs, and the folders that guests of any run write to.
+fn named(given: &Given, runs: &[Run], exec: &clap::Command) -> NamedFiles {
+    let mut named = NamedFiles::default();
+    named.add("--matrix", &given.matrix, Use::Read);
+    named.add_some("--report", given.report.as_deref(), Use::Result);
+    named.add_some("--junit", given.junit.as_deref(), Use::Result);
+    for run in runs {
+        let matches = exec.clone().no_binary_name(true).try_get_matches_from(&run.words);
+        let args = matches.and_then(|matches| ExecArgs::from_arg_matches(&matches));
+        args.iter().for_each(|args| named.add_writable(&args.named()));
+    }
+    named
 }
 
 fn lines(list: &Json) -> String {
@@ -365,10 +382,12 @@ impl<'a> Progress<'a> {
         };
         let (reader, stdout, stderr) = pipe().map_err(Error::Start)?;
         let log = Log::new(reader, self.output.file(&run.name, "log")?)?;
-        let report = Place::new(self.output.file(&run.name, "json")?)?;
+        let report = RunReport::new(self.output.file(&run.name, "json")?)?;
         self.poller.add(log.from.as_raw_fd(), OUTPUT + self.next as u64, Interest::Read)?;
         let mut command = Command::new("/proc/self/exe");
-        command.arg("exec").arg("--report").arg(&report.path).args(&run.words);
+        command.arg("exec");
+        report.give_to(&mut command);
+        command.args(&run.words);
         command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
         child::deliver_signals(&mut command);
         child::die_with_us(&mut command);
@@ -394,8 +413,7 @@ impl<'a> Progress<'a> {
             };
             running.log.take_rest()?;
             let run = &self.runs[running.run];
-            let report = fs::read(&running.report.path).ok();
-            let report: Json = report.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
+            let report: Json = serde_json::from_slice(&running.report.take()?).unwrap_or_default();
             let text = |key: &str| report[key].as_str().map(str::to_string);
             let killed = status.signal().map(|signal| format!("vireo was killed by signal {signal}"));
             let done = Done {

@@ -9,6 +9,7 @@ mod junit;
 mod launch;
 mod logging;
 mod matrix;
+mod named;
 mod report;
 pub mod run;
 pub mod watch;
@@ -23,6 +24,7 @@ use std::time::Instant;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+use self::named::{NamedFiles, Use};
 use crate::doctor::device::{self, HostFacts};
 use crate::outcome::{EXIT_USAGE, EXIT_VIREO_FAILED};
 use crate::{guest, machine};
@@ -61,13 +63,29 @@ Exit status: 0 the guest powered off, rebooted or halted; 2 wrong usage; 70 its 
 
 /// Where vireo's own messages go.
 #[derive(Args)]
-struct LogArgs {
+pub struct LogArgs {
     /// How much vireo tells of itself [default: warn, or RUST_LOG]
     #[arg(long, global = true, display_order = 900, value_name = "LEVEL", value_parser = ["off", "error", "warn", "info", "debug", "trace"])]
     log_level: Option<String>,
     /// Append vireo's own messages to a file rather than print them on stderr
     #[arg(long, global = true, display_order = 901, value_name = "FILE")]
     log_file: Option<PathBuf>,
+}
+
+impl LogArgs {
+    fn init(&self) -> Result<(), Failure> {
+        logging::init(self.log_level.as_deref(), self.log_file.as_deref())
+    }
+
+    /// Checks and keeps the files of a run, and only then begins the log, which is one of them; `again` says whether the
+    /// guest may be started again.
+    fn init_with(&self, mut named: NamedFiles, again: bool) -> Result<(), Failure> {
+        named.add_some("--log-file", self.log_file.as_deref(), Use::Live);
+        named.settle(again).map_err(usage)?;
+        self.init()?;
+        named.warn(again);
+        Ok(())
+    }
 }
 
 #[derive(Subcommand)]
@@ -106,14 +124,21 @@ pub fn main(start: Instant) -> ExitCode {
     }
     fault::install();
     let cli = Cli::try_parse().unwrap_or_else(|error| with_commands(error).exit());
-    let result =
-        logging::init(cli.log.log_level.as_deref(), cli.log.log_file.as_deref()).and_then(|()| match cli.command {
-            Command::Run(args) => run::run(*args, start),
-            Command::Exec(args) => exec::run(*args, start),
+    // A matrix runs no guest itself, and what it starts would lose the capabilities of vireo's own file.
+    if !matches!(&cli.command, Command::Exec(args) if args.is_matrix()) {
+        crate::privileges::give_up();
+    }
+    let log = cli.log;
+    let result = match cli.command {
+        // They know first which files a log must not be.
+        Command::Run(args) => run::run(*args, &log, start),
+        Command::Exec(args) => exec::run(*args, &log, start),
+        command => log.init().and_then(|()| match command {
             Command::Doctor(args) => doctor::run(&args),
             Command::Completions { shell } => completions(shell),
-            Command::Man => manual(),
-        });
+            _ => manual(),
+        }),
+    };
     match result {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
@@ -153,13 +178,13 @@ fn with_commands(mut error: clap::Error) -> clap::Error {
 
 /// Commands that help: for a host whose KVM cannot be used, for a limit that was reached.
 fn remedy(failure: &(dyn Error + 'static)) -> String {
-    if let Some(machine::Error::Kvm(error)) = failure.downcast_ref() {
-        return format!("; to mend it: {}", device::remedy(error, &HostFacts::read()));
-    }
     // Not every type on the way shows its cause as such, but its text has the number.
     let text = chain(failure);
     if [libc::EMFILE, libc::ENFILE].iter().any(|errno| text.contains(&format!("(os error {errno})"))) {
         return "; raise the limit of open files: ulimit -n 4096".into();
+    }
+    if let Some(machine::Error::Kvm(error)) = failure.downcast_ref() {
+        return format!("; to mend it: {}", device::remedy(error, &HostFacts::read()));
     }
     String::new()
 }

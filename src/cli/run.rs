@@ -10,9 +10,10 @@ use clap::Args;
 use super::debug::DebugArgs;
 use super::devices::DeviceArgs;
 use super::launch::{boot, supervise};
+use super::named::{NamedFiles, Use};
 use super::report::FileError;
 use super::watch::WatchArgs;
-use super::{Failure, print, set, usage};
+use super::{Failure, LogArgs, print, set, usage};
 use crate::backend::console::ConsoleEnd;
 use crate::boot::BootMode;
 use crate::boot::modules::ModulesConfig;
@@ -185,12 +186,18 @@ impl RunArgs {
 }
 
 /// Boots, waits, tells; returns the exit status.
-pub fn run(args: RunArgs, start: Instant) -> Result<u8, Failure> {
+pub fn run(args: RunArgs, log: &LogArgs, start: Instant) -> Result<u8, Failure> {
     let config = args.machine()?;
     config.validate().map_err(usage)?;
     if args.print_config {
         return print(format!("{}\n", serde_json::to_string_pretty(&config)?).as_bytes());
     }
+    let mut named = NamedFiles::default();
+    named.add_some("--config", args.config.as_deref(), Use::Read);
+    named.add_machine(&config);
+    args.watch.add_to(&mut named);
+    args.debug.add_to(&mut named);
+    log.init_with(named, args.watch.attempts() > 1)?;
     let attempt = |options: RunOptions, start| {
         let options = RunOptions { grace: args.grace.0, signals: Some(Signals::new(&SIGNALS)?), ..options };
         boot(config.clone(), options, start, &args.debug, None)

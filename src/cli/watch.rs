@@ -4,17 +4,19 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use super::named::{NamedFiles, Use};
 use super::report::{FileError, Reports};
 use super::{Failure, chain, say};
+use crate::backend::output_file::{Begin, OutputFile, live};
 use crate::backend::transcript::{Pattern, Patterns, Transcript};
 use crate::machine::run::{Ended, RunOptions};
 use crate::options::Span;
 use crate::outcome::{Outcome, Report};
-use crate::post_mortem;
 
 /// The shortest time after which a guest can be said to hang.
 const HANG_TIMEOUT_MIN: Duration = Duration::from_secs(2);
@@ -67,10 +69,14 @@ fn parse_hang_timeout(text: &str) -> Result<Span, String> {
 impl WatchArgs {
     /// Opens the files that the flags name, or sees that they can be written.
     pub fn open(&self) -> Result<Files, Failure> {
-        let create = |path: &PathBuf| File::create(path).map_err(|e| FileError::Write(path.clone(), e));
-        self.vmcore.as_deref().map_or(Ok(()), post_mortem::probe)?;
-        let log = self.console_log.as_ref().map(create).transpose()?;
-        Ok(Files { reports: Reports::new(self.report.as_deref(), self.junit.as_deref())?, log })
+        let core = |path: &PathBuf| match OutputFile::private(path) {
+            Ok(core) => Ok(Arc::new(core)),
+            Err(e) => Err(FileError::Write(path.clone(), e)),
+        };
+        let log = |path: &PathBuf| live(path, Begin::Empty).map_err(|e| FileError::Write(path.clone(), e));
+        let vmcore = self.vmcore.as_ref().map(core).transpose()?;
+        let log = self.console_log.as_ref().map(log).transpose()?;
+        Ok(Files { reports: Reports::new(self.report.as_deref(), self.junit.as_deref())?, log, vmcore })
     }
 
     /// What the flags say of one run; what they don't speak of is as by default. The transcript is always there. `start`
@@ -81,7 +87,7 @@ impl WatchArgs {
         Ok(RunOptions {
             timeout: self.timeout.map(|limit| limit.0),
             hang_timeout: self.hang_timeout.map(|limit| limit.0),
-            vmcore: self.vmcore.clone(),
+            vmcore: files.vmcore.clone(),
             transcript: Some(Transcript::new(start, log, patterns)),
             ..RunOptions::default()
         })
@@ -90,6 +96,14 @@ impl WatchArgs {
     /// Where the reports go: JSON, JUnit.
     pub fn reports(&self) -> (Option<PathBuf>, Option<PathBuf>) {
         (self.report.clone(), self.junit.clone())
+    }
+
+    /// Adds the files that the flags name.
+    pub(super) fn add_to(&self, named: &mut NamedFiles) {
+        named.add_some("--console-log", self.console_log.as_deref(), Use::Live);
+        named.add_some("--vmcore", self.vmcore.as_deref(), Use::Result);
+        named.add_some("--report", self.report.as_deref(), Use::Result);
+        named.add_some("--junit", self.junit.as_deref(), Use::Result);
     }
 
     /// How often a guest is started at most.
@@ -131,6 +145,7 @@ impl WatchArgs {
 pub struct Files {
     reports: Reports,
     log: Option<File>,
+    vmcore: Option<Arc<OutputFile>>,
 }
 
 impl Files {

@@ -15,7 +15,6 @@ mod watches;
 
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -25,6 +24,7 @@ use super::console::RunningLine;
 use super::mailbox::{Mailbox, Request, Traps};
 use super::{Error, Machine, host};
 use crate::backend::mapped;
+use crate::backend::output_file::OutputFile;
 use crate::backend::transcript::Transcript;
 use crate::devices::power_button::PowerButton;
 use crate::event::{GuestEvent, Interest, PanicSource, Poller, Signals};
@@ -59,7 +59,7 @@ pub struct RunOptions {
     /// The guest is to be stopped when it has done what it is for: an end of its own is [`Outcome::Lost`].
     pub errand: Option<Errand>,
     /// Where a core file goes when something went wrong in the guest.
-    pub vmcore: Option<PathBuf>,
+    pub vmcore: Option<Arc<OutputFile>>,
     /// Who gets signals, and changes of the terminal's size (SIGWINCH), first; whether he takes it.
     pub forward: Option<Box<dyn Fn(i32) -> bool + Send>>,
 }

@@ -90,7 +90,6 @@ impl Area {
         };
         // Other processes that are to see this memory can only map the file.
         let seen = (whole && access == Access::Shared).then_some((file, 0));
-        mapping.advise(0..self.len, libc::MADV_DONTDUMP)?;
         Ok((mapping.region(self.start, seen, false)?, mapping))
     }
 

@@ -78,7 +78,14 @@ impl Mapping {
         // SAFETY: the range was just checked to lie inside this mapping of ours; MAP_FIXED replaces only pages of it,
         // by pages of the same protection that nothing holds a reference into.
         let mapped = unsafe { libc::mmap(addr as *mut libc::c_void, len, protection, flags, fd, offset) };
-        if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // What was said of the pages before does not hold for these, and what a guest knows is no part of a core dump.
+        // Only old kernels refuse that.
+        // SAFETY: the range is the one that was just mapped; the advice touches none of it.
+        unsafe { libc::madvise(addr as *mut libc::c_void, len, libc::MADV_DONTDUMP) };
+        Ok(())
     }
 
     /// The region at the guest-physical address `start` that these pages back. Who looks for the file behind it finds

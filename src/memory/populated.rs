@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::PoisonError;
+use std::sync::{OnceLock, PoisonError};
 
 use rustix::fs::SeekFrom;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -20,11 +20,19 @@ const PRESENT_OR_SWAPPED: u64 = 3 << 62;
 /// Looks for pages in use, from the lowest on: pieces of consecutive pages, `(address, length)`.
 pub struct Populated<'a> {
     ram: &'a GuestRam,
-    pagemap: Option<File>,
+    pagemap: Option<&'a File>,
     /// What is left to look at.
     left: Range<u64>,
     /// Pieces of the last window, the lowest at the end.
     found: Vec<(u64, u64)>,
+}
+
+/// Which pages of this process are in use, if that can be known.
+static PAGE_MAP: OnceLock<Option<File>> = OnceLock::new();
+
+/// Opens the map of this process's pages, which may be refused later.
+pub fn open_page_map() {
+    PAGE_MAP.get_or_init(|| File::open("/proc/self/pagemap").ok());
 }
 
 impl GuestRam {
@@ -35,7 +43,8 @@ impl GuestRam {
 
     /// The pages of a region of [`GuestRam::all_ram`] that have been used. Where that cannot be known, it is all.
     pub fn populated(&self, region: RamRegion) -> Populated<'_> {
-        let pagemap = File::open("/proc/self/pagemap").ok();
+        open_page_map();
+        let pagemap = PAGE_MAP.get().and_then(Option::as_ref);
         Populated { ram: self, pagemap, left: region.start..region.end(), found: Vec::new() }
     }
 }

@@ -116,15 +116,14 @@ impl Mapping {
         }
     }
 
-    /// Says which pages are wanted, and that they are no part of a core dump. A kernel without transparent huge pages
-    /// refuses the first, and there is nothing to do about it.
+    /// Says which pages are wanted. A kernel without transparent huge pages refuses that, and there is nothing to do about
+    /// it.
     pub(super) fn advise_pages(&self, piece: Range<u64>, pages: HugePages) -> io::Result<()> {
-        let _ = match pages {
-            HugePages::Thp => self.advise(piece.clone(), libc::MADV_HUGEPAGE),
-            HugePages::Off => self.advise(piece.clone(), libc::MADV_NOHUGEPAGE),
+        match pages {
+            HugePages::Thp => self.advise(piece, libc::MADV_HUGEPAGE),
+            HugePages::Off => self.advise(piece, libc::MADV_NOHUGEPAGE),
             HugePages::TwoMib => Ok(()),
-        };
-        self.advise(piece, libc::MADV_DONTDUMP)
+        }
     }
 
     /// Frees a piece of the file that the mapping shows, and the copies of its pages that a private mapping has.
@@ -231,6 +230,40 @@ mod tests {
         ram.release(0, 1 << 20).unwrap();
         assert!(ram.0.images.lock().unwrap().is_empty());
         assert_eq!(ram.read_obj::<u8>(0x1_4000).unwrap(), 0);
+    }
+
+    /// Whether all of this process's mapped pages in a range are left out of core dumps ("dd" in VmFlags).
+    fn undumped(from: u64, len: u64) -> bool {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let (mut within, mut flags) = (false, Vec::new());
+        for line in smaps.lines() {
+            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+            let number = |text: &str| u64::from_str_radix(text, 16).ok();
+            if let Some((start, end)) = range.and_then(|(start, end)| Some((number(start)?, number(end)?))) {
+                within = start < from + len && end > from;
+            }
+            flags.extend(line.strip_prefix("VmFlags:").filter(|_| within).map(|flags| flags.contains(" dd")));
+        }
+        !flags.is_empty() && flags.iter().all(|dd| *dd)
+    }
+
+    #[test]
+    fn no_guest_memory_is_in_core_dumps() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[0x55; 0x8000]).unwrap();
+        for backing in ["16M,hugepages=off", "16M", "16M,shared"] {
+            let ram = ram(backing);
+            let check = |when: &str| {
+                ram.regions().for_each(|r| assert!(undumped(r.host_addr, r.len), "{backing}: {when}"));
+            };
+            check("at first");
+            if ram.can_map_files() {
+                ram.map_file(0x1_0000, 0x8000, &file, 0).unwrap();
+                check("with the kernel's pages");
+                ram.release(0xF000, 0x2000).unwrap();
+                check("with some of them released");
+            }
+        }
     }
 
     #[test]

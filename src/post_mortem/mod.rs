@@ -4,12 +4,14 @@ mod kernel;
 mod printk;
 mod vmcore;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use crate::backend::output_file::OutputFile;
 use crate::backend::transcript::{LINES, Transcript};
 use crate::kvm::dump::CpuState;
 use crate::memory::GuestRam;
-pub use vmcore::{Error, probe};
+use crate::printable::printable;
+pub use vmcore::Error;
 
 use kernel::Kernel;
 
@@ -45,12 +47,12 @@ pub struct Remains<'a> {
 
 impl Remains<'_> {
     /// Finds out what happened, and writes a core file to `vmcore`; `stopped` says whether somebody wants that to end.
-    pub fn look(&self, vmcore: Option<&Path>, stopped: impl FnMut() -> bool) -> PostMortem {
+    pub fn look(&self, vmcore: Option<&OutputFile>, stopped: impl FnMut() -> bool) -> PostMortem {
         let kernel = Kernel::find(self.ram);
         let console = self.transcript.map(Transcript::last_lines).unwrap_or_default();
         let log = kernel.as_ref().and_then(|kernel| printk::last_lines(kernel, LINES));
-        let vmcore = vmcore.map(|path| {
-            vmcore::write(path, self.ram, self.cpus, kernel.as_ref(), stopped).map(|()| path.to_path_buf())
+        let vmcore = vmcore.map(|core| {
+            vmcore::write(core, self.ram, self.cpus, kernel.as_ref(), stopped).map(|()| core.path().into())
         });
         let log_was_shown = self.console_shown && log.as_ref().is_none_or(|log| mostly_in(log, &console));
         PostMortem {
@@ -92,11 +94,6 @@ impl PostMortem {
 /// Whether at least half of the lines are among the others.
 fn mostly_in(lines: &[String], others: &[String]) -> bool {
     lines.iter().filter(|line| others.contains(line)).count() * 2 >= lines.len()
-}
-
-/// A guest's line without what would command a terminal.
-fn printable(line: &str) -> String {
-    line.chars().map(|c| if c.is_control() && c != '\t' { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 
 #[cfg(test)]

@@ -7,16 +7,18 @@
 //!
 //! Each region is as long in the file as in the guest; what was never used, or is zero, are holes. With a kernel that
 //! tells where its mappings are, a region's virtual address is the one in the mapping of all memory, and one more header
-//! shows the same bytes at the addresses of the kernel's image. The file is written beside its final name and renamed.
+//! shows the same bytes at the addresses of the kernel's image. Only the user may read the file: it is all that the guest
+//! knew.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use kvm_bindings::kvm_segment;
 
 use super::kernel::{IMAGE_MAP, IMAGE_MAP_LEN, Kernel};
+use crate::backend::output_file::OutputFile;
 use crate::backend::passthrough::ignore_file_size_limit;
 use crate::kvm::dump::CpuState;
 use crate::layout::PAGE_SIZE;
@@ -45,40 +47,23 @@ pub enum Error {
     Stopped(PathBuf),
 }
 
-/// What is written beside `path`.
-fn beside(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_os_string();
-    name.push(format!(".{}.tmp", std::process::id()));
-    name.into()
-}
-
-/// Tries whether a file could be written: now rather than when it is needed.
-pub fn probe(path: &Path) -> Result<(), Error> {
-    let fail = |e| Error::Write(path.into(), e);
-    match fs::metadata(path) {
-        Ok(m) if m.is_dir() => Err(fail(io::ErrorKind::IsADirectory.into())),
-        Ok(m) if !m.is_file() => Err(fail(io::Error::other("a regular file is wanted"))),
-        _ => File::create(beside(path)).and_then(|_| fs::remove_file(beside(path))).map_err(fail),
-    }
-}
-
 /// Writes a core file; `stopped` says whether somebody wants that to end.
 pub fn write(
-    path: &Path,
+    core: &OutputFile,
     ram: &GuestRam,
     cpus: &[CpuState],
     kernel: Option<&Kernel<'_>>,
     stopped: impl FnMut() -> bool,
 ) -> Result<(), Error> {
     let _ = ignore_file_size_limit();
-    let beside = beside(path);
-    let written = File::create(&beside).and_then(|file| write_to(&file, ram, cpus, kernel, stopped));
-    let result = match written {
-        Ok(true) => fs::rename(&beside, path).map_err(|e| Error::Write(path.into(), e)),
-        Ok(false) => Err(Error::Stopped(path.into())),
-        Err(e) => Err(Error::Write(path.into(), e)),
-    };
-    result.inspect_err(|_| _ = fs::remove_file(beside))
+    let failed = |e| Error::Write(core.path().into(), e);
+    let draft = core.draft().map_err(failed)?;
+    // Not synced: that would take minutes more for many gigabytes, which are of use to nobody if the host crashes, too.
+    match write_to(&draft.file, ram, cpus, kernel, stopped) {
+        Ok(true) => draft.publish().map_err(failed),
+        Ok(false) => Err(Error::Stopped(core.path().into())),
+        Err(e) => Err(failed(e)),
+    }
 }
 
 /// Whether it came to the end.
@@ -253,6 +238,7 @@ fn prstatus(cpu: &CpuState) -> Vec<u8> {
 mod tests {
     use super::super::kernel::testing::guest;
     use super::*;
+    use std::fs;
     use std::os::unix::fs::MetadataExt;
 
     fn number(bytes: &[u8], at: usize, len: usize) -> u64 {
@@ -270,7 +256,7 @@ mod tests {
         cpus[1].regs.rip = 0x1234_5678_9ABC;
         cpus[1].sregs.gs.selector = 0x2B;
         let kernel = Kernel::find(&ram).unwrap();
-        write(&path, &ram, &cpus, Some(&kernel), || false).unwrap();
+        write(&OutputFile::private(&path).unwrap(), &ram, &cpus, Some(&kernel), || false).unwrap();
         let core = fs::read(&path).unwrap();
         assert_eq!(&core[..20], b"\x7FELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x04\0\x3E\0");
         assert_eq!((number(&core, 52, 2), number(&core, 54, 2), number(&core, 56, 2)), (64, 56, 3));
@@ -299,10 +285,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("core");
         let ram = guest("");
-        let stopped = write(&path, &ram, &[], None, || true).unwrap_err().to_string();
+        let core = OutputFile::private(&path).unwrap();
+        let stopped = write(&core, &ram, &[], None, || true).unwrap_err().to_string();
         assert!(stopped.ends_with("core was not written: stopped by a signal"), "{stopped}");
-        assert!(probe(dir.path()).is_err() && probe(Path::new("/dev/null")).is_err());
-        assert!(probe(&dir.path().join("no/core")).is_err() && probe(&path).is_ok());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

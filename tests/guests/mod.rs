@@ -213,6 +213,13 @@ guest! {
 }
 
 guest! {
+    /// Says "up" without a newline and then halts for ever with interrupts on.
+    say_and_sleep = vireo_guest_say_and_sleep,
+    "mov dx, {port}", "mov al, 'u'", "out dx, al", "mov al, 'p'", "out dx, al", "2: sti", "hlt", "jmp 2b";
+    port = const layout::SERIAL_PORT,
+}
+
+guest! {
     /// Halts for ever with interrupts on.
     sleep = vireo_guest_sleep,
     "2: sti", "hlt", "jmp 2b";

@@ -30,6 +30,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, getrlimit};
 
+use super::held;
+
 /// Why a folder cannot be shared. Displays as one sentence with the path.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -63,7 +65,7 @@ pub enum Error {
 pub fn open_root(path: &Path) -> Result<(Node, Stat), Error> {
     let fail = |source: io::Error| Error::Open { path: path.into(), source };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| fail(e.into()))?;
+    let fd = rustix::fs::open(held::path(path), flags, Mode::empty()).map_err(|e| fail(e.into()))?;
     let root = Node::root(fd).map_err(fail)?;
     let (node, stat) = root.map_err(|name| Error::Interface { path: path.into(), name })?;
     node.open_dir().map_err(fail)?;

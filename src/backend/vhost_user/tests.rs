@@ -1,5 +1,6 @@
 use super::testing::{Answer, FakeDaemon, good};
 use super::*;
+use crate::backend::place::WritableFolders;
 use crate::event::eventfd;
 use crate::memory::{GuestRam, MemoryConfig};
 use crate::options::Size;
@@ -20,10 +21,14 @@ fn start(frontend: &mut Frontend, ram: &GuestRam) -> io::Result<()> {
     frontend.enable([(1, true)])
 }
 
+fn connect(path: &Path) -> Result<Frontend, Error> {
+    Frontend::connect(&Place::find(path, &WritableFolders::none()).unwrap())
+}
+
 #[test]
 fn a_good_daemon_is_told_everything() {
     let daemon = FakeDaemon::good(FEATURES);
-    let mut frontend = Frontend::connect(&daemon.path).unwrap();
+    let mut frontend = connect(&daemon.path).unwrap();
     assert_eq!((frontend.features(), frontend.max_queues()), (FEATURES, Some(5)));
     assert_eq!(frontend.config(4).unwrap(), [0, 1, 2, 3]);
     frontend.set_config(32, &[1]).unwrap();
@@ -43,7 +48,7 @@ fn a_good_daemon_is_told_everything() {
 fn who_is_not_there() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
-    let refused = |path: &Path| Frontend::connect(path).unwrap_err().to_string();
+    let refused = |path: &Path| connect(path).unwrap_err().to_string();
     let shown = path.display();
     assert_eq!(refused(&path), format!("cannot connect to the vhost-user socket {shown} (is the daemon running?)"));
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
@@ -60,7 +65,7 @@ fn misbehaves(at: u32, answer: fn() -> Answer) -> String {
         false => Answer::Good(good(FEATURES, request, payload)),
     });
     let sentence = |e: &dyn std::error::Error| format!("{e}: {}", e.source().map_or(String::new(), |e| e.to_string()));
-    let mut frontend = match Frontend::connect(&daemon.path) {
+    let mut frontend = match connect(&daemon.path) {
         Ok(frontend) => frontend,
         Err(e) => return sentence(&e),
     };
@@ -97,7 +102,7 @@ fn a_call_has_one_deadline_however_many_messages_it_has() {
             }
             Answer::Good(good(FEATURES, request, payload))
         });
-        let mut frontend = Frontend::connect(&daemon.path).unwrap();
+        let mut frontend = connect(&daemon.path).unwrap();
         // Twice that for a stop: each answer comes within it, and all of them do not.
         frontend.patience = Duration::from_millis(100);
         let (kick, call) = (eventfd().unwrap(), eventfd().unwrap());
@@ -137,7 +142,7 @@ fn who_speaks_unasked_is_not_believed() {
         18 => Answer::Raw([&header(18, 5, 8)[..], &[0; 8], b"more"].concat()),
         _ => Answer::Good(good(FEATURES, request, payload)),
     });
-    let mut frontend = Frontend::connect(&daemon.path).unwrap();
+    let mut frontend = connect(&daemon.path).unwrap();
     frontend.look().unwrap();
     start(&mut frontend, &ram()).unwrap();
     assert!(frontend.look().unwrap_err().to_string().contains("it answers what nobody asked"));
@@ -197,7 +202,7 @@ proptest! {
             // What is not waited for must not be sent.
             if matches!(request, 2 | 3 | 16) && step < 4 { Answer::Silence } else { Answer::Raw(bytes) }
         });
-        if let Ok(mut frontend) = Frontend::connect(&daemon.path) {
+        if let Ok(mut frontend) = connect(&daemon.path) {
             let _ = frontend.config(60);
             let _ = start(&mut frontend, &ram());
             let _ = frontend.stop(&[1]);

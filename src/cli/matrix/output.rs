@@ -2,13 +2,18 @@
 //! written where the user wants it.
 
 use std::fs::{self, File};
-use std::io::{self, PipeReader, Read, Write};
+use std::io::{self, PipeReader, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, Mode, OFlags};
+use rustix::io::Errno;
 
 use super::Error;
+use crate::backend::held;
+use crate::backend::output_file::OutputFile;
+use crate::backend::place::{Place, descriptor_path, name_input};
+use crate::child;
 use crate::cli::Failure;
 use crate::cli::report::FileError;
 
@@ -19,47 +24,76 @@ const PIECE: usize = 64 << 10;
 /// More than this, 1 MiB, no pipe holds that an unprivileged process made.
 const PIPE_MAX: usize = 1 << 20;
 
-/// Where what the runs print, and their reports, are kept: in files that the user wants; or only the end of it, in memory.
+/// Keeps what the runs print, and their reports, in files that the user wants; or only the end of it, in memory.
 pub(super) struct Output {
-    dir: Option<PathBuf>,
+    /// The folder, held from before the first guest runs, and its path.
+    dir: Option<(OwnedFd, PathBuf)>,
 }
 
 impl Output {
     pub(super) fn new(wanted: Option<&Path>) -> Result<Self, FileError> {
-        wanted.map_or(Ok(()), |dir| fs::create_dir_all(dir).map_err(|e| FileError::Write(dir.into(), e)))?;
-        Ok(Output { dir: wanted.map(Path::to_path_buf) })
+        let open = |path: &Path| {
+            fs::create_dir_all(path)?;
+            // By way of the links that are there now, but for those that a guest may have made.
+            let dir = name_input(path, &held::folders())?;
+            Ok((rustix::fs::openat(&dir, c".", DIRECTORY, Mode::empty())?, path.to_path_buf()))
+        };
+        let dir = wanted.map(|path| open(path).map_err(|e| FileError::Write(path.into(), e)));
+        Ok(Output { dir: dir.transpose()? })
     }
 
-    /// The user's file for this of the run, in a folder of its kernel's.
-    pub(super) fn file(&self, run: &str, suffix: &str) -> Result<Option<PathBuf>, FileError> {
-        let Some(dir) = &self.dir else { return Ok(None) };
-        let path = dir.join(format!("{run}.{suffix}"));
-        let parent = path.parent().unwrap_or(dir);
-        fs::create_dir_all(parent).map_err(|e| FileError::Write(parent.into(), e))?;
-        Ok(Some(path))
+    /// The user's file for this of the run, in a folder of its kernel's. Links are not followed: guests of earlier runs may
+    /// have made them.
+    pub(super) fn file(&self, run: &str, suffix: &str) -> Result<Option<Place>, FileError> {
+        let Some((dir, path)) = &self.dir else { return Ok(None) };
+        let shown = path.join(format!("{run}.{suffix}"));
+        let (folder, name) = run.split_once('/').map_or((None, run), |(folder, name)| (Some(folder), name));
+        let open = || -> io::Result<OwnedFd> {
+            let Some(folder) = folder else { return dir.try_clone() };
+            match rustix::fs::mkdirat(dir, folder, Mode::from_bits_retain(0o777)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(e) => return Err(e.into()),
+            }
+            Ok(rustix::fs::openat(dir, folder, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?)
+        };
+        let dir = open().map_err(|e| FileError::Write(shown.clone(), e))?;
+        Ok(Some(Place::within(dir, format!("{name}.{suffix}").into(), shown)))
     }
 }
 
-/// Where a run's report goes.
-pub(super) struct Place {
-    /// Its name.
-    pub(super) path: PathBuf,
-    /// Keeps it, if it is nowhere else: it goes when we do, however that is.
-    _memory: Option<OwnedFd>,
+/// Flags of a descriptor that only names a directory.
+const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
+/// A run's report: written by the run to memory, which it inherits, and then by us to the user's file.
+pub(super) struct RunReport {
+    memory: File,
+    file: Option<Place>,
 }
 
-impl Place {
-    pub(super) fn new(file: Option<PathBuf>) -> Result<Self, Failure> {
-        if let Some(path) = file {
-            // Of an earlier time.
-            let _ = fs::remove_file(&path);
-            return Ok(Place { path, _memory: None });
-        }
+impl RunReport {
+    pub(super) fn new(file: Option<Place>) -> Result<Self, Failure> {
+        // Of an earlier time.
+        file.iter().for_each(|place| _ = place.remove());
         let memory = rustix::fs::memfd_create("vireo-report", MemfdFlags::CLOEXEC).map_err(io::Error::from);
-        let memory = memory.map_err(Error::Start)?;
-        // Under this path the run finds it.
-        let path = format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd()).into();
-        Ok(Place { path, _memory: Some(memory) })
+        Ok(RunReport { memory: memory.map_err(Error::Start)?.into(), file })
+    }
+
+    /// Has the program write its report here: `--report` and its path.
+    pub(super) fn give_to(&self, command: &mut std::process::Command) {
+        command.arg("--report").arg(descriptor_path(&self.memory));
+        child::inherit(command, self.memory.as_raw_fd());
+    }
+
+    /// What the run wrote, which is kept where the user wants it.
+    pub(super) fn take(&mut self) -> Result<Vec<u8>, FileError> {
+        let mut text = Vec::new();
+        let read = self.memory.seek(SeekFrom::Start(0)).and_then(|_| self.memory.read_to_end(&mut text));
+        if let Some(place) = self.file.as_ref().filter(|_| !text.is_empty()) {
+            let failed = |e| FileError::Write(place.path().into(), e);
+            read.map_err(failed)?;
+            OutputFile::at(place).write(&text).map_err(failed)?;
+        }
+        Ok(text)
     }
 }
 
@@ -68,7 +102,7 @@ pub(super) struct Log {
     /// What it is read from.
     pub(super) from: PipeReader,
     /// Where all of it goes.
-    file: Option<(PathBuf, File)>,
+    file: Option<(Place, File)>,
     /// Its end.
     tail: Vec<u8>,
     /// More came than the tail has.
@@ -76,11 +110,11 @@ pub(super) struct Log {
 }
 
 impl Log {
-    pub(super) fn new(from: PipeReader, file: Option<PathBuf>) -> Result<Self, Failure> {
+    pub(super) fn new(from: PipeReader, file: Option<Place>) -> Result<Self, Failure> {
         rustix::io::ioctl_fionbio(&from, true).map_err(|e| Error::Start(e.into()))?;
-        let create = |path: PathBuf| match File::create(&path) {
-            Ok(file) => Ok((path, file)),
-            Err(e) => Err(FileError::Write(path, e)),
+        let create = |place: Place| match create(&place) {
+            Ok(file) => Ok((place, file)),
+            Err(e) => Err(FileError::Write(place.path().into(), e)),
         };
         Ok(Log { from, file: file.map(create).transpose()?, tail: Vec::new(), cut: false })
     }
@@ -95,8 +129,8 @@ impl Log {
             Err(_) => return Ok(None),
         };
         piece.truncate(len);
-        if let Some((path, file)) = &mut self.file {
-            file.write_all(&piece).map_err(|e| FileError::Write(path.clone(), e))?;
+        if let Some((place, file)) = &mut self.file {
+            file.write_all(&piece).map_err(|e| FileError::Write(place.path().into(), e))?;
         }
         self.tail.append(&mut piece);
         let over = self.tail.len().saturating_sub(SHOWN);
@@ -124,17 +158,62 @@ impl Log {
     }
 }
 
+/// A new file in the place of an earlier one, whatever that was.
+fn create(place: &Place) -> io::Result<File> {
+    match place.remove() {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    place.open(OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, Mode::from_bits_retain(0o666))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn links_that_guests_made_are_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (kept, victims) = (dir.path().join("kept"), dir.path().join("victims"));
+        fs::create_dir(&victims).unwrap();
+        let output = Output::new(Some(&kept)).unwrap();
+        symlink(&victims, kept.join("stable")).unwrap();
+        assert!(output.file("stable/smp", "log").is_err());
+        fs::remove_file(kept.join("stable")).unwrap();
+        fs::rename(&kept, dir.path().join("moved")).unwrap();
+        symlink(&victims, &kept).unwrap();
+        for (name, suffix) in [("stable/smp", "log"), ("run", "json")] {
+            let place = output.file(name, suffix).unwrap().unwrap();
+            fs::write(victims.join("precious"), "precious").unwrap();
+            let made = dir.path().join("moved").join(format!("{name}.{suffix}"));
+            symlink(victims.join("precious"), &made).unwrap();
+            if suffix == "log" {
+                let (reader, mut writer) = io::pipe().unwrap();
+                let mut log = Log::new(reader, Some(place)).unwrap();
+                writer.write_all(b"text").unwrap();
+                log.take().unwrap();
+            } else {
+                let mut report = RunReport::new(Some(place)).unwrap();
+                symlink(victims.join("precious"), &made).unwrap();
+                report.memory.write_all(b"text").unwrap();
+                assert_eq!(report.take().unwrap(), b"text");
+            }
+            assert!(!made.is_symlink());
+            assert_eq!(fs::read_to_string(made).unwrap(), "text");
+        }
+        assert_eq!(fs::read_to_string(victims.join("precious")).unwrap(), "precious");
+        assert_eq!(fs::read_dir(&victims).unwrap().count(), 1);
+    }
 
     /// However much a run prints, its last lines are kept, and all of it only where that is wanted.
     #[test]
     fn a_flood_of_output() {
         let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
-        let path = dir.as_path().join("log");
-        for file in [None, Some(path.clone())] {
+        let path = dir.as_path().join("log.txt");
+        for file in [false, true] {
             let (reader, mut writer) = io::pipe().unwrap();
+            let file = file.then(|| Output::new(Some(dir.as_path())).unwrap().file("log", "txt").unwrap().unwrap());
             let mut log = Log::new(reader, file).unwrap();
             assert_eq!(log.take().unwrap(), Some(0), "nothing yet");
             let lines: Vec<String> = (1000..9000).map(|n| format!("line {n}\n")).collect();

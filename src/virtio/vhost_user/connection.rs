@@ -2,12 +2,14 @@
 
 use std::io;
 use std::os::fd::RawFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::{debug, info, warn};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
+use crate::backend::held;
+use crate::backend::place::Place;
 use crate::backend::vhost::Ring;
 use crate::backend::vhost_user::{Error, Frontend};
 use crate::event::Interest;
@@ -21,7 +23,8 @@ const CHANNEL: u64 = 1;
 
 /// A daemon, which may come and go.
 pub(in crate::virtio) struct Connection {
-    path: PathBuf,
+    /// Followed once: a new daemon listens in the same directory.
+    place: Place,
     /// What the first one offered; drivers were told of it.
     features: u64,
     max_queues: Option<u16>,
@@ -46,14 +49,16 @@ impl Config {
 impl Connection {
     /// Connects to the daemon at `path`.
     pub(super) fn open(path: &Path) -> Result<Self, Error> {
-        let frontend = Frontend::connect(path)?;
+        let hidden = |source| Error::Connect { path: path.into(), hint: "", source };
+        let place = Place::find(path, &held::folders()).map_err(hidden)?;
+        let frontend = Frontend::connect(&place)?;
         if frontend.features() & 1 << VIRTIO_F_VERSION_1 == 0 {
             let source = io::Error::new(io::ErrorKind::Unsupported, "it does not know virtio 1.0");
             return Err(Error::Handshake { path: path.into(), source });
         }
         let (features, max_queues) = (frontend.features(), frontend.max_queues());
         let (frontend, config) = (Mutex::new(frontend), Mutex::default());
-        Ok(Connection { path: path.into(), features, max_queues, frontend, config })
+        Ok(Connection { place, features, max_queues, frontend, config })
     }
 
     /// Features of rings and device that it offers.
@@ -139,14 +144,14 @@ impl Connection {
     }
 
     fn connect_again(&self, features: u64) -> io::Result<Frontend> {
-        let frontend = Frontend::connect(&self.path).map_err(|e| {
+        let frontend = Frontend::connect(&self.place).map_err(|e| {
             let cause = std::error::Error::source(&e).map_or(String::new(), |cause| format!(": {cause}"));
             io::Error::other(format!("{e}{cause}"))
         })?;
         if features & self.features & !frontend.features() != 0 {
-            return Err(io::Error::other(format!("the new daemon at {} can do less", self.path.display())));
+            return Err(io::Error::other(format!("the new daemon at {} can do less", self.place.path().display())));
         }
-        info!("connected to the new vhost-user daemon at {}", self.path.display());
+        info!("connected to the new vhost-user daemon at {}", self.place.path().display());
         Ok(frontend)
     }
 
@@ -203,7 +208,7 @@ impl Handler for Watcher {
                         Err(e) => warn!("{e}"),
                     };
                 }
-                Err(e) => debug!("the daemon at {} will tell of no changes: {e}", self.0.path.display()),
+                Err(e) => debug!("the daemon at {} will tell of no changes: {e}", self.0.place.path().display()),
             },
             _ => {}
         }

@@ -2,7 +2,8 @@
 //!
 //! A program on the host connects to the socket at `path`, writes `CONNECT <port>\n`, and reads `OK <host port>\n` once
 //! somebody in the guest has accepted; from then on it talks to that port. What the guest connects to, port P of
-//! context 2, is who listens at `path_P`. Both as Firecracker has it. Clients that come before the guest has loaded its
+//! context 2, is the program that listens at `path_P`: a socket in the same directory, not a link to one, as a guest
+//! could have made that in a shared folder. Both as Firecracker has it. Clients that come before the guest has loaded its
 //! driver wait for that; a connection that is refused, or that nobody answers, is closed.
 //!
 //! [`packet`] is the wire, `connection` one connection, `flow` its data and credit, `muxer` all of them.
@@ -117,7 +118,7 @@ impl Vsock {
             queue_sizes: vec![QUEUE_SIZE; 3],
             shared_memory: vec![],
         };
-        Ok(Vsock { info, cid: *cid, muxer: Arc::new(Mutex::new(Muxer::new(*cid, path, listener, timer))) })
+        Ok(Vsock { info, cid: *cid, muxer: Arc::new(Mutex::new(Muxer::new(*cid, listener, timer))) })
     }
 }
 

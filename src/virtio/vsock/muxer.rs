@@ -4,10 +4,8 @@
 //! noted in the connection, so that a side that is full keeps nobody awake.
 
 use std::collections::{HashMap, VecDeque};
-use std::ffi::OsString;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
@@ -16,6 +14,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::connection::{Connection, Greeting, Key, Phase, Turn, Verdict};
 use super::packet::{HEADER, HOST_CID, Header, Op, STREAM};
 use super::{MAX_CONNECTIONS, TX};
+use crate::backend::place::Place;
 use crate::backend::unix::{self, Listener};
 use crate::event::Interest;
 use crate::virtio::chain::Chain;
@@ -39,7 +38,8 @@ const FIRST_SLOT: u64 = 2;
 /// The connections of a device and the sockets they come from.
 pub struct Muxer {
     cid: u64,
-    path: PathBuf,
+    /// Where clients of the host connect; those that serve the guest's connections listen beside it.
+    place: Place,
     listener: Listener,
     timer: TimerFd,
     timer_armed: bool,
@@ -62,11 +62,11 @@ pub struct Muxer {
 }
 
 impl Muxer {
-    /// No connection yet. `path` is where `listener` listens.
-    pub fn new(cid: u64, path: &Path, listener: Listener, timer: TimerFd) -> Self {
+    /// No connection yet.
+    pub fn new(cid: u64, listener: Listener, timer: TimerFd) -> Self {
         Muxer {
             cid,
-            path: path.into(),
+            place: listener.place().clone(),
             listener,
             timer,
             timer_armed: false,
@@ -169,7 +169,7 @@ impl Muxer {
         if let Some(stream) = connection.stream()
             && let Err(e) = cx.watch(stream.as_raw_fd(), FIRST_SLOT + slot as u64, Interest::ReadEdge)
         {
-            debug!("{}: cannot wait for a connection: {e}", self.path.display());
+            debug!("{}: cannot wait for a connection: {e}", self.place.path().display());
             self.free.push(slot);
             return None;
         }
@@ -278,7 +278,7 @@ impl Muxer {
             match self.listener.accept() {
                 Ok(Some(stream)) => {
                     if self.insert(Connection::from_host(stream), cx).is_none() {
-                        debug!("{}: too many connections", self.path.display());
+                        debug!("{}: too many connections", self.place.path().display());
                     }
                 }
                 Ok(None) => {
@@ -287,7 +287,7 @@ impl Muxer {
                 }
                 Err(e) => {
                     if !std::mem::replace(&mut self.accept_warned, true) {
-                        warn!("{}: cannot accept connections, and tries again: {e}", self.path.display());
+                        warn!("{}: cannot accept connections, and tries again: {e}", self.place.path().display());
                     }
                     self.accept_due = true;
                     self.arm();
@@ -305,13 +305,13 @@ impl Muxer {
         if self.accept_due {
             self.accept(cx);
         }
-        let (now, path) = (Instant::now(), self.path.clone());
+        let (now, place) = (Instant::now(), self.place.clone());
         for slot in 0..self.slots.len() {
             let Some(connection) = self.connection(slot) else { continue };
             let verdict = match connection.deadline {
                 Some(deadline) if deadline <= now => connection.expire(),
                 Some(_) if connection.phase == Phase::Dialing => {
-                    match unix::dial(&port_path(&path, connection.key.host)) {
+                    match unix::dial_at(&port_place(&place, connection.key.host)) {
                         Ok(stream) => self.dialed(slot, stream, cx),
                         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Verdict::Keep,
                         Err(_) => Verdict::Reset,
@@ -386,17 +386,17 @@ impl Muxer {
 
     /// The guest wants to connect to a port of the host's.
     fn connect(&mut self, key: Key, request: &Header, cx: &Context<'_>) {
-        let path = port_path(&self.path, key.host);
-        let stream = match unix::dial(&path) {
+        let place = port_place(&self.place, key.host);
+        let stream = match unix::dial_at(&place) {
             Ok(stream) => Some(stream),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => None,
             Err(e) => {
-                debug!("the guest cannot connect to {}: {e}", path.display());
+                debug!("the guest cannot connect to {}: {e}", place.path().display());
                 return self.refuse(request);
             }
         };
         if self.insert(Connection::from_guest(key, request, stream), cx).is_none() {
-            debug!("{}: too many connections", self.path.display());
+            debug!("{}: too many connections", self.place.path().display());
             self.refuse(request);
         }
     }
@@ -473,8 +473,6 @@ fn interest(connection: &Connection) -> Interest {
 }
 
 /// Where the host's programs listen for the guest's connections to `port`.
-fn port_path(path: &Path, port: u32) -> PathBuf {
-    let mut name = OsString::from(path);
-    name.push(format!("_{port}"));
-    name.into()
+fn port_place(place: &Place, port: u32) -> Place {
+    place.with_suffix(&format!("_{port}"))
 }

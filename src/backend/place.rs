@@ -1,0 +1,432 @@
+//! Names on the host that are kept: a path that the user typed is followed once, and from then on the file is a name in a
+//! directory that is held open. Whatever becomes of the directories and links on the way there, it stays in that
+//! directory, and a link that appears under the name itself is never followed.
+//!
+//! A guest that can write to a shared folder ([`WritableFolders`]) can plant links there, for this run or for the next one.
+//! So links in such a folder are not followed, not even by [`Place::find`]; the user names their target instead.
+
+use std::ffi::{CStr, OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, PROC_SUPER_MAGIC, Stat, fstat, fstatfs, openat, readlinkat, statat};
+use rustix::fs::{CWD, unlinkat};
+use rustix::io::Errno;
+
+/// Links that are followed on the way to one file, as many as Linux follows.
+const MAX_LINKS: usize = 40;
+/// Flags of a descriptor that only names a directory.
+const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
+/// Identity of a file: the same for all its names. A block device is the same in all its nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileId {
+    dev: u64,
+    ino: u64,
+    block_device: Option<u64>,
+}
+
+impl FileId {
+    /// The file that `stat` is of.
+    pub fn of(stat: &Stat) -> Self {
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::BlockDevice => FileId { dev: 0, ino: 0, block_device: Some(stat.st_rdev) },
+            _ => FileId { dev: stat.st_dev, ino: stat.st_ino, block_device: None },
+        }
+    }
+}
+
+/// Shared folders that a guest can write to.
+#[derive(Clone, Debug, Default)]
+pub struct WritableFolders(Vec<(PathBuf, FileId)>);
+
+impl WritableFolders {
+    /// No folder.
+    pub const fn none() -> Self {
+        WritableFolders(Vec::new())
+    }
+
+    /// Those of `paths` that are there; opening the others as shares fails later, with a sentence.
+    pub fn new<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Self {
+        let id = |path: &Path| Some((path.to_path_buf(), FileId::of(&rustix::fs::stat(path).ok()?)));
+        WritableFolders(paths.into_iter().filter_map(id).collect())
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The folder that `dir` is, or lies in, as the user named it.
+    pub fn containing(&self, dir: BorrowedFd<'_>) -> Option<&Path> {
+        let mut here = if self.is_empty() { None } else { openat(dir, c".", DIRECTORY, Mode::empty()).ok() };
+        let mut below = None;
+        while let Some(dir) = here {
+            let id = FileId::of(&fstat(&dir).ok()?);
+            if let Some((path, _)) = self.0.iter().find(|(_, folder)| *folder == id) {
+                return Some(path);
+            }
+            // The root is its own parent.
+            if below.replace(id) == Some(id) {
+                return None;
+            }
+            here = openat(&dir, c"..", DIRECTORY, Mode::empty()).ok();
+        }
+        None
+    }
+}
+
+/// A name in a directory that is held.
+#[derive(Clone, Debug)]
+pub struct Place {
+    dir: Arc<OwnedFd>,
+    name: OsString,
+    /// As the user typed it.
+    path: PathBuf,
+    /// The name is one of procfs's links, which lead to files and not to names.
+    magic: bool,
+}
+
+/// What becomes of a link that is the last component of a path.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Last {
+    Followed,
+    Kept,
+}
+
+impl Place {
+    /// The place that `path` leads to, by way of links that are there now. The file itself need not exist.
+    pub fn find(path: &Path, folders: &WritableFolders) -> io::Result<Self> {
+        Walk::new(path, folders)?.end(Last::Followed)?.place(path)
+    }
+
+    /// The same, but a link that is there under the last name is what the place holds.
+    pub fn find_new(path: &Path, folders: &WritableFolders) -> io::Result<Self> {
+        Walk::new(path, folders)?.end(Last::Kept)?.place(path)
+    }
+
+    /// The place `name` in a directory, which `path` is for messages.
+    pub fn within(dir: OwnedFd, name: OsString, path: PathBuf) -> Self {
+        Place { dir: dir.into(), name, path, magic: false }
+    }
+
+    /// The place with `suffix` added to its name.
+    pub fn with_suffix(&self, suffix: &str) -> Self {
+        let longer = |text: &OsStr| {
+            let mut text = text.to_os_string();
+            text.push(suffix);
+            text
+        };
+        let path = PathBuf::from(longer(self.path.as_os_str()));
+        Place { dir: self.dir.clone(), name: longer(&self.name), path, magic: false }
+    }
+
+    /// The path as the user typed it, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The directory, and the name in it.
+    pub fn parts(&self) -> (BorrowedFd<'_>, &OsStr) {
+        (self.dir.as_fd(), &self.name)
+    }
+
+    /// Identity of the directory, and the name in it: equal for two places exactly if they are the same.
+    pub fn key(&self) -> io::Result<(FileId, OsString)> {
+        Ok((FileId::of(&fstat(&self.dir)?), self.name.clone()))
+    }
+
+    /// What is there now; `None` for nothing.
+    pub fn stat(&self) -> io::Result<Option<Stat>> {
+        let flags = if self.magic { AtFlags::empty() } else { AtFlags::SYMLINK_NOFOLLOW };
+        match statat(&self.dir, &self.name, flags) {
+            Ok(stat) => Ok(Some(stat)),
+            Err(Errno::NOENT) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Identity of what is there now.
+    pub fn id(&self) -> Option<FileId> {
+        self.stat().ok().flatten().map(|stat| FileId::of(&stat))
+    }
+
+    /// Opens what is there, or creates it with `mode` if `flags` say so. A link is an error.
+    pub fn open(&self, flags: OFlags, mode: Mode) -> io::Result<File> {
+        let follow = if self.magic { OFlags::empty() } else { OFlags::NOFOLLOW };
+        Ok(openat(&self.dir, &self.name, flags | follow | OFlags::CLOEXEC | OFlags::NOCTTY, mode)?.into())
+    }
+
+    /// Opens what is there if it is of this `kind`, and not otherwise: nothing acts on being opened or waits. Without /proc
+    /// there are no shared folders, so nothing can have been exchanged between the look and the opening.
+    pub fn open_kind(&self, kind: FileType, flags: OFlags) -> io::Result<File> {
+        let named = self.name_kind(kind)?;
+        match rustix::fs::open(descriptor_path(&named), flags | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty()) {
+            Err(Errno::NOENT | Errno::NOTDIR) => self.open(flags, Mode::empty()),
+            result => Ok(result?.into()),
+        }
+    }
+
+    /// A descriptor that only names what is there, which must be of this `kind`.
+    pub fn name_kind(&self, kind: FileType) -> io::Result<OwnedFd> {
+        let named = self.open(OFlags::PATH, Mode::empty())?;
+        match FileType::from_raw_mode(fstat(&named)?.st_mode) {
+            found if found == kind => Ok(named.into()),
+            FileType::Symlink => Err(io::Error::other("it is a symbolic link now, which is not followed")),
+            _ => Err(io::Error::other("it is something else now")),
+        }
+    }
+
+    /// Removes what is there if it still is the file `id`.
+    pub fn remove_if(&self, id: FileId) -> io::Result<()> {
+        if self.id() == Some(id) { self.remove() } else { Ok(()) }
+    }
+
+    /// Removes what is there; a directory stays.
+    pub fn remove(&self) -> io::Result<()> {
+        Ok(unlinkat(&self.dir, &self.name, AtFlags::empty())?)
+    }
+
+    /// The writable folder that it lies in.
+    pub fn folder<'a>(&self, folders: &'a WritableFolders) -> Option<&'a Path> {
+        folders.containing(self.dir.as_fd())
+    }
+}
+
+/// The path by which this process reaches an open descriptor's file.
+pub fn descriptor_path(fd: &impl AsRawFd) -> PathBuf {
+    format!("/proc/self/fd/{}", fd.as_raw_fd()).into()
+}
+
+/// Opens what an input's path leads to as a mere name (O_PATH), so that it stays this file whatever becomes of the path.
+/// Links in a writable folder may lead to what the guest can reach anyway, but not out of the folders.
+pub fn name_input(path: &Path, folders: &WritableFolders) -> io::Result<OwnedFd> {
+    let mut walk = Walk::new(path, folders)?;
+    walk.within = true;
+    let end = walk.end(Last::Followed)?;
+    if let Some(folder) = end.through.filter(|_| folders.containing(end.dir.as_fd()).is_none()) {
+        return Err(io::Error::other(format!(
+            "a symbolic link in {}, where the guest can make such links, leads out of it; name its target instead",
+            folder.display()
+        )));
+    }
+    let (name, follow) = match &end.name {
+        Some((name, true)) => (name.as_os_str(), OFlags::empty()),
+        Some((name, false)) => (name.as_os_str(), OFlags::NOFOLLOW),
+        None => (OsStr::new("."), OFlags::empty()),
+    };
+    Ok(openat(&end.dir, name, OFlags::PATH | OFlags::CLOEXEC | follow, Mode::empty())?)
+}
+
+/// On the way along a path.
+struct Walk<'a> {
+    dir: OwnedFd,
+    /// Components that are left, the next one at the end.
+    rest: Vec<OsString>,
+    links: usize,
+    folders: &'a WritableFolders,
+    /// Links in writable folders are followed and remembered rather than refused.
+    within: bool,
+    through: Option<PathBuf>,
+}
+
+/// The end of a path.
+struct End {
+    dir: OwnedFd,
+    /// The name in the directory, and whether it is one of procfs's links; without one it is the directory.
+    name: Option<(OsString, bool)>,
+    /// The writable folder that a link on the way lies in.
+    through: Option<PathBuf>,
+}
+
+impl End {
+    fn place(self, path: &Path) -> io::Result<Place> {
+        let (name, magic) = self.name.ok_or(io::ErrorKind::IsADirectory)?;
+        Ok(Place { dir: self.dir.into(), name, path: path.into(), magic })
+    }
+}
+
+impl<'a> Walk<'a> {
+    fn new(path: &Path, folders: &'a WritableFolders) -> io::Result<Self> {
+        match path.as_os_str().as_bytes() {
+            [] => Err(Errno::NOENT.into()),
+            [.., b'/'] if path.file_name().is_some() && !path.is_dir() => Err(Errno::NOTDIR.into()),
+            _ => {
+                let (dir, rest) = (directory(c".")?, Vec::new());
+                let mut walk = Walk { dir, rest, links: 0, folders, within: false, through: None };
+                walk.add(path)?;
+                Ok(walk)
+            }
+        }
+    }
+
+    /// Puts a path, or a link's target, before what is left.
+    fn add(&mut self, path: &Path) -> io::Result<()> {
+        if path.is_absolute() {
+            self.dir = directory(c"/")?;
+        }
+        let steps = path.components().filter(|step| matches!(step, Component::Normal(_) | Component::ParentDir));
+        let steps: Vec<_> = steps.map(|step| step.as_os_str().to_os_string()).collect();
+        self.rest.extend(steps.into_iter().rev());
+        Ok(())
+    }
+
+    fn end(mut self, last: Last) -> io::Result<End> {
+        while let Some(name) = self.rest.pop() {
+            let is_last = self.rest.is_empty();
+            if name == ".." {
+                self.dir = openat(&self.dir, name, DIRECTORY, Mode::empty())?;
+                continue;
+            }
+            if is_last && last == Last::Kept {
+                return Ok(End { dir: self.dir, name: Some((name, false)), through: self.through });
+            }
+            let target = match readlinkat(&self.dir, &name, Vec::new()) {
+                Ok(target) => Some(target),
+                Err(Errno::INVAL) => None,
+                Err(Errno::NOENT) if is_last => None,
+                Err(e) => return Err(e.into()),
+            };
+            // Only the kernel makes links there, and their texts are not always paths.
+            let magic = target.is_some() && fstatfs(&self.dir)?.f_type == PROC_SUPER_MAGIC;
+            match target.filter(|_| !magic) {
+                Some(target) => self.follow(&name, Path::new(OsStr::from_bytes(target.as_bytes())))?,
+                None if is_last => {
+                    return Ok(End { dir: self.dir, name: Some((name, magic)), through: self.through });
+                }
+                None => {
+                    let follow = if magic { OFlags::empty() } else { OFlags::NOFOLLOW };
+                    self.dir = openat(&self.dir, name, DIRECTORY | follow, Mode::empty())?;
+                }
+            }
+        }
+        Ok(End { dir: self.dir, name: None, through: self.through })
+    }
+
+    fn follow(&mut self, name: &OsStr, target: &Path) -> io::Result<()> {
+        self.links += 1;
+        if self.links > MAX_LINKS {
+            return Err(Errno::LOOP.into());
+        }
+        match self.folders.containing(self.dir.as_fd()) {
+            Some(folder) if !self.within => {
+                return Err(io::Error::other(format!(
+                    "'{}' is a symbolic link in {}, where the guest can make such links; name its target instead",
+                    name.display(),
+                    folder.display()
+                )));
+            }
+            Some(folder) => self.through = Some(folder.into()),
+            None => {}
+        }
+        self.add(target)
+    }
+}
+
+fn directory(path: &CStr) -> io::Result<OwnedFd> {
+    Ok(openat(CWD, path, DIRECTORY, Mode::empty())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    /// A folder with `inside`, which a guest writes to, and `outside`, which it does not.
+    fn folders() -> (tempfile::TempDir, [PathBuf; 2], WritableFolders) {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = ["inside", "outside"].map(|name| dir.path().join(name));
+        paths.iter().for_each(|path| fs::create_dir(path).unwrap());
+        let folders = WritableFolders::new([paths[0].as_path()]);
+        (dir, paths, folders)
+    }
+
+    #[test]
+    fn a_place_stays_in_its_directory() {
+        let (_dir, [inside, outside], folders) = folders();
+        let sub = inside.join("sub");
+        fs::create_dir(&sub).unwrap();
+        let place = Place::find(&sub.join("file"), &folders).unwrap();
+        assert_eq!(place.folder(&folders), Some(inside.as_path()));
+        // What a guest does meanwhile.
+        fs::rename(&sub, inside.join("moved")).unwrap();
+        symlink(&outside, &sub).unwrap();
+        symlink(outside.join("victim"), inside.join("moved/file")).unwrap();
+        let error = place.open(OFlags::WRONLY | OFlags::CREATE, Mode::RUSR).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ELOOP));
+        assert!(place.name_kind(FileType::RegularFile).unwrap_err().to_string().contains("a symbolic link"));
+        place.remove().unwrap();
+        drop(place.open(OFlags::WRONLY | OFlags::CREATE, Mode::RUSR).unwrap());
+        assert!(inside.join("moved/file").is_file());
+        assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn links_are_followed_unless_a_guest_may_have_made_them() {
+        let (dir, [inside, outside], folders) = folders();
+        let found = |path: &Path| Place::find(path, &folders).map(|place| place.key().unwrap());
+        let plain = found(&outside.join("new")).unwrap();
+        symlink("outside", dir.path().join("link")).unwrap();
+        assert_eq!(found(&dir.path().join("link/new")).unwrap(), plain);
+        symlink("link/../outside/new", dir.path().join("last")).unwrap();
+        assert_eq!(found(&dir.path().join("last")).unwrap(), plain);
+        let kept = Place::find_new(&dir.path().join("last"), &folders).unwrap();
+        assert_ne!(kept.key().unwrap(), plain);
+        symlink(dir.path().join("last"), inside.join("planted")).unwrap();
+        symlink(&outside, inside.join("sub")).unwrap();
+        symlink(inside.join("sub"), outside.join("way-in")).unwrap();
+        for path in [inside.join("planted"), inside.join("sub/new"), outside.join("way-in/new")] {
+            let refused = found(&path).unwrap_err().to_string();
+            assert!(refused.contains("is a symbolic link in ") && refused.contains("inside"), "{refused}");
+        }
+        symlink("round", dir.path().join("round")).unwrap();
+        assert_eq!(found(&dir.path().join("round")).unwrap_err().raw_os_error(), Some(libc::ELOOP));
+        for (path, error) in [("", libc::ENOENT), ("/", libc::EISDIR), ("/nonexistent/", libc::ENOTDIR)] {
+            let found = found(Path::new(path)).unwrap_err();
+            assert_eq!(found.kind(), io::Error::from_raw_os_error(error).kind(), "{path}");
+        }
+    }
+
+    #[test]
+    fn inputs_may_be_links_within_a_folder() {
+        let (_dir, [inside, outside], folders) = folders();
+        let id = |fd: OwnedFd| FileId::of(&fstat(&fd).unwrap());
+        let name = |path: &Path| name_input(path, &folders).map(id);
+        fs::write(inside.join("kernel"), "1").unwrap();
+        fs::write(outside.join("secret"), "2").unwrap();
+        symlink("kernel", inside.join("good")).unwrap();
+        symlink("../outside/secret", inside.join("bad")).unwrap();
+        symlink("..", inside.join("dir")).unwrap();
+        symlink(inside.join("kernel"), outside.join("to-kernel")).unwrap();
+        let kernel = name(&inside.join("kernel")).unwrap();
+        assert_eq!(name(&inside.join("good")).unwrap(), kernel);
+        assert_eq!(name(&outside.join("to-kernel")).unwrap(), kernel);
+        assert_eq!(name(&inside.join("dir/inside/kernel")).unwrap(), kernel);
+        for path in ["bad", "dir/outside/secret", "dir"] {
+            let refused = name(&inside.join(path)).unwrap_err().to_string();
+            assert!(refused.contains("leads out of it"), "{path}: {refused}");
+        }
+        assert_eq!(name(&inside.join("missing")).unwrap_err().raw_os_error(), Some(libc::ENOENT));
+        assert!(name(Path::new("/")).is_ok() && name(Path::new(".")).is_ok());
+    }
+
+    #[test]
+    fn only_what_is_still_the_same_is_removed() {
+        let (_dir, [inside, _], folders) = folders();
+        let place = Place::find_new(&inside.join("socket"), &folders).unwrap();
+        fs::write(inside.join("socket"), "").unwrap();
+        let id = place.id().unwrap();
+        fs::rename(inside.join("socket"), inside.join("kept")).unwrap();
+        fs::write(inside.join("socket"), "another").unwrap();
+        place.remove_if(id).unwrap();
+        assert!(inside.join("socket").exists());
+        fs::rename(inside.join("kept"), inside.join("socket")).unwrap();
+        place.remove_if(id).unwrap();
+        assert!(!inside.join("socket").exists());
+    }
+}

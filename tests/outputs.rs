@@ -1,0 +1,212 @@
+//! The files that a user names, with a guest that writes to a folder in which they lie: what it plants there leads vireo
+//! nowhere, neither in this run nor in the next; and no file is an input and an output.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::guests::elf;
+use crate::guests::vireo::{Ended, Kernel, Running, folder, vireo};
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Fails the test unless vireo said one sentence with these parts and nothing else.
+#[track_caller]
+fn says(ended: Ended, code: i32, parts: &[&str]) {
+    let ended = ended.expect(code);
+    assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+    for part in parts {
+        assert!(ended.stderr.contains(part), "'{part}' is not in: {}", ended.stderr);
+    }
+}
+
+#[test]
+fn what_is_planted_while_the_guest_runs_is_not_followed() {
+    let (_folder, path) = folder();
+    let (share, victim) = (path.join("share"), path.join("victim"));
+    fs::create_dir(&share).unwrap();
+    fs::write(&victim, "precious").unwrap();
+    let kernel = Kernel::new(&elf(crate::guests::echo()));
+    let names = ["end.json", "end.xml", "core", "log"];
+    let files = names.map(|name| text(&share.join(name)).to_string());
+    let outputs = ["--report", &files[0], "--junit", &files[1], "--vmcore", &files[2], "--console-log", &files[3]];
+    let mut command = kernel.command(&[&["--share", text(&share), "--fail-on", "^a$"], &outputs[..]].concat());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut running = Running::spawn(command);
+    running.stdout.wait_for("ready");
+    let pid = running.child.id();
+    fs::rename(&files[3], share.join("old-log")).unwrap();
+    for name in names.map(String::from).into_iter().chain(names.map(|name| format!("{name}.{pid}.tmp"))) {
+        symlink(&victim, share.join(name)).unwrap();
+    }
+    // It sends back one more each: a line with an a.
+    running.child.stdin.take().unwrap().write_all(b"`\t").unwrap();
+    let ended = running.end().expect(73);
+    assert!(ended.stderr.contains("log lies in ") && ended.stderr.contains("can change what is written there"));
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(&files[0]).unwrap()).unwrap();
+    assert_eq!(report["outcome"], "refused");
+    assert!(fs::read_to_string(&files[1]).unwrap().contains("<testsuites"));
+    for (file, mode) in [(&files[0], 0o022), (&files[1], 0o022), (&files[2], 0o077)] {
+        let found = fs::symlink_metadata(file).unwrap();
+        assert!(found.is_file() && found.permissions().mode() & mode == 0, "{file}: {found:?}");
+    }
+    assert!(fs::read_to_string(share.join("old-log")).unwrap().contains("ready"));
+}
+
+#[test]
+fn what_an_earlier_guest_planted_is_not_followed_either() {
+    let (_folder, path) = folder();
+    let (share, victims) = (path.join("share"), path.join("victims"));
+    [&share, &victims].iter().for_each(|dir| fs::create_dir(dir).unwrap());
+    fs::write(victims.join("file"), "precious").unwrap();
+    symlink(victims.join("file"), share.join("file")).unwrap();
+    symlink(&victims, share.join("dir")).unwrap();
+    let run = |flag: &str, value: &str| {
+        let mut command = vireo();
+        command.args(["run", "--kernel", "missing", "--share", text(&share), flag, value]);
+        Running::start(command).end()
+    };
+    for name in ["file", "dir/new"] {
+        let path = text(&share.join(name)).to_string();
+        for flag in ["--report", "--junit", "--vmcore", "--console-log", "--log-file"] {
+            says(run(flag, &path), 125, &[&path, "is a symbolic link in", text(&share), "name its target instead"]);
+        }
+    }
+    let file = text(&share.join("file")).to_string();
+    for flag in ["--disk", "--initrd", "--pmem", "--init"] {
+        says(run(flag, &file), 2, &[flag, &file, "a symbolic link in", "leads out of it"]);
+    }
+    let readonly = format!("{}/dir,readonly", text(&share));
+    says(run("--share", &readonly), 2, &["--share", "leads out of it"]);
+    assert_eq!(fs::read_to_string(victims.join("file")).unwrap(), "precious");
+    assert_eq!(fs::read_dir(&victims).unwrap().count(), 1);
+    // Where a guest cannot make links they are what users make of them.
+    symlink(victims.join("report"), path.join("report")).unwrap();
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
+    let report = text(&path.join("report")).to_string();
+    Running::start(kernel.command(&["--share", text(&share), "--report", &report])).end().expect(0);
+    assert!(victims.join("report").is_file() && path.join("report").is_symlink());
+}
+
+#[test]
+fn consoles_in_a_guest_s_folder_follow_no_links() {
+    let (_folder, path) = folder();
+    let (share, victim) = (path.join("share"), path.join("victim"));
+    fs::create_dir(&share).unwrap();
+    fs::write(&victim, "precious").unwrap();
+    symlink(&victim, share.join("planted")).unwrap();
+    symlink(&victim, share.join("planted.out")).unwrap();
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
+    let planted = text(&share.join("planted")).to_string();
+    for (kind, says) in
+        [("file", "is a symbolic link in"), ("pipe", "is a symbolic link in"), ("socket", "not a socket")]
+    {
+        let serial = format!("{kind}:{planted}");
+        let ended = Running::start(kernel.command(&["--share", text(&share), "--serial", &serial])).end();
+        ended.expect(125).says(says);
+    }
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
+}
+
+#[test]
+fn a_second_attempt_has_the_same_disk() {
+    let (_folder, path) = folder();
+    let (disk, kernel) = (path.join("disk"), Kernel::new(&elf(crate::guests::say_and_sleep())));
+    File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    let id = fs::metadata(&disk).unwrap().ino();
+    let arguments = ["--share", text(&path), "--disk", text(&disk), "--hang-timeout", "2s", "--retry-on-hang", "1"];
+    let mut running = Running::start(kernel.command(&arguments));
+    running.stdout.wait_for("up");
+    fs::rename(&disk, path.join("moved")).unwrap();
+    File::create(path.join("other")).unwrap().set_len(1 << 20).unwrap();
+    symlink(path.join("other"), &disk).unwrap();
+    running.stdout.wait_for("upup");
+    let open: Vec<_> = fs::read_dir(format!("/proc/{}/fd", running.child.id())).unwrap().flatten().collect();
+    let open = open.iter().filter_map(|fd| Some((fs::metadata(fd.path()).ok()?.ino(), fs::read_link(fd.path()).ok()?)));
+    let open: Vec<_> = open.collect();
+    let other = fs::metadata(path.join("other")).unwrap().ino();
+    assert!(open.iter().any(|(ino, _)| *ino == id) && !open.iter().any(|(ino, _)| *ino == other), "{open:?}");
+    running.signal(libc::SIGQUIT);
+    running.wait();
+}
+
+#[test]
+fn no_file_is_overwritten_that_is_needed() {
+    let (_folder, path) = folder();
+    let at = |name: &str| text(&path.join(name)).to_string();
+    for name in ["disk", "initrd", "config"] {
+        fs::write(path.join(name), vec![b'{'; 4096]).unwrap();
+    }
+    fs::hard_link(path.join("disk"), path.join("hard")).unwrap();
+    symlink("disk", path.join("soft")).unwrap();
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
+    let image = fs::read(kernel.path()).unwrap();
+    let itself = text(kernel.path()).to_string();
+    let (disk, hard, soft, initrd, new) = (at("disk"), at("hard"), at("soft"), at("initrd"), at("new"));
+    let to_file = format!("file:{disk}");
+    let overlay = format!("{initrd},format=raw,overlay={new}");
+    for (words, flags) in [
+        ([&["--disk", &disk, "--vmcore", &disk][..]], ["--disk", "--vmcore"]),
+        ([&["--disk", &disk, "--vmcore", &hard]], ["--disk", "--vmcore"]),
+        ([&["--disk", &soft, "--report", &disk]], ["--disk", "--report"]),
+        ([&["--disk", &disk, "--serial", &to_file]], ["--disk", "--serial"]),
+        ([&["--disk", &disk, "--log-file", &disk]], ["--disk", "--log-file"]),
+        ([&["--pmem", &disk, "--junit", &disk]], ["--pmem", "--junit"]),
+        ([&["--initrd", &initrd, "--console-log", &initrd]], ["--initrd", "--console-log"]),
+        ([&["--report", &itself]], ["--kernel", "--report"]),
+        ([&["--report", &new, "--junit", &new]], ["--report", "--junit"]),
+        ([&["--disk", &overlay, "--report", &new]], ["overlay", "--report"]),
+    ] {
+        let ended = Running::start(kernel.command(words[0])).end();
+        says(ended, 2, &[flags[0], flags[1], "are the same file"]);
+    }
+    let config = at("config");
+    let machine = vireo().args(["run", "--kernel", &itself, "--print-config"]).output().unwrap().stdout;
+    fs::write(&config, &machine).unwrap();
+    let mut command = vireo();
+    command.args(["run", "--config", &config, "--report", &config]);
+    says(Running::start(command).end(), 2, &["--config", "--report"]);
+    let ended = Running::start(kernel.command(&["--disk", &disk, "--disk", &hard])).end();
+    says(ended, 2, &["--disk", "are the same disk", "readonly"]);
+    let readonly = [format!("{disk},readonly"), format!("{hard},readonly")];
+    Running::start(kernel.command(&["--disk", &readonly[0], "--disk", &readonly[1]])).end().expect(0);
+    assert_eq!(fs::read(&disk).unwrap(), vec![b'{'; 4096]);
+    assert_eq!(fs::read(&initrd).unwrap(), vec![b'{'; 4096]);
+    assert_eq!((fs::read(kernel.path()).unwrap(), fs::read(&config).unwrap()), (image, machine));
+    assert!(!path.join("new").exists());
+}
+
+#[test]
+fn vireo_gains_no_privileges_and_cannot_be_read_by_others() {
+    let (_folder, path) = folder();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    let fifo = path.join("config");
+    let made = Command::new("mkfifo").args(["-m", "666"]).arg(&fifo).status().unwrap();
+    assert!(made.success());
+    // As an ordinary user, whose processes are root's only if they cannot be dumped.
+    let words = ["run", "--config", text(&fifo)];
+    let mut command = vireo();
+    if rustix::process::geteuid().is_root() {
+        let program = command.get_program().to_owned();
+        let copy = path.join("vireo");
+        fs::copy(&program, &copy).unwrap();
+        command = Command::new("setpriv");
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"]).arg(copy);
+    }
+    command.args(words);
+    let running = Running::start(command);
+    // Opens when vireo reads it.
+    let mut config = File::options().write(true).open(&fifo).unwrap();
+    let proc = format!("/proc/{}", running.child.id());
+    let status = fs::read_to_string(format!("{proc}/status")).unwrap();
+    assert!(status.contains("\nNoNewPrivs:\t1\n"), "{status}");
+    assert_eq!(fs::metadata(format!("{proc}/environ")).unwrap().uid(), 0);
+    config.write_all(b"{").unwrap();
+    drop(config);
+    running.end().expect(125);
+}
