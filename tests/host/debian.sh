@@ -61,7 +61,8 @@ update_debian() {
     echo "setup: fetching the list of packages of Debian $1" >&2
     mkdir -p "$state/apt"
     : >"$log"
-    if update_by "$debian_keyring" "$1" || { newest_keyring && update_by "$own_keyring" "$1"; }; then
+    if update_by "$debian_keyring" "$1" ||
+        { grep -qe NO_PUBKEY -e 'no keyring' "$log" && newest_keyring && update_by "$own_keyring" "$1"; }; then
         updated+="$1 "
         return
     fi
@@ -88,8 +89,8 @@ update_by() {
 newest_keyring() {
     rm -rf "$state/apt/keyring"
     mkdir -p "$state/apt/keyring"
-    cd "$state/apt/keyring" && apt-get -q -o APT::Sandbox::User="$(id -un)" download debian-archive-keyring >download.log 2>&1 &&
-        dpkg-deb -x ./*.deb . && cd - >/dev/null
+    (cd "$state/apt/keyring" && apt-get -q -o APT::Sandbox::User="$(id -un)" download debian-archive-keyring &&
+        dpkg-deb -x ./*.deb .) >>"$state/apt/keyring.log" 2>&1
 }
 
 # debian_closure RELEASE PACKAGE...: the packages and all that they depend on.
