@@ -221,18 +221,16 @@ impl Command {
         };
         let request = in_memory(&request).map_err(|e| Error::Host("the request to the guest", e))?;
         let (control, theirs) = UnixStream::pair().map_err(|e| Error::Host("a pair of sockets", e))?;
+        let nothing = self.no_input.then(|| File::open("/dev/null")).transpose();
+        let nothing = nothing.map_err(|e| Error::Host("an empty input", e))?;
         let ends = [
             (CONTROL, ConsoleEnd::Fd(theirs.as_raw_fd())),
-            (STDIN, if self.no_input { ConsoleEnd::Null } else { ConsoleEnd::Stdin }),
+            (STDIN, nothing.as_ref().map_or(ConsoleEnd::Stdin, |nothing| ConsoleEnd::Fd(nothing.as_raw_fd()))),
             (STDOUT, ConsoleEnd::Stdout),
             (STDERR, ConsoleEnd::Stderr),
         ];
         let wanted = ends.len() - usize::from(streams.merged);
-        let port = |(name, to): (&str, _)| {
-            // A port that nothing comes from has no end of its input; an empty file has.
-            let from = (name == STDIN && self.no_input).then(|| "/dev/null".into());
-            PortConfig { name: name.into(), to, from }
-        };
+        let port = |(name, to): (&str, _)| PortConfig { name: name.into(), to, from: None };
         config.console_ports.extend(ends.into_iter().take(wanted).map(port));
         if config.serial == ConsoleEnd::Stdio {
             config.serial = ConsoleEnd::Null;
@@ -240,7 +238,8 @@ impl Command {
         let quiet = if self.watched { "" } else { " quiet" };
         config.boot.cmdline = format!("{CMDLINE}{quiet} {}", config.boot.cmdline).trim_end().to_string();
         self.pack(config, &request);
-        let (held, terminal) = (vec![theirs.into(), request.into()], streams.terminal.is_some());
+        let (mut held, terminal) = (vec![theirs.into(), request.into()], streams.terminal.is_some());
+        held.extend(nothing.map(OwnedFd::from));
         Ok(Session { control, _held: held, terminal, place })
     }
 

@@ -42,7 +42,7 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    /// Guest-physical address at which the kernel is usually told of its machine.
+    /// Usual guest-physical address of the zero page, the start info or the multiboot information.
     pub fn usual_info(self) -> u64 {
         match self {
             Protocol::Linux64 => layout::ZERO_PAGE,
