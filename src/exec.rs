@@ -27,6 +27,7 @@ use rustix::fs::MemfdFlags;
 
 use crate::backend::console::ConsoleEnd;
 use crate::backend::held;
+use crate::backend::passt;
 use crate::boot::modules::ModulesConfig;
 use crate::boot::pack::{FileConfig, InitramfsConfig};
 use crate::config::MachineConfig;
@@ -218,6 +219,7 @@ impl Command {
             mounts,
             modules,
             network: !config.nets.is_empty(),
+            name_server: config.nets.first().filter(|net| net.user && !net.map_gateway).map(|_| passt::NAME_SERVER),
         };
         let request = in_memory(&request).map_err(|e| Error::Host("the request to the guest", e))?;
         let (control, theirs) = UnixStream::pair().map_err(|e| Error::Host("a pair of sockets", e))?;

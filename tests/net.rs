@@ -157,7 +157,7 @@ echo "link then: 0"
     let mib: u32 = std::env::var("NET_MIB").map_or(3, |mib| mib.parse().expect("NET_MIB is a number"));
     let run = Run::new("bzImage-cloud", &guest).through(&host).env(&format!("MIB={mib}"));
     let folder = format!("RUN={}", run.dir.path().display());
-    let net = ["--net", "user,hostfwd=tcp:8080:80,hostfwd=udp:9090:90", "--memory", "512M"];
+    let net = ["--net", "user,map_gateway=on,hostfwd=tcp:8080:80,hostfwd=udp:9090:90", "--memory", "512M"];
     let ended = run.env(&folder).args(&net).run_to_end().success();
     assert_eq!(ended.fact("datagram"), "ok", "{ended}");
     assert_eq!((ended.fact("address"), ended.fact("link")), ("10.0.2.15", "1"), "{ended}");
@@ -165,6 +165,72 @@ echo "link then: 0"
     let passt = (ended.fact("passt runs"), ended.fact("passt reaped"), ended.fact("link then"));
     assert_eq!(passt, ("1", "ok", "0"), "{ended}");
     assert!(ended.stderr.contains("net0: the network is gone, the guest has no link: passt is gone"), "{ended}");
+}
+
+/// A server at 127.0.0.1 of the host is out of reach, also for a guest that addresses it directly, until map_gateway=on
+/// shows it at the gateway's address. The gateway answers pings either way.
+#[test]
+fn the_hosts_loopback_is_closed() {
+    let host = host_half(
+        r#"
+sysctl -q -w net.ipv4.ping_group_range="0 2147483647"
+echo of-the-host >/tmp/www/secret
+busybox httpd -f -p 127.0.0.1:8001 -h /tmp/www &
+"$@"
+"#,
+    );
+    let guest = [
+        GUEST,
+        DHCP,
+        r#"
+fetch() { wget -q -T 4 -O - http://$1:8001/secret 2>/dev/null || echo nothing; }
+ping -c 1 -W 5 $(cat /tmp/gateway) >/dev/null && echo "closed, ping: ok"
+echo "closed, gateway: $(fetch $(cat /tmp/gateway))"
+ifconfig lo down
+echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet
+route add -net 127.0.0.0 netmask 255.0.0.0 gw $(cat /tmp/gateway)
+echo "closed, 127.0.0.1: $(fetch 127.0.0.1)"
+ifconfig eth0 down
+sed -i "s/eth0/eth1/" /tmp/dhcp
+ifconfig eth1 up
+udhcpc -q -n -f -i eth1 -s /tmp/dhcp >/dev/console 2>&1
+ping -c 1 -W 5 $(cat /tmp/gateway) >/dev/null && echo "open, ping: ok"
+echo "open, gateway: $(fetch $(cat /tmp/gateway))"
+"#,
+    ]
+    .concat();
+    let run = Run::new("bzImage-cloud", &guest).through(&host).env("MIB=1");
+    let ended = run.args(&["--net", "user", "--net", "user,map_gateway=on"]).run_to_end().success();
+    assert_eq!((ended.fact("closed, ping"), ended.fact("open, ping")), ("ok", "ok"), "{ended}");
+    assert_eq!((ended.fact("closed, gateway"), ended.fact("closed, 127.0.0.1")), ("nothing", "nothing"), "{ended}");
+    assert_eq!(ended.fact("open, gateway"), "of-the-host", "{ended}");
+    let dropped = "net0: dropped a packet from the guest: it was for the host's loopback";
+    assert!(ended.stderr.contains(dropped), "{ended}");
+}
+
+/// The host's name server is on its loopback, as systemd-resolved's is: exec's commands find names all the same.
+#[test]
+fn a_name_server_on_the_hosts_loopback() {
+    let host = r#"set -e
+answer='use IO::Socket::INET; $| = 1;
+my $socket = IO::Socket::INET->new(LocalAddr => "127.0.0.53", LocalPort => 53, Proto => "udp") or die "$!";
+print "ready\n";
+while (my $from = $socket->recv(my $question, 512)) {
+    my ($id, $rest) = unpack("a2 x10 a*", $question);
+    my ($name) = $rest =~ /^(.*?\0....)/s;
+    my $answer = $name =~ /\0\0\x01..$/s ? pack("n n n N n C4", 0xC00C, 1, 1, 60, 4, 192, 0, 2, 99) : "";
+    $socket->send($id . pack("n5", 0x8180, 1, $answer ne "", 0, 0) . $name . $answer);
+}'
+perl -e "$answer" >/tmp/resolver.log &
+trap "kill $!; umount /etc/resolv.conf" EXIT
+echo nameserver 127.0.0.53 >/tmp/resolv.conf
+mount --bind /tmp/resolv.conf /etc/resolv.conf
+until grep -q ready /tmp/resolver.log; do sleep 0.1; done
+"$@""#;
+    let run = Run::exec(&["getent", "ahostsv4", "secret.test"]).through(host);
+    let ended = run.args(&["--net", "user"]).run_to_end();
+    assert_eq!(ended.code(), 0, "{ended}");
+    assert!(ended.stdout.starts_with("192.0.2.99 "), "{ended}");
 }
 
 /// What a user may get wrong, and what passt does when vireo is killed.
@@ -184,7 +250,7 @@ net=tap=vm5 run as_user "$vireo"
 net=tap=vm5,queues=2 run "$vireo"
 net=tap=vm7 run "$vireo"
 net=tap=eth0 run "$vireo"
-net=user,hostfwd=tcp:7777:80 run "$vireo"
+net=user,hostfwd=tcp:0.0.0.0:7777:80 run "$vireo"
 net=user PATH=/nowhere run /usr/bin/env "$vireo"
 net=user,queues=2 run "$vireo"
 setpriv --reuid=4242 --regid=4242 --clear-groups "$vireo" run --kernel "$kernel" --net tap=vm6,queues=2 --net user --cmdline reboot=t </dev/null >/dev/null 2>&1 &
@@ -208,8 +274,8 @@ ip link del vm5; ip link del vm6; ip link del vm7
          ip tuntap add vm5 mode tap user $USER vnet_hdr multi_queue\nstatus 125\n",
         "vireo: vm7 is a network interface but no tap\nstatus 125\n",
         "vireo: eth0 is a network interface but no tap\nstatus 125\n",
-        "vireo: cannot forward tcp:7777:80: port 7777 of the host cannot be bound: Address already in use (os error 98)\
-         \nstatus 125\n",
+        "vireo: cannot forward tcp:0.0.0.0:7777:80: port 7777 of the host cannot be bound: \
+         Address already in use (os error 98)\nstatus 125\n",
         "vireo: passt, which user networking needs, is not installed (package passt)\nstatus 125\n",
         "vireo: --net: 'queues' is for tap only\n",
         "passt there: 1\npasst left: 0\n",

@@ -112,6 +112,6 @@ echo '0 2147483647' >/proc/sys/net/ipv4/ping_group_range
 fn iperf3_over_user_networking() {
     let host = [USER, SERVER, r#""$@""#].concat();
     let connect = [DHCP, "export PEER=$(cat /tmp/gateway)\n"].concat();
-    let ended = guest(&connect).through(&host).args(&["--net", "user"]).run_to_end().success();
+    let ended = guest(&connect).through(&host).args(&["--net", "user,map_gateway=on"]).run_to_end().success();
     check_flows(&ended);
 }

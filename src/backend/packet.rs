@@ -91,26 +91,34 @@ pub fn read(fd: BorrowedFd<'_>, room: &[RamSlice<'_>], overflow: &mut [u8]) -> i
     Ok(n)
 }
 
-/// Writes once: `head`, then guest memory. At most [`MAX_SLICES`] slices.
+/// Writes once: `head`, then guest memory without its first `skip` bytes. At most [`MAX_SLICES`] slices.
 #[allow(unsafe_code)]
-pub fn write(fd: BorrowedFd<'_>, head: &[u8], slices: &[RamSlice<'_>]) -> io::Result<usize> {
+pub fn write(fd: BorrowedFd<'_>, head: &[u8], slices: &[RamSlice<'_>], skip: usize) -> io::Result<usize> {
     if slices.len() > MAX_SLICES {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let mut iov = Vec::with_capacity(slices.len() + 1);
     iov.push(libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() });
-    iov.extend(slices.iter().map(iovec));
-    // SAFETY: every iovec is `head`, which is only read, or a RamSlice, hence mapped guest memory that outlives the call.
+    let mut skip = skip;
+    for slice in slices {
+        let here = skip.min(slice.len());
+        skip -= here;
+        iov.push(iovec(&slice.offset(here).map_err(io::Error::other)?));
+    }
+    // SAFETY: every iovec is `head`, which is only read, or part of a RamSlice, hence mapped guest memory that outlives the
+    // call.
     let n = unsafe { libc::writev(fd.as_raw_fd(), iov.as_ptr(), iov.len() as libc::c_int) };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
-/// Copies the first bytes of guest memory, as many as there are in `to`.
-pub fn copy_from_guest(slices: &[RamSlice<'_>], mut to: &mut [u8]) {
+/// Copies the first bytes of guest memory, as many as `to` has room for; returns how many there were.
+pub fn copy_from_guest(slices: &[RamSlice<'_>], mut to: &mut [u8]) -> usize {
+    let room = to.len();
     for slice in slices {
         let n = slice.copy_to(to);
         to = to.get_mut(n..).unwrap_or_default();
     }
+    room - to.len()
 }
 
 /// Copies to guest memory, as much as there is room.

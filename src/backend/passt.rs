@@ -9,25 +9,32 @@
 //! and for each repeated acknowledgement, even that of a packet that came twice, send the whole window again, until most
 //! of what the guest gets is what it has already. So the socket is given as much room as may be, and the guest the
 //! largest MTU: a fortieth of the packets, acknowledgements and repetitions.
+//!
+//! A frame becomes a connection of this host to the frame's destination, and a guest may write any destination. Debian
+//! 12's version connects to 127.0.0.1 for it, whatever its options say, and Debian 13's ends at an IPv4 address in an IPv6
+//! header. So frames to the loopback never reach passt.
 
-use std::io::{self, PipeReader, Read};
-use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+mod forward;
+mod process;
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
-use std::str::FromStr;
 use std::time::Duration;
 
 use log::debug;
-use serde::{Deserialize, Serialize};
 
 use super::packet::{self, HEADER, MAX_FRAME, MIN_FRAME, Offloads, Port, Received};
-use crate::child;
 use crate::memory::RamSlice;
+
+pub use forward::{Forward, Protocol};
+use process::Process;
+pub use process::{NAME_SERVER, Options};
 
 /// Bytes of the length before each frame.
 const LENGTH: usize = 4;
+/// Bytes of a frame up to the end of an IPv6 destination.
+const ADDRESSES: usize = 54;
 /// How much is read from passt at once, at least one frame.
 const BUFFER: usize = 128 << 10;
 /// How much passt may have sent before we read it, if the user may have so much: a window of a guest is no larger by
@@ -62,111 +69,11 @@ pub enum Error {
     },
 }
 
-/// `tcp` or `udp`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Protocol {
-    /// TCP.
-    Tcp,
-    /// UDP.
-    Udp,
-}
-
-/// A port of the host that leads to one of the guest: `tcp:8080:80`, `udp:127.0.0.1:53:5353`, `tcp:[::1]:8080:80`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Forward {
-    /// Of both.
-    pub protocol: Protocol,
-    /// Which of the host's addresses; all without.
-    pub address: Option<IpAddr>,
-    /// The host's port.
-    pub host: u16,
-    /// The guest's port.
-    pub guest: u16,
-}
-
-impl FromStr for Forward {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let parse = || {
-            let (protocol, rest) = text.split_once(':')?;
-            let protocol = match protocol {
-                "tcp" => Protocol::Tcp,
-                "udp" => Protocol::Udp,
-                _ => return None,
-            };
-            let (rest, guest) = rest.rsplit_once(':')?;
-            let (address, host) = rest.rsplit_once(':').map_or((None, rest), |(address, host)| (Some(address), host));
-            let address = match address {
-                Some(text) => Some(text.trim_start_matches('[').trim_end_matches(']').parse().ok()?),
-                None => None,
-            };
-            let port = |text: &str| text.parse::<u16>().ok().filter(|&port| port != 0);
-            Some(Forward { protocol, address, host: port(host)?, guest: port(guest)? })
-        };
-        parse().ok_or_else(|| format!("'{text}' is not of the form tcp|udp:[ADDRESS:]HOSTPORT:GUESTPORT"))
-    }
-}
-
-impl std::fmt::Display for Forward {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(if self.protocol == Protocol::Tcp { "tcp:" } else { "udp:" })?;
-        match self.address {
-            Some(IpAddr::V4(address)) => write!(f, "{address}:")?,
-            Some(IpAddr::V6(address)) => write!(f, "[{address}]:")?,
-            None => {}
-        }
-        write!(f, "{}:{}", self.host, self.guest)
-    }
-}
-
-impl Serialize for Forward {
-    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        s.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Forward {
-    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-impl Forward {
-    /// passt would go on without a port that it cannot have: see whether it can.
-    fn check(&self) -> Result<(), Error> {
-        let to = (self.address.unwrap_or(Ipv4Addr::UNSPECIFIED.into()), self.host);
-        let bound = match self.protocol {
-            Protocol::Tcp => TcpListener::bind(to).map(|_| ()),
-            Protocol::Udp => UdpSocket::bind(to).map(|_| ()),
-        };
-        bound.map_err(|source| Error::Port { forward: *self, port: self.host, source })
-    }
-
-    /// As passt's options take it.
-    fn option(&self) -> [String; 2] {
-        let option = if self.protocol == Protocol::Tcp { "-t" } else { "-u" };
-        let address = self.address.map_or(String::new(), |address| format!("{address}/"));
-        [option.into(), format!("{address}{}:{}", self.host, self.guest)]
-    }
-}
-
-/// What to ask of passt.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Forwarded ports.
-    pub forwards: Vec<Forward>,
-    /// The guest's MAC address.
-    pub mac: [u8; 6],
-    /// What it tells the guest as MTU.
-    pub mtu: u16,
-}
-
 /// A running passt and the guest's connection to it.
 #[derive(Debug)]
 pub struct Passt {
     socket: UnixStream,
-    /// Absent in tests, where the other end is held by something else.
+    /// Absent if something else has started it.
     process: Option<Process>,
     /// What came and was not delivered: lengths and frames, from `start` to `end`.
     buffer: Vec<u8>,
@@ -184,13 +91,14 @@ impl Passt {
         socket.set_nonblocking(true).map_err(Error::Start)?;
         make_room(&its);
         let process = Process::start(its.into(), options)?;
-        let mut passt = Self::new(socket, Some(process));
+        let mut passt = Passt { process: Some(process), ..Self::over(socket) };
         passt.wait_until_there(options.mac)?;
         Ok(passt)
     }
 
-    fn new(socket: UnixStream, process: Option<Process>) -> Self {
-        Passt { socket, process, buffer: vec![0; BUFFER], start: 0, end: 0, unsent: Vec::new() }
+    /// A connection to a passt that something else has started; the socket must not block.
+    pub fn over(socket: UnixStream) -> Self {
+        Passt { socket, process: None, buffer: vec![0; BUFFER], start: 0, end: 0, unsent: Vec::new() }
     }
 
     fn last_words(&mut self) -> String {
@@ -277,14 +185,21 @@ impl Port for Passt {
     fn send(&mut self, _header: &[u8; HEADER], frame: &[RamSlice<'_>]) -> io::Result<()> {
         self.flush()?;
         let len = packet::len(frame);
-        let length = (len as u32).to_be_bytes();
-        let sent = packet::write(self.socket.as_fd(), &length, frame)?;
+        // A copy: the guest may change the frame after it was checked.
+        let mut head = [0; LENGTH + ADDRESSES];
+        let (length, addresses) = head.split_at_mut(LENGTH);
+        length.copy_from_slice(&(len as u32).to_be_bytes());
+        let copied = packet::copy_from_guest(frame, addresses);
+        if is_to_loopback(addresses) {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, "it was for the host's loopback"));
+        }
+        let head = head.get(..LENGTH + copied).unwrap_or(&head);
+        let sent = packet::write(self.socket.as_fd(), head, frame, copied)?;
         if sent < LENGTH + len {
             // The stream is full: the rest has to come before anything else.
             let mut whole = vec![0; LENGTH + len];
-            let (head, body) = whole.split_at_mut(LENGTH);
-            head.copy_from_slice(&length);
-            packet::copy_from_guest(frame, body);
+            packet::copy_from_guest(frame, whole.get_mut(LENGTH..).unwrap_or_default());
+            whole.iter_mut().zip(head).for_each(|(to, from)| *to = *from);
             whole.drain(..sent);
             self.unsent = whole;
         }
@@ -294,7 +209,7 @@ impl Port for Passt {
     /// passt waits for the rest of a frame and does nothing else meanwhile.
     fn flush(&mut self) -> io::Result<()> {
         while !self.unsent.is_empty() {
-            let n = packet::write(self.socket.as_fd(), &self.unsent, &[])?;
+            let n = packet::write(self.socket.as_fd(), &self.unsent, &[], 0)?;
             self.unsent.drain(..n.min(self.unsent.len()));
         }
         Ok(())
@@ -310,60 +225,6 @@ impl Port for Passt {
     }
 }
 
-/// The passt process: ended and reaped at the latest when dropped.
-#[derive(Debug)]
-struct Process {
-    child: Child,
-    stderr: PipeReader,
-}
-
-impl Process {
-    fn start(socket: OwnedFd, options: &Options) -> Result<Self, Error> {
-        // A full pipe must not stop passt: what nobody reads is lost, and what we read may be nothing.
-        let (stderr, its_stderr) = io::pipe().map_err(Error::Start)?;
-        for end in [stderr.as_fd(), its_stderr.as_fd()] {
-            rustix::io::ioctl_fionbio(end, true).map_err(|e| Error::Start(e.into()))?;
-        }
-        let mut command = Command::new("passt");
-        command.args(["--foreground", "--quiet", "--stderr", "--fd", "0"]);
-        command.args(options.forwards.iter().flat_map(Forward::option));
-        command.args(["--mtu".into(), options.mtu.to_string()]);
-        command.stdin(socket).stdout(Stdio::null()).stderr(its_stderr);
-        // Ctrl-C on the terminal asks the guest to end, which may want its network for that.
-        command.process_group(0);
-        child::deliver_signals(&mut command);
-        let child = command.spawn().map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => Error::NotInstalled,
-            _ => Error::Start(e),
-        })?;
-        debug!("passt runs as process {}", child.id());
-        Ok(Process { child, stderr })
-    }
-
-    /// Ends it, and tells what it said that may be the reason.
-    fn last_words(&mut self) -> String {
-        self.end();
-        let mut text = vec![0; 64 << 10];
-        let n = self.stderr.read(&mut text).unwrap_or(0);
-        let text = String::from_utf8_lossy(text.get(..n).unwrap_or_default());
-        let noise = |line: &&str| !line.is_empty() && !line.contains("syslog") && !line.contains("Don't run as root");
-        let words: Vec<&str> = text.lines().map(str::trim).filter(noise).take(5).collect();
-        if words.is_empty() { String::new() } else { format!(": {}", words.join("; ")) }
-    }
-
-    /// It keeps nothing that a kill could damage.
-    fn end(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
-
 /// Room for what is sent on `socket`: with privilege as much as wanted, else up to the host's `net.core.wmem_max`. It works
 /// with less, only slower.
 fn make_room(socket: &UnixStream) {
@@ -372,6 +233,21 @@ fn make_room(socket: &UnixStream) {
     }
     if let Ok(room) = rustix::net::sockopt::socket_send_buffer_size(socket) {
         debug!("passt may be {} KiB ahead", room >> 10);
+    }
+}
+
+/// Whether a frame, of which these are the first bytes, is for an address that a host takes for its loopback: 127.0.0.0/8
+/// and ::1, the addresses of zeros, which Linux connects to itself, and IPv4 addresses written as IPv6 ones.
+fn is_to_loopback(frame: &[u8]) -> bool {
+    match frame.get(12..14) {
+        Some([0x08, 0x00]) => matches!(frame.get(30), Some(0 | 127)),
+        Some([0x86, 0xDD]) => {
+            matches!(
+                frame.get(38..50),
+                Some([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0] | [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF])
+            )
+        }
+        _ => false,
     }
 }
 
@@ -390,7 +266,7 @@ mod tests {
     fn setup() -> (GuestRam, Passt, UnixStream) {
         let (ours, its) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        (GuestRam::anonymous(1 << 20), Passt::new(ours, None), its)
+        (GuestRam::anonymous(1 << 20), Passt::over(ours), its)
     }
 
     fn frame(len: usize) -> Vec<u8> {
@@ -472,19 +348,42 @@ mod tests {
     }
 
     #[test]
-    fn ports_are_written_as_passt_has_them() {
-        for (text, option) in [
-            ("tcp:8080:80", "-t 8080:80"),
-            ("udp:127.0.0.1:53:5353", "-u 127.0.0.1/53:5353"),
-            ("tcp:[::1]:22:22", "-t ::1/22:22"),
-        ] {
-            let forward: Forward = text.parse().unwrap();
-            assert_eq!((forward.to_string().as_str(), forward.option().join(" ").as_str()), (text, option));
+    fn no_frame_reaches_the_hosts_loopback() {
+        let (ram, mut passt, mut its) = setup();
+        its.set_nonblocking(true).unwrap();
+        let ipv4 = |to: [u8; 4]| [&[2; 12][..], &[8, 0], &[0x45; 16], &to, &[9; 40]].concat();
+        let ipv6 = |to: [u16; 8]| {
+            [&[2; 12][..], &[0x86, 0xDD], &[0x60; 24], &to.map(u16::to_be_bytes).concat(), &[9; 20]].concat()
+        };
+        let mut sent = |frame: &[u8]| {
+            ram.write(0, frame).unwrap();
+            // Cut in the middle of the addresses.
+            let slices = [ram.slice(0, 32).unwrap(), ram.slice(32, frame.len() as u64 - 32).unwrap()];
+            let error = passt.send(&[0; HEADER], &slices).err().map(|e| e.to_string());
+            let mut got = vec![0; 4096];
+            let n = its.read(&mut got).unwrap_or(0);
+            match error {
+                None => assert_eq!(got[..n], [&(frame.len() as u32).to_be_bytes()[..], frame].concat()),
+                Some(ref e) => assert_eq!((e.as_str(), n), ("it was for the host's loopback", 0)),
+            }
+            error.is_none()
+        };
+        for to in [[127, 0, 0, 1], [127, 255, 255, 254], [0, 0, 0, 0], [0, 1, 2, 3]] {
+            assert!(!sent(&ipv4(to)), "{to:?}");
         }
-        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = taken.local_addr().unwrap().port();
-        let forward: Forward = format!("tcp:127.0.0.1:{port}:80").parse().unwrap();
-        let error = forward.check().unwrap_err().to_string();
-        assert_eq!(error, format!("cannot forward {forward}: port {port} of the host cannot be bound"));
+        for to in [[0, 0, 0, 0, 0, 0, 0, 1], [0; 8], [0, 0, 0, 0, 0, 0, 0x7F00, 1], [0, 0, 0, 0, 0, 0xFFFF, 0x7F00, 1]]
+        {
+            assert!(!sent(&ipv6(to)), "{to:x?}");
+        }
+        assert!([[10, 0, 2, 2], [255; 4], [1, 0, 0, 127]].map(ipv4).iter().all(|frame| sent(frame)));
+        assert!(
+            [[0xFE80, 0, 0, 0, 0, 0, 0, 1], [0xFF02, 0, 0, 0, 0, 0, 0, 1]].map(ipv6).iter().all(|frame| sent(frame))
+        );
+        // No more than the shortest frame there is.
+        ram.write(0, &[8; MIN_FRAME]).unwrap();
+        passt.send(&[0; HEADER], &[ram.slice(0, MIN_FRAME as u64).unwrap()]).unwrap();
+        let mut got = [0; 4096];
+        assert_eq!(its.read(&mut got).unwrap(), LENGTH + MIN_FRAME);
+        assert_eq!(got[..LENGTH + MIN_FRAME], [&[0, 0, 0, 14][..], &[8; MIN_FRAME]].concat());
     }
 }

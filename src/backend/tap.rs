@@ -167,7 +167,7 @@ impl Port for Tap {
     }
 
     fn send(&mut self, header: &[u8; HEADER], frame: &[RamSlice<'_>]) -> io::Result<()> {
-        packet::write(self.file.as_fd(), header, frame).map(|_| ())
+        packet::write(self.file.as_fd(), header, frame, 0).map(|_| ())
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -31,8 +31,8 @@ pub struct DeviceArgs {
     /// be given several times
     #[arg(long, value_name = "PATH")]
     disk: Vec<BlkConfig>,
-    /// Network card: tap=NAME[,queues=N][,vhost=on][,offload=off] or user[,hostfwd=tcp:8080:80]..., both [,mac=MAC]
-    /// [,mtu=N][,mrg_rxbuf=off] and, per second, rx_bandwidth=SIZE, rx_ops=N (packets), tx_bandwidth=, tx_ops=
+    /// Network card: tap=NAME[,queues=N][,vhost=on][,offload=off] or user[,hostfwd=tcp:8080:80]...
+    /// [,map_gateway=on] (the host's 127.0.0.1 at the gateway's address), both [,mac=MAC][,mtu=N][,mrg_rxbuf=off] and, per second, rx_bandwidth=SIZE, rx_ops=N (packets), tx_bandwidth=, tx_ops=
     /// (rx_bandwidth_burst= and so on at once; rx is to the guest); may be given several times; with exec the first is
     /// set up by DHCP
     #[arg(long, value_name = "HOW")]

@@ -103,7 +103,10 @@ fn load_modules() -> Result<Option<String>> {
 fn prepare(request: &Request) -> Result<()> {
     let _ = rustix::system::sethostname(b"vireo");
     net::loopback()?;
-    let name_servers = if request.network { net::configure()? } else { Vec::new() };
+    let mut name_servers = if request.network { net::configure()? } else { Vec::new() };
+    if name_servers.is_empty() {
+        name_servers.extend(request.name_server);
+    }
     if request.root != Root::Initramfs {
         files::enter_root(&request.root)?;
     }

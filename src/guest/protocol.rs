@@ -13,6 +13,7 @@
 //! host empties the rings before it lets go of the guest.
 
 use std::ffi::{OsStr, OsString};
+use std::net::Ipv4Addr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use serde::{Deserialize, Serialize};
@@ -89,6 +90,8 @@ pub struct Request {
     pub modules: Option<Bytes>,
     /// The network card is set up, by DHCP.
     pub network: bool,
+    /// Name server to use when DHCP announces none.
+    pub name_server: Option<Ipv4Addr>,
 }
 
 /// What the root file system is.

@@ -243,7 +243,8 @@ impl Net {
         let Some(tap) = &config.tap else {
             let mtu = config.mtu.unwrap_or(passt::MTU);
             extras.mtu = Some(mtu);
-            let options = passt::Options { forwards: config.hostfwd.clone(), mac: mac.0, mtu };
+            let (forwards, map_gateway) = (config.hostfwd.clone(), config.map_gateway);
+            let options = passt::Options { forwards, mac: mac.0, mtu, map_gateway };
             let ports: Vec<Box<dyn Port>> = vec![Box::new(Passt::start(&options)?)];
             return Ok(Self::build(name.into(), ports, None, mac, extras)?);
         };

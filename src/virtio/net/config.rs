@@ -29,6 +29,10 @@ pub struct NetConfig {
     /// Ports of the host that lead to the guest, for `user`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hostfwd: Vec<Forward>,
+    /// Let the gateway's address lead to the host's loopback, for `user`: the guest then reaches services that listen at
+    /// 127.0.0.1 only.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub map_gateway: bool,
     /// The card's address; random without.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<Mac>,
@@ -211,6 +215,7 @@ impl NetConfig {
         }
         match self {
             NetConfig { tap: Some(_), hostfwd, .. } if !hostfwd.is_empty() => Err(Error::Key("hostfwd", "user")),
+            NetConfig { tap: Some(_), map_gateway: true, .. } => Err(Error::Key("map_gateway", "user")),
             NetConfig { user: true, queues, .. } if *queues != 1 => Err(Error::Key("queues", "tap")),
             NetConfig { user: true, offload: false, .. } => Err(Error::Key("offload", "tap")),
             NetConfig { user: true, vhost: true, .. } => Err(Error::Key("vhost", "tap")),

@@ -330,9 +330,9 @@ impl Pair {
     /// A lost packet is nothing special on a network; the first is told.
     fn dropped(&self, e: &io::Error) {
         if self.shared.warned.swap(true, Ordering::Relaxed) {
-            debug!("{}: a packet of the guest's was dropped: {e}", self.shared.name);
+            debug!("{}: dropped a packet from the guest: {e}", self.shared.name);
         } else {
-            warn!("{}: a packet of the guest's was dropped: {e}", self.shared.name);
+            warn!("{}: dropped a packet from the guest: {e}", self.shared.name);
         }
     }
 }

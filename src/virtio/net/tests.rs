@@ -547,6 +547,7 @@ fn configuration() {
         ("tap=vm0,tx_ops=0", "would let nothing through"),
         ("tap=vm0,rx_bandwidth=1M,rx_bandwidth_burst=0", "would let nothing through"),
         ("tap=vm0,vhost,rx_ops=1", "vhost=on has no rate limits"),
+        ("tap=vm0,map_gateway=on", "'map_gateway' is for user only"),
     ] {
         assert!(check(bad).unwrap_err().contains(why), "{bad}");
     }
@@ -560,7 +561,10 @@ fn configuration() {
         ("user,hostfwd=tcp:0:1", "not of the form"),
         ("user,hostfwd=tcp:1", "not of the form"),
         ("user,hostfwd=tcp:somewhere:1:2", "not of the form"),
-        ("tun=x", "valid keys are tap, user, hostfwd, mac, mtu, queues, offload, mrg_rxbuf, vhost, rx_bandwidth"),
+        (
+            "tun=x",
+            "valid keys are tap, user, hostfwd, map_gateway, mac, mtu, queues, offload, mrg_rxbuf, vhost, rx_bandwidth",
+        ),
     ] {
         let error = config(bad).unwrap_err();
         assert!(error.contains(why), "{bad}: {error}");
