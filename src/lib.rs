@@ -47,5 +47,6 @@ pub mod event;
 pub mod memory;
 pub mod kvm;
 pub mod layout;
+pub mod log_limit;
 pub mod options;
 pub mod outcome;

@@ -75,8 +75,9 @@ impl std::str::FromStr for Address {
     }
 }
 
-/// The machine, as the stub sees it. Tests have another one.
-trait Guest: Send + Sync {
+/// The machine, as the stub sees it. Tests and fuzzers have another one.
+#[doc(hidden)]
+pub trait Guest: Send + Sync {
     /// How many vCPUs it has.
     fn vcpus(&self) -> u32;
     /// Its memory.
@@ -205,7 +206,9 @@ impl Server {
         self.serve(Box::new(Live { controller, ram, vcpus }))
     }
 
-    fn serve(self, guest: Box<dyn Guest>) -> Result<Serving, Error> {
+    /// Serves clients that debug `guest`.
+    #[doc(hidden)]
+    pub fn serve(self, guest: Box<dyn Guest>) -> Result<Serving, Error> {
         let end = End { fd: event::eventfd().map_err(|e| Error::Host("an eventfd", e))?, code: AtomicU8::new(0) };
         let end = Arc::new(end);
         let theirs = end.clone();

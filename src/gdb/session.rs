@@ -6,19 +6,25 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use gdbstub::conn::Connection;
 use gdbstub::stub::state_machine::GdbStubStateMachine as Stub;
 use gdbstub::stub::{DisconnectReason, GdbStubBuilder};
+use log::Level;
 
 use super::debuggee::{Debuggee, Stop};
 use super::{End, Guest, Listener, Served};
 use crate::event::{Interest, Poller};
+use crate::log_limit::LogLimit;
 
 /// The longest packet: all registers, or the memory that gdb writes at once.
 const PACKET_MAX: usize = 4096;
 /// The longest answer. A client may ask for as much memory as it likes, but not get it.
 const ANSWER_MAX: usize = 64 << 10;
+
+/// How long the stub waits before it tries again to take a client.
+const RETRY: Duration = Duration::from_millis(100);
 
 const LISTEN: u64 = 0;
 const CLIENT: u64 = 1;
@@ -30,21 +36,31 @@ pub(super) fn serve(listener: &Listener, guest: &dyn Guest, end: &End) -> Served
     let mut poller = Poller::new()?;
     poller.add(listener.as_raw_fd(), LISTEN, Interest::Read)?;
     poller.add(end.fd.as_raw_fd(), END, Interest::Read)?;
+    let (sessions, failures) = (LogLimit::default(), LogLimit::default());
+    let mut retry = None;
     loop {
-        let ready: Vec<u64> = poller.wait(None)?.collect();
+        let ready: Vec<u64> = poller.wait(retry)?.collect();
         if ready.contains(&END) {
             return Err(None);
         }
+        if retry.take().is_some() {
+            poller.modify(listener.as_raw_fd(), LISTEN, Interest::Read)?;
+        }
         match listener.accept() {
             Ok(Some(stream)) => {
-                log::info!("gdb: a debugger is attached");
+                sessions.log(Level::Info, "gdb: a debugger is attached");
                 match debug(stream, listener, guest, end) {
-                    Ok(what) => log::info!("gdb: {what}"),
-                    Err(e) => log::warn!("gdb: the debugger is cut off, the guest goes on: {e}"),
+                    Ok(what) => sessions.log(Level::Info, format_args!("gdb: {what}")),
+                    Err(e) => failures.warn(format_args!("gdb: the debugger is cut off, the guest goes on: {e}")),
                 }
             }
             Ok(None) => {}
-            Err(e) => log::warn!("gdb: cannot take a debugger: {e}"),
+            Err(e) => {
+                failures.warn(format_args!("gdb: cannot take a debugger: {e}"));
+                // A client that cannot be taken, for want of descriptors, stays ready.
+                poller.modify(listener.as_raw_fd(), LISTEN, Interest::None)?;
+                retry = Some(RETRY);
+            }
         }
     }
 }
@@ -188,6 +204,8 @@ impl<'a> Events<'a> {
                 // Closed at once: better than a second gdb that waits in vain.
                 if let Err(e) = self.listener.accept() {
                     log::debug!("gdb: cannot send another debugger away: {e}");
+                    // It stays ready, and waits for the end of this session then.
+                    self.poller.modify(self.listener.as_raw_fd(), LISTEN, Interest::None)?;
                 }
             }
             if ready.contains(&TRAP) {

@@ -12,6 +12,7 @@ use crate::devices::testdev::{TestLines, TestMemory, TestPorts};
 use crate::event::GuestEvents;
 use crate::kvm::Vm;
 use crate::layout;
+use crate::log_limit::LogLimit;
 use crate::memory::GuestRam;
 
 /// Puts what `--debug-exit` and `--testdev` stand for on the buses.
@@ -29,9 +30,10 @@ pub(super) fn add(
     }
     if config.testdev {
         let vm = vm.clone();
+        let warnings = LogLimit::default();
         let lines = TestLines::new(move |gsi, active| {
             if let Err(e) = vm.set_irq(gsi, active) {
-                log::warn!("the test device cannot set interrupt line {gsi}: {e}");
+                warnings.warn(format_args!("the test device cannot set interrupt line {gsi}: {e}"));
             }
         });
         // There are at most 254 vCPUs.

@@ -12,11 +12,10 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use log::{debug, warn};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -27,6 +26,7 @@ use super::{
     StateError, VirtioDevice, queue::Queue,
 };
 use crate::event::Interest;
+use crate::log_limit::LogLimit;
 use crate::memory::GuestRam;
 use crate::options::{self, Size, Span};
 pub use hints::FreeHints;
@@ -141,8 +141,7 @@ struct Shared {
     /// Where the host takes back huge pages only: which pages of each are in the balloon.
     parts: Mutex<BTreeMap<u64, [u64; 8]>>,
     hints: Mutex<Hints>,
-    /// That the host refused was told already.
-    warned: AtomicBool,
+    warnings: LogLimit,
 }
 
 impl Balloon {
@@ -450,11 +449,7 @@ impl Pages {
     /// A host that refuses costs memory, but nobody else anything.
     fn release(&self, ram: &GuestRam, addr: u64, len: u64) {
         if let Err(e) = ram.release(addr, len) {
-            if self.shared.warned.swap(true, Ordering::Relaxed) {
-                debug!("balloon: {e}");
-            } else {
-                warn!("the host does not take back memory that the guest gave up: {e}");
-            }
+            self.shared.warnings.warn(format_args!("the host does not take back memory that the guest gave up: {e}"));
         }
     }
 

@@ -26,6 +26,7 @@ use super::{
 use crate::backend::console_watch::ConsoleWatch;
 use crate::backend::output::{self, Output};
 use crate::event::{GuestEvent, GuestEvents, Interest, eventfd};
+use crate::log_limit::LogLimit;
 use crate::memory::GuestRam;
 pub use config::PortConfig;
 pub use host::HostPort;
@@ -122,7 +123,8 @@ impl Console {
         };
         let ports: Vec<Port> = ports.into_iter().take(MAX_PORTS).map(make).collect();
         let state = Mutex::new(ConsoleState { ports: vec![PortState::default(); ports.len()] });
-        let shared = Shared { ports, wake: eventfd()?, events: events.clone(), size: Mutex::default(), state };
+        let (wake, log) = (eventfd()?, LogLimit::default());
+        let shared = Shared { ports, wake, events: events.clone(), size: Mutex::default(), state, log };
         let info =
             DeviceInfo { id: DeviceId::Console, name: name.into(), features, queue_sizes, shared_memory: vec![] };
         Ok(Console { info, shared: Arc::new(shared) })
@@ -416,7 +418,7 @@ impl Ports {
                 let size_known = *lock(&self.shared.size) != (0, 0);
                 port.due |= if known.name.is_none() && size_known { DUE_SIZE } else { 0 };
             }
-            PORT_READY => log::debug!("the guest could not set up console port {id}"),
+            PORT_READY => self.shared.log.debug(format_args!("the guest could not set up console port {id}")),
             PORT_OPEN => port.open = on,
             _ => {}
         }

@@ -13,7 +13,6 @@ use std::ops::Range;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use log::{debug, warn};
 use serde::{Deserialize, Serialize};
 
 use super::chain::Chain;
@@ -22,6 +21,7 @@ use super::{
     Activated, Activation, Context, DeviceId, DeviceInfo, Event, Fault, Handler, Progress, RING_FEATURES, Share,
     StateError, VirtioDevice, queue::Queue,
 };
+use crate::log_limit::LogLimit;
 use crate::memory::GuestRam;
 use crate::options::{self, Size};
 
@@ -225,6 +225,7 @@ pub struct Mem {
     info: DeviceInfo,
     region: Region,
     blocks: Arc<Mutex<Blocks>>,
+    warnings: LogLimit,
 }
 
 impl Mem {
@@ -241,7 +242,7 @@ impl Mem {
         let requested = config.requested.0;
         let plugged = vec![0; (region.len / region.block).div_ceil(64) as usize];
         let blocks = Blocks { requested, usable: region.usable(requested), count: 0, plugged };
-        Mem { info, region, blocks: Arc::new(Mutex::new(blocks)) }
+        Mem { info, region, blocks: Arc::new(Mutex::new(blocks)), warnings: LogLimit::default() }
     }
 
     fn status(&self) -> MemStatus {
@@ -315,7 +316,7 @@ impl VirtioDevice for Mem {
 
     /// 5.15.5: a reset changes no block, so there is nothing to do for one.
     fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
-        let handler = Plugger { region: self.region, blocks: self.blocks.clone(), warned: false };
+        let handler = Plugger { region: self.region, blocks: self.blocks.clone(), warnings: self.warnings.clone() };
         Ok(Activated::Here(vec![Share { queues: activation.queues, handler: Box::new(handler) }]))
     }
 
@@ -341,7 +342,7 @@ struct Plugger {
     region: Region,
     blocks: Arc<Mutex<Blocks>>,
     /// That the host refused was told already.
-    warned: bool,
+    warnings: LogLimit,
 }
 
 impl Handler for Plugger {
@@ -454,11 +455,7 @@ impl Plugger {
     }
 
     fn refused(&mut self, error: &io::Error, what: &str) {
-        if std::mem::replace(&mut self.warned, true) {
-            debug!("the host {what}: {error}");
-        } else {
-            warn!("the host {what}: {error}");
-        }
+        self.warnings.warn(format_args!("the host {what}: {error}"));
     }
 }
 
@@ -503,7 +500,7 @@ mod tests {
         fn serve(&mut self, bufs: &[Buf]) -> Result<u32, Fault> {
             let mut driver = FakeQueue::new(&self.ram, 0x1000, 8);
             let blocks = self.device.blocks.clone();
-            let mut handler = Plugger { region: self.device.region, blocks, warned: false };
+            let mut handler = Plugger { region: self.device.region, blocks, warnings: LogLimit::default() };
             let mut queues = [driver.device(RING_FEATURES)];
             driver.add(bufs).unwrap();
             Loopback::new(&self.ram).deliver(&mut handler, &mut queues, Event::Kick(0))?;

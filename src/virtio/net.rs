@@ -17,7 +17,6 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use log::warn;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net::*;
 use vmm_sys_util::eventfd::EventFd;
@@ -31,6 +30,7 @@ use crate::backend::packet::{Offloads, Port, Received};
 use crate::backend::passt::{self, Passt};
 use crate::backend::tap::Tap;
 use crate::event::eventfd;
+use crate::log_limit::LogLimit;
 use crate::rate_limiter::{Limits, RateLimiter};
 
 pub(super) use config::MIN_MTU;
@@ -127,8 +127,10 @@ struct Shared {
     alive: AtomicBool,
     /// The cable is plugged in.
     plugged: AtomicBool,
-    /// A packet that the host did not take was told of already.
-    warned: AtomicBool,
+    /// Packets that the host did not take.
+    dropped: LogLimit,
+    /// Whatever else its driver can cause.
+    warnings: LogLimit,
 }
 
 impl Shared {
@@ -165,7 +167,7 @@ impl Shared {
         if self.elsewhere.is_some()
             && let Err(e) = self.follow_pairs()
         {
-            warn!("{}: cannot use {pairs} queue pairs: {e}", self.name);
+            self.warnings.warn(format_args!("{}: cannot use {pairs} queue pairs: {e}", self.name));
         }
     }
 
@@ -189,7 +191,7 @@ impl Shared {
     fn lost(&self, e: &io::Error) -> bool {
         let new = self.alive.swap(false, Ordering::SeqCst);
         if new {
-            warn!("{}: the network is gone, the guest has no link: {e}", self.name);
+            self.warnings.warn(format_args!("{}: the network is gone, the guest has no link: {e}", self.name));
         }
         new
     }
@@ -310,7 +312,8 @@ impl Net {
             pairs: AtomicU16::new(1),
             alive: AtomicBool::new(true),
             plugged: AtomicBool::new(true),
-            warned: AtomicBool::new(false),
+            dropped: LogLimit::default(),
+            warnings: LogLimit::default(),
         };
         let info = DeviceInfo { id: DeviceId::Net, name, features, queue_sizes, shared_memory: vec![] };
         Ok(Net { info, mac, mtu: extras.mtu, told: None, shared: Arc::new(shared) })

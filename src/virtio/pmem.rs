@@ -7,7 +7,6 @@ use std::io;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use log::{debug, warn};
 use serde::{Deserialize, Serialize};
 
 use super::chain::Chain;
@@ -17,6 +16,7 @@ use super::{
     StateError, VirtioDevice, queue::Queue,
 };
 use crate::backend::mapped::{self, MappedFile, UNIT};
+use crate::log_limit::LogLimit;
 use crate::memory::{Access, GuestRam};
 use crate::options::{self, Size};
 
@@ -102,6 +102,7 @@ pub struct Pmem {
     info: DeviceInfo,
     file: MappedFile,
     start: u64,
+    warnings: LogLimit,
 }
 
 impl Pmem {
@@ -114,7 +115,7 @@ impl Pmem {
             queue_sizes: vec![QUEUE_SIZE],
             shared_memory: vec![],
         };
-        Pmem { info, file, start }
+        Pmem { info, file, start, warnings: LogLimit::default() }
     }
 }
 
@@ -130,7 +131,8 @@ impl VirtioDevice for Pmem {
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
-        let handler = Flusher { name: self.info.name.clone(), file: self.file.clone(), warned: false };
+        let handler =
+            Flusher { name: self.info.name.clone(), file: self.file.clone(), warnings: self.warnings.clone() };
         Ok(Activated::Here(vec![Share { queues: activation.queues, handler: Box::new(handler) }]))
     }
 
@@ -157,7 +159,7 @@ struct Flusher {
     name: String,
     file: MappedFile,
     /// A failure was told already.
-    warned: bool,
+    warnings: LogLimit,
 }
 
 impl Handler for Flusher {
@@ -198,11 +200,7 @@ fn is_flush(chain: &Chain, ram: &GuestRam) -> Result<bool, Fault> {
 impl Flusher {
     fn flush(&mut self) -> u32 {
         let Err(e) = self.file.sync() else { return OK };
-        if std::mem::replace(&mut self.warned, true) {
-            debug!("{}: {e}", self.name);
-        } else {
-            warn!("{} cannot flush, which its driver is told: {e}", self.name);
-        }
+        self.warnings.warn(format_args!("{} cannot flush (reported to the driver): {e}", self.name));
         EIO
     }
 }
@@ -243,7 +241,8 @@ mod tests {
     /// Makes requests, all at once, and returns what was used.
     fn requests(setup: &mut Setup, all: &[&[Buf]]) -> Result<Vec<u32>, Fault> {
         let mut driver = FakeQueue::new(&setup.ram, 0x1000, 64);
-        let mut handler = Flusher { name: "pmem0".into(), file: setup.device.file.clone(), warned: false };
+        let mut handler =
+            Flusher { name: "pmem0".into(), file: setup.device.file.clone(), warnings: LogLimit::default() };
         let mut queues = [driver.device(RING_FEATURES)];
         all.iter().for_each(|bufs| _ = driver.add(bufs).unwrap());
         Loopback::new(&setup.ram).deliver(&mut handler, &mut queues, Event::Kick(0))?;

@@ -15,7 +15,6 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use log::{debug, warn};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -26,6 +25,7 @@ use super::control::{Control, ControlError, Reply};
 use super::{Activated, Activation, DeviceId, DeviceInfo, RING_FEATURES, Share, StateError, VirtioDevice};
 use crate::backend::image::{self, Format, ImageOptions, Overlay};
 use crate::backend::{Disk, SECTOR};
+use crate::log_limit::LogLimit;
 use crate::options::{self, Size};
 use crate::rate_limiter::{Limits, RateLimiter};
 use queue_handler::QueueHandler;
@@ -214,7 +214,7 @@ struct Shared {
     /// Why the last flush, which the guest did not ask for and so does not hear of, failed.
     unsaved: Mutex<Option<String>>,
     /// An error of the image was told already.
-    warned: AtomicBool,
+    warnings: LogLimit,
 }
 
 impl Blk {
@@ -258,7 +258,7 @@ impl Blk {
                 write_through: AtomicBool::new(false),
                 dirty: AtomicBool::new(false),
                 unsaved: Mutex::default(),
-                warned: AtomicBool::new(false),
+                warnings: LogLimit::default(),
             }),
         }
     }
@@ -342,7 +342,7 @@ impl VirtioDevice for Blk {
                 _ if !queue.is_enabled() => None,
                 Engine::IoUring => Some(Ring::new(&*self.shared.disk, &activation.ram)?),
                 Engine::Auto => Ring::new(&*self.shared.disk, &activation.ram)
-                    .inspect_err(|e| debug!("{}: no io_uring: {e}", self.info.name))
+                    .inspect_err(|e| self.shared.warnings.debug(format_args!("{}: no io_uring: {e}", self.info.name)))
                     .ok(),
             };
             let handler = Box::new(QueueHandler::new(self.shared.clone(), ring)?);
@@ -416,19 +416,14 @@ impl Shared {
         if self.dirty.load(Ordering::Acquire)
             && let Err(e) = self.flush()
         {
-            debug!("disk {}: the last flush failed: {e}", self.path.display());
+            self.warnings.debug(format_args!("disk {}: the last flush failed: {e}", self.path.display()));
             let mut unsaved = self.unsaved.lock().unwrap_or_else(PoisonError::into_inner);
             unsaved.get_or_insert_with(|| format!("what the guest wrote to {} may be lost: {e}", self.path.display()));
         }
     }
 
-    /// The guest gets to know of every error, the log of the first.
+    /// Reports an error to the log, within its bound; the guest sees every one.
     fn warn(&self, e: &io::Error) {
-        let path = self.path.display();
-        if !self.warned.swap(true, Ordering::Relaxed) {
-            warn!("disk {path}: {e}; the guest sees I/O errors");
-        } else {
-            debug!("disk {path}: {e}");
-        }
+        self.warnings.warn(format_args!("disk {}: {e}; the guest sees I/O errors", self.path.display()));
     }
 }

@@ -10,6 +10,7 @@ use crate::backend::console::Receiver;
 use crate::backend::console_watch::ConsoleWatch;
 use crate::backend::output::Output;
 use crate::event::GuestEvents;
+use crate::log_limit::LogLimit;
 
 /// Bytes of input that wait here for the guest: 64 KiB.
 pub(super) const INPUT_LIMIT: usize = 64 << 10;
@@ -22,6 +23,7 @@ pub(super) struct Shared {
     /// Columns and rows of the console's window; 0 as long as nobody knows.
     pub(super) size: Mutex<(u16, u16)>,
     pub(super) state: Mutex<ConsoleState>,
+    pub(super) log: LogLimit,
 }
 
 pub(super) struct Port {

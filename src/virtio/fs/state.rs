@@ -4,12 +4,12 @@
 use std::io;
 use std::sync::atomic::Ordering;
 
-use log::debug;
 use rustix::fs::{OFlags, fcntl_getfl};
 use serde::{Deserialize, Serialize};
 
 use super::handles::Handle;
 use super::server::Server;
+use crate::log_limit::LogLimit;
 
 /// A shared folder as it is saved.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,11 +123,12 @@ impl Server {
             return Ok(());
         };
         self.inodes().restore(mount, next_file, files)?;
+        let lost = LogLimit::default();
         for HandleState { id, file, access } in handles {
             let handle = self.reopen(file, access);
             let restored = handle.and_then(|handle| self.handles().restore(id, file, handle));
             if let Err(e) = restored {
-                debug!("what the guest had open as {id} is lost: {e}");
+                lost.debug(format_args!("what the guest had open as {id} is lost: {e}"));
             }
         }
         self.handles().go_on_at(next_handle)?;

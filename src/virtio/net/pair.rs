@@ -7,9 +7,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use log::{debug, warn};
 use virtio_bindings::virtio_net::*;
 
 use super::{Shared, control};
@@ -327,13 +325,9 @@ impl Pair {
         })
     }
 
-    /// A lost packet is nothing special on a network; the first is told.
+    /// A lost packet is nothing special on a network, but the first ones may explain why there is no connection.
     fn dropped(&self, e: &io::Error) {
-        if self.shared.warned.swap(true, Ordering::Relaxed) {
-            debug!("{}: dropped a packet from the guest: {e}", self.shared.name);
-        } else {
-            warn!("{}: dropped a packet from the guest: {e}", self.shared.name);
-        }
+        self.shared.dropped.warn(format_args!("{}: dropped a packet from the guest: {e}", self.shared.name));
     }
 }
 
