@@ -43,7 +43,8 @@ const VENDOR: u32 = 0x6F65_7276;
 pub const QUEUE_RESET: u32 = 0x0C0;
 /// Where `QueueNotify` is within the window: the machine registers [`MmioTransport::notify_fds`] there.
 pub const NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
-/// Where `InterruptACK` is within the window: writes to it change nothing, so the machine has KVM collect them.
+/// Where `InterruptACK` is within the window: the machine has KVM collect writes to it, for an acknowledgement matters only
+/// to the next read of `InterruptStatus`, and that exits and finds it.
 pub const INTERRUPT_ACK: u64 = VIRTIO_MMIO_INTERRUPT_ACK as u64;
 
 const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
@@ -55,9 +56,6 @@ const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 
 /// What the transport offers besides the device (6).
 const TRANSPORT_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_RING_RESET;
-
-/// All reasons for an interrupt.
-const INTERRUPTS: u32 = VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG;
 
 /// Why a transport cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -168,7 +166,7 @@ impl MmioTransport {
             self.interrupt.needs_reset(&self.info.name, &stuck);
         }
         self.start(&mut inner);
-        if self.interrupt.0.status.load(Ordering::SeqCst) != 0 {
+        if self.interrupt.is_unread() {
             self.interrupt.line().trigger();
         }
     }
@@ -185,9 +183,12 @@ impl MmioTransport {
         if reply != Reply::ConfigChanged {
             return Ok(reply);
         }
-        // 3.1.2: not before the driver is ready; until then it reads what it finds.
+        // 3.1.2: no interrupt before the driver is ready; until then it reads what it finds, and reads it again when half of
+        // it has changed.
         if inner.registers.status & DRIVER_OK != 0 {
             self.interrupt.config_changed();
+        } else {
+            self.interrupt.new_generation();
         }
         Ok(Reply::Done)
     }
@@ -211,8 +212,7 @@ impl MmioTransport {
     }
 
     fn status(&self, registers: &Registers) -> u32 {
-        let needs_reset = self.interrupt.0.needs_reset.load(Ordering::SeqCst);
-        registers.status | if needs_reset { NEEDS_RESET } else { 0 }
+        registers.status | if self.interrupt.is_reset_needed() { NEEDS_RESET } else { 0 }
     }
 
     /// Lets the device run, if its driver and the machine want that and it does not yet. What the driver did wrong
@@ -315,8 +315,7 @@ impl MmioTransport {
         inner.registers.status = 0;
         inner.registers.driver_features = 0;
         inner.registers.queues.fill(QueueState::default());
-        self.interrupt.0.needs_reset.store(false, Ordering::SeqCst);
-        self.interrupt.0.status.store(0, Ordering::SeqCst);
+        self.interrupt.reset();
     }
 
     /// Changes a queue's registers; a running device is stopped for that and started again.
@@ -331,12 +330,10 @@ impl MmioTransport {
     }
 
     fn read_register(&self, register: u32) -> u32 {
-        // Lock-free: this is read in the guest's interrupt handler. Who reads the reasons has taken them, as with the ISR
-        // status of PCI (4.1.4.5); so nothing is left to do when they are acknowledged, and KVM may collect those writes
-        // rather than exit for each ([`INTERRUPT_ACK`]). One that came late would take newer reasons with it otherwise.
+        // Lock-free: this is read in the guest's interrupt handler.
         if register == VIRTIO_MMIO_INTERRUPT_STATUS {
             let elsewhere = if self.elsewhere.load(Ordering::SeqCst) { VIRTIO_MMIO_INT_VRING } else { 0 };
-            return self.interrupt.0.status.swap(0, Ordering::SeqCst) | elsewhere;
+            return self.interrupt.read_reasons() | elsewhere;
         }
         let inner = self.lock();
         let registers = &inner.registers;
@@ -363,7 +360,7 @@ impl MmioTransport {
             VIRTIO_MMIO_SHM_LEN_HIGH => shm.map_or(u32::MAX, |r| (r.len >> 32) as u32),
             VIRTIO_MMIO_SHM_BASE_LOW => shm.map_or(u32::MAX, |r| r.addr as u32),
             VIRTIO_MMIO_SHM_BASE_HIGH => shm.map_or(u32::MAX, |r| (r.addr >> 32) as u32),
-            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.0.generation.load(Ordering::SeqCst),
+            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation(),
             _ => 0,
         }
     }
@@ -371,7 +368,7 @@ impl MmioTransport {
     fn write_register(&self, register: u32, value: u32) {
         // Lock-free: the end of the guest's interrupt handler, and kicks.
         if register == VIRTIO_MMIO_INTERRUPT_ACK {
-            return;
+            return self.interrupt.acknowledge(value);
         }
         if register == VIRTIO_MMIO_QUEUE_NOTIFY {
             let _ = self.kicks.get(value as usize).map(|kick| kick.write(1));

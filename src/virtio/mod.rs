@@ -13,6 +13,7 @@ pub mod console;
 pub mod control;
 pub mod mem;
 pub mod fs;
+mod interrupt;
 pub mod mmio;
 pub mod net;
 pub mod pmem;
@@ -29,17 +30,16 @@ pub mod worker;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use log::warn;
-use virtio_bindings::{virtio_ids, virtio_mmio as regs, virtio_ring};
+use virtio_bindings::{virtio_ids, virtio_ring};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::event::{Interest, Poller};
-use crate::irq::IrqLine;
 use crate::memory::{GuestRam, OutOfRam};
 use control::{Control, ControlError, Reply};
 use queue::{Queue, QueueState};
+
+pub use interrupt::Interrupt;
 
 /// Device types (5, "Device Types").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -285,76 +285,6 @@ impl<'a> Context<'a> {
 
     fn checked(token: u64) -> io::Result<u64> {
         if token < WORKER_TOKENS { Ok(token) } else { Err(io::ErrorKind::InvalidInput.into()) }
-    }
-}
-
-/// How a device interrupts its driver: the reasons, and the line. Cloning shares it.
-#[derive(Clone, Debug)]
-pub struct Interrupt(Arc<InterruptShared>);
-
-#[derive(Debug)]
-struct InterruptShared {
-    line: IrqLine,
-    /// `InterruptStatus` (4.2.2).
-    status: AtomicU32,
-    /// `ConfigGeneration` (4.2.2).
-    generation: AtomicU32,
-    needs_reset: AtomicBool,
-    /// How often the device needed a reset.
-    faults: AtomicU32,
-}
-
-/// How often a device needing a reset is told.
-const MAX_WARNINGS: u32 = 10;
-
-impl Interrupt {
-    /// No reason pending yet.
-    pub fn new(line: IrqLine) -> Self {
-        let [status, generation, faults] = [0; 3].map(AtomicU32::new);
-        Interrupt(Arc::new(InterruptShared { line, status, generation, needs_reset: AtomicBool::new(false), faults }))
-    }
-
-    /// Buffers were used (2.7.7). The reason is set before the line is raised: the driver's first act is to read it.
-    pub fn used_buffers(&self) {
-        self.raise(regs::VIRTIO_MMIO_INT_VRING);
-    }
-
-    /// Configuration space changed (2.3, 2.5).
-    pub fn config_changed(&self) {
-        self.0.generation.fetch_add(1, Ordering::SeqCst);
-        self.raise(regs::VIRTIO_MMIO_INT_CONFIG);
-    }
-
-    /// The device is in a state that only a reset gets it out of: tells the driver (2.1.2) and, once, the log. A guest
-    /// that does it over and over does not fill the log.
-    pub fn needs_reset(&self, device: &str, why: impl std::fmt::Display) {
-        if self.0.needs_reset.load(Ordering::SeqCst) {
-            return;
-        }
-        // The status last: who polls it finds the reason and the generation as they will stay.
-        self.0.generation.fetch_add(1, Ordering::SeqCst);
-        self.0.status.fetch_or(regs::VIRTIO_MMIO_INT_CONFIG, Ordering::SeqCst);
-        if self.0.needs_reset.swap(true, Ordering::SeqCst) {
-            return;
-        }
-        self.0.line.trigger();
-        match self.0.faults.fetch_add(1, Ordering::Relaxed) {
-            faults if faults < MAX_WARNINGS => warn!("{device} is out of order until its driver resets it: {why}"),
-            MAX_WARNINGS => warn!("{device} is out of order again and again; this is not told any more"),
-            _ => {}
-        }
-    }
-
-    /// The line, whose descriptor vhost back ends signal directly.
-    pub fn line(&self) -> &IrqLine {
-        &self.0.line
-    }
-
-    /// Raised always, even when the reason is set already: whether the driver looks at the ring before or after it
-    /// acknowledges is its own business.
-    fn raise(&self, reason: u32) {
-        self.0.status.fetch_or(reason, Ordering::SeqCst);
-        self.0.line.trigger();
     }
 }
 

@@ -14,7 +14,6 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use log::warn;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF};
@@ -23,6 +22,7 @@ use super::net::{self, Mac, Net};
 use super::vhost::{Served, Server};
 use super::{Activated, Activation, DeviceId, DeviceInfo, RING_FEATURES, StateError, VirtioDevice};
 use crate::backend::{unix, vhost_user};
+use crate::log_limit::LogLimit;
 use crate::options;
 
 pub(super) use connection::Connection;
@@ -216,6 +216,7 @@ struct VhostUser {
     connection: Arc<Connection>,
     /// What configuration space has of its own, from an offset on.
     own: (usize, Vec<u8>),
+    warnings: LogLimit,
 }
 
 /// What is saved of a file system or a disk besides its queues. What a daemon keeps of a guest, nobody saves.
@@ -270,12 +271,12 @@ impl VhostUser {
     ) -> Self {
         let features = features | connection.features() & RING_FEATURES;
         let info = DeviceInfo { id, name, features, queue_sizes, shared_memory: vec![] };
-        VhostUser { info, connection: Arc::new(connection), own }
+        VhostUser { info, connection: Arc::new(connection), own, warnings: LogLimit::default() }
     }
 
     fn warn(&self, done: io::Result<()>) {
         if let Err(e) = done {
-            warn!("{}: its cache mode cannot be changed: {e}", self.info.name);
+            self.warnings.warn(format_args!("{}: its cache mode cannot be changed: {e}", self.info.name));
         }
     }
 
@@ -306,7 +307,12 @@ impl VirtioDevice for VhostUser {
 
     fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
         let Activation { ram, features, queues, kicks, interrupt } = activation;
+        let known = self.connection.config();
         let remote = Served::start(self.connection.clone(), features, &ram, &queues, &kicks, &interrupt)?;
+        // A new daemon's disk may have another size than the one that the driver has read.
+        if self.connection.config() != known {
+            interrupt.config_changed();
+        }
         Ok(Activated::Elsewhere(Box::new(remote), self.connection.clone().watch().into_iter().collect()))
     }
 

@@ -1,13 +1,8 @@
 //! The transport as it is saved and restored.
 
-use std::sync::atomic::Ordering;
-
 use serde::{Deserialize, Serialize};
 
-use super::{
-    ACKNOWLEDGE, DRIVER, DRIVER_OK, Error, FAILED, FEATURES_OK, INTERRUPTS, Inner, MmioTransport, NEEDS_RESET,
-    Registers,
-};
+use super::{ACKNOWLEDGE, DRIVER, DRIVER_OK, Error, FAILED, FEATURES_OK, Inner, MmioTransport, NEEDS_RESET, Registers};
 use crate::irq::IrqLine;
 use crate::memory::GuestRam;
 use crate::virtio::queue::QueueState;
@@ -78,8 +73,8 @@ impl MmioTransport {
             driver_features,
             queue_sel,
             shm_sel,
-            interrupt_status: self.interrupt.0.status.load(Ordering::SeqCst),
-            config_generation: self.interrupt.0.generation.load(Ordering::SeqCst),
+            interrupt_status: self.interrupt.saved_reasons(),
+            config_generation: self.interrupt.generation(),
             queues: queues.clone(),
             device: device.save()?,
         })
@@ -123,9 +118,7 @@ impl MmioTransport {
             queues,
         };
         inner.paused = true;
-        self.interrupt.0.status.store(interrupt_status & INTERRUPTS, Ordering::SeqCst);
-        self.interrupt.0.generation.store(config_generation, Ordering::SeqCst);
-        self.interrupt.0.needs_reset.store(status & NEEDS_RESET != 0, Ordering::SeqCst);
+        self.interrupt.restore(interrupt_status, config_generation, status & NEEDS_RESET != 0);
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use log::{debug, info, warn};
+use log::Level;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use crate::backend::held;
@@ -13,10 +13,11 @@ use crate::backend::place::Place;
 use crate::backend::vhost::Ring;
 use crate::backend::vhost_user::{Error, Frontend};
 use crate::event::Interest;
+use crate::log_limit::LogLimit;
 use crate::memory::GuestRam;
 use crate::virtio::queue::Queue;
 use crate::virtio::vhost::Server;
-use crate::virtio::{Context, Event, Fault, Handler, Progress, Share};
+use crate::virtio::{Context, Event, Fault, Handler, Interrupt, Progress, Share};
 
 const SOCKET: u64 = 0;
 const CHANNEL: u64 = 1;
@@ -30,6 +31,7 @@ pub(in crate::virtio) struct Connection {
     max_queues: Option<u16>,
     frontend: Mutex<Frontend>,
     config: Mutex<Config>,
+    log: LogLimit,
 }
 
 /// What is known of a daemon's configuration space.
@@ -58,7 +60,7 @@ impl Connection {
         }
         let (features, max_queues) = (frontend.features(), frontend.max_queues());
         let (frontend, config) = (Mutex::new(frontend), Mutex::default());
-        Ok(Connection { place, features, max_queues, frontend, config })
+        Ok(Connection { place, features, max_queues, frontend, config, log: LogLimit::default() })
     }
 
     /// Features of rings and device that it offers.
@@ -117,14 +119,19 @@ impl Connection {
         self.frontend().set_config(at as u32, &[before])
     }
 
-    /// Reads again what is known.
-    fn refresh(&self, frontend: &mut Frontend) -> io::Result<()> {
+    /// Reads again what is known; `changed` is called before a driver can see it.
+    fn refresh(&self, frontend: &mut Frontend, changed: impl FnOnce()) -> io::Result<()> {
         let len = self.known_config().bytes.len();
-        if len > 0 {
-            let config = frontend.config(len)?;
-            self.known_config().bytes = config;
-        }
+        let config = if len > 0 { frontend.config(len)? } else { Vec::new() };
+        let mut known = self.known_config();
+        known.bytes = config;
+        changed();
         Ok(())
+    }
+
+    /// [`Connection::refresh`] for a driver that is interrupted for it.
+    pub(super) fn refreshed(&self, interrupt: &Interrupt) -> io::Result<()> {
+        self.refresh(&mut self.frontend(), || interrupt.config_changed())
     }
 
     /// Hands over rings, which then wait for [`Connection::enable`]. A connection that has ended is made anew.
@@ -133,7 +140,7 @@ impl Connection {
         let mut frontend = self.frontend();
         if frontend.look().is_err() {
             *frontend = self.connect_again(features)?;
-            self.refresh(&mut frontend)?;
+            self.refresh(&mut frontend, || {})?;
             let mut config = self.known_config();
             if let Some((at, _, byte)) = config.set {
                 frontend.set_config(at as u32, &[byte])?;
@@ -151,7 +158,10 @@ impl Connection {
         if features & self.features & !frontend.features() != 0 {
             return Err(io::Error::other(format!("the new daemon at {} can do less", self.place.path().display())));
         }
-        info!("connected to the new vhost-user daemon at {}", self.place.path().display());
+        self.log.log(
+            Level::Info,
+            format_args!("connected to the new vhost-user daemon at {}", self.place.path().display()),
+        );
         Ok(frontend)
     }
 
@@ -203,12 +213,15 @@ impl Handler for Watcher {
             Event::Ready(CHANNEL) => match frontend.config_changed() {
                 Ok(false) => {}
                 Ok(true) => {
-                    match self.0.refresh(&mut frontend) {
-                        Ok(()) => cx.interrupt.config_changed(),
-                        Err(e) => warn!("{e}"),
-                    };
+                    drop(frontend);
+                    if let Err(e) = self.0.refreshed(cx.interrupt) {
+                        self.0.log.warn(e);
+                    }
                 }
-                Err(e) => debug!("the daemon at {} will tell of no changes: {e}", self.0.place.path().display()),
+                Err(e) => {
+                    let path = self.0.place.path().display();
+                    self.0.log.debug(format_args!("the daemon at {path} will not report changes any more: {e}"));
+                }
             },
             _ => {}
         }

@@ -256,6 +256,63 @@ fn the_cache_mode_outlives_daemons_and_pauses_and_no_reset() {
     assert!(fs.restore(&serde_json::json!({"writeback": 1})).is_err());
 }
 
+/// 2.5.1, with a daemon that changes its configuration all the time: what was read within a generation fits together.
+#[test]
+fn configuration_is_never_torn() {
+    let version = AtomicU64::new(0);
+    let daemon = FakeDaemon::start(move |request, payload| {
+        let mut answer = good(BLK, request, payload);
+        if request == 24 {
+            let byte = version.fetch_add(1, Ordering::SeqCst) as u8;
+            answer.iter_mut().skip(12).for_each(|to| *to = byte);
+        }
+        Answer::Good(answer)
+    });
+    let connection = Connection::open(&daemon.path).unwrap();
+    connection.read_config(BLK_CONFIG).unwrap();
+    let interrupt = crate::virtio::Interrupt::new(IrqLine::new(5).unwrap());
+    std::thread::scope(|scope| {
+        let changes = scope.spawn(|| (0..2000).for_each(|_| connection.refreshed(&interrupt).unwrap()));
+        while !changes.is_finished() {
+            let before = interrupt.generation();
+            let (first, second) = (connection.config()[0], connection.config()[1]);
+            if interrupt.generation() == before {
+                assert_eq!(first, second);
+            }
+        }
+    });
+    assert_eq!(interrupt.read_reasons(), 2);
+}
+
+/// The next daemon's disk is another one: its driver, which read the size of the first, is told.
+#[test]
+fn another_configuration_of_the_next_daemon_is_reported() {
+    let (ends, size) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(1)));
+    let (its_ends, its_size) = (ends.clone(), size.clone());
+    let daemon = FakeDaemon::start(move |request, payload| {
+        let mut answer = good(BLK, request, payload);
+        if request == 24 {
+            answer[12] = its_size.load(Ordering::SeqCst) as u8;
+        }
+        if its_ends.swap(false, Ordering::SeqCst) { Answer::End } else { Answer::Good(answer) }
+    });
+    let ram = ram();
+    let blk = open("vu0", &config(&daemon, "type=blk")).unwrap();
+    let transport = MmioTransport::new(blk, ram.clone(), IrqLine::new(5).unwrap()).unwrap();
+    let mut driver = FakeDriver::new(&transport, &ram);
+    driver.start(RING_FEATURES, 0x1000, 8);
+    assert_eq!(driver.get(VIRTIO_MMIO_INTERRUPT_STATUS), 1);
+    for (next, reasons) in [(2, 3), (2, 1)] {
+        ends.store(true, Ordering::SeqCst);
+        size.store(next, Ordering::SeqCst);
+        transport.pause().unwrap();
+        transport.resume();
+        driver.set(VIRTIO_MMIO_STATUS, 0);
+        driver.start(RING_FEATURES, 0x1000, 8);
+        assert_eq!((driver.get(VIRTIO_MMIO_STATUS), driver.get(VIRTIO_MMIO_INTERRUPT_STATUS)), (15, reasons));
+    }
+}
+
 #[test]
 fn memory_must_be_shared() {
     let daemon = FakeDaemon::good(BLK);

@@ -1,0 +1,183 @@
+//! The interrupt of a device: its reasons, as the driver reads and acknowledges them, and its line.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
+
+use crate::irq::IrqLine;
+use crate::log_limit::LogLimit;
+
+/// All reasons for an interrupt.
+const REASONS: u32 = VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG;
+/// Where the reasons that the driver has read are in [`Shared::reasons`].
+const READ: u32 = 8;
+
+/// How a device interrupts its driver: the reasons, and the line. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct Interrupt(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    line: IrqLine,
+    /// `InterruptStatus` (4.2.2): in the low bits what the driver has not read yet, from [`READ`] on what it has read and
+    /// not acknowledged.
+    reasons: AtomicU32,
+    /// `ConfigGeneration` (4.2.2).
+    generation: AtomicU32,
+    needs_reset: AtomicBool,
+    faults: LogLimit,
+}
+
+impl Interrupt {
+    /// No reason pending yet.
+    pub fn new(line: IrqLine) -> Self {
+        let [reasons, generation] = [0; 2].map(AtomicU32::new);
+        let (needs_reset, faults) = (AtomicBool::new(false), LogLimit::default());
+        Interrupt(Arc::new(Shared { line, reasons, generation, needs_reset, faults }))
+    }
+
+    /// Buffers were used (2.7.7). The reason is set before the line is raised: the driver's first act is to read it.
+    pub fn used_buffers(&self) {
+        self.raise(VIRTIO_MMIO_INT_VRING);
+    }
+
+    /// Configuration space changed (2.3, 2.5). Whoever changes it where a driver may read it meanwhile holds the lock of
+    /// those reads until this returns: a driver that has seen part of the old bytes then sees a new generation after it.
+    pub fn config_changed(&self) {
+        self.new_generation();
+        self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    /// The same for a driver that is not ready to be interrupted: what it has read of configuration space is void.
+    pub(super) fn new_generation(&self) {
+        self.0.generation.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The device is in a state that only a reset gets it out of: tells the driver (2.1.2) and, once per reset and within
+    /// the log's bound, the log.
+    pub fn needs_reset(&self, device: &str, why: impl std::fmt::Display) {
+        if self.is_reset_needed() {
+            return;
+        }
+        // The status last: a driver that polls it finds the reason and the generation as they will stay.
+        self.new_generation();
+        self.0.reasons.fetch_or(VIRTIO_MMIO_INT_CONFIG, Ordering::SeqCst);
+        if self.0.needs_reset.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        self.0.line.trigger();
+        self.0.faults.warn(format_args!("{device} is out of order until its driver resets it: {why}"));
+    }
+
+    /// The line, whose descriptor vhost back ends signal directly.
+    pub fn line(&self) -> &IrqLine {
+        &self.0.line
+    }
+
+    /// Raised always, even when the reason is set already: whether the driver looks at the ring before or after it
+    /// acknowledges is its own business.
+    fn raise(&self, reason: u32) {
+        self.0.reasons.fetch_or(reason, Ordering::SeqCst);
+        self.0.line.trigger();
+    }
+}
+
+/// The registers of the transport.
+impl Interrupt {
+    /// Reads `InterruptStatus`: a reason stays until it is acknowledged.
+    pub(super) fn read_reasons(&self) -> u32 {
+        let note = |reasons: u32| Some((reasons | reasons << READ) & REASONS << READ);
+        let before =
+            self.0.reasons.fetch_update(Ordering::SeqCst, Ordering::SeqCst, note).unwrap_or_else(|before| before);
+        (before | before >> READ) & REASONS
+    }
+
+    /// Writes `InterruptACK`. Only reasons that the driver has read go: KVM hands this write over with the next exit, when
+    /// the same reason may be there again.
+    pub(super) fn acknowledge(&self, reasons: u32) {
+        self.0.reasons.fetch_and(!((reasons & REASONS) << READ), Ordering::SeqCst);
+    }
+
+    /// Whether there is a reason that the driver has not read.
+    pub(super) fn is_unread(&self) -> bool {
+        self.0.reasons.load(Ordering::SeqCst) & REASONS != 0
+    }
+
+    /// `ConfigGeneration`.
+    pub(super) fn generation(&self) -> u32 {
+        self.0.generation.load(Ordering::SeqCst)
+    }
+
+    /// Whether `DEVICE_NEEDS_RESET` is set.
+    pub(super) fn is_reset_needed(&self) -> bool {
+        self.0.needs_reset.load(Ordering::SeqCst)
+    }
+
+    /// A reset of the device; the generation continues.
+    pub(super) fn reset(&self) {
+        self.0.needs_reset.store(false, Ordering::SeqCst);
+        self.0.reasons.store(0, Ordering::SeqCst);
+    }
+
+    /// Reasons to save: those that were not acknowledged.
+    pub(super) fn saved_reasons(&self) -> u32 {
+        let reasons = self.0.reasons.load(Ordering::SeqCst);
+        (reasons | reasons >> READ) & REASONS
+    }
+
+    /// Takes over what was saved. A reason that the driver had read before is given to it again.
+    pub(super) fn restore(&self, reasons: u32, generation: u32, needs_reset: bool) {
+        self.0.reasons.store(reasons & REASONS, Ordering::SeqCst);
+        self.0.generation.store(generation, Ordering::SeqCst);
+        self.0.needs_reset.store(needs_reset, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VRING: u32 = VIRTIO_MMIO_INT_VRING;
+    const CONFIG: u32 = VIRTIO_MMIO_INT_CONFIG;
+
+    #[test]
+    fn a_reason_stays_until_it_is_acknowledged() {
+        let interrupt = Interrupt::new(IrqLine::new(5).unwrap());
+        interrupt.used_buffers();
+        assert_eq!([interrupt.read_reasons(), interrupt.read_reasons()], [VRING, VRING]);
+        interrupt.config_changed();
+        assert_eq!(interrupt.read_reasons(), VRING | CONFIG);
+        interrupt.acknowledge(VRING);
+        assert_eq!([interrupt.read_reasons(), interrupt.read_reasons()], [CONFIG, CONFIG]);
+        interrupt.acknowledge(u32::MAX);
+        assert_eq!(interrupt.read_reasons(), 0);
+    }
+
+    #[test]
+    fn an_acknowledgement_takes_no_reason_that_was_not_read() {
+        let interrupt = Interrupt::new(IrqLine::new(5).unwrap());
+        interrupt.used_buffers();
+        assert_eq!(interrupt.read_reasons(), VRING);
+        // The driver has acknowledged, but the write is still in KVM's ring when the next buffer is used.
+        interrupt.used_buffers();
+        interrupt.acknowledge(VRING);
+        assert!(interrupt.is_unread());
+        assert_eq!(interrupt.read_reasons(), VRING);
+        interrupt.acknowledge(VRING);
+        assert_eq!((interrupt.read_reasons(), interrupt.is_unread()), (0, false));
+    }
+
+    #[test]
+    fn what_was_read_is_saved_and_comes_again() {
+        let interrupt = Interrupt::new(IrqLine::new(5).unwrap());
+        interrupt.config_changed();
+        interrupt.read_reasons();
+        let saved = interrupt.saved_reasons();
+        assert_eq!(saved, CONFIG);
+        let restored = Interrupt::new(IrqLine::new(5).unwrap());
+        restored.restore(saved | 0xF0, 7, false);
+        assert!(restored.is_unread());
+        assert_eq!((restored.read_reasons(), restored.generation()), (CONFIG, 7));
+    }
+}
