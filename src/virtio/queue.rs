@@ -295,6 +295,12 @@ impl Queue {
         Ok(Progress::More)
     }
 
+    /// The driver's index: it grows with every buffer that the driver makes available.
+    pub fn driver_index(&mut self, ram: &GuestRam) -> Result<u16, Error> {
+        self.look(ram)?;
+        Ok(self.avail_idx)
+    }
+
     /// Reads the driver's index; whether there is something to take.
     fn look(&mut self, ram: &GuestRam) -> Result<bool, Error> {
         if !self.is_enabled() {

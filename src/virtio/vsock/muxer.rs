@@ -8,7 +8,6 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use log::{debug, warn};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::connection::{Connection, Greeting, Key, Phase, Turn, Verdict};
@@ -17,12 +16,15 @@ use super::{MAX_CONNECTIONS, TX};
 use crate::backend::place::Place;
 use crate::backend::unix::{self, Listener};
 use crate::event::Interest;
+use crate::log_limit::LogLimit;
 use crate::virtio::chain::Chain;
 use crate::virtio::queue::{BATCH, Queue};
 use crate::virtio::{Context, Event, Fault, Progress};
 
 /// Resets that wait for a receive buffer: with more, nothing is taken from the guest until it has made room (5.10.6.1).
 const MAX_RESETS: usize = 256;
+/// How long a restored device waits for its guest to take the event of its restore.
+const HOLD: Duration = Duration::from_secs(2);
 /// How often deadlines are looked at while there are some.
 const TICK: Duration = Duration::from_millis(100);
 /// Ports of the host's ends of connections that the host began, out of the way of those that anybody would listen on.
@@ -56,9 +58,21 @@ pub struct Muxer {
     tx_due: bool,
     /// There may be clients that could not be accepted.
     accept_due: bool,
-    accept_warned: bool,
+    warnings: LogLimit,
     /// The guest has yet to be told that its connections are gone.
     event_due: bool,
+    /// After a restore, until the guest has dealt with that.
+    held: Option<Held>,
+}
+
+/// A restored device: what it gave to a guest that still has its old connections, the guest would end with them.
+#[derive(Default)]
+struct Held {
+    /// When to stop waiting for a guest that does not take its events.
+    deadline: Option<Instant>,
+    /// The driver's index in the event queue when the event was given to it. It puts the buffer back when it has handled
+    /// the event.
+    told: Option<u16>,
 }
 
 impl Muxer {
@@ -78,8 +92,9 @@ impl Muxer {
             next_port: FIRST_PORT,
             tx_due: false,
             accept_due: false,
-            accept_warned: false,
+            warnings: LogLimit::default(),
             event_due: false,
+            held: None,
         }
     }
 
@@ -92,12 +107,14 @@ impl Muxer {
         self.resets.clear();
         self.tx_due = false;
         self.event_due = false;
+        self.held = None;
     }
 
     /// The guest believes in connections that do not exist: it was saved with them.
     pub fn restored(&mut self) {
         self.clear();
         self.event_due = true;
+        self.held = Some(Held::default());
     }
 
     /// Connections there are, whatever their phase.
@@ -110,6 +127,9 @@ impl Muxer {
     pub fn event(&mut self, event: Event, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
         let [rx, tx, events] = queues else { return Err(Fault::Device("a vsock device has three queues")) };
         let mut more = false;
+        if self.is_held(event, events, cx)? {
+            return Ok(Progress::Done);
+        }
         match event {
             Event::Start => self.start(cx)?,
             Event::Ready(LISTENER) => more = self.accept(cx),
@@ -129,6 +149,34 @@ impl Muxer {
         Ok(if more { Progress::More } else { Progress::Done })
     }
 
+    /// Whether a restored device waits for its guest still; then the event is noted, and only the end of the wait is
+    /// looked for.
+    fn is_held(&mut self, event: Event, events: &mut Queue, cx: &Context<'_>) -> Result<bool, Fault> {
+        if self.held.is_none() {
+            return Ok(false);
+        }
+        match event {
+            Event::Start => self.start(cx)?,
+            Event::Ready(LISTENER) => self.accept_due = true,
+            Event::Ready(TIMER) => self.timer_armed = false,
+            Event::Ready(_) => {}
+            Event::Kick(queue) => self.tx_due |= queue == TX,
+        }
+        let index = events.driver_index(cx.ram)?;
+        if self.event_due {
+            self.tell(events, cx)?;
+        }
+        let told = !self.event_due;
+        let Some(held) = &mut self.held else { return Ok(false) };
+        let deadline = *held.deadline.get_or_insert_with(|| Instant::now() + HOLD);
+        let handled = told && *held.told.get_or_insert(index) != index;
+        if handled || deadline <= Instant::now() {
+            self.held = None;
+        }
+        self.arm();
+        Ok(self.held.is_some())
+    }
+
     /// A new worker watches nothing yet, and time has passed in which nobody could keep a deadline.
     fn start(&mut self, cx: &Context<'_>) -> io::Result<()> {
         cx.watch(self.listener.as_raw_fd(), LISTENER, Interest::ReadEdge)?;
@@ -146,7 +194,8 @@ impl Muxer {
     }
 
     fn arm(&mut self) {
-        if !self.timer_armed && (self.accept_due || self.slots.iter().flatten().any(|c| c.deadline.is_some())) {
+        let waiting = self.accept_due || self.held.is_some();
+        if !self.timer_armed && (waiting || self.slots.iter().flatten().any(|c| c.deadline.is_some())) {
             // Not read when it fires: the edge is enough, and this sets it back.
             self.timer_armed = self.timer.reset(TICK, None).is_ok();
         }
@@ -169,7 +218,7 @@ impl Muxer {
         if let Some(stream) = connection.stream()
             && let Err(e) = cx.watch(stream.as_raw_fd(), FIRST_SLOT + slot as u64, Interest::ReadEdge)
         {
-            debug!("{}: cannot wait for a connection: {e}", self.place.path().display());
+            self.warnings.debug(format_args!("{}: cannot wait for a connection: {e}", self.place.path().display()));
             self.free.push(slot);
             return None;
         }
@@ -278,7 +327,7 @@ impl Muxer {
             match self.listener.accept() {
                 Ok(Some(stream)) => {
                     if self.insert(Connection::from_host(stream), cx).is_none() {
-                        debug!("{}: too many connections", self.place.path().display());
+                        self.warnings.debug(format_args!("{}: too many connections", self.place.path().display()));
                     }
                 }
                 Ok(None) => {
@@ -286,9 +335,10 @@ impl Muxer {
                     return false;
                 }
                 Err(e) => {
-                    if !std::mem::replace(&mut self.accept_warned, true) {
-                        warn!("{}: cannot accept connections, and tries again: {e}", self.place.path().display());
-                    }
+                    self.warnings.warn(format_args!(
+                        "{}: cannot accept connections; retrying: {e}",
+                        self.place.path().display()
+                    ));
                     self.accept_due = true;
                     self.arm();
                     return false;
@@ -391,12 +441,12 @@ impl Muxer {
             Ok(stream) => Some(stream),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => None,
             Err(e) => {
-                debug!("the guest cannot connect to {}: {e}", place.path().display());
+                self.warnings.debug(format_args!("the guest cannot connect to {}: {e}", place.path().display()));
                 return self.refuse(request);
             }
         };
         if self.insert(Connection::from_guest(key, request, stream), cx).is_none() {
-            debug!("{}: too many connections", self.place.path().display());
+            self.warnings.debug(format_args!("{}: too many connections", self.place.path().display()));
             self.refuse(request);
         }
     }

@@ -689,6 +689,30 @@ fn connections_survive_a_pause_and_not_a_reset() {
     drop(guest.connection(1));
 }
 
+/// A new connection that came before the driver has reset the old ones would be reset with them.
+#[test]
+fn a_restored_guest_gets_nothing_before_it_has_reset_its_connections() {
+    for handles in [true, false] {
+        let mut guest = Guest::new(16);
+        let state = guest.device.save().unwrap();
+        guest.device.restore(&state).unwrap();
+        guest.pause();
+        let mut client = UnixStream::connect(&guest.path).unwrap();
+        client.write_all(b"CONNECT 5\n").unwrap();
+        assert!(guest.packets().is_empty(), "there is no event buffer yet");
+        let head = guest.events.add(&[inn(EVENT_BUFFER, 8)]).unwrap();
+        guest.deliver(Event::Kick(EVENTS));
+        assert_eq!(guest.events.take_used(), Some((head, 4)));
+        assert!(guest.packets().is_empty(), "it has not been handled");
+        // A driver that does not give its buffers back is not waited for without end.
+        if handles {
+            guest.events.add(&[inn(EVENT_BUFFER, 8)]).unwrap();
+            guest.deliver(Event::Kick(EVENTS));
+        }
+        assert_eq!(guest.packet().header.op, Op::Request);
+    }
+}
+
 #[test]
 fn a_restored_guest_hears_that_its_connections_are_gone() {
     let mut guest = Guest::new(16);
