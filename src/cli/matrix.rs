@@ -26,6 +26,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::parser::ValueSource;
@@ -39,7 +40,7 @@ use super::exec::ExecArgs;
 use super::junit::Case;
 use super::named::{NamedFiles, Use};
 use super::report::{FileError, Reports};
-use super::{Failure, LogArgs, print, say, usage};
+use super::{Failure, LogArgs, fault, print, say, usage};
 use crate::child;
 use crate::event::{Interest, Poller, Signals};
 use crate::outcome::EXIT_VIREO_FAILED;
@@ -273,7 +274,9 @@ pub(super) fn run(given: &Given, exec: &clap::Command, log: &LogArgs) -> Result<
     let matrix: Matrix = toml::from_str(&text).map_err(|e| usage(Error::Parse(path.clone(), e.into())))?;
     let runs = runs(given, &matrix, exec).map_err(usage)?;
     log.init_with(named(given, &runs, exec), false)?;
-    let reports = Reports::new(given.report.as_deref(), given.junit.as_deref())?;
+    let reports = Arc::new(Reports::new(given.report.as_deref(), given.junit.as_deref())?);
+    let of_fault = reports.clone();
+    fault::reports(move |sentence| _ = of_fault.write_failure("matrix", &sentence.into()));
     let output = Output::new(given.output_dir.as_deref())?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = given.jobs.or(matrix.jobs).unwrap_or(cpus).max(1);

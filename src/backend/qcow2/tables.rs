@@ -118,10 +118,10 @@ impl<'a> Check<'a> {
     /// The offset in a table's entry, which must be that of a cluster of the file; `None` if there is none.
     fn table_at(&self, entry: u64, reserved: u64, what: &str) -> io::Result<Option<u64>> {
         let offset = entry & OFFSET;
-        if entry & reserved != 0 || !offset.is_multiple_of(self.header.cluster()) {
+        if entry & reserved != 0 || offset & (self.header.cluster() - 1) != 0 {
             return broken(format!("its entry {entry:#018x} for {what} makes no sense"));
         }
-        if offset / self.header.cluster() >= self.clusters {
+        if offset >> self.header.cluster_bits >= self.clusters {
             return broken(format!("{what} at {offset:#x} is past the end of the file"));
         }
         Ok((offset != 0).then_some(offset))
