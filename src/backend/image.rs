@@ -139,12 +139,12 @@ pub enum Error {
     Image {
         /// The file.
         path: PathBuf,
-        /// What it cannot be.
+        /// Predicate of the sentence: what it cannot be.
         what: &'static str,
         /// What the format's driver says.
         source: io::Error,
     },
-    /// It is in a format of another monitor.
+    /// An image in a format that vireo does not read.
     #[error(
         "disk {0} is a {1} image, which vireo does not read; 'qemu-img convert -f {2} -O qcow2 {0} {0}.qcow2' converts it, \
          and format=raw gives the guest its bytes as they are",
@@ -156,15 +156,15 @@ pub enum Error {
         /// The format.
         foreign: &'static Foreign,
     },
-    /// Content and name say different things, and a guest may have written the content.
+    /// Content and name disagree, and a guest may have written the content.
     #[error("disk {} {why}", path.display())]
     Ambiguous {
         /// The file.
         path: PathBuf,
-        /// What they say, and what helps.
+        /// The contradiction, and the key that resolves it.
         why: &'static str,
     },
-    /// There is no place for what a guest writes over its disk.
+    /// The file for overlay=tmp cannot be created.
     #[error(
         "overlay=tmp cannot have its file in the folder for temporary files, {}, which TMPDIR names{why}",
         folder.display()
@@ -436,7 +436,7 @@ mod tests {
                 assert!(refused.contains("is named like a qcow2 image but does not begin like one"), "{refused}");
             }
             assert_eq!(open_as(&path, |options| options.format = Some(Format::Raw)), Ok(65536));
-            // What its guest wrote as a raw disk is a qcow2 image only for who leaves `format=raw` out, and refers to nothing.
+            // A header that its guest wrote makes it a qcow2 image only without `format=raw`, and no other file is opened then.
             std::fs::write(&path, qcow2()).unwrap();
             assert_eq!(open_as(&path, |_| ()), Ok(1 << 20));
         }

@@ -5,10 +5,10 @@
 //!
 //! The imago crate reads and writes the format. It expects sound images, so `header` and `tables` check everything that an
 //! image says before imago gets it, by way of `storage`; `zstd` unpacks what imago cannot. Guest memory changes at any
-//! time and is no slice of bytes, so imago only sees copies of it.
+//! time, which a slice of bytes must not, so imago only sees copies of it.
 //!
-//! An image that somebody changes while it is in use, past its lock, may give wrong data and errors, and in the worst case
-//! ends vireo, but it reaches no other file.
+//! If another process changes an image while it is in use, in spite of its lock, the guest may get wrong data and errors,
+//! and in the worst case vireo ends; other files are not reached.
 
 mod header;
 mod storage;
@@ -48,9 +48,9 @@ const MAX_PIECE: usize = 256 << 10;
 
 /// A disk in a format that imago reads and writes.
 pub struct Qcow2Disk {
-    /// Discarding moves clusters, so nobody else may have looked up where they are.
+    /// Locked for writing while clusters are discarded: no other thread may use a place that it has looked up before.
     image: RwLock<FormatAccess<ImageFile>>,
-    /// Writing moves them too.
+    /// Writing needs the same lock, for it moves clusters too.
     exclusive: bool,
     size: AtomicU64,
     /// Buffers for copies of guest memory that are not in use.
@@ -85,7 +85,7 @@ impl Qcow2Disk {
         self.image.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does something that changes the image, with others who do so as far as that goes.
+    /// Calls `change` with the image: at the same time as other threads where the image allows it.
     fn change<T>(&self, change: impl FnOnce(&FormatAccess<ImageFile>) -> T) -> T {
         if self.exclusive { change(&self.alone()) } else { change(&self.shared()) }
     }
@@ -199,8 +199,8 @@ fn clear_autoclear(file: &File, path: &Path) -> io::Result<()> {
     file.sync_data()
 }
 
-/// Writes bytes within a file that may be open for direct input and output, and that nobody else writes to. A file that
-/// ends within a block then ends with it.
+/// Writes bytes within a file that may be open for direct input and output. No other thread may write to it. Where the file
+/// ends within a block, it is extended to the end of that block.
 fn write_at(file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
     if !rustix::fs::fcntl_getfl(file)?.contains(OFlags::DIRECT) {
         return file.write_all_at(bytes, offset);
@@ -217,7 +217,7 @@ fn write_at(file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
     file.write_all_at(buffer.as_mut_slice(), offset - before as u64)
 }
 
-/// Reads bytes of a file that may be open for direct input and output; what is past its end is zeros.
+/// Reads bytes of a file that may be open for direct input and output; bytes past its end are zeros.
 fn read_at(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
     const BLOCK: u64 = 4096;
     let before = (offset % BLOCK) as usize;
@@ -229,7 +229,7 @@ fn read_at(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
             Ok(0) => break,
             Ok(n) => done += n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            // Behind the end of a file that ends within a block, which was just read.
+            // Past the end of a file that ends within the block that was just read.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) && done % 512 != 0 => break,
             Err(e) => return Err(e),
         }

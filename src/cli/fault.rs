@@ -1,6 +1,6 @@
 //! The end of vireo by a fault of its own: a panic, an abort, a stack that overflowed, an access to memory that is not there.
 //!
-//! Such an end must look like every other one to whoever waits for it: the terminal is restored, one sentence says what
+//! Such an end must look like every other one to the calling script: the terminal is restored, one sentence says what
 //! happened, the reports are written, and the exit status is that of a failure. Any thread may be the one, with any lock in
 //! its hands, so nothing here waits for a lock, and a clock ends the process if the rest takes too long.
 //!
@@ -47,9 +47,9 @@ struct Stack(UnsafeCell<[u8; RESERVE_BYTES]>);
 unsafe impl Sync for Stack {}
 
 static RESERVE: Stack = Stack(UnsafeCell::new([0; RESERVE_BYTES]));
-/// Somebody has the last words already.
+/// A thread is ending the process already.
 static BEGUN: AtomicBool = AtomicBool::new(false);
-/// The thread that has them.
+/// The thread that ends the process.
 static THREAD: AtomicI32 = AtomicI32::new(0);
 /// What happened to it: signal, address, instruction and stack pointer.
 static SIGNAL: AtomicI64 = AtomicI64::new(0);
@@ -58,10 +58,10 @@ static INSTRUCTION: AtomicU64 = AtomicU64::new(0);
 static STACK: AtomicU64 = AtomicU64::new(0);
 
 type Report = Box<dyn FnOnce(&str) + Send>;
-/// What writes the reports.
+/// Writer of the reports, if any were asked for.
 static REPORT: Mutex<Option<Report>> = Mutex::new(None);
 
-/// From now on faults of this process end it as described above.
+/// Installs the panic hook and the signal handlers, for the rest of the process's life.
 pub(super) fn install() {
     std::panic::set_hook(Box::new(|info| end(&panic_text(info))));
     for (signal, _) in SIGNALS {
@@ -77,7 +77,7 @@ pub(super) fn install() {
     }
 }
 
-/// Has the reports written by `write` in such a case. It gets a sentence.
+/// Sets `write` as the writer of the reports after a fault. Its argument is the sentence for the user.
 pub(super) fn reports(write: impl FnOnce(&str) + Send + 'static) {
     if let Ok(mut report) = REPORT.lock() {
         *report = Some(Box::new(write));
@@ -153,7 +153,7 @@ fn exit() -> ! {
 }
 
 fn this_thread() -> i32 {
-    // SAFETY: it only tells a number.
+    // SAFETY: the call has no arguments and only returns a number.
     unsafe { libc::gettid() }
 }
 
@@ -161,7 +161,7 @@ extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, context: *mut l
     // SAFETY: the kernel gives a valid siginfo and the thread's ucontext; the fields of siginfo that are read are those
     // that its code says are there.
     unsafe {
-        // By kill(2) or tgkill(2) from another process: that is how it dies, then.
+        // Sent by another process with kill(2) or tgkill(2): the process dies of it as usual.
         if (*info).si_code <= 0 && (*info).si_pid() != libc::getpid() {
             terminal::restore();
             libc::signal(signal, libc::SIG_DFL);
@@ -184,7 +184,7 @@ extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, context: *mut l
     }
 }
 
-/// What a thread continues with after such a signal.
+/// Code that a thread continues with after such a signal.
 extern "C" fn last_words() -> ! {
     let (signal, address) = (SIGNAL.load(Ordering::Relaxed), ADDRESS.load(Ordering::Relaxed));
     let (instruction, stack) = (INSTRUCTION.load(Ordering::Relaxed), STACK.load(Ordering::Relaxed));
@@ -208,14 +208,14 @@ mod tests {
     const CASE: &str = "VIREO_TEST_FAULT";
     const REPORT_FILE: &str = "VIREO_TEST_FAULT_REPORT";
 
-    /// Runs deeper until there is no stack left.
+    /// Recurses until the stack overflows.
     #[allow(unconditional_recursion)]
     fn deeper(n: u64) -> u64 {
         let here = std::hint::black_box([n; 64]);
         deeper(n + 1) + here[n as usize % 64]
     }
 
-    /// What the child does, in a process of its own.
+    /// The fault of a case, in a process of its own.
     fn fault(case: &str) {
         install();
         let path = std::env::var_os(REPORT_FILE).unwrap();

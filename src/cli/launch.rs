@@ -83,7 +83,7 @@ pub(super) fn supervise(
     }
 }
 
-/// Has a fault of vireo itself told in the reports, like every other failure.
+/// Registers the reports for a fault of vireo itself, which is written there like every other failure.
 fn report_faults(files: Arc<Files>, name: String) {
     fault::reports(move |sentence| {
         let _ = files.write_failure(&name, &sentence.into());

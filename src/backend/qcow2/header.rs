@@ -61,7 +61,7 @@ pub(super) struct Header {
     pub(super) refcounts: Table,
     pub(super) snapshots: u32,
     pub(super) base: Option<Base>,
-    /// Bits of features that a writer who does not know them must clear.
+    /// Feature bits that a writer without these features must clear.
     pub(super) autoclear: u64,
     /// Compressed clusters are zstd frames rather than deflate streams.
     pub(super) zstd: bool,

@@ -1,7 +1,7 @@
 //! The file of an image as the format's driver (imago) sees it.
 //!
 //! While the image is opened, the driver gets those pieces of the file that were checked from memory, as they were when
-//! they were checked: whoever changes the file in between has no effect.
+//! they were checked: a change of the file in between has no effect.
 
 #![allow(unsafe_code)]
 

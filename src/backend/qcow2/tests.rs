@@ -219,7 +219,7 @@ fn a_guest_cannot_have_files_opened_by_what_it_writes() {
     assert!(error(&own).contains("its own base"), "{}", error(&own));
 }
 
-/// What an image is refused for when nobody has it open any more.
+/// The error of an image once no process has it open any more.
 fn when_unlocked(error: impl Fn() -> String) -> String {
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
     loop {
