@@ -52,3 +52,19 @@ fn before_exec(command: &mut Command, calls: fn()) {
     // SAFETY: between fork and exec only calls are made that are async-signal-safe and allocate nothing.
     unsafe { command.pre_exec(calls) };
 }
+
+/// Lets every other process have the processor before this one, and the disk, too (SCHED_IDLE implies that).
+#[allow(unsafe_code)]
+pub fn have_lowest_priority() {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: it reads one structure of ours, and changes this thread's priority only; threads started later inherit it.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) };
+}
+
+/// Closes all descriptors but stdin, stdout and stderr. Only for the beginning of a process, when nothing of its own is
+/// open yet. (Linux before 5.9 refuses.)
+#[allow(unsafe_code)]
+pub fn close_inherited() {
+    // SAFETY: the call takes numbers; no value in this process owns one of these descriptors.
+    unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
+}

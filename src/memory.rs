@@ -13,6 +13,7 @@
 mod area;
 mod mapping;
 pub mod page_table;
+mod pages;
 pub mod populated;
 mod release;
 
@@ -33,6 +34,7 @@ use crate::layout;
 use crate::options::{self, Size};
 pub use area::{Access, Area, Backing};
 use mapping::Mapping;
+pub use pages::Pages;
 pub use populated::Populated;
 
 /// The bitmap of pages that vireo itself wrote; absent while nobody asks for it.

@@ -15,6 +15,7 @@ mod doctor;
 mod endings;
 mod exec;
 mod exec_bad;
+mod first_boot;
 mod gdb;
 mod hvc;
 mod initramfs;

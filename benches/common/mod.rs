@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 pub const REPO: &str = env!("CARGO_MANIFEST_DIR");
 
-/// Shell: makes `$dir` in memory, with QEMU, vireo (`$1`) and what is needed to measure them in it, and `inside`, which
-/// runs a program in there; after it, `$dir/work` wants to be filled. Waiting for a file of the machine outside would
+/// Shell: makes `$dir` in memory, with QEMU, vireo (`$1`, also as the process that keeps a kernel in the cache) and what is
+/// needed to measure them in it, and `inside`, which runs a program in there; after it, `$dir/work` wants to be filled. Waiting for a file of the machine outside would
 /// leap the clock of a host that counts instructions, and QEMU with its hundred libraries opens many. So everything, the
 /// shell too, is first copied to memory.
 pub const STAGE: &str = r#"
@@ -21,7 +21,7 @@ dir=$(mktemp -d /tmp/bench.XXXXXX) || exit
 trap 'cd /; umount -l "$dir"/dev "$dir"/proc "$dir"/sys "$dir"/disks; rm -rf "$dir"' EXIT
 mkdir -p "$dir"/bin "$dir"/dev "$dir"/proc "$dir"/sys "$dir"/tmp "$dir"/usr/share "$dir"/work "$dir"/disks
 cp "$(command -v busybox)" "$dir/bin/busybox"
-for applet in sh grep tail awk cat dd mkfifo rm seq kill ls; do ln -s busybox "$dir/bin/$applet"; done
+for applet in sh grep tail awk cat dd mkfifo rm seq kill ls sleep; do ln -s busybox "$dir/bin/$applet"; done
 cp -L "$(command -v date)" "$dir/bin" # busybox knows no nanoseconds, and without the path its shell takes its own
 for program in qemu-system-x86_64 qemu-img; do
     program=$(command -v $program)
@@ -31,7 +31,7 @@ for program in qemu-system-x86_64 qemu-img; do
     done
 done
 cp -rL /usr/share/qemu /usr/share/seabios "$dir/usr/share"
-[ -z "$1" ] || cp "$1" "$dir/bin/vireo"
+[ -z "$1" ] || { cp "$1" "$dir/bin/vireo"; ln -s vireo "$dir/bin/vireo-keep"; }
 for mount in dev proc; do mount --bind /$mount "$dir/$mount"; done
 mount --rbind /sys "$dir/sys"
 mount -t debugfs debugfs "$dir/sys/kernel/debug" 2>/dev/null

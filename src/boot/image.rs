@@ -68,11 +68,16 @@ impl Image {
         self.info.end - self.info.start
     }
 
-    /// Puts the image at `start`. RAM is fresh, so what lies between the pieces is zero.
-    pub fn load(&self, ram: &GuestRam, start: u64) -> Result<(), Problem> {
+    /// Puts the image at `start`. RAM is fresh, so what lies between the pieces is zero. Unpacked bytes may be moved there,
+    /// so that nothing is left of them here.
+    pub fn load(&mut self, ram: &GuestRam, start: u64) -> Result<(), Problem> {
         for piece in &self.info.pieces {
             let addr = start + (piece.paddr - self.info.start);
-            let mapped = match &self.data {
+            let mapped = match &mut self.data {
+                Data::Pages(pages) => {
+                    ram.take_pages(addr, pages, piece.offset..piece.offset + piece.len)?;
+                    true
+                }
                 Data::File(file, _) if self.mappable && ram.can_map_files() && addr.is_multiple_of(PAGE_SIZE) => {
                     ram.map_file(addr, piece.len, file, piece.offset).is_ok()
                 }

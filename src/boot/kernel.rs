@@ -29,7 +29,7 @@ pub fn examine(data: Data, mode: BootMode) -> Result<Image, Problem> {
     let Some(compression) = Compression::detect(&head) else {
         return examine_plain(data, &head, mode);
     };
-    let unpacked = Data::Memory(unpack::unpack(compression, data.reader(0, data.len())?, None)?);
+    let unpacked = Data::Memory(unpack::unpack(compression, data.reader(0, data.len())?)?);
     // Nobody compresses a kernel twice; going deeper would only help bombs.
     let head = unpacked.head(HEAD)?;
     match examine_plain(unpacked, &head, mode) {
@@ -95,12 +95,12 @@ fn examine_bzimage(data: Data, mode: BootMode) -> Result<Image, Problem> {
     let size = data.bytes(offset + len - 4, 4)?;
     let size = u32::from_le_bytes([size[0], size[1], size[2], size[3]]);
     let stream = if compression == Compression::Gzip { len } else { len - 4 };
-    let unpacked = unpack::unpack(compression, data.reader(offset, stream)?, Some(size.into()))?;
+    let unpacked = unpack::unpack_to_pages(compression, data.reader(offset, stream)?, size.into())?;
     drop(data);
     if !elf::is_elf(&unpacked) {
         return Err(Problem::Damaged(format!("its {} payload is no ELF file", compression.name())));
     }
-    let mut image = elf_image(Data::Memory(unpacked), "bzImage").map_err(|e| match e {
+    let mut image = elf_image(Data::Pages(unpacked), "bzImage").map_err(|e| match e {
         Problem::NotAKernel(found) => Problem::NotAKernel(format!("a bzImage of {found}")),
         e => e,
     })?;

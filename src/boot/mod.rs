@@ -1,7 +1,9 @@
 //! From a kernel file to a machine that is about to execute its first instruction.
 //!
 //! [`BootFiles::open`] checks everything that the user named, before a machine exists; [`BootFiles::load`] fills its
-//! memory, step by step.
+//! memory, step by step. A compressed kernel is unpacked once, by `open`, into pages that `load` moves to the guest and
+//! relocates there. Only when the guest runs, its kernel is kept for later boots ([`keep`]), which take it from the
+//! [`cache`].
 
 pub mod acpi;
 mod bzimage;
@@ -12,6 +14,7 @@ pub mod image;
 pub mod initramfs;
 mod initrd;
 pub mod kaslr;
+pub mod keep;
 pub mod kernel;
 pub mod modules;
 pub mod mptable;
@@ -44,6 +47,7 @@ pub use self::regs::{Entry, Protocol};
 use self::cache::Cache;
 use self::image::Image;
 use self::initramfs::Piece;
+use self::keep::Unkept;
 use self::pack::InitramfsConfig;
 use self::place::Plan;
 use self::zero_page::ZeroPage;
@@ -141,6 +145,7 @@ pub struct BootFiles {
     config: BootConfig,
     image: Image,
     cached: bool,
+    unkept: Option<Unkept>,
     entry: Entry,
     initrd: Vec<Piece>,
     plan: Plan,
@@ -198,7 +203,7 @@ impl BootFiles {
             _ => Error::Initramfs(problem),
         };
 
-        let (image, cached) = open_kernel(config, cache).map_err(of_kernel)?;
+        let Kernel { image, cached, unkept } = open_kernel(config, cache).map_err(of_kernel)?;
         let (entry, protocol) = kernel::entry(&image.info, config.boot).map_err(of_kernel)?;
         let mut config = config.clone();
         if protocol == Protocol::Multiboot {
@@ -218,12 +223,12 @@ impl BootFiles {
             None => protocol.usual_info(),
         };
         let entry = Entry { address: entry - image.info.start + plan.kernel, protocol, info };
-        Ok(BootFiles { config, image, cached, entry, initrd, plan })
+        Ok(BootFiles { config, image, cached, unkept, entry, initrd, plan })
     }
 
     /// Fills `ram`, which is fresh, with all that the kernel needs to start, and says where it starts.
     pub fn load(self, ram: &GuestRam, platform: &Platform) -> Result<Entry, Error> {
-        let BootFiles { config, image, entry, initrd, plan, .. } = self;
+        let BootFiles { config, mut image, entry, initrd, plan, .. } = self;
         let of_kernel = |problem: Problem| problem.of_kernel(&config.kernel);
 
         image.load(ram, plan.kernel).map_err(of_kernel)?;
@@ -271,6 +276,11 @@ impl BootFiles {
         Ok(entry)
     }
 
+    /// What the cache should get when the guest runs.
+    pub fn take_unkept(&mut self) -> Option<Unkept> {
+        self.unkept.take()
+    }
+
     /// What was found.
     pub fn describe(&self) -> Description {
         Description {
@@ -284,23 +294,28 @@ impl BootFiles {
     }
 }
 
-/// The kernel, unpacked, and whether the cache had it.
-fn open_kernel(config: &BootConfig, cache: Option<&Cache>) -> Result<(Image, bool), Problem> {
+/// The kernel, unpacked.
+struct Kernel {
+    image: Image,
+    /// Whether it comes from the cache.
+    cached: bool,
+    /// What the cache should get, if it does not.
+    unkept: Option<Unkept>,
+}
+
+fn open_kernel(config: &BootConfig, cache: Option<&Cache>) -> Result<Kernel, Problem> {
     let (file, len) = source::open(&config.kernel)?;
-    let Some(cache) = cache.filter(|_| config.boot.is_cached()) else {
-        return Ok((kernel::examine(source::Data::File(file, len), config.boot)?, false));
-    };
-    let miss = match cache.find(&file) {
-        Ok(image) => return Ok((image, true)),
-        Err(miss) => miss,
-    };
-    let source = file.try_clone().map_err(Problem::Open)?;
-    let image = kernel::examine(source::Data::File(file, len), config.boot)?;
-    if image.info.multiboot.is_some() {
-        return Ok((image, false));
+    let cache = cache.filter(|_| config.boot.is_cached() && Cache::may_keep(len));
+    if let Some(image) = cache.and_then(|cache| cache.find(&file)) {
+        return Ok(Kernel { image, cached: true, unkept: None });
     }
-    // The stored form can be mapped, and frees the memory that unpacking took.
-    Ok((cache.store(&source, &miss, &image).unwrap_or(image), false))
+    let unkept = match cache {
+        Some(cache) => Some(Unkept::new(cache, file.try_clone().map_err(Problem::Open)?)),
+        None => None,
+    };
+    let image = kernel::examine(source::Data::File(file, len), config.boot)?;
+    let unkept = unkept.filter(|_| image.info.multiboot.is_none() && !image.packed);
+    Ok(Kernel { image, cached: false, unkept })
 }
 
 /// The memory map that the guest is given, in address order: what [`crate::layout`] reserves, and RAM.

@@ -160,6 +160,7 @@ fn add_modules(archive: &mut Archive, modules: Vec<modules::Module>) -> Result<(
         let guest = Path::new(&module.guest);
         match module.data {
             Data::Memory(bytes) => archive.bytes(guest, 0o644, &bytes)?,
+            Data::Pages(pages) => archive.bytes(guest, 0o644, &pages)?,
             Data::File(file, len) => archive.file(guest, 0o644, HostFile { file, len, path: module.host })?,
         }
     }

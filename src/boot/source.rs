@@ -9,7 +9,7 @@ use std::path::Path;
 
 use super::error::Problem;
 use crate::backend::held;
-use crate::memory::RamSlice;
+use crate::memory::{Pages, RamSlice};
 
 /// Opens a regular file for reading. A FIFO or a device is refused at once, without waiting for its other end.
 pub fn open(path: &Path) -> Result<(File, u64), Problem> {
@@ -43,8 +43,16 @@ pub fn folder(path: &Path) -> Result<Vec<OsString>, Problem> {
 pub enum Data {
     /// Unpacked, in memory.
     Memory(Vec<u8>),
+    /// Unpacked, in pages that can become the guest's.
+    Pages(Pages),
     /// In a file of the given length. It is read piece by piece and never mapped: somebody may truncate it.
     File(File, u64),
+}
+
+/// Where [`Data`] has its bytes.
+enum Place<'a> {
+    Memory(&'a [u8]),
+    File(&'a File),
 }
 
 impl Data {
@@ -52,14 +60,24 @@ impl Data {
     pub fn len(&self) -> u64 {
         match self {
             Data::Memory(bytes) => bytes.len() as u64,
+            Data::Pages(pages) => pages.len() as u64,
             Data::File(_, len) => *len,
+        }
+    }
+
+    /// The file, or the bytes that are in memory.
+    fn place(&self) -> Place<'_> {
+        match self {
+            Data::Memory(bytes) => Place::Memory(bytes),
+            Data::Pages(pages) => Place::Memory(pages),
+            Data::File(file, _) => Place::File(file),
         }
     }
 
     /// What an error about it talks of.
     pub fn what(&self) -> &'static str {
         match self {
-            Data::Memory(_) => "the unpacked kernel",
+            Data::Memory(_) | Data::Pages(_) => "the unpacked kernel",
             Data::File(..) => "the file",
         }
     }
@@ -76,9 +94,9 @@ impl Data {
     /// Fills `buffer` from `offset`.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), Problem> {
         self.check(offset, buffer.len() as u64)?;
-        match self {
-            Data::Memory(bytes) => buffer.copy_from_slice(&bytes[offset as usize..][..buffer.len()]),
-            Data::File(file, _) => file.read_exact_at(buffer, offset).map_err(Problem::Read)?,
+        match self.place() {
+            Place::Memory(bytes) => buffer.copy_from_slice(&bytes[offset as usize..][..buffer.len()]),
+            Place::File(file) => file.read_exact_at(buffer, offset).map_err(Problem::Read)?,
         }
         Ok(())
     }
@@ -99,9 +117,9 @@ impl Data {
     /// Copies into guest RAM without a buffer in between.
     pub fn copy_to(&self, offset: u64, ram: &RamSlice<'_>) -> Result<(), Problem> {
         self.check(offset, ram.len() as u64)?;
-        match self {
-            Data::Memory(bytes) => ram.copy_from(&bytes[offset as usize..][..ram.len()]),
-            Data::File(file, _) => read_to_ram(file, offset, ram).map_err(Problem::Read)?,
+        match self.place() {
+            Place::Memory(bytes) => ram.copy_from(&bytes[offset as usize..][..ram.len()]),
+            Place::File(file) => read_to_ram(file, offset, ram).map_err(Problem::Read)?,
         }
         Ok(())
     }
@@ -114,9 +132,9 @@ impl Data {
         let mut offset = 0;
         while offset < self.len() {
             let len = (BLOCK + OVERLAP).min(self.len() - offset);
-            let block = match self {
-                Data::Memory(bytes) => Cow::Borrowed(&bytes[offset as usize..][..len as usize]),
-                Data::File(..) => Cow::Owned(self.bytes(offset, len)?),
+            let block = match self.place() {
+                Place::Memory(bytes) => Cow::Borrowed(&bytes[offset as usize..][..len as usize]),
+                Place::File(_) => Cow::Owned(self.bytes(offset, len)?),
             };
             let mut from = 0;
             while let Some(at) = memchr::memchr(needle.get(rare).copied().unwrap_or_default(), &block[from..]) {
@@ -160,9 +178,9 @@ pub struct Reader<'a> {
 impl Read for Reader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let want = (self.end - self.offset).min(buffer.len() as u64) as usize;
-        let got = match self.data {
-            Data::Memory(bytes) => (&bytes[self.offset as usize..]).read(&mut buffer[..want])?,
-            Data::File(file, _) => file.read_at(&mut buffer[..want], self.offset)?,
+        let got = match self.data.place() {
+            Place::Memory(bytes) => (&bytes[self.offset as usize..]).read(&mut buffer[..want])?,
+            Place::File(file) => file.read_at(&mut buffer[..want], self.offset)?,
         };
         self.offset += got as u64;
         Ok(got)

@@ -63,7 +63,13 @@ fn elf(class64: bool, entry: u64, segments: &[Seg], note: &[Note]) -> Vec<u8> {
         put(28, &(header_len as u32).to_le_bytes());
         put(38, &counts);
     }
-    let mut offset = (header_len + count * usize::from(size)) as u64;
+    let headers = header_len + count * usize::from(size) + note.len();
+    // Large segments begin on a page, as Linux's do, so that their pages can be moved.
+    let padding = match segments.first() {
+        Some(first) if first.2.len() > 1 << 20 => headers.next_multiple_of(4096) - headers,
+        _ => 0,
+    };
+    let mut offset = (headers - note.len()) as u64;
     let mut header = |kind: u32, paddr: u64, vaddr: u64, len: u64, mem_len: u64| {
         let fields = match class64 {
             true => [vaddr, paddr, len, mem_len, 4].map(u64::to_le_bytes).concat(),
@@ -79,11 +85,12 @@ fn elf(class64: bool, entry: u64, segments: &[Seg], note: &[Note]) -> Vec<u8> {
         out.extend(fields);
         offset += len;
     };
-    header(4, 0, 0, note.len() as u64, note.len() as u64);
+    header(4, 0, 0, (note.len() + padding) as u64, note.len() as u64);
     for Seg(paddr, vaddr, data, mem_len) in segments {
         header(1, *paddr, *vaddr, data.len() as u64, *mem_len);
     }
     out.extend(note);
+    out.resize(out.len() + padding, 0);
     segments.iter().for_each(|segment| out.extend(&segment.2));
     out
 }
@@ -142,7 +149,7 @@ pub fn compress(format: Compression, data: &[u8]) -> Vec<u8> {
             encoder.write_all(data).unwrap();
             encoder.finish().unwrap()
         }
-        Compression::Zstd => ruzstd::encoding::compress_to_vec(data, ruzstd::encoding::CompressionLevel::Fastest),
+        Compression::Zstd => zstd::encode_all(data, 1).unwrap(),
         Compression::Lz4 => {
             // The legacy frame with one block of nothing but literals.
             let mut block = vec![0xF0];
@@ -155,7 +162,11 @@ pub fn compress(format: Compression, data: &[u8]) -> Vec<u8> {
             block.extend(data);
             [&[2, 0x21, 0x4C, 0x18][..], &(block.len() as u32).to_le_bytes(), &block].concat()
         }
-        Compression::Xz => unimplemented!("the xz fixture is in unpack.rs"),
+        Compression::Xz => {
+            let mut encoder = liblzma::write::XzEncoder::new(Vec::new(), 0);
+            encoder.write_all(data).unwrap();
+            encoder.finish().unwrap()
+        }
     }
 }
 

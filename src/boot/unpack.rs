@@ -3,15 +3,20 @@
 //! Nothing here trusts a length: output grows as data really arrives and stops at a limit, so a decompression bomb
 //! ends as an error.
 
-use std::io::{self, BufReader, Read};
+mod lz4;
+
+use std::io::{self, BufRead, BufReader, Read};
 
 use super::error::Problem;
+use crate::memory::Pages;
 use crate::options::Size;
 
 /// The most that a kernel may unpack to. Distributions' kernels have 30-60 MiB.
 pub const UNPACKED_MAX: u64 = 512 << 20;
-/// Memory that an xz dictionary may take, in KiB. `xz -9` has 64 MiB.
-const XZ_MEMORY_KIB: u32 = 192 << 10;
+/// Memory that an xz dictionary may take. `xz -9` has 64 MiB, Linux's build 128 MiB.
+const XZ_MEMORY: u64 = 192 << 20;
+/// Logarithm of the largest window of zstd data: `zstd --ultra -22`, with which Linux is built, has 128 MiB.
+const ZSTD_WINDOW_LOG: u32 = 27;
 
 /// How a kernel or its payload is compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,40 +58,91 @@ impl Compression {
     }
 }
 
-/// Unpacks all of `input`. With `size` the result must have exactly that many bytes, else at most [`UNPACKED_MAX`].
-pub fn unpack(format: Compression, input: impl Read, size: Option<u64>) -> Result<Vec<u8>, Problem> {
-    unpack_within(format, input, size, UNPACKED_MAX)
-}
-
-/// The same with another limit.
-pub fn unpack_within(format: Compression, input: impl Read, size: Option<u64>, max: u64) -> Result<Vec<u8>, Problem> {
+/// Unpacks all of `input` to exactly `size` bytes, in pages that can become the guest's.
+pub fn unpack_to_pages(format: Compression, input: impl Read, size: u64) -> Result<Pages, Problem> {
     let name = format.name();
     let failed = |source| Problem::Unpack { format: name, source };
-    let limit = size.unwrap_or(max);
-    if limit > max {
-        return Err(Problem::TooLarge { format: name, limit: Size(max) });
+    if size > UNPACKED_MAX {
+        return Err(Problem::TooLarge { format: name, limit: Size(UNPACKED_MAX) });
     }
-    let input = BufReader::with_capacity(64 << 10, input);
-    let mut output = Vec::new();
     // A declared size is only believed as far as memory is available; pages are touched as data arrives.
-    output.try_reserve_exact(size.unwrap_or(0) as usize + 1).map_err(|e| failed(io::Error::other(e)))?;
-    // One byte more than wanted, to see whether there is more.
-    let mut output_of = |decoder: &mut dyn Read| decoder.take(limit + 1).read_to_end(&mut output);
-    match format {
-        Compression::Gzip => output_of(&mut flate2::bufread::GzDecoder::new(input)),
-        Compression::Zstd => match ruzstd::decoding::StreamingDecoder::new(input) {
-            Ok(mut decoder) => output_of(&mut decoder),
-            Err(e) => Err(io::Error::other(e)),
-        },
-        Compression::Xz => output_of(&mut lzma_rust2::XzReader::new_mem_limit(input, false, XZ_MEMORY_KIB)),
-        Compression::Lz4 => output_of(&mut lz4_flex::frame::FrameDecoder::new(input)),
-        Compression::Bzip2 => output_of(&mut bzip2::bufread::BzDecoder::new(input)),
+    let mut pages = Pages::new(size).map_err(failed)?;
+    let mut input = BufReader::with_capacity(64 << 10, input);
+    let lz4_blocks = format == Compression::Lz4 && input.fill_buf().map_err(failed)?.starts_with(&lz4::LEGACY);
+    let has = match lz4_blocks {
+        true => lz4::unpack_blocks(input, &mut pages),
+        false => with_decoder(format, input, |decoder| fill(decoder, &mut pages)),
+    };
+    match has.map_err(failed)? {
+        Filled::Overflow => Err(Problem::TooLarge { format: name, limit: Size(size) }),
+        Filled::Bytes(has) if has < size => Err(Problem::Truncated { what: "the unpacked kernel", needs: size, has }),
+        Filled::Bytes(_) => Ok(pages),
     }
-    .map_err(failed)?;
-    match (output.len() as u64, size) {
-        (len, _) if len > limit => Err(Problem::TooLarge { format: name, limit: Size(limit) }),
-        (has, Some(needs)) if has < needs => Err(Problem::Truncated { what: "the unpacked kernel", needs, has }),
-        _ => Ok(output),
+}
+
+/// Unpacks all of `input`, at most [`UNPACKED_MAX`] bytes.
+pub fn unpack(format: Compression, input: impl Read) -> Result<Vec<u8>, Problem> {
+    unpack_within(format, input, UNPACKED_MAX)
+}
+
+/// Unpacks all of `input`, at most `limit` bytes.
+pub fn unpack_within(format: Compression, input: impl Read, limit: u64) -> Result<Vec<u8>, Problem> {
+    let name = format.name();
+    let mut output = Vec::new();
+    let input = BufReader::with_capacity(64 << 10, input);
+    // One byte more than wanted, to see whether there is more.
+    with_decoder(format, input, |decoder| decoder.take(limit + 1).read_to_end(&mut output))
+        .map_err(|source| Problem::Unpack { format: name, source })?;
+    if output.len() as u64 > limit {
+        return Err(Problem::TooLarge { format: name, limit: Size(limit) });
+    }
+    Ok(output)
+}
+
+/// How far a buffer was filled.
+#[derive(Debug, PartialEq, Eq)]
+enum Filled {
+    /// This many bytes were all.
+    Bytes(u64),
+    /// There is more than fits.
+    Overflow,
+}
+
+/// Reads all that `decoder` gives into `buffer`. Only after the last byte do decoders check their checksums.
+fn fill(decoder: &mut dyn Read, buffer: &mut [u8]) -> io::Result<Filled> {
+    let mut at = 0;
+    loop {
+        let mut more = [0];
+        let space = if at < buffer.len() { &mut buffer[at..] } else { &mut more[..] };
+        match decoder.read(space) {
+            Ok(0) => return Ok(Filled::Bytes(at as u64)),
+            Ok(_) if at == buffer.len() => return Ok(Filled::Overflow),
+            Ok(n) => at += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// Calls `take` with a reader of what `input` unpacks to.
+fn with_decoder<T>(
+    format: Compression,
+    input: impl BufRead,
+    take: impl FnOnce(&mut dyn Read) -> io::Result<T>,
+) -> io::Result<T> {
+    match format {
+        Compression::Gzip => take(&mut flate2::bufread::GzDecoder::new(input)),
+        Compression::Zstd => {
+            let mut decoder = zstd::Decoder::with_buffer(input)?.single_frame();
+            decoder.window_log_max(ZSTD_WINDOW_LOG)?;
+            take(&mut decoder)
+        }
+        Compression::Xz => {
+            let stream = liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY, 0)?;
+            take(&mut liblzma::bufread::XzDecoder::new_stream(input, stream))
+        }
+        Compression::Lz4 => take(&mut lz4_flex::frame::FrameDecoder::new(input)),
+        Compression::Bzip2 => take(&mut bzip2::bufread::BzDecoder::new(input)),
     }
 }
 
@@ -131,21 +187,23 @@ mod tests {
     fn every_compression_is_told_and_undone() {
         for (format, packed) in fixtures() {
             assert_eq!(Compression::detect(&packed), Some(format));
-            for size in [None, Some(300)] {
-                assert_eq!(unpack(format, &packed[..], size).unwrap(), CONTENT.repeat(30), "{format:?}");
-            }
+            assert_eq!(unpack(format, &packed[..]).unwrap(), CONTENT.repeat(30), "{format:?}");
+            assert_eq!(unpack_to_pages(format, &packed[..], 300).unwrap()[..], CONTENT.repeat(30), "{format:?}");
         }
     }
 
     #[test]
     fn sizes_are_kept_to_exactly() {
         for (format, packed) in fixtures() {
-            let error = |size, max| unpack_within(format, &packed[..], size, max).unwrap_err().to_string();
+            let pages = |size| unpack_to_pages(format, &packed[..], size).unwrap_err().to_string();
             let name = format.name();
-            assert_eq!(error(Some(301), 1000), "truncated: the unpacked kernel needs 301 bytes, has 300");
-            assert_eq!(error(Some(299), 1000), format!("its {name} data unpacks to more than 299"));
-            assert_eq!(error(None, 299), format!("its {name} data unpacks to more than 299"));
-            assert_eq!(error(Some(u32::MAX.into()), 1 << 20), format!("its {name} data unpacks to more than 1M"));
+            assert_eq!(pages(301), "truncated: the unpacked kernel needs 301 bytes, has 300");
+            for size in [299, 100, 0] {
+                assert_eq!(pages(size), format!("its {name} data unpacks to more than {size}"));
+            }
+            assert_eq!(pages(u32::MAX.into()), format!("its {name} data unpacks to more than 512M"));
+            let error = unpack_within(format, &packed[..], 299).unwrap_err().to_string();
+            assert_eq!(error, format!("its {name} data unpacks to more than 299"));
         }
     }
 
@@ -153,7 +211,7 @@ mod tests {
     fn a_bomb_stops_at_the_limit() {
         let bomb = super::super::testing::compress(Compression::Gzip, &vec![0; 8 << 20]);
         assert!(bomb.len() < 16 << 10);
-        let error = unpack_within(Compression::Gzip, &bomb[..], None, 1 << 20).unwrap_err();
+        let error = unpack_within(Compression::Gzip, &bomb[..], 1 << 20).unwrap_err();
         assert_eq!(error.to_string(), "its gzip data unpacks to more than 1M");
     }
 
@@ -167,8 +225,8 @@ mod tests {
                 packed[at] ^= 1 << bit;
             }
             packed.truncate(keep.max(8));
-            let _ = unpack_within(format, &packed[..], None, 64 << 10);
-            let _ = unpack_within(format, &packed[..], Some(300), 64 << 10);
+            let _ = unpack_within(format, &packed[..], 64 << 10);
+            let _ = unpack_to_pages(format, &packed[..], 300);
         }
     }
 }

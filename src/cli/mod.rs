@@ -25,6 +25,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use self::named::{NamedFiles, Use};
+use crate::boot::keep;
 use crate::doctor::device::{self, HostFacts};
 use crate::outcome::{EXIT_USAGE, EXIT_VIREO_FAILED};
 use crate::{guest, machine};
@@ -121,6 +122,9 @@ fn usage(error: impl Error + Send + Sync + 'static) -> Failure {
 pub fn main(start: Instant) -> ExitCode {
     if guest::is_init() {
         guest::main();
+    }
+    if keep::is_keeper() {
+        keep::main();
     }
     fault::install();
     let cli = Cli::try_parse().unwrap_or_else(|error| with_commands(error).exit());

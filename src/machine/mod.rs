@@ -18,6 +18,7 @@ use crate::backend::console as host_console;
 use crate::backend::mapped;
 use crate::backend::passthrough;
 use crate::backend::transcript::Transcript;
+use crate::boot::keep::Unkept;
 use crate::boot::{self, BootFiles, Platform, Protocol};
 use crate::bus::{Bus, BusDevice, Overlap};
 use crate::config::{self, Acpi, HostLimits, MachineConfig};
@@ -131,6 +132,8 @@ fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
 pub struct Machine {
     config: MachineConfig,
     boot: Option<BootFiles>,
+    /// The kernel, if the cache does not have it.
+    unkept: Option<Unkept>,
     platform: Platform,
     ram: GuestRam,
     vcpus: Vec<Vcpu>,
@@ -196,6 +199,7 @@ impl Machine {
         Ok(Machine {
             config,
             boot: Some(boot),
+            unkept: None,
             platform,
             ram,
             vcpus,
@@ -211,7 +215,8 @@ impl Machine {
 
     /// Fills guest memory and sets the boot processor's registers.
     pub fn load(&mut self) -> Result<(), Error> {
-        let Some(boot) = self.boot.take() else { return Ok(()) };
+        let Some(mut boot) = self.boot.take() else { return Ok(()) };
+        self.unkept = boot.take_unkept();
         let entry = boot.load(&self.ram, &self.platform)?;
         if let Some(boot_cpu) = self.vcpus.first() {
             boot_cpu.set_registers(|reset| entry.registers(reset))?;

@@ -151,7 +151,7 @@ struct Running {
 
 impl Running {
     fn start(machine: Machine, options: RunOptions, mailbox: Arc<Mailbox>) -> Result<Self, Error> {
-        let Machine { config, ram, vcpus, board, lines, devices, power_button, mut timing, vm, .. } = machine;
+        let Machine { config, unkept, ram, vcpus, board, lines, devices, power_button, mut timing, vm, .. } = machine;
         let typed = lines.iter().find(|line| !options.cooked && line.input.is_terminal());
         let on_terminal = typed.and_then(|line| line.input.fd());
         let raw_mode = on_terminal.map_or(Ok(None), RawMode::enter).map_err(host("the terminal"))?;
@@ -184,6 +184,9 @@ impl Running {
                     return Err(Error::Host("a vCPU thread", e));
                 }
             }
+        }
+        if let Some(unkept) = unkept {
+            unkept.start();
         }
         if options.paused {
             threads.iter().for_each(|thread| _ = thread.reply());

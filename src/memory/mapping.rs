@@ -58,6 +58,24 @@ impl Mapping {
         self.len as u64
     }
 
+    /// Address in this process.
+    pub(super) fn addr(&self) -> usize {
+        self.addr
+    }
+
+    /// Moves whole pages of `from`, in whose place zeros remain, to `offset` in this mapping. Both are anonymous and
+    /// private. Linux knows how to leave the old mapping in place since 5.7.
+    #[allow(unsafe_code)]
+    pub(super) fn take(&self, offset: u64, from: &mut Mapping, piece: Range<u64>) -> io::Result<()> {
+        let (old, len) = from.checked(piece)?;
+        let (new, _) = self.checked(offset..offset.saturating_add(len as u64))?;
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+        // SAFETY: both ranges were just checked to lie inside mappings of ours, which are different and stay mapped; of
+        // what is replaced nothing holds a reference, and what is moved away reads as zeros.
+        let moved = unsafe { libc::mremap(old as *mut libc::c_void, len, len, flags, new as *mut libc::c_void) };
+        if moved == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
     /// Whether what is written stays with this process.
     pub(super) fn is_private(&self) -> bool {
         self.flags & libc::MAP_PRIVATE != 0
