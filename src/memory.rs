@@ -15,6 +15,7 @@ mod mapping;
 pub mod page_table;
 mod pages;
 pub mod populated;
+mod prefault;
 mod release;
 
 use std::fs::File;
@@ -395,7 +396,7 @@ fn memfd(size: u64, flags: libc::c_uint) -> io::Result<File> {
 fn advise(mapping: &Mapping, config: &MemoryConfig) -> io::Result<()> {
     let all = 0..mapping.len();
     let _ = mapping.advise_pages(all.clone(), config.hugepages);
-    if config.prefault { mapping.advise(all, libc::MADV_POPULATE_WRITE) } else { Ok(()) }
+    if config.prefault { mapping.populate(all) } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -115,7 +115,7 @@ impl GuestRam {
         for ((region, mapping), index) in self.regions().zip(&self.0.mappings).zip(0..) {
             if self.area(index).is_some_and(|area| !area.is_file()) && region.start <= addr && addr < region.end() {
                 let from = addr - region.start;
-                return mapping.advise(from..from.saturating_add(len), libc::MADV_POPULATE_WRITE);
+                return mapping.populate(from..from.saturating_add(len));
             }
         }
         Ok(())
