@@ -33,7 +33,7 @@ fn structures(platform: &Platform) -> Vec<u8> {
 
     // Type 0, platform firmware information (7.1).
     let mut firmware = vec![1, 2]; // Vendor and version, by number of their string.
-    firmware.extend([0xF0, 0x00]); // Start segment: 64 KiB at 0xF0000.
+    firmware.extend(0xF000u16.to_le_bytes()); // Start segment: 64 KiB at 0xF0000.
     firmware.extend([0, 0]); // No release date, 64 KiB.
     firmware.extend((1u64 << 3).to_le_bytes()); // "Characteristics are not supported".
     firmware.extend([0, 1 << 4]); // Extension byte 2: these tables describe a virtual machine.
@@ -106,6 +106,7 @@ mod tests {
             }
             if kind == 0 {
                 assert_eq!((formatted.len(), formatted[0x13] & 1 << 4), (0x1A, 1 << 4));
+                assert_eq!(formatted[6..8], [0x00, 0xF0], "the segment F000");
             }
             seen.push(kind);
             rest = &strings[end..];
