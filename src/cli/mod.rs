@@ -1,6 +1,7 @@
 //! The command line: clap types, one file per sub-command. The only place that knows a flag.
 
-pub mod debug;
+mod container;
+mod debug;
 pub mod devices;
 pub mod doctor;
 pub mod exec;
@@ -190,7 +191,7 @@ fn remedy(failure: &(dyn Error + 'static)) -> String {
     if let Some(machine::Error::Kvm(error)) = failure.downcast_ref() {
         return format!("; to mend it: {}", device::remedy(error, &HostFacts::read()));
     }
-    String::new()
+    container::hint(&text).into()
 }
 
 /// `outer: inner: OS error`.
