@@ -149,6 +149,8 @@ pub enum PanicSource {
     Pvpanic,
     /// The console showed the kernel's panic message.
     Console,
+    /// The message was the last thing in the kernel's log, in its memory.
+    Log,
 }
 
 /// What the guest did that concerns the whole machine.

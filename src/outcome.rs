@@ -132,6 +132,9 @@ impl Outcome {
             Outcome::Panicked(PanicSource::Console) => {
                 "the guest kernel panicked (judged by the panic message on its console)".into()
             }
+            Outcome::Panicked(PanicSource::Log) => {
+                "the guest kernel panicked (judged by the panic message in its log)".into()
+            }
             Outcome::Crashed(what) => format!("the guest crashed: {what}"),
             Outcome::TimedOut(limit) => format!("the guest was still running after the time limit of {}", Span(*limit)),
             Outcome::KilledByDebugger => "killed by the debugger".into(),
@@ -349,6 +352,7 @@ mod tests {
             (Outcome::Halted, 0),
             (Outcome::DebugExit(33), 33),
             (Outcome::Panicked(PanicSource::Console), 70),
+            (Outcome::Panicked(PanicSource::Log), 70),
             (Outcome::Crashed("x".into()), 71),
             (Outcome::TimedOut(Duration::from_secs(1)), 124),
             (Outcome::Killed(libc::SIGTERM), 143),

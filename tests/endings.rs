@@ -88,6 +88,15 @@ fn panic_that_reboots_is_a_panic_all_the_same() {
     ends(run, 70, "panicked", "pvpanic");
 }
 
+/// On AMD processors nothing but the log tells them from a crash, and elsewhere the panic looks like the reboot.
+#[test]
+fn without_a_console_the_kernels_log_tells_a_reboot_and_a_panic_from_a_crash() {
+    let run = cloud("reboot -f").cmdline("quiet reboot=t vireo.modules=none");
+    ends(run.args(&["--cpus", "2"]), 0, "rebooted", "triple fault");
+    let run = cloud(PANIC).cmdline("quiet reboot=t panic=-1 vireo.modules=none");
+    ends(run, 70, "panicked", "its log");
+}
+
 #[test]
 fn an_init_that_exits_is_a_panic() {
     let ended = cloud("").cmdline("console=ttyS0 quiet rdinit=/bin/false").run_to_end().expect(70, "panicked");

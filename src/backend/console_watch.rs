@@ -40,15 +40,46 @@ impl ConsoleWatch {
 
     fn judge(&self) {
         let text = without_timestamp(&self.line);
-        if text.starts_with(b"Kernel panic - not syncing") {
+        if is_panic(text) {
             self.events.post(GuestEvent::Panicked(PanicSource::Console));
         } else if text.starts_with(b"---[ end Kernel panic - not syncing") {
             self.events.post(GuestEvent::PanicEnded);
-        } else if text.starts_with(b"reboot: Restarting system") || text.starts_with(b"sysrq: Resetting") {
+        } else if is_restart(text) {
             self.events.post(GuestEvent::Restarting);
         } else if text.starts_with(b"Run /") && text.ends_with(b" as init process") {
             self.events.post(GuestEvent::InitStarted);
         }
+    }
+}
+
+/// Whether a kernel says with this line that it panicked.
+fn is_panic(text: &[u8]) -> bool {
+    text.starts_with(b"Kernel panic - not syncing")
+}
+
+/// Whether a kernel says with this line that it is about to restart the machine.
+fn is_restart(text: &[u8]) -> bool {
+    text.starts_with(b"reboot: Restarting system") || text.starts_with(b"sysrq: Resetting")
+}
+
+/// The last words of a kernel that then reset the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LastWords {
+    /// It panicked.
+    Panic,
+    /// It was asked to restart.
+    Restart,
+}
+
+impl LastWords {
+    /// What these last lines of a kernel's log say. A panic counts even if the kernel restarts after it.
+    pub fn of<'a>(lines: impl IntoIterator<Item = &'a str>) -> Option<LastWords> {
+        let word = |line: &'a str| match without_timestamp(line.as_bytes()) {
+            text if is_panic(text) => Some(LastWords::Panic),
+            text if is_restart(text) => Some(LastWords::Restart),
+            _ => None,
+        };
+        lines.into_iter().filter_map(word).reduce(|a, b| if a == LastWords::Panic { a } else { b })
     }
 }
 
@@ -68,6 +99,21 @@ fn without_timestamp(mut line: &[u8]) -> &[u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn last_words_of_a_log() {
+        let of = |lines: &[&str]| LastWords::of(lines.iter().copied());
+        let restart = "[    4.000000] reboot: Restarting system";
+        assert_eq!(
+            of(&["[    1.0] init: first", restart, "[    4.1] reboot: machine restart"]),
+            Some(LastWords::Restart)
+        );
+        assert_eq!(of(&["[    4.0][    T1] sysrq: Resetting"]), Some(LastWords::Restart));
+        let panic = "[    3.000000] Kernel panic - not syncing: VFS";
+        assert_eq!(of(&[panic, "[    3.1] Rebooting in 1 seconds.."]), Some(LastWords::Panic));
+        assert_eq!(of(&[panic, restart]), Some(LastWords::Panic));
+        assert_eq!(of(&["[    1.0] said: reboot: Restarting system", ""]), None);
+    }
 
     fn events_of(text: &str) -> Vec<GuestEvent> {
         let events = GuestEvents::new().unwrap();

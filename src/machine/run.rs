@@ -350,10 +350,7 @@ impl Running {
         }
         Ok(match end {
             End::GuestEnded | End::Stopped => None,
-            End::TripleFault { idt_emptied, .. } if idt_emptied || self.restarting => {
-                Some(Outcome::Rebooted("triple fault"))
-            }
-            End::TripleFault { .. } => Some(Outcome::Crashed(format!("triple fault on vCPU {id}"))),
+            End::TripleFault { idt_emptied } => Some(self.after_triple_fault(id, idt_emptied)),
             End::Crash(what) => Some(Outcome::Crashed(what)),
             End::Kvm(e) => return Err(self.kvm_failed(e)),
         })

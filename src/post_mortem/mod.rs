@@ -7,6 +7,7 @@ mod vmcore;
 use std::path::PathBuf;
 
 use crate::backend::output_file::OutputFile;
+use crate::backend::console_watch::LastWords;
 use crate::backend::transcript::{LINES, Transcript};
 use crate::kvm::dump::CpuState;
 use crate::memory::GuestRam;
@@ -29,6 +30,15 @@ pub struct PostMortem {
     pub log_was_shown: bool,
     /// The core file, if one was wanted.
     pub vmcore: Option<Result<PathBuf, Error>>,
+}
+
+/// Lines of a log in which a kernel's last words are looked for: a panic's registers and stack come after its message.
+const LAST_WORDS: usize = 100;
+
+/// The last words of the kernel, from its log in guest memory: its console may have been quiet, or not there.
+pub fn last_words(ram: &GuestRam) -> Option<LastWords> {
+    let lines = printk::last_lines(&Kernel::find(ram)?, LAST_WORDS)?;
+    LastWords::of(lines.iter().map(String::as_str))
 }
 
 /// What to look at when a guest has ended. Nothing of it runs any more.

@@ -4,9 +4,11 @@
 use std::time::{Duration, Instant};
 
 use super::{Errand, Error, GUEST, INPUT, MAIL, Running, SIGNAL, SIGNALS, TICKED, WRITTEN, host};
+use crate::backend::console_watch::LastWords;
 use crate::backend::transcript::{Transcript, Verdict};
+use crate::event::PanicSource;
 use crate::outcome::{BootTiming, Exits, Outcome, Report};
-use crate::post_mortem::{PostMortem, Remains};
+use crate::post_mortem::{self, PostMortem, Remains};
 
 /// What a run came to.
 pub struct Ended {
@@ -86,6 +88,19 @@ impl Running {
         Some(if good { Outcome::Expected(line) } else { Outcome::Refused(line) })
     }
 
+    /// The outcome of a triple fault of vCPU `id`. A Linux that reboots by one empties the interrupt table before, but
+    /// AMD processors forget that; and one that panicked may do the same. Where no console said which it was, the
+    /// kernel's log does.
+    pub(super) fn after_triple_fault(&self, id: u32, idt_emptied: bool) -> Outcome {
+        let said = if self.restarting { Some(LastWords::Restart) } else { post_mortem::last_words(&self.board.ram) };
+        match said {
+            Some(LastWords::Panic) => Outcome::Panicked(PanicSource::Log),
+            Some(LastWords::Restart) => Outcome::Rebooted("triple fault"),
+            None if idt_emptied => Outcome::Rebooted("triple fault"),
+            None => Outcome::Crashed(format!("triple fault on vCPU {id}")),
+        }
+    }
+
     /// The outcome when all output is written. What a pattern said of the last lines comes before the end that the guest
     /// itself made right after them, which may be heard of first. `given_up` is why not all output was written.
     pub(super) fn judged(&self, outcome: Outcome, given_up: Option<Outcome>) -> Outcome {
@@ -163,7 +178,6 @@ impl Running {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::event::PanicSource;
 
     #[test]
     fn the_console_s_word_counts_with_every_regular_end() {
