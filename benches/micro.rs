@@ -103,7 +103,7 @@ fn kernel(c: &mut Criterion) {
     assert!(std::path::Path::new(image).exists(), "{image} is missing: run 'make setup' first");
     let folder = tempfile::tempdir().unwrap();
     let cache = Cache::at(folder.path().join("cache")).unwrap();
-    let platform = Platform { cpus: 1, acpi: true, uuid: [7; 16], virtio_slots: vec![0], serial: true };
+    let platform = Platform { cpus: 1, acpi: true, uuid: [7; 16], virtio_slots: vec![0], serial: true, clocks: false };
     let mut group = c.benchmark_group("kernel");
     group.sample_size(10);
     // An image that was made just now can be kept in a moment.

@@ -14,6 +14,8 @@
 /// One page, 4 KiB.
 pub const PAGE_SIZE: u64 = 4096;
 
+/// Interrupt vectors of real mode.
+pub const INTERRUPT_VECTORS: u64 = 0;
 /// BIOS data area: the segment of the EBDA.
 pub const BDA_EBDA_SEGMENT: u64 = 0x40E;
 /// BIOS data area: how many KiB of memory there are below the EBDA.
@@ -67,6 +69,10 @@ pub const SMBIOS_END: u64 = 0xF_1000;
 pub const MP_TABLE: u64 = 0xF_1000;
 /// End of the MP table area.
 pub const MP_TABLE_END: u64 = 0xF_4000;
+/// Interrupt handlers of a firmware, for multiboot kernels.
+pub const INTERRUPT_STUB: u64 = 0xF_FF00;
+/// End of the interrupt handlers.
+pub const INTERRUPT_STUB_END: u64 = 0xF_FFF0;
 /// The reset vector in real mode, FFFF:0000. A stub here turns the jump of a hardware-reduced `reboot` into a reset.
 pub const RESET_STUB: u64 = 0xF_FFF0;
 /// End of the reset stub and of the first MiB.
@@ -159,6 +165,15 @@ pub const RESET_VALUE: u8 = 1;
 pub const BOOT_TIMER_PORT: u16 = 0x607;
 /// What init writes to [`BOOT_TIMER_PORT`].
 pub const BOOT_TIMER_INIT_STARTED: u8 = 123;
+
+/// ACPI PM timer, four ports (ACPI 6.5, 4.8.3.3).
+pub const PM_TIMER_PORT: u16 = 0x608;
+/// Number of the PM timer's ports.
+pub const PM_TIMER_LEN: u16 = 4;
+/// Real-time clock: the index port, followed by the data port.
+pub const RTC_PORT: u16 = 0x70;
+/// Number of the real-time clock's ports.
+pub const RTC_LEN: u16 = 2;
 
 const _: () = assert!(VIRTIO_SLOTS >= 16);
 const _: () = assert!(VIRTIO_MMIO + VIRTIO_SLOTS as u64 * VIRTIO_MMIO_SIZE <= IOAPIC);

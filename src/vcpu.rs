@@ -17,6 +17,7 @@
 //! `immediate_exit` before it looks at its queue, so no command is ever slept over.
 
 mod answers;
+mod firmware;
 
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
@@ -26,12 +27,13 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_regs, kvm_sregs};
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
 use crate::backend::output::Output;
 use crate::bus::Bus;
 use crate::event::GuestEvents;
+use crate::kvm::cpuid::Template;
 use crate::kvm::debug::{Answer, Control, Request};
 use crate::kvm::dump::CpuState;
 use crate::kvm::exit::{self, Exit};
@@ -176,43 +178,27 @@ pub struct Vcpu {
     id: u32,
     fd: VcpuFd,
     immediate_exit: Arc<ImmediateExit>,
+    /// Bytes of its extended state, which a debugger reads.
+    xsave_len: usize,
     exits: Exits,
 }
 
-/// MSRs as firmware leaves them: fast string operations on; memory types write-back by default, because a guest that
-/// finds them undefined maps its memory uncached.
-const MSRS: [(u32, u64); 2] = [(0x1A0, 1), (0x2FF, 1 << 11 | 6)];
-
 impl Vcpu {
-    /// Creates vCPU `id` with its CPUID and the MSRs that firmware would have set.
-    pub fn new(vm: &Vm, id: u32, cpuid: &CpuId) -> Result<Self, Error> {
+    /// Creates vCPU `id` of `count` with its CPUID and the MSRs that firmware would have set.
+    pub fn new(vm: &Vm, id: u32, count: u32, cpuid: &Template) -> Result<Self, Error> {
         let fd = vm.create_vcpu(id)?;
-        fd.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
-        let entries = MSRS.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() });
-        let msrs = Msrs::from_entries(&entries).map_err(|_| Error::Lacks("room for MSRs"))?;
-        fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
+        // Where KVM cannot say it, the guest is not told either.
+        let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+        fd.set_cpuid2(&cpuid.for_vcpu(id, count, tsc_khz)?).map_err(failed("KVM_SET_CPUID2"))?;
+        firmware::set_msrs(&fd)?;
         let immediate_exit =
             ImmediateExit::new(&fd).map_err(|e| Error::Ioctl("mapping the vCPU's run page", e)).map(Arc::new)?;
-        Ok(Vcpu { id, fd, immediate_exit, exits: Exits::default() })
+        Ok(Vcpu { id, fd, immediate_exit, xsave_len: vm.xsave_len(), exits: Exits::default() })
     }
 
     /// The crate's own handle.
     pub fn fd(&self) -> &VcpuFd {
         &self.fd
-    }
-
-    /// Routes the local interrupt pins as firmware does for a guest that may use the 8259 (`--acpi off`): LINT0
-    /// takes its interrupts, LINT1 is the NMI (Intel SDM, 11.5.1).
-    pub fn connect_pic(&self) -> Result<(), Error> {
-        const LVT_LINT0: usize = 0x350;
-        const LVT_LINT1: usize = 0x360;
-        let mut lapic = self.fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
-        for (offset, mode) in [(LVT_LINT0, 7u32), (LVT_LINT1, 4)] {
-            for (i, byte) in (mode << 8).to_le_bytes().into_iter().enumerate() {
-                lapic.regs[offset + i] = byte as _;
-            }
-        }
-        self.fd.set_lapic(&lapic).map_err(failed("KVM_SET_LAPIC"))
     }
 
     /// Gives the boot processor the registers that the boot protocol wants, computed from its reset state.

@@ -7,7 +7,9 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::guests::vireo::{Ended, Kernel, Running, folder, run, vireo};
-use crate::guests::{Op, elf, multiboot_elf, multiboot_flat, multiboot_header, multiboot_report, script};
+use crate::guests::{
+    Op, elf, multiboot_elf, multiboot_flat, multiboot_header, multiboot_report, multiboot_timer, script,
+};
 use ::vireo::layout;
 
 const TESTING: [&str; 2] = ["--testdev", "--debug-exit"];
@@ -74,6 +76,13 @@ fn multiboot_kernels_learn_memory_command_line_and_module() {
     let told = information(run(&large, &["--debug-exit", "--memory", "4G", "--boot", "multiboot"]));
     assert_eq!(told.map.last(), Some(&[1 << 32, 1 << 30, 1]));
     assert_eq!(told.words[2], (3 << 20) - 1024);
+}
+
+/// Only the timer's interrupt and the connection of the two controllers are open; mode 2, low byte then high byte.
+#[test]
+fn multiboot_kernels_find_controllers_timer_and_vectors_as_a_bios_leaves_them() {
+    let ended = run(&multiboot_elf(multiboot_timer()), &["--debug-exit"]).expect(33);
+    assert_eq!(ended.stdout, b"\xFA\xFF\x34ttt");
 }
 
 #[test]
@@ -174,6 +183,8 @@ fn a_script_takes_the_arguments_of_kvm_unit_tests() {
     let usual = [
         "--no-reboot",
         "-nodefaults",
+        "-global",
+        "kvm-pit.lost_tick_policy=discard",
         "-device",
         "pc-testdev",
         "-device",
@@ -204,6 +215,7 @@ fn a_script_takes_the_arguments_of_kvm_unit_tests() {
     with(&["-device", "intel-iommu"]).expect(77).says("no device intel-iommu");
     with(&["-machine", "kernel_irqchip=split"]).expect(77).says("kernel_irqchip=split");
     with(&["-cpu", "kvm64,hv_synic"]).expect(77).says("no -cpu with hv_synic");
+    with(&["-global", "kvm-pit.lost_tick_policy=delay"]).expect(77).says("no -global kvm-pit");
     with(&["-S"]).expect(77).says("-S");
     as_qemu(&["-kernel", "_NO_FILE_4Uhere_"]).expect(1).says("could not open kernel file '_NO_FILE_4Uhere_'");
     let crashing = Kernel::new(&multiboot_elf(&[0x0F, 0x0B]));

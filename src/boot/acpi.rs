@@ -5,8 +5,11 @@
 //!              -> MADT            local APICs, IO-APIC
 //! ```
 //!
-//! The machine is hardware-reduced (ACPI 6.5, 4.1): no PM timer, no SCI, no 8259, no 8254. Everything here is paid for
-//! in boot time, because Linux interprets the DSDT: there is no PCI root, so no PCI scan; processors stand in the
+//! The machine is hardware-reduced (ACPI 6.5, 4.1): no SCI, no 8259. There are an 8254, a PM timer and a real-time clock
+//! at the ports of a PC, but a Linux that uses kvmclock needs none of them and would lose time with each: 4.5 ms of
+//! waiting while it checks the PM timer, and a dozen exits with reading the clock. So the tables name these two only for
+//! a guest that does not use kvmclock, as far as that can be known. (Linux takes them from the tables of a
+//! hardware-reduced machine, too; Xen does not start without the clock.) Everything here is paid for in boot time, because Linux interprets the DSDT: there is no PCI root, so no PCI scan; processors stand in the
 //! MADT only; and a name that only repeats its default (`_STA` present, `_CCA` coherent on x86: 6.2.17) is left out.
 
 use acpi_tables::aml::{
@@ -33,7 +36,7 @@ const OEM_REVISION: u32 = 1;
 const BOOT_ARCH_LEGACY_DEVICES: u16 = 1 << 0;
 /// IAPC_BOOT_ARCH: probing for VGA is pointless.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
-/// IAPC_BOOT_ARCH: there is no CMOS RTC. Without this bit Linux waits three seconds for one.
+/// IAPC_BOOT_ARCH: there is no CMOS RTC. There is one, but this spares Linux reading it: kvmclock has the time.
 const BOOT_ARCH_NO_CMOS_RTC: u16 = 1 << 5;
 
 /// Writes all tables to [`layout::ACPI`] and returns the address of the RSDP.
@@ -100,7 +103,16 @@ fn fadt(platform: &Platform, dsdt: u64) -> impl Aml {
     fadt.sleep_status_reg = port(layout::SLEEP_STATUS_PORT);
     let legacy = if platform.serial { BOOT_ARCH_LEGACY_DEVICES } else { 0 };
     // Bit 1 (8042) stays clear: port 0x64 takes a reset command but there is no keyboard to wait for.
-    fadt.iapc_boot_arch = (legacy | BOOT_ARCH_NO_VGA | BOOT_ARCH_NO_CMOS_RTC).into();
+    let no_clock = if platform.clocks { 0 } else { BOOT_ARCH_NO_CMOS_RTC };
+    fadt.iapc_boot_arch = (legacy | BOOT_ARCH_NO_VGA | no_clock).into();
+    if platform.clocks {
+        fadt.pm_tmr_blk = u32::from(layout::PM_TIMER_PORT).into();
+        fadt.pm_tmr_len = layout::PM_TIMER_LEN as u8;
+        fadt.x_pm_tmr_blk =
+            GAS::new(AddressSpace::SystemIo, 32, 0, AccessSize::DwordAccess, layout::PM_TIMER_PORT.into());
+        // It has 32 bits, not 24.
+        fadt = fadt.flag(Flags::TmrValExt);
+    }
     fadt.hypervisor_vendor_identity = u64::from_le_bytes(*b"vireo\0\0\0").into();
     fadt.finalize()
 }
@@ -274,6 +286,21 @@ mod tests {
         assert_eq!(fadt[128], layout::RESET_VALUE);
         assert_eq!(register(244), (1, 8, 1, 0x600));
         assert_eq!(register(256), (1, 8, 1, 0x601));
+    }
+
+    #[test]
+    fn clocks_are_named_for_guests_that_need_them() {
+        let with = |clocks| {
+            let ram = GuestRam::anonymous(0x10_0000);
+            let rsdp = write(&ram, &Platform { clocks, ..platform(1, 0) }).unwrap();
+            walk(&ram, rsdp).0
+        };
+        let no_clock = |fadt: &[u8]| fadt[109] >> 5 & 1;
+        assert_eq!((no_clock(&with(false)), no_clock(&with(true))), (1, 0));
+        // PM_TMR_BLK, PM_TMR_LEN, TMR_VAL_EXT, X_PM_TMR_BLK (ACPI 6.5, table 5.9).
+        let fields = |fadt: &[u8]| (u32_at(fadt, 76), fadt[91], u32_at(fadt, 112) >> 8 & 1, fadt[208..220].to_vec());
+        assert_eq!(fields(&with(false)), (0, 0, 0, vec![0; 12]));
+        assert_eq!(fields(&with(true)), (0x608, 4, 1, vec![1, 32, 0, 3, 8, 6, 0, 0, 0, 0, 0, 0]));
     }
 
     #[test]

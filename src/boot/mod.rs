@@ -13,6 +13,7 @@ pub mod error;
 pub mod image;
 pub mod initramfs;
 mod initrd;
+mod interrupt_stub;
 pub mod kaslr;
 pub mod keep;
 pub mod kernel;
@@ -137,6 +138,8 @@ pub struct Platform {
     pub virtio_slots: Vec<u32>,
     /// Whether the serial port exists.
     pub serial: bool,
+    /// Whether the tables name the PM timer and the real-time clock, for a guest that does not use kvmclock.
+    pub clocks: bool,
 }
 
 /// Everything that the user named, open and checked.
@@ -259,6 +262,7 @@ impl BootFiles {
         match entry.protocol {
             Protocol::Pvh => pvh::write(ram, plan.initrd, rsdp, &memory)?,
             Protocol::Multiboot => {
+                interrupt_stub::write(ram)?;
                 let module = plan.initrd.zip(config.initrd.first().map(PathBuf::as_path));
                 multiboot::write(ram, cmdline, module, &memory)?;
             }

@@ -86,7 +86,7 @@ pub(super) mod tests {
     /// A machine with everything it can have.
     pub fn platform(cpus: u32, slots: u32) -> Platform {
         let uuid = *b"\x00\x11\x22\x33\x44\x55\x66\x77\x88\x99\xaa\xbb\xcc\xdd\xee\xff";
-        Platform { cpus, acpi: true, uuid, virtio_slots: (0..slots).collect(), serial: true }
+        Platform { cpus, acpi: true, uuid, virtio_slots: (0..slots).collect(), serial: true, clocks: false }
     }
 
     /// `len` bytes of guest memory.

@@ -14,7 +14,7 @@ const RAM: u64 = 64 << 20;
 const FORMATS: [Compression; 4] = [Compression::Gzip, Compression::Zstd, Compression::Lz4, Compression::Bzip2];
 
 fn platform() -> Platform {
-    Platform { cpus: 1, acpi: true, uuid: [0; 16], virtio_slots: Vec::new(), serial: true }
+    Platform { cpus: 1, acpi: true, uuid: [0; 16], virtio_slots: Vec::new(), serial: true, clocks: false }
 }
 
 /// Boots `bytes` as far as the first instruction.

@@ -84,6 +84,9 @@ pub fn remedy(error: &Error, host: &HostFacts) -> String {
                         VMware: sudo systemctl stop vmware"
                 .into()
         }
+        Error::Msr { .. } => {
+            "run a newer Linux kernel on this host, or report this processor and kernel to vireo".into()
+        }
         Error::Lacks(_) => "run a newer Linux kernel on this host (4.20 or later)".into(),
         Error::Open(_, cause) | Error::Ioctl(_, cause) => match cause.raw_os_error() {
             Some(libc::EMFILE | libc::ENFILE) => "raise the limit: ulimit -n 4096".into(),

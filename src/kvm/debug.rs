@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_bindings as kb;
-use kvm_bindings::{kvm_fpu, kvm_guest_debug, kvm_regs, kvm_sregs, kvm_xsave};
+use kvm_bindings::{Xsave, kvm_fpu, kvm_guest_debug, kvm_regs, kvm_sregs, kvm_xsave};
 use kvm_ioctls::VcpuFd;
 
 /// Debug registers for addresses (Intel SDM, volume 3, 18.2.1).
@@ -166,12 +166,27 @@ impl Control {
     }
 }
 
-/// Reads all registers.
-pub fn read(vcpu: &VcpuFd) -> io::Result<Registers> {
+/// Reads all registers. `xsave_len` is [`super::Vm::xsave_len`].
+pub fn read(vcpu: &VcpuFd, xsave_len: usize) -> io::Result<Registers> {
     let general = vcpu.get_regs().map_err(os)?;
     // Not KVM_GET_FPU, which leaves MXCSR out.
-    let float = float(&vcpu.get_xsave().map_err(os)?);
+    let float = float(&extended_state(vcpu, xsave_len)?.as_fam_struct_ref().xsave);
     Ok(Registers { general, special: vcpu.get_sregs().map_err(os)?, float })
+}
+
+/// The state that XSAVE saves. It has more than the 4096 bytes of KVM_GET_XSAVE, which then fails, for a guest with AMX.
+#[allow(unsafe_code)]
+fn extended_state(vcpu: &VcpuFd, len: usize) -> io::Result<Xsave> {
+    let more = len.saturating_sub(size_of::<kvm_xsave>());
+    let mut xsave = Xsave::new(more.div_ceil(size_of::<u32>())).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    if more > 0 {
+        // SAFETY: KVM writes no more than the `len` bytes that it said it would, and the buffer has as many.
+        unsafe { vcpu.get_xsave2(&mut xsave) }.map_err(os)?;
+    } else {
+        // SAFETY: only the part of fixed length is replaced, which has no say over the length of the rest.
+        unsafe { xsave.as_mut_fam_struct() }.xsave = vcpu.get_xsave().map_err(os)?;
+    }
+    Ok(xsave)
 }
 
 /// The legacy region of XSAVE (Intel SDM, volume 1, 13.4.1).
@@ -213,8 +228,8 @@ fn set_float(xsave: &mut kvm_xsave, float: &kvm_fpu) {
 }
 
 /// Sets the registers that differ: setting any has effects of its own, such as forgetting an exception that waits.
-pub fn write(vcpu: &VcpuFd, wanted: &Registers) -> io::Result<()> {
-    let Registers { general, special, float } = read(vcpu)?;
+pub fn write(vcpu: &VcpuFd, wanted: &Registers, xsave_len: usize) -> io::Result<()> {
+    let Registers { general, special, float } = read(vcpu, xsave_len)?;
     if wanted.special != special {
         vcpu.set_sregs(&wanted.special).map_err(os)?;
     }
@@ -222,13 +237,18 @@ pub fn write(vcpu: &VcpuFd, wanted: &Registers) -> io::Result<()> {
         vcpu.set_regs(&wanted.general).map_err(os)?;
     }
     if wanted.float != float {
-        let mut xsave = vcpu.get_xsave().map_err(os)?;
-        set_float(&mut xsave, &wanted.float);
-        // SAFETY: KVM reads as much as KVM_GET_XSAVE wrote, which fails where that is more than the structure.
-        #[allow(unsafe_code)]
-        unsafe { vcpu.set_xsave(&xsave) }.map_err(os)?;
+        set_extended_state(vcpu, &wanted.float, xsave_len)?;
     }
     Ok(())
+}
+
+#[allow(unsafe_code)]
+fn set_extended_state(vcpu: &VcpuFd, float: &kvm_fpu, len: usize) -> io::Result<()> {
+    let mut xsave = extended_state(vcpu, len)?;
+    // SAFETY: only the part of fixed length is changed, which has no say over the length of the rest.
+    set_float(&mut unsafe { xsave.as_mut_fam_struct() }.xsave, float);
+    // SAFETY: KVM reads as much as it wrote into this buffer.
+    unsafe { vcpu.set_xsave2(&xsave) }.map_err(os)
 }
 
 /// What is behind a linear address.

@@ -7,15 +7,14 @@ pub mod cpuid;
 pub mod debug;
 pub mod dump;
 pub mod exit;
+mod legacy;
 pub mod ring;
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use kvm_bindings::{
-    KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
-};
+use kvm_bindings::{KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -53,6 +52,14 @@ pub enum Error {
     /// The kernel lacks something vireo cannot do without.
     #[error("this host's KVM lacks {0}")]
     Lacks(&'static str),
+    /// KVM_SET_MSRS took fewer than it was given.
+    #[error("this host's KVM does not let a guest's MSR {index:#x} be {value:#x}")]
+    Msr {
+        /// The first one that it did not take.
+        index: u32,
+        /// The value for it.
+        value: u64,
+    },
     /// An ioctl failed.
     #[error("{0} failed")]
     Ioctl(&'static str, #[source] io::Error),
@@ -95,8 +102,8 @@ impl Kvm {
         self.0.get_max_vcpus().min(self.0.get_max_vcpu_id())
     }
 
-    /// Creates an empty VM with the in-kernel interrupt controllers, and the PIT for guests without ACPI.
-    pub fn create_vm(&self, pit: bool) -> Result<Vm, Error> {
+    /// Creates an empty VM with the in-kernel interrupt controllers and timer (PIT).
+    pub fn create_vm(&self) -> Result<Vm, Error> {
         for (cap, name) in [
             (Cap::Irqchip, "the in-kernel irqchip"),
             (Cap::Irqfd, "irqfd"),
@@ -117,10 +124,7 @@ impl Kvm {
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(layout::KVM_TSS as usize).map_err(failed("KVM_SET_TSS_ADDR"))?;
         fd.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
-        if pit {
-            let config = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-            fd.create_pit2(config).map_err(failed("KVM_CREATE_PIT2"))?;
-        }
+        legacy::create_timer(&fd)?;
         Ok(Vm { fd })
     }
 
@@ -204,6 +208,13 @@ impl Vm {
     pub fn coalesce_mmio(&self, addr: u64) -> bool {
         self.fd.check_extension_raw(u64::from(kvm_bindings::KVM_CAP_COALESCED_MMIO)) > 0
             && self.fd.register_coalesced_mmio(IoEventAddress::Mmio(addr), 4).is_ok()
+    }
+
+    /// Bytes of a vCPU's extended state, as KVM_GET_XSAVE2 writes it.
+    pub fn xsave_len(&self) -> usize {
+        let len = self.fd.check_extension_raw(u64::from(kvm_bindings::KVM_CAP_XSAVE2));
+        // Before Linux 5.17 there was one size, and no such capability.
+        usize::try_from(len).unwrap_or(0).max(size_of::<kvm_bindings::kvm_xsave>())
     }
 
     /// Creates vCPU `id`, which is also its APIC id.

@@ -23,9 +23,11 @@ use crate::boot::{self, BootFiles, Platform, Protocol};
 use crate::bus::{Bus, BusDevice, Overlap};
 use crate::config::{self, Acpi, HostLimits, MachineConfig};
 use crate::devices::i8042::I8042;
+use crate::devices::pm_timer::PmTimer;
 use crate::devices::power::Power;
 use crate::devices::power_button::PowerButton;
 use crate::devices::pvpanic::Pvpanic;
+use crate::devices::rtc::Rtc;
 use crate::devices::serial::SerialPort;
 use crate::event::GuestEvents;
 use crate::irq::IrqLine;
@@ -164,23 +166,19 @@ impl Machine {
         let (virtio_console, mut lines) = console::open_virtio(&config, &events, transcript)?.unzip();
         let mut device_memory = DeviceMemory::new(config.memory.size, limits.phys_bits);
         let devices = open_devices(&config, virtio_console, &mut device_memory)?;
-        let platform = Platform {
-            cpus: config.cpu.count,
-            acpi: config.acpi == Acpi::On,
-            uuid: config.uuid.map_or_else(random_uuid, Ok)?.into_bytes(),
-            virtio_slots: (0..devices.len() as u32).collect(),
-            serial: true,
-        };
+        let mut platform = platform(&config, devices.len())?;
         let boot = BootFiles::open(&with_what_devices_need(&config, &platform)?, config.memory.size.0)?;
         let (input, output) = console::open(&config.serial, "the serial console", transcript)?;
         let ram = GuestRam::with_areas(&config.effective_memory(), device_memory.into_areas())?;
 
         let protocol = boot.describe().protocol;
-        let vm = Arc::new(kvm.create_vm(config.acpi == Acpi::Off || protocol != Protocol::Linux64)?);
+        platform.clocks =
+            protocol != Protocol::Linux64 || !cpuid.has_kvmclock() || declines_kvmclock(&config.boot.cmdline);
+        let vm = Arc::new(kvm.create_vm()?);
         vm.map_ram(&ram)?;
         let vcpus = create_vcpus(&vm, &cpuid, &config)?;
-        if config.acpi == Acpi::Off || protocol == Protocol::Multiboot {
-            vcpus.iter().take(1).try_for_each(Vcpu::connect_pic)?;
+        if let Some(boot_cpu) = vcpus.first() {
+            program_legacy(&vm, boot_cpu, &config, protocol)?;
         }
         let ring = coalesce(&vm, &vcpus, &platform.virtio_slots)?;
 
@@ -303,6 +301,35 @@ fn with_what_devices_need(config: &MachineConfig, platform: &Platform) -> Result
     Ok(boot)
 }
 
+/// The machine as far as it is known before the kernel is.
+fn platform(config: &MachineConfig, devices: usize) -> Result<Platform, Error> {
+    Ok(Platform {
+        cpus: config.cpu.count,
+        acpi: config.acpi == Acpi::On,
+        uuid: config.uuid.map_or_else(random_uuid, Ok)?.into_bytes(),
+        virtio_slots: (0..devices as u32).collect(),
+        serial: true,
+        clocks: false,
+    })
+}
+
+/// Programs the PC's interrupt controllers and timer as far as the kernel may count upon that: a multiboot kernel finds
+/// them as a BIOS leaves them; one without ACPI programs them itself, but not the local APIC's pins.
+fn program_legacy(vm: &Vm, boot_cpu: &Vcpu, config: &MachineConfig, protocol: Protocol) -> Result<(), Error> {
+    if config.acpi == Acpi::Off || protocol == Protocol::Multiboot {
+        boot_cpu.connect_pic()?;
+    }
+    if protocol == Protocol::Multiboot {
+        vm.program_timer()?;
+    }
+    Ok(())
+}
+
+/// Whether the command line keeps a Linux from using kvmclock, or asks for the PM timer.
+fn declines_kvmclock(cmdline: &str) -> bool {
+    cmdline.split_whitespace().any(|word| matches!(word, "nopv" | "no-kvmclock" | "clocksource=acpi_pm"))
+}
+
 /// Not by the uuid crate, which panics when the host has no random numbers for it.
 fn random_uuid() -> Result<Uuid, Error> {
     Ok(uuid::Builder::from_random_bytes(boot::kaslr::random()?).into_uuid())
@@ -311,8 +338,7 @@ fn random_uuid() -> Result<Uuid, Error> {
 fn create_vcpus(vm: &Vm, cpuid: &Template, config: &MachineConfig) -> Result<Vec<Vcpu>, Error> {
     vcpu::install_kick_handler().map_err(host("the vCPU signal"))?;
     let count = config.cpu.count;
-    let vcpus: Vec<Vcpu> =
-        (0..count).map(|id| Vcpu::new(vm, id, &cpuid.for_vcpu(id, count)?)).collect::<Result<_, _>>()?;
+    let vcpus: Vec<Vcpu> = (0..count).map(|id| Vcpu::new(vm, id, count, cpuid)).collect::<Result<_, _>>()?;
     Ok(vcpus)
 }
 
@@ -344,11 +370,13 @@ fn irq_line(vm: &Vm, gsi: u32) -> Result<IrqLine, Error> {
 
 fn pio_bus(events: &GuestEvents, serial: Arc<SerialPort>) -> Result<Bus, Error> {
     let i8042 = Arc::new(I8042::new(events.clone()));
-    let devices: [(u16, u16, Arc<dyn BusDevice>); 4] = [
+    let devices: [(u16, u16, Arc<dyn BusDevice>); 6] = [
         (layout::I8042_DATA, layout::I8042_LEN, i8042),
         (layout::SERIAL_PORT, layout::SERIAL_PORT_LEN, serial),
         (layout::PVPANIC_PORT, 1, Arc::new(Pvpanic::new(events.clone()))),
         (layout::POWER_BLOCK, layout::POWER_BLOCK_LEN, Arc::new(Power::new(events.clone()))),
+        (layout::PM_TIMER_PORT, layout::PM_TIMER_LEN, Arc::new(PmTimer::new())),
+        (layout::RTC_PORT, layout::RTC_LEN, Arc::new(Rtc::new())),
     ];
     let mut pio = Bus::new();
     for (port, len, device) in devices {

@@ -6,8 +6,8 @@ mod vmcore;
 
 use std::path::PathBuf;
 
-use crate::backend::output_file::OutputFile;
 use crate::backend::console_watch::LastWords;
+use crate::backend::output_file::OutputFile;
 use crate::backend::transcript::{LINES, Transcript};
 use crate::kvm::dump::CpuState;
 use crate::memory::GuestRam;

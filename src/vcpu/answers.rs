@@ -36,10 +36,10 @@ impl Running {
     }
 
     fn debug(&mut self, request: Request) -> io::Result<Answer> {
-        let fd = &self.vcpu.fd;
+        let (fd, xsave_len) = (&self.vcpu.fd, self.vcpu.xsave_len);
         match request {
-            Request::Read => debug::read(fd).map(|registers| Answer::Registers(registers.into())),
-            Request::Write(registers) => debug::write(fd, &registers).map(|()| Answer::Done),
+            Request::Read => debug::read(fd, xsave_len).map(|registers| Answer::Registers(registers.into())),
+            Request::Write(registers) => debug::write(fd, &registers, xsave_len).map(|()| Answer::Done),
             Request::Translate(addr) => debug::translate(fd, addr).map(Answer::Address),
             Request::Control(control) => {
                 control.apply(fd, 0)?;

@@ -827,3 +827,74 @@ guest! {
     line = const layout::TESTDEV_IRQ_PORT + 10, port = const layout::SERIAL_PORT,
     exit = const layout::DEBUG_EXIT_PORT,
 }
+
+guest! {
+    /// Entered by multiboot: sends the masks of both 8259s and the mode of the 8254's channel 0. Then, in real mode with
+    /// the vectors that it found, a "t" after each of three interrupts of the timer. Ends with 0x10 for the debug exit.
+    multiboot_timer = vireo_guest_multiboot_timer,
+    ".code32",
+    "mov edx, {port}",
+    "in al, 0x21",
+    "out dx, al",
+    "in al, 0xA1",
+    "out dx, al",
+    "mov al, 0xE2",                           // read back: the status of channel 0
+    "out 0x43, al",
+    "in al, 0x40",
+    "and al, 0x3F",                           // without output and null count
+    "out dx, al",
+    // The real-mode part has to lie in the first MiB.
+    "cld",
+    "mov esi, {start} + 0x80",
+    "mov edi, {low}",
+    "mov ecx, 0x80",
+    "rep movsb",
+    "mov eax, {start} + 0x120",
+    "lgdt [eax]",
+    ".byte 0xEA",                             // jmp 8:low
+    ".long {low}",
+    ".word 8",
+    ".org 98b + 0x80",
+    ".code16",
+    "mov ax, 16",
+    "mov ds, ax",
+    "mov es, ax",
+    "mov ss, ax",
+    "mov eax, cr0",
+    "and al, 0xFE",
+    "mov cr0, eax",
+    ".byte 0xEA",                             // jmp 0:next
+    ".word {low} + 2f - 98b - 0x80",
+    ".word 0",
+    "2: xor ax, ax",
+    "mov ds, ax",
+    "mov es, ax",
+    "mov ss, ax",
+    "mov sp, {low}",
+    "lidt [{low} + 0x60]",
+    "mov dx, {port}",
+    "mov cx, 3",
+    "3: sti",
+    "hlt",
+    "cli",
+    "mov al, 't'",
+    "out dx, al",
+    "loop 3b",
+    "mov dx, {exit}",
+    "mov eax, 0x10",
+    "out dx, eax",
+    "4: hlt",
+    "jmp 4b",
+    ".org 98b + 0xE0",
+    ".word 0x3FF",                            // the interrupt table of real mode
+    ".long 0",
+    // Code and data of 16 bits, flat.
+    ".org 98b + 0x100",
+    ".quad 0",
+    ".quad 0x00009B000000FFFF",
+    ".quad 0x000093000000FFFF",
+    ".org 98b + 0x120",
+    ".word 23",
+    ".long {start} + 0x100";
+    start = const START, low = const LOW, port = const layout::SERIAL_PORT, exit = const layout::DEBUG_EXIT_PORT,
+}
