@@ -73,6 +73,9 @@ pub struct BootConfig {
     /// Kernel command line, passed as it is.
     #[serde(default)]
     pub cmdline: String,
+    /// A parameter that a kernel gets in front of its command line if it is a Linux.
+    #[serde(skip)]
+    pub linux_parameter: Option<String>,
     /// Which entry is used.
     #[serde(default)]
     pub boot: BootMode,
@@ -209,8 +212,12 @@ impl BootFiles {
         let Kernel { image, cached, unkept } = open_kernel(config, cache).map_err(of_kernel)?;
         let (entry, protocol) = kernel::entry(&image.info, config.boot).map_err(of_kernel)?;
         let mut config = config.clone();
-        if protocol == Protocol::Multiboot {
-            config.cmdline = multiboot::command_line(&config);
+        match (protocol, config.linux_parameter.take()) {
+            (Protocol::Multiboot, _) => config.cmdline = multiboot::command_line(&config),
+            (Protocol::Linux64, Some(first)) => {
+                config.cmdline = format!("{first} {}", config.cmdline).trim_end().into()
+            }
+            _ => {}
         }
         place::check_cmdline(&image.info, &config.cmdline)?;
         let initrd = initrd::open(&config, &image)?;

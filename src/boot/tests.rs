@@ -72,6 +72,17 @@ fn addresses_differ_from_boot_to_boot() {
 }
 
 #[test]
+fn a_linux_gets_its_parameter_in_front() {
+    for (cmdline, found) in [("", "first=1\0"), ("quiet -- x", "first=1 quiet -- x\0")] {
+        let with = |c: &mut BootConfig| (c.cmdline, c.linux_parameter) = (cmdline.into(), Some("first=1".into()));
+        let (_, ram, _) = boot(&testing::linux(0), with).unwrap();
+        let mut text = vec![0; found.len()];
+        ram.read(layout::CMDLINE, &mut text).unwrap();
+        assert_eq!(text, found.as_bytes());
+    }
+}
+
+#[test]
 fn nokaslr_keeps_the_kernel_where_it_was_linked() {
     for cmdline in ["nokaslr", "quiet nokaslr", "nokaslr -- x"] {
         let (description, ram, entry) = boot(&testing::linux(0), |c| c.cmdline = cmdline.into()).unwrap();

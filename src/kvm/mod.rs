@@ -102,6 +102,12 @@ impl Kvm {
         self.0.get_max_vcpus().min(self.0.get_max_vcpu_id())
     }
 
+    /// Frequency of a guest's TSC in kHz, if KVM knows it. Only a vCPU has one, so this makes one and lets go of it.
+    pub fn tsc_khz(&self) -> Option<u32> {
+        let vm = self.create_vm_fd().ok()?;
+        vm.create_vcpu(0).ok()?.get_tsc_khz().ok().filter(|khz| *khz > 0)
+    }
+
     /// Creates an empty VM with the in-kernel interrupt controllers and timer (PIT).
     pub fn create_vm(&self) -> Result<Vm, Error> {
         for (cap, name) in [

@@ -167,13 +167,17 @@ impl Machine {
         let mut device_memory = DeviceMemory::new(config.memory.size, limits.phys_bits);
         let devices = open_devices(&config, virtio_console, &mut device_memory)?;
         let mut platform = platform(&config, devices.len())?;
-        let boot = BootFiles::open(&with_what_devices_need(&config, &platform)?, config.memory.size.0)?;
+        let mut boot_config = with_what_devices_need(&config, &platform)?;
+        let without_kvmclock = !cpuid.has_kvmclock() || declines_kvmclock(&config.boot.cmdline);
+        if without_kvmclock {
+            boot_config.linux_parameter = tsc_parameter(&kvm, &config.boot.cmdline);
+        }
+        let boot = BootFiles::open(&boot_config, config.memory.size.0)?;
         let (input, output) = console::open(&config.serial, "the serial console", transcript)?;
         let ram = GuestRam::with_areas(&config.effective_memory(), device_memory.into_areas())?;
 
         let protocol = boot.describe().protocol;
-        platform.clocks =
-            protocol != Protocol::Linux64 || !cpuid.has_kvmclock() || declines_kvmclock(&config.boot.cmdline);
+        platform.clocks = without_kvmclock || protocol != Protocol::Linux64;
         let vm = Arc::new(kvm.create_vm()?);
         vm.map_ram(&ram)?;
         let vcpus = create_vcpus(&vm, &cpuid, &config)?;
@@ -328,6 +332,14 @@ fn program_legacy(vm: &Vm, boot_cpu: &Vcpu, config: &MachineConfig, protocol: Pr
 /// Whether the command line keeps a Linux from using kvmclock, or asks for the PM timer.
 fn declines_kvmclock(cmdline: &str) -> bool {
     cmdline.split_whitespace().any(|word| matches!(word, "nopv" | "no-kvmclock" | "clocksource=acpi_pm"))
+}
+
+/// The TSC's frequency for a Linux that would measure it, unless the user names one. On a busy host, and on one that is a
+/// virtual machine itself, that fails, and then the guest has no clock and waits for ever for a moment to pass.
+fn tsc_parameter(kvm: &Kvm, cmdline: &str) -> Option<String> {
+    const NAME: &str = "tsc_early_khz=";
+    let named = cmdline.split_whitespace().any(|word| word.starts_with(NAME));
+    if named { None } else { kvm.tsc_khz().map(|khz| format!("{NAME}{khz}")) }
 }
 
 /// Not by the uuid crate, which panics when the host has no random numbers for it.
