@@ -215,6 +215,7 @@ fn a_script_takes_the_arguments_of_kvm_unit_tests() {
     with(&["-device", "intel-iommu"]).expect(77).says("no device intel-iommu");
     with(&["-machine", "kernel_irqchip=split"]).expect(77).says("kernel_irqchip=split");
     with(&["-cpu", "kvm64,hv_synic"]).expect(77).says("no -cpu with hv_synic");
+    with(&["-cpu", "max,+vmx-mbec"]).expect(77).says("'vmx-mbec' is not a CPU feature");
     with(&["-global", "kvm-pit.lost_tick_policy=delay"]).expect(77).says("no -global kvm-pit");
     with(&["-S"]).expect(77).says("-S");
     as_qemu(&["-kernel", "_NO_FILE_4Uhere_"]).expect(1).says("could not open kernel file '_NO_FILE_4Uhere_'");
