@@ -4,6 +4,7 @@
 mod common;
 mod guests;
 
+mod avx;
 mod balloon;
 mod bare_metal;
 mod boot;
