@@ -1,4 +1,4 @@
-//! AVX: guests that use it keep its registers.
+//! AVX: guests that use it keep its registers, and `--cpu -avx` takes it away with all that needs it.
 
 use std::fs;
 
@@ -37,4 +37,23 @@ wait $second; echo "second: $?"
     let told = until("both ends", said, |said| said.contains("second: "));
     assert!(told.contains("first: 0") && told.contains("second: 0"), "{told}");
     live.end();
+}
+
+/// Without AVX there is nothing that is encoded like it or keeps its registers, and its instructions are undefined.
+#[test]
+fn taken_away_with_what_needs_it() {
+    let script = r#"
+echo "flags: $(sed -n 's/^flags[^:]*: //p' /proc/cpuinfo)"
+avx 1 1; echo "status: $?"
+"#;
+    let run = |args: &[&str]| Run::new("bzImage-cloud", script).with_program("avx").args(args).run_to_end().success();
+    let with = run(&[]);
+    let has = |flags: &str, flag: &str| flags.split_whitespace().any(|f| f == flag);
+    assert!(has(with.fact("flags"), "avx") && has(with.fact("flags"), "avx2"), "{with}");
+    let without = run(&["--cpu", "-avx"]);
+    let needs_avx =
+        |flag: &str| flag.starts_with("avx") || ["fma", "fma4", "f16c", "xop", "vaes", "vpclmulqdq"].contains(&flag);
+    let left: Vec<&str> = without.fact("flags").split_whitespace().filter(|flag| needs_avx(flag)).collect();
+    assert!(left.is_empty() && has(without.fact("flags"), "xsave"), "{left:?}: {without}");
+    assert_eq!(without.fact("status"), "132", "SIGILL: {without}");
 }
