@@ -137,6 +137,11 @@ impl FakeQueue {
         self.set_avail_idx(self.avail_idx.wrapping_add(1));
     }
 
+    /// The available index.
+    pub fn avail_idx(&self) -> u16 {
+        self.avail_idx
+    }
+
     /// Sets the available index to anything.
     pub fn set_avail_idx(&mut self, index: u16) {
         self.avail_idx = index;
@@ -151,6 +156,17 @@ impl FakeQueue {
     /// With event_idx: the used index that the driver wants to be interrupted for.
     pub fn set_used_event(&self, index: u16) {
         self.ram.store_u16(self.avail + 4 + 2 * u64::from(self.size), index, Ordering::SeqCst).unwrap();
+    }
+
+    /// Asks for an interrupt when the next chain is used, or for none until this is called again. Whoever asks for one must
+    /// look for used chains once more.
+    pub fn ask_for_interrupt(&self, features: u64, wanted: bool) {
+        if features & EVENT_IDX == 0 {
+            self.set_no_interrupt(!wanted);
+        } else if wanted {
+            self.set_used_event(self.used_idx);
+        }
+        fence(Ordering::SeqCst);
     }
 
     /// Whether the device wants a kick for what was added since `old`.

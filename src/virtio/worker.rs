@@ -285,7 +285,7 @@ impl Loop {
 mod tests {
     use super::*;
     use crate::irq::IrqLine;
-    use crate::virtio::testing::{FakeQueue, out};
+    use crate::virtio::testing::{EVENT_IDX, FakeQueue, out};
     use crate::virtio::{Handler, queue::Queue};
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -467,6 +467,69 @@ mod tests {
         s.worker.request_stop();
         let positions = s.worker.wait_stopped(soon()).unwrap();
         assert_eq!((positions[0].1.next_avail, positions[0].1.next_used), (1, 0));
+    }
+
+    /// Uses each chain as soon as it sees it.
+    struct Quick;
+
+    impl Handler for Quick {
+        fn event(&mut self, event: Event, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
+            match (event, queues) {
+                (Event::Kick(_), [queue]) => queue.serve(cx.ram, |_| Ok(0)),
+                _ => Ok(Progress::Done),
+            }
+        }
+    }
+
+    /// A driver kicks, and a device interrupts, only when the other asked for it; both ask just before they look for the
+    /// last time and sleep. Neither ever sleeps over what the other did in between.
+    #[test]
+    fn no_wake_up_is_lost() {
+        for features in [0, EVENT_IDX] {
+            let ram = GuestRam::anonymous(1 << 20);
+            let mut driver = FakeQueue::new(&ram, 0x1000, 8);
+            let share = Share { queues: vec![driver.device(features)], handler: Box::new(Quick) };
+            let interrupt = Interrupt::new(IrqLine::new(5).unwrap());
+            let kicks: Arc<[EventFd]> = vec![eventfd().unwrap()].into();
+            let worker = Worker::spawn("quick".into(), share, ram, interrupt.clone(), kicks.clone()).unwrap();
+            let mut poller = Poller::new().unwrap();
+            poller.add(interrupt.line().fd().as_raw_fd(), 1, Interest::Read).unwrap();
+            let (mut kicked, mut interrupted) = (0u32, 0u32);
+            for round in 0..5000u32 {
+                let mut waiting = 1 + round % 5;
+                driver.ask_for_interrupt(features, false);
+                for _ in 0..waiting {
+                    let before = driver.avail_idx();
+                    driver.add(&[out(B, 1)]).unwrap();
+                    if driver.must_kick(before, features) {
+                        kicks[0].write(1).unwrap();
+                        kicked += 1;
+                    }
+                }
+                loop {
+                    while driver.take_used().is_some() {
+                        waiting -= 1;
+                    }
+                    if waiting == 0 {
+                        break;
+                    }
+                    driver.ask_for_interrupt(features, true);
+                    if driver.take_used().is_some() {
+                        waiting -= 1;
+                        continue;
+                    }
+                    let woken = poller.wait(Some(Duration::from_secs(60))).unwrap().count();
+                    assert_eq!(
+                        woken, 1,
+                        "round {round}, features {features:#x}: {waiting} chains, and nobody is awake"
+                    );
+                    interrupted += interrupt.line().take_count() as u32;
+                }
+            }
+            assert!(kicked > 0 && interrupted > 0, "{kicked} kicks, {interrupted} interrupts");
+            worker.request_stop();
+            worker.wait_stopped(soon()).unwrap();
+        }
     }
 
     #[test]
