@@ -20,10 +20,11 @@ setpriv --reuid 65534 --regid 65534 --clear-groups -- "$@"
 "#;
 
 fn run(script: &str, host: &str) -> Run {
-    Run::new("bzImage-cloud", script)
-        .with_program("fs-check")
-        .cmdline(CMDLINE)
-        .through(&format!("{FOLDER}mkdir one\n{host}"))
+    run_kernel("bzImage-cloud", script, host)
+}
+
+fn run_kernel(kernel: &str, script: &str, host: &str) -> Run {
+    Run::new(kernel, script).with_program("fs-check").cmdline(CMDLINE).through(&format!("{FOLDER}mkdir one\n{host}"))
 }
 
 /// What was printed between two lines.
@@ -32,7 +33,7 @@ fn part<'a>(text: &'a str, from: &str, to: &str) -> Vec<&'a str> {
 }
 
 /// Makes the calls on a disk with ext4 and on a share, and compares.
-fn compare(arguments: &str, host: &str) {
+fn compare(kernel: &str, arguments: &str, host: &str) {
     let script = format!(
         "
 mount -t ext4 /dev/vda /tmp || exit
@@ -45,7 +46,7 @@ for dir in /tmp /mnt; do
 done
 umount /mnt"
     );
-    let run = run(&script, host);
+    let run = run_kernel(kernel, &script, host);
     let disk = run.path("disk");
     fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
     tool(&["mke2fs", "-q", "-t", "ext4", "-b", "4096", &disk]);
@@ -59,13 +60,20 @@ umount /mnt"
 
 #[test]
 fn calls_come_out_as_on_ext4() {
-    compare("", r#""$@""#);
+    compare("bzImage-cloud", "", r#""$@""#);
+}
+
+/// What FUSE has learned since: files without a name, and when a file was made.
+#[test]
+fn newer_calls_come_out_as_on_ext4() {
+    compare("bzImage-cloud-6.12", "nameless", r#""$@""#);
+    compare("bzImage-cloud-6.12", "birth", r#""$@""#);
 }
 
 /// The same for who is not root, but for what only root can do.
 #[test]
 fn calls_of_an_ordinary_user_come_out_as_on_ext4() {
-    compare("user", AS_USER);
+    compare("bzImage-cloud", "user", AS_USER);
 }
 
 /// Several shares; one is read-only; a large directory; what the host changes; a driver that is unloaded and loaded again.
@@ -179,6 +187,53 @@ echo \"gone: $(cat <&5)\"";
     assert!(console.contains("equal") && console.contains("gone: still"), "{console}\n{ended}");
 }
 
+/// The host's own /proc and /sys are not served by a share of /, nor what is mounted while the guest looks on.
+fn no_interfaces(host: &str) {
+    let script = r#"
+mount -t virtiofs root /mnt || exit
+mkdir /two
+mount -t virtiofs share1 /two
+echo "interfaces: $(ls -A /mnt/proc /mnt/sys /mnt/dev/pts 2>&1 | grep -v ':$' | tr -d '\n')"
+echo "inside: $(cat /mnt/proc/version /mnt/proc/kcore /mnt/sys/kernel/uevent_helper 2>&1 | grep -c 'No such file')"
+echo "data: $(ls /mnt/usr/bin | head -n 1)"
+touch /mnt/proc/x 2>/dev/null || echo "written: no"
+touch /two/dir/ask
+until [ -e /two/answered ]; do sleep 0.1; done
+n=0
+while [ -e /two/dir/ask ] && [ $n -lt 100 ]; do sleep 0.1; n=$((n + 1)); done
+echo "later: $(ls -A /two/dir)$(cat /two/dir/version /two/dir/self/environ 2>/dev/null | wc -c)"
+echo "file: $(cat /two/file 2>&1)""#;
+    let run = run(script, host).args(&["--share", "/,tag=root,readonly", "--share", "one"]);
+    tool(&["chmod", "-R", "a+rwX", &run.dir.path().display().to_string()]);
+    let ended = run.run_to_end().success();
+    assert_eq!((ended.fact("interfaces"), ended.fact("inside")), ("", "3"), "{ended}");
+    assert!(!ended.fact("data").is_empty(), "{ended}");
+    assert_eq!((ended.fact("written"), ended.fact("later")), ("no", "0"), "{ended}");
+    assert_eq!(ended.fact("file"), "cat: can't open '/two/file': Permission denied", "{ended}");
+}
+
+/// A folder over which /proc is mounted when the guest asks for it, and a single file of it.
+const MOUNTED_LATER: &str = r#"
+mkdir one/dir; touch one/file; chmod 777 one one/dir
+(
+    n=0; until [ -e one/dir/ask ]; do sleep 0.1; n=$((n + 1)); [ $n -lt 1800 ] || exit; done
+    mount -t proc proc one/dir
+    mount --bind /proc/version one/file
+    touch one/answered
+) &
+"#;
+
+#[test]
+fn the_kernels_interfaces_are_not_served() {
+    no_interfaces(&format!("{MOUNTED_LATER}\"$@\"; status=$?; umount one/dir one/file; exit $status"));
+}
+
+#[test]
+fn the_kernels_interfaces_are_not_served_to_a_user() {
+    let user = AS_USER.replace("$@\"", "$@\"; status=$?; umount one/dir one/file; exit $status");
+    no_interfaces(&format!("{MOUNTED_LATER}{user}"));
+}
+
 #[test]
 fn what_cannot_be_shared() {
     let (vireo, kernel) = (vireo().display().to_string(), image("bzImage-cloud").display().to_string());
@@ -188,6 +243,7 @@ mkdir one; touch file; chmod 700 one
 share() {{ "$1" run --kernel "$2" --share "$3"; echo "status $?"; }} 2>&1
 share "$1" "$2" $dir/missing
 share "$1" "$2" $dir/file
+share "$1" "$2" /proc/self
 setpriv --reuid 65534 --clear-groups --bounding-set=-all --inh-caps=-all -- "$1" run --kernel "$2" --share $dir/one 2>&1
 echo "status $?"
 share "$1" "$2" one,tag=0123456789012345678901234567890123456
@@ -202,10 +258,12 @@ echo "folder: $dir"
         "status 125".into(),
         format!("vireo: cannot share {dir}/file: Not a directory (os error 20)"),
         "status 125".into(),
+        "vireo: cannot share /proc/self: it is the host kernel's proc, not a file system with data".into(),
+        "status 125".into(),
         format!("vireo: cannot share {dir}/one: Permission denied (os error 13)"),
         "status 125".into(),
         "vireo: --share: the tag '0123456789012345678901234567890123456' is not 1 to 36 bytes long".into(),
         "status 2".into(),
     ];
-    assert_eq!(lines[..8], expected.iter().map(String::as_str).collect::<Vec<_>>(), "{ended}");
+    assert_eq!(lines[..10], expected.iter().map(String::as_str).collect::<Vec<_>>(), "{ended}");
 }

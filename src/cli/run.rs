@@ -77,7 +77,7 @@ pub struct RunArgs {
     #[command(flatten)]
     devices: DeviceArgs,
     /// Folder of the host (mount -t virtiofs share0 /mnt): PATH[,tag=NAME][,readonly][,squash_uid=N]
-    /// [,cache=never|auto|always][,flat][,queues=N]; the tag is share0, share1, ... otherwise; may be given several times
+    /// [,cache=never|auto|names|always][,flat][,queues=N]; the tag is share0, share1, ... otherwise; may be given several times
     #[arg(long, value_name = "PATH")]
     share: Vec<FsConfig>,
     /// First serial port: stdio, stdout, stderr, file:PATH, pipe:PATH, pty, socket:PATH, fd:N or null [default: stdio]

@@ -485,6 +485,119 @@ static void extended(void)
     said("an unknown kind", setxattr("x", "other.o", "o", 1, 0));
 }
 
+/* A list of access control as the kernel has it in an extended attribute: the owner, user 1000, the group, mask, others. */
+struct acl {
+    unsigned version;
+    struct { unsigned short tag, permissions; unsigned id; } entries[5];
+};
+
+static struct acl acl(unsigned short user, unsigned short mask)
+{
+    return (struct acl){ 2, { { 1, 7, -1 }, { 2, user, 1000 }, { 4, 5, -1 }, { 16, mask, -1 }, { 32, 0, -1 } } };
+}
+
+static void lists(void)
+{
+    struct acl list = acl(7, 7), other;
+    char names[1000] = "";
+    made("listed", 0644, "x");
+    said("set a list", setxattr("listed", "system.posix_acl_access", &list, sizeof list, 0));
+    mode_of("the group's bits are the mask", "listed");
+    count("get a list", getxattr("listed", "system.posix_acl_access", &other, sizeof other));
+    number("it is the same", !memcmp(&list, &other, sizeof list));
+    count("names", listxattr("listed", names, sizeof names));
+    printf("its name: %s\n", names);
+    said("chmod changes the mask", chmod("listed", 0700));
+    count("get it again", getxattr("listed", "system.posix_acl_access", &other, sizeof other));
+    number("the mask", other.entries[3].permissions);
+    said("a default is for directories", setxattr("listed", "system.posix_acl_default", &list, sizeof list, 0));
+    said("remove a list", removexattr("listed", "system.posix_acl_access"));
+    count("it is gone", getxattr("listed", "system.posix_acl_access", &other, sizeof other));
+    list.version = 3;
+    said("a list of another version", setxattr("listed", "system.posix_acl_access", &list, sizeof list, 0));
+    mkdir("lists", 0777);
+    list = acl(6, 7);
+    said("set a default", setxattr("lists", "system.posix_acl_default", &list, sizeof list, 0));
+    made("lists/file", 0666, "");
+    mkdir("lists/dir", 0777);
+    mknod("lists/fifo", S_IFIFO | 0666, 0);
+    symlink("file", "lists/link");
+    mode_of("a new file by the default", "lists/file");
+    mode_of("a new directory", "lists/dir");
+    mode_of("a new FIFO", "lists/fifo");
+    mode_of("a new link", "lists/link");
+    count("a file inherits", getxattr("lists/file", "system.posix_acl_access", &other, sizeof other));
+    number("its mask", other.entries[3].permissions);
+    count("a directory inherits", getxattr("lists/dir", "system.posix_acl_default", &other, sizeof other));
+    umask(077);
+    made("lists/masked", 0666, "");
+    made("unlisted", 0666, "");
+    umask(022);
+    mode_of("no umask there", "lists/masked");
+    mode_of("but elsewhere", "unlisted");
+}
+
+static void user_by_list(void)
+{
+    said("a user who is listed may read", open("for-user", O_RDONLY));
+    said("and not write", open("for-user", O_WRONLY));
+    said("another's file", open("not-for-user", O_RDONLY));
+}
+
+/* What only root can set up: lists are obeyed. */
+static void obeyed(void)
+{
+    struct acl list = acl(4, 7);
+    made("for-user", 0600, "");
+    made("not-for-user", 0600, "");
+    said("list a user", setxattr("for-user", "system.posix_acl_access", &list, sizeof list, 0));
+    as(1000, 1001, user_by_list);
+    made("sgid", 0755, "");
+    chown("sgid", 1000, 1);
+    chmod("sgid", 02755);
+    list = acl(4, 5);
+    said("set a list on what is set-group-id", setxattr("sgid", "system.posix_acl_access", &list, sizeof list, 0));
+    mode_of("root leaves the bit", "sgid");
+}
+
+/* Files without a name. Linux has that in FUSE since 6.2, so it is only run when it is asked for. */
+static void nameless(void)
+{
+    char path[64], content[16] = "";
+    int fd = said("make a file without a name", open(".", O_TMPFILE | O_RDWR, 0666));
+    struct stat st;
+    fstat(fd, &st);
+    number("links", st.st_nlink);
+    number("mode", st.st_mode & 07777);
+    count("write", write(fd, "content", 7));
+    count("read", pread(fd, content, sizeof content, 0));
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    said("name it", linkat(AT_FDCWD, path, AT_FDCWD, "named", AT_SYMLINK_FOLLOW));
+    content_of("by its name", "named");
+    fstat(fd, &st);
+    number("links", st.st_nlink);
+    fd = said("make one that stays without", open(".", O_TMPFILE | O_EXCL | O_RDWR, 0600));
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    said("name it", linkat(AT_FDCWD, path, AT_FDCWD, "unnamed", AT_SYMLINK_FOLLOW));
+    said("for reading only", open(".", O_TMPFILE | O_RDONLY, 0600));
+    said("in what is no directory", open("named", O_TMPFILE | O_RDWR, 0600));
+}
+
+/* When files were made. In FUSE since Linux 6.6, as above. */
+static void birth(void)
+{
+    struct statx file, later;
+    made("born", 0644, "x");
+    said("statx", statx(AT_FDCWD, "born", 0, STATX_BTIME | STATX_BASIC_STATS, &file));
+    number("the time of birth is known", !!(file.stx_mask & STATX_BTIME));
+    number("and not after the last change", file.stx_btime.tv_sec <= file.stx_ctime.tv_sec);
+    sleep(2);
+    made("born", 0644, "y");
+    statx(AT_FDCWD, "born", 0, STATX_BTIME | STATX_BASIC_STATS, &later);
+    number("it stays", later.stx_btime.tv_sec == file.stx_btime.tv_sec && later.stx_btime.tv_nsec == file.stx_btime.tv_nsec);
+    number("while it changes", later.stx_mtime.tv_sec > file.stx_mtime.tv_sec);
+}
+
 static void data(void)
 {
     static char block[1 << 16], back[1 << 16];
@@ -608,7 +721,7 @@ static void mapping(void)
 }
 
 /* In the child, while the parent has locks. */
-static void locked(int *ready)
+static void locked(int *ready, int *tried)
 {
     char c;
     read(ready[0], &c, 1);
@@ -624,7 +737,8 @@ static void locked(int *ready)
     said("flock what is locked", flock(other, LOCK_EX | LOCK_NB));
     said("flock shared", flock(other, LOCK_SH | LOCK_NB));
     lock = (struct flock){ .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 0, .l_len = 20 };
-    alarm(20);
+    write(tried[1], "x", 1);
+    alarm(100);
     said("wait for it", fcntl(fd, F_SETLKW, &lock));
     said("wait for the other", flock(other, LOCK_EX));
     fflush(stdout);
@@ -633,18 +747,20 @@ static void locked(int *ready)
 
 static void locking(void)
 {
-    int ready[2];
+    int ready[2], tried[2];
+    char c;
     pipe(ready);
+    pipe(tried);
     int fd = make("lock", 0600, "0123456789"), other = make("flock", 0600, "");
     fflush(stdout);
     pid_t child = fork();
     if (child == 0)
-        locked(ready);
+        locked(ready, tried);
     struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 10, .l_len = 10 };
     fcntl(fd, F_SETLK, &lock);
     flock(other, LOCK_EX);
     write(ready[1], "x", 1);
-    usleep(300000);
+    read(tried[0], &c, 1);
     lock.l_type = F_UNLCK;
     fcntl(fd, F_SETLK, &lock);
     flock(other, LOCK_UN);
@@ -765,11 +881,12 @@ static void owners(void)
 
 int main(int argc, char **argv)
 {
-    static const struct { const char *name; void (*run)(void); int root; } parts[] = {
+    static const struct { const char *name; void (*run)(void); int root, only_by_name; } parts[] = {
         { "opening", opening, 0 }, { "unlinked", unlinked, 0 }, { "renaming", renaming, 0 }, { "links", links, 0 },
         { "directories", directories, 0 }, { "attributes", attributes, 0 }, { "extended", extended, 0 },
         { "data", data, 0 }, { "mapping", mapping, 0 }, { "locking", locking, 0 }, { "special", special, 0 },
-        { "owners", owners, 1 }, { "many", many, 0 },
+        { "lists", lists, 0 }, { "owners", owners, 1 }, { "obeyed", obeyed, 1 }, { "many", many, 0 },
+        { "nameless", nameless, 0, 1 }, { "birth", birth, 0, 1 },
     };
     signal(SIGPIPE, SIG_IGN);
     umask(022);
@@ -779,7 +896,7 @@ int main(int argc, char **argv)
         return 1;
     }
     for (unsigned i = 0; i < sizeof parts / sizeof *parts; i++) {
-        if (root && argc > 2 ? strcmp(parts[i].name, argv[2]) : parts[i].root && !root)
+        if (root && argc > 2 ? strcmp(parts[i].name, argv[2]) : parts[i].only_by_name || (parts[i].root && !root))
             continue;
         printf("== %s\n", parts[i].name);
         fflush(stdout);

@@ -1,11 +1,13 @@
 //! As whom files are made. A thread has a user and group for files of its own (setfsuid(2)), so that one can make a file
 //! that belongs to somebody else from its first moment.
 
+use std::cell::Cell;
 use std::io;
 use std::mem::MaybeUninit;
 
-use rustix::process::{getegid, geteuid};
-use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+use rustix::fs::Mode;
+use rustix::process::{getegid, geteuid, umask};
+use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags, capabilities, set_capabilities, unshare_unsafe};
 
 /// A user and a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +102,37 @@ fn set_ids(Owner { uid, gid }: Owner) -> io::Result<()> {
     };
     // Ids that this user namespace does not have.
     if set == (uid, gid) { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EINVAL)) }
+}
+
+thread_local! {
+    static OWN_UMASK: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Gives this thread a umask of its own, of 0, so that files are made with the mode that a guest asks for. Not every
+/// container permits that; then the process's umask applies.
+#[allow(unsafe_code)]
+pub fn take_own_umask() {
+    // SAFETY: no descriptors are unshared, only umask, root and working directory.
+    if unsafe { unshare_unsafe(UnshareFlags::FS) }.is_ok() {
+        umask(Mode::empty());
+        OWN_UMASK.set(true);
+    }
+}
+
+/// Whether this thread has a umask of its own.
+pub fn has_own_umask() -> bool {
+    OWN_UMASK.get()
+}
+
+/// Makes a file under this umask, which a directory's default access control list overrides; in a thread that has its own.
+pub fn with_umask<T>(mask: u32, make: impl FnOnce() -> T) -> T {
+    if mask == 0 || !has_own_umask() {
+        return make();
+    }
+    umask(Mode::from_bits_truncate(mask & 0o777));
+    let made = make();
+    umask(Mode::empty());
+    made
 }
 
 /// Has a write beyond `ulimit -f` fail, for this thread, instead of ending the process by SIGXFSZ.

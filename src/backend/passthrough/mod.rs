@@ -21,8 +21,8 @@ mod xattr;
 
 pub use data::{copy, read, write};
 pub use directory::{DirEntry, read_entries, seek_entries};
-pub use identity::{Identity, Owner, ignore_file_size_limit};
-pub use node::{Name, Node, Stat, Time, TimeChange};
+pub use identity::{Identity, Owner, has_own_umask, ignore_file_size_limit, take_own_umask, with_umask};
+pub use node::{NOWHERE, Name, Node, Stat, Time, TimeChange};
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -17,6 +17,9 @@ use super::interface;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Name<'a>(&'a CStr);
 
+/// In the place of a name for a file that has none (O_TMPFILE). No call finds anything by it.
+pub const NOWHERE: Name<'static> = Name(c"");
+
 impl<'a> Name<'a> {
     /// Checks.
     pub fn new(name: &'a CStr) -> io::Result<Self> {
@@ -263,6 +266,19 @@ impl Node {
     pub fn create(&self, name: Name<'_>, flags: OFlags, mode: u32) -> io::Result<File> {
         let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         Ok(File::from(self.open_beneath(name, flags, permissions(mode))?))
+    }
+
+    /// Makes a regular file in this directory that has no name, and opens it; it can be given a name later unless it is
+    /// `exclusive`. Returns its node too.
+    pub fn create_unnamed(&self, flags: OFlags, mode: u32, exclusive: bool) -> io::Result<(File, Node, Stat)> {
+        let Held::File { fd, .. } = &self.held else { return Err(Errno::ROFS.into()) };
+        let exclusive = if exclusive { OFlags::EXCL } else { OFlags::empty() };
+        let flags = flags | exclusive | OFlags::TMPFILE | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = File::from(fs::openat(fd, c".", flags, permissions(mode))?);
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let fd = fs::open(path, OFlags::PATH | OFlags::CLOEXEC, NO_MODE)?;
+        let stat = Stat::of(&fd)?;
+        Ok((file, Node::new(fd, &stat), stat))
     }
 
     /// Makes a directory.

@@ -216,20 +216,20 @@ fn attributes_of_the_host_stay_there() {
     fs::write(folder.path("file"), "").unwrap();
     let (node, _) = folder.root.child(name(c"file")).unwrap();
     for refused in [c"security.selinux", c"system.posix_acl_access", c"other", c"", c"userx"] {
-        assert_eq!(errno(node.set_xattr(refused, b"x", 0)), libc::EOPNOTSUPP, "{refused:?}");
-        assert_eq!(errno(node.xattr(refused, &mut [0; 10])), libc::EOPNOTSUPP);
-        assert_eq!(errno(node.remove_xattr(refused)), libc::EOPNOTSUPP);
+        assert_eq!(errno(node.set_xattr(refused, b"x", 0, false)), libc::EOPNOTSUPP, "{refused:?}");
+        assert_eq!(errno(node.xattr(refused, &mut [0; 10], false)), libc::EOPNOTSUPP);
+        assert_eq!(errno(node.remove_xattr(refused, false)), libc::EOPNOTSUPP);
     }
-    assert_eq!(errno(node.set_xattr(c"user.x", b"x", 0x80)), libc::EINVAL);
-    match node.set_xattr(c"user.x", b"value", 0) {
+    assert_eq!(errno(node.set_xattr(c"user.x", b"x", 0x80, false)), libc::EINVAL);
+    match node.set_xattr(c"user.x", b"value", 0, true) {
         Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => return, // not on this file system
         result => result.unwrap(),
     }
     let mut value = [0; 10];
-    assert_eq!(node.xattr(c"user.x", &mut value).unwrap(), 5);
+    assert_eq!(node.xattr(c"user.x", &mut value, false).unwrap(), 5);
     assert_eq!(&value[..5], b"value");
-    assert_eq!(node.xattr(c"user.x", &mut []).unwrap(), 5);
-    assert_eq!(node.xattr_names().unwrap(), b"user.x\0");
+    assert_eq!(node.xattr(c"user.x", &mut [], true).unwrap(), 5);
+    assert_eq!(node.xattr_names(true).unwrap(), b"user.x\0");
 }
 
 #[test]

@@ -2,11 +2,12 @@
 
 use std::ffi::CStr;
 use std::io;
+use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
 use super::server::{Caller, Server};
-use super::wire::{Args, GETATTR_FH, Out, fattr};
+use super::wire::{Args, GETATTR_FH, Out, SETXATTR_ACL_KILL_SGID, fattr};
 use crate::backend::passthrough::{Node, Time, TimeChange};
 
 impl Server {
@@ -14,6 +15,13 @@ impl Server {
         let (flags, _, handle) = (args.u32()?, args.u32()?, args.u64()?);
         let stat = self.stat(caller.nodeid, (flags & GETATTR_FH != 0).then_some(handle))?;
         Ok(Out::default().attr_out(&stat, self.validity()).done())
+    }
+
+    /// As [`Server::getattr`], with the time when the file was made.
+    pub(super) fn statx(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
+        let (flags, _, handle, _sync, _wanted) = (args.u32()?, args.u32()?, args.u64()?, args.u32()?, args.u32()?);
+        let stat = self.stat(caller.nodeid, (flags & GETATTR_FH != 0).then_some(handle))?;
+        Ok(Out::default().statx_out(&stat, self.validity()).done())
     }
 
     pub(super) fn setattr(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
@@ -89,10 +97,17 @@ impl Server {
 
     pub(super) fn setxattr(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
         let (size, flags) = (args.u32()?, args.u32()?);
+        let more = if self.setxattr_flags.load(Ordering::Relaxed) { (args.u32()?, args.u32()?).0 } else { 0 };
         let name = args.text()?;
         let value = args.bytes(size as usize)?;
         self.check_writable()?;
-        self.node(caller.nodeid)?.set_xattr(name, value, flags)?;
+        let node = self.node(caller.nodeid)?;
+        let set = || node.set_xattr(name, value, flags, self.has_access_lists());
+        if more & SETXATTR_ACL_KILL_SGID != 0 {
+            self.identity.without_fsetid(set)?
+        } else {
+            set()?
+        }
         Ok(Out::default())
     }
 
@@ -100,7 +115,7 @@ impl Server {
         let (size, _) = (args.u32()?, args.u32()?);
         let name: &CStr = args.text()?;
         let mut value = vec![0; size.min(64 << 10) as usize];
-        let len = self.node(caller.nodeid)?.xattr(name, &mut value)?;
+        let len = self.node(caller.nodeid)?.xattr(name, &mut value, self.has_access_lists())?;
         if size == 0 {
             return Ok(Out::default().u32(len as u32).u32(0).done());
         }
@@ -110,7 +125,7 @@ impl Server {
 
     pub(super) fn listxattr(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
         let size = args.u32()?;
-        let names = self.node(caller.nodeid)?.xattr_names()?;
+        let names = self.node(caller.nodeid)?.xattr_names(self.has_access_lists())?;
         match size as usize {
             0 => Ok(Out::default().u32(names.len() as u32).u32(0).done()),
             size if size < names.len() => Err(Errno::RANGE.into()),
@@ -121,7 +136,7 @@ impl Server {
     pub(super) fn removexattr(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
         let name = args.text()?;
         self.check_writable()?;
-        self.node(caller.nodeid)?.remove_xattr(name)?;
+        self.node(caller.nodeid)?.remove_xattr(name, self.has_access_lists())?;
         Ok(Out::default())
     }
 }

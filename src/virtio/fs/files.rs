@@ -28,7 +28,7 @@ impl Server {
         let keep = match self.cache {
             Cache::Never => false,
             Cache::Always => true,
-            Cache::Auto => {
+            Cache::Auto | Cache::Names => {
                 let stamp = node.stat().ok().and_then(|stat| Stamp::new(&stat, now()));
                 self.inodes().is_unchanged(caller.nodeid, stamp)
             }

@@ -295,7 +295,9 @@ impl Inodes {
         };
         let mut found = None;
         while let Some(name) = names.pop() {
-            let (child, stat) = node.child(Name::new(name)?).map_err(stale)?;
+            // What never had a name is not found again.
+            let name = Name::new(name).map_err(|_| Errno::STALE)?;
+            let (child, stat) = node.child(name).map_err(stale)?;
             node = Arc::new(child);
             found = Some(stat);
         }
@@ -376,7 +378,8 @@ impl Inodes {
             }
         };
         let mount = self.by_id.get(&ROOT).map_or(0, |root| root.key.mount);
-        (mount, self.next, self.by_id.iter().filter(|(id, _)| **id != ROOT).map(file).collect())
+        let named = self.by_id.iter().filter(|(id, inode)| **id != ROOT && !inode.name.is_empty());
+        (mount, self.next, named.map(file).collect())
     }
 
     /// Takes over what was saved, without looking at any of it: that is done when the guest asks for it.

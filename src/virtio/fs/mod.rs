@@ -76,6 +76,8 @@ pub enum Cache {
     /// A second; and data for as long as files do not change.
     #[default]
     Auto,
+    /// Names until the guest forgets them, else as `Auto`: for overlayfs, which fails where a name becomes another file's.
+    Names,
     /// For good: nobody else changes the folder.
     Always,
 }
@@ -98,7 +100,7 @@ pub struct FsConfig {
     /// What is mounted inside looks like part of the same file system: overlayfs takes nothing else to lie on.
     #[serde(default)]
     pub flat: bool,
-    /// `never`, `auto` or `always`.
+    /// `never`, `auto`, `names` or `always`.
     #[serde(default)]
     pub cache: Cache,
     /// Request queues, 1 (the default) to 16, each with a thread.
@@ -212,6 +214,7 @@ impl Handler for Requests {
         match (event, queues) {
             (Event::Start, _) => {
                 passthrough::ignore_file_size_limit()?;
+                passthrough::take_own_umask();
                 Ok(Progress::Done)
             }
             (Event::Kick(_), [queue]) => queue.serve(cx.ram, |chain| self.0.serve(chain, cx.ram)),

@@ -9,9 +9,9 @@ use rustix::io::Errno;
 
 use super::Cache;
 use super::handles::Handle;
-use super::server::{Caller, Server};
+use super::server::{Caller, Permissions, Server};
 use super::wire::{Args, Entry, OPEN_KILL_SUIDGID, Out};
-use crate::backend::passthrough::{Name, Node, Stat};
+use crate::backend::passthrough::{self, NOWHERE, Name, Node, Stat};
 
 impl Server {
     pub(super) fn lookup(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
@@ -21,33 +21,34 @@ impl Server {
             Ok(entry) => Ok(Out::default().entry(&entry).done()),
             // The guest may remember that too: number 0 says that nothing is there.
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) && self.cache != Cache::Never => {
-                Ok(Out::default().u64(0).u64(0).u64(self.validity().as_secs()).zeros(104).done())
+                Ok(Out::default().u64(0).u64(0).u64(self.names_validity().as_secs()).zeros(104).done())
             }
             Err(e) => Err(e),
         }
     }
 
-    /// Makes something and tells the guest of it. `mode` are the permissions it asked for, where it did.
+    /// Makes something and tells the guest of it.
     fn make(
         &self,
         caller: Caller,
         name: Name<'_>,
-        mode: Option<u32>,
-        make: impl FnOnce(&Node) -> io::Result<()>,
+        permissions: Permissions,
+        make: impl FnOnce(&Node, u32) -> io::Result<()>,
     ) -> io::Result<Entry> {
         self.check_writable()?;
         let dir = self.node(caller.nodeid)?;
-        self.make_as(caller, || make(&dir))?;
+        self.make_with_mode(caller, permissions, |mode| make(&dir, mode))?;
         let (node, mut stat) = self.with_descriptors(|| dir.child(name))?;
-        if let Some(mode) = mode {
-            self.mend_mode(&dir, &node, &mut stat, mode)?;
-        }
+        self.mend_mode(&dir, &node, &mut stat, permissions.mode)?;
         self.enter_node(caller.nodeid, name, node, &stat)
     }
 
-    /// Gives back what the umask of this process took; the guest has applied its own before. Not where the directory has
-    /// a list of what new files shall be like, for then the umask did nothing.
+    /// Gives back what the umask of this process took, if this thread has none of its own; the guest has applied its own
+    /// before. Not where the directory has an access control list for new files, for then the umask did nothing.
     fn mend_mode(&self, dir: &Node, node: &Node, stat: &mut Stat, mode: u32) -> io::Result<()> {
+        if passthrough::has_own_umask() || stat.kind() == FileType::Symlink {
+            return Ok(());
+        }
         let (asked, missing) = (mode & 0o777, mode & self.umask & 0o777);
         // Else it is not what was made: somebody on the host may have put something else there meanwhile.
         let as_made = stat.mode & 0o777 == asked & !self.umask;
@@ -59,22 +60,24 @@ impl Server {
     }
 
     pub(super) fn mknod(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
-        let (mode, rdev, _umask, _) = (args.u32()?, args.u32()?, args.u32()?, args.u32()?);
+        let (mode, rdev, umask, _) = (args.u32()?, args.u32()?, args.u32()?, args.u32()?);
         let name = args.name()?;
-        let entry = self.make(caller, name, Some(mode), |dir| dir.make_node(name, mode, rdev))?;
+        let make = |dir: &Node, mode| dir.make_node(name, mode, rdev);
+        let entry = self.make(caller, name, Permissions { mode, umask }, make)?;
         Ok(Out::default().entry(&entry).done())
     }
 
     pub(super) fn mkdir(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
-        let (mode, _umask) = (args.u32()?, args.u32()?);
+        let (mode, umask) = (args.u32()?, args.u32()?);
         let name = args.name()?;
-        let entry = self.make(caller, name, Some(mode), |dir| dir.make_dir(name, mode))?;
+        let entry = self.make(caller, name, Permissions { mode, umask }, |dir, mode| dir.make_dir(name, mode))?;
         Ok(Out::default().entry(&entry).done())
     }
 
     pub(super) fn symlink(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
         let (name, target) = (args.name()?, args.text()?);
-        let entry = self.make(caller, name, None, |dir| dir.make_symlink(name, target))?;
+        let all = Permissions { mode: 0o777, umask: 0 };
+        let entry = self.make(caller, name, all, |dir, _| dir.make_symlink(name, target))?;
         Ok(Out::default().entry(&entry).done())
     }
 
@@ -90,12 +93,13 @@ impl Server {
 
     /// Makes a file and opens it; opens what there is, unless that must not be.
     pub(super) fn create(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
-        let (flags, mode, _umask, open_flags) = (args.u32()?, args.u32()?, args.u32()?, args.u32()?);
+        let (flags, mode, umask, open_flags) = (args.u32()?, args.u32()?, args.u32()?, args.u32()?);
         let name = args.name()?;
         self.check_writable()?;
         let dir = self.node(caller.nodeid)?;
         let access = access(flags);
-        let made = self.with_descriptors(|| self.make_as(caller, || dir.create(name, access - OFlags::TRUNC, mode)));
+        let make = |mode| dir.create(name, access - OFlags::TRUNC, mode);
+        let made = self.with_descriptors(|| self.make_with_mode(caller, Permissions { mode, umask }, make));
         let (file, entry) = match made {
             Ok(file) => {
                 let (node, mut stat) = self.with_descriptors(|| dir.child(name))?;
@@ -118,6 +122,22 @@ impl Server {
         // The size may be another one now.
         let attributes = if access.contains(OFlags::TRUNC) { Duration::ZERO } else { entry.attributes };
         Ok(Out::default().entry(&Entry { attributes, ..entry }).u64(handle).u32(0).u32(0).done())
+    }
+
+    /// Makes a file without a name, and opens it.
+    pub(super) fn create_unnamed(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
+        let (flags, mode, umask, _open_flags) = (args.u32()?, args.u32()?, args.u32()?, args.u32()?);
+        self.check_writable()?;
+        let dir = self.node(caller.nodeid)?;
+        let (access, exclusive) = (access(flags) - OFlags::TRUNC, flags & libc::O_EXCL as u32 != 0);
+        let make = |mode| dir.create_unnamed(access, mode, exclusive);
+        let made = self.with_descriptors(|| self.make_with_mode(caller, Permissions { mode, umask }, make));
+        let (file, node, mut stat) = made?;
+        self.mend_mode(&dir, &node, &mut stat, mode)?;
+        let entry = self.enter_node(caller.nodeid, NOWHERE, node, &stat)?;
+        let handle = self.open_entry(&entry, Some(file), access, false);
+        let handle = handle.inspect_err(|_| self.inodes().forget(entry.id, 1))?;
+        Ok(Out::default().entry(&entry).u64(handle).u32(0).u32(0).done())
     }
 
     /// The handle of a file that was made and is open, or else is there.

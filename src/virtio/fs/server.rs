@@ -48,6 +48,10 @@ pub(super) struct Server {
     flat: bool,
     /// Mounts of the host's are told of as such.
     pub submounts: AtomicBool,
+    /// The guest knows access control lists, and leaves its umask to us.
+    pub access_lists: AtomicBool,
+    /// Its requests to set attributes have more flags.
+    pub setxattr_flags: AtomicBool,
 }
 
 /// Who asks, about what.
@@ -55,6 +59,13 @@ pub(super) struct Server {
 pub(super) struct Caller {
     pub nodeid: u64,
     pub owner: Owner,
+}
+
+/// The mode of a new file, and the umask of the process that makes it.
+#[derive(Clone, Copy)]
+pub(super) struct Permissions {
+    pub mode: u32,
+    pub umask: u32,
 }
 
 /// An answer.
@@ -93,6 +104,8 @@ impl Server {
             listing: Mutex::default(),
             begun: AtomicBool::new(false),
             submounts: AtomicBool::new(false),
+            access_lists: AtomicBool::new(false),
+            setxattr_flags: AtomicBool::new(false),
         })
     }
 
@@ -210,6 +223,7 @@ impl Server {
             op::MKNOD => self.mknod(caller, args)?,
             op::MKDIR => self.mkdir(caller, args)?,
             op::CREATE => self.create(caller, args)?,
+            op::TMPFILE => self.create_unnamed(caller, args)?,
             op::LINK => self.link(caller, args)?,
             op::UNLINK | op::RMDIR => self.remove(caller, args, opcode == op::RMDIR)?,
             op::RENAME | op::RENAME2 => self.rename(caller, args, opcode == op::RENAME2)?,
@@ -221,6 +235,7 @@ impl Server {
     fn file_request(&self, opcode: u32, caller: Caller, args: Args<'_>) -> io::Result<Out> {
         match opcode {
             op::GETATTR => self.getattr(caller, args),
+            op::STATX => self.statx(caller, args),
             op::SETATTR => self.setattr(caller, args),
             op::READLINK => self.readlink(caller),
             op::STATFS => self.statfs(caller),
@@ -264,16 +279,24 @@ impl Server {
             | init::PARALLEL_DIROPS
             | init::MAX_PAGES
             | init::CACHE_SYMLINKS
-            | init::HANDLE_KILLPRIV_V2;
+            | init::HANDLE_KILLPRIV_V2
+            | init::SETXATTR_EXT;
         if self.cache != Cache::Always {
             wanted |= init::AUTO_INVAL_DATA;
         }
         if !self.flat {
             wanted |= init::SUBMOUNTS;
         }
+        // An overlay on top has the lists of its own files. Where owners are hidden, lists would show them.
+        let lists = init::POSIX_ACL | init::DONT_MASK;
+        if !self.flat && self.squash.is_none() && passthrough::has_own_umask() && offered & lists == lists {
+            wanted |= lists;
+        }
         let flags = wanted & offered;
         self.clear();
         self.submounts.store(flags & init::SUBMOUNTS != 0, Ordering::Relaxed);
+        self.access_lists.store(flags & init::POSIX_ACL != 0, Ordering::Relaxed);
+        self.setxattr_flags.store(flags & init::SETXATTR_EXT != 0, Ordering::Relaxed);
         self.begin();
         out.u32(wire::MAJOR).u32(minor.min(wire::MINOR)).u32(readahead).u32(flags);
         // Times in nanoseconds; no mapping, no more flags.
@@ -295,13 +318,18 @@ impl Server {
         Ok(Answer::Nothing)
     }
 
-    /// How long names and attributes are believed.
+    /// How long attributes are believed.
     pub fn validity(&self) -> Duration {
         match self.cache {
             Cache::Never => Duration::ZERO,
-            Cache::Auto => SHORT,
+            Cache::Auto | Cache::Names => SHORT,
             Cache::Always => LONG,
         }
+    }
+
+    /// How long names are believed.
+    pub fn names_validity(&self) -> Duration {
+        if self.cache == Cache::Names { LONG } else { self.validity() }
     }
 
     /// As whom the guest sees a file.
@@ -348,8 +376,8 @@ impl Server {
         let (id, submount) = lock(&self.inodes).enter(parent, name, node, stat)?;
         let told = submount && self.submounts.load(Ordering::Relaxed);
         let flags = if told { wire::ATTR_SUBMOUNT } else { 0 };
-        let valid = self.validity();
-        Ok(wire::Entry { id, stat: self.seen(*stat), flags, names: valid, attributes: valid })
+        let (names, attributes) = (self.names_validity(), self.validity());
+        Ok(wire::Entry { id, stat: self.seen(*stat), flags, names, attributes })
     }
 
     /// Does something that needs a descriptor; if there is none left, closes some and tries once more.
@@ -369,6 +397,25 @@ impl Server {
     /// Makes something that shall belong to who asks for it, if owners are as the guest says.
     pub fn make_as<T>(&self, caller: Caller, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         if self.squash.is_some() { make() } else { self.identity.make_as(caller.owner, make) }
+    }
+
+    /// Whether attributes include access control lists.
+    pub fn has_access_lists(&self) -> bool {
+        self.access_lists.load(Ordering::Relaxed)
+    }
+
+    /// Makes something with the mode that the guest asks for. Its umask is applied here if it has not done so itself.
+    pub fn make_with_mode<T>(
+        &self,
+        caller: Caller,
+        Permissions { mode, umask }: Permissions,
+        make: impl FnOnce(u32) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let umask = if self.has_access_lists() { umask } else { 0 };
+        if passthrough::has_own_umask() {
+            return passthrough::with_umask(umask, || self.make_as(caller, || make(mode)));
+        }
+        self.make_as(caller, || make(mode & !(umask & 0o777)))
     }
 
     /// Refuses on a read-only share.

@@ -25,6 +25,12 @@ pub struct FsState {
 pub struct MountState {
     /// The guest knows of mounts.
     pub submounts: bool,
+    /// It knows access control lists, and leaves its umask to the device.
+    #[serde(default)]
+    pub access_lists: bool,
+    /// Its requests to set extended attributes have more flags.
+    #[serde(default)]
+    pub setxattr_flags: bool,
     /// The number of the mount that the folder was in.
     pub mount: u64,
     /// The number of the next file that it gets to know.
@@ -113,15 +119,19 @@ impl Server {
         }
         let (mount, next_file, files) = self.inodes().save();
         let submounts = self.submounts.load(Ordering::Relaxed);
-        Ok(FsState { mounted: Some(MountState { submounts, mount, next_file, files, next_handle, handles }) })
+        let access_lists = self.access_lists.load(Ordering::Relaxed);
+        let setxattr_flags = self.setxattr_flags.load(Ordering::Relaxed);
+        let mounted =
+            MountState { submounts, access_lists, setxattr_flags, mount, next_file, files, next_handle, handles };
+        Ok(FsState { mounted: Some(mounted) })
     }
 
     /// Takes over what was saved; untrusted. Says what cannot be.
     pub(super) fn restore(&self, FsState { mounted }: FsState) -> Result<(), String> {
         self.clear();
-        let Some(MountState { submounts, mount, next_file, files, next_handle, handles }) = mounted else {
-            return Ok(());
-        };
+        let Some(mounted) = mounted else { return Ok(()) };
+        let MountState { submounts, access_lists, setxattr_flags, mount, next_file, files, next_handle, handles } =
+            mounted;
         self.inodes().restore(mount, next_file, files)?;
         let lost = LogLimit::default();
         for HandleState { id, file, access } in handles {
@@ -133,6 +143,8 @@ impl Server {
         }
         self.handles().go_on_at(next_handle)?;
         self.submounts.store(submounts, Ordering::Relaxed);
+        self.access_lists.store(access_lists && self.squash.is_none(), Ordering::Relaxed);
+        self.setxattr_flags.store(setxattr_flags, Ordering::Relaxed);
         self.begin();
         Ok(())
     }

@@ -407,7 +407,7 @@ fn files_are_made_read_and_written() {
     assert_eq!(guest.call(op::COPY_FILE_RANGE, file.id, &copy(200, 1)), Err(libc::EINVAL));
     assert!(guest.call(op::COPY_FILE_RANGE, file.id, &copy(u64::MAX, 0)).is_err());
     assert_eq!(guest.call(op::IOCTL, file.id, &[0; 32]), Err(libc::ENOTTY));
-    for unknown in [0, 7, 31, 32, 33, 34, 25, 51, 4096, u32::MAX] {
+    for unknown in [0, 7, 31, 32, 33, 34, 25, 53, 4096, u32::MAX] {
         assert_eq!(guest.call(unknown, file.id, &[0; 48]), Err(libc::ENOSYS), "{unknown}");
     }
 }
@@ -713,13 +713,20 @@ fn nothing_changes_in_a_read_only_share() {
         (op::UNLINK, name("file")),
         (op::RMDIR, name("file")),
         (op::RENAME, [ROOT.to_le_bytes().to_vec(), name("file"), text.clone()].concat()),
-        (op::SETXATTR, [words(&[1, 0]), name("user.x"), b"x".to_vec()].concat()),
+        (op::SETXATTR, [words(&[1, 0, 0, 0]), name("user.x"), b"x".to_vec()].concat()),
+        (op::TMPFILE, with(words(&[libc::O_RDWR as u32, 0o600, 0, 0]))),
         (op::REMOVEXATTR, name("user.x")),
         (op::FALLOCATE, vec![0; 32]),
         (op::COPY_FILE_RANGE, vec![0; 56]),
     ] {
         assert_eq!(guest.call(opcode, ROOT, &args), Err(libc::EROFS), "{opcode}");
     }
+    // There is nothing to be written to the disk: it is not even tried. (A FIFO cannot be opened for that.)
+    rustix::fs::mknodat(rustix::fs::CWD, guest.path("fifo"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    let fifo = guest.lookup(ROOT, "fifo").unwrap();
+    guest.call(op::SYNCFS, fifo.id, &[0; 8]).unwrap();
+    guest.call(op::FSYNC, file.id, &Out::default().u64(handle).u64(0).done().0).unwrap();
+    fs::remove_file(guest.path("fifo")).unwrap();
     let names: Vec<_> = fs::read_dir(guest.dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names, ["file"]);
     assert_eq!(fs::read(guest.path("file")).unwrap(), b"content");
@@ -928,7 +935,7 @@ fn files_are_saved_by_name() {
 fn extended_attributes() {
     let mut guest = Guest::new("");
     let (file, _) = guest.create(ROOT, "file", libc::O_RDWR, 0o644).unwrap();
-    let set = |len: u32, key: &str| [words(&[len, 0]), name(key), b"value".to_vec()].concat();
+    let set = |len: u32, key: &str| [words(&[len, 0, 0, 0]), name(key), b"value".to_vec()].concat();
     let get = |size: u32, key: &str| [words(&[size, 0]), name(key)].concat();
     assert_eq!(guest.call(op::SETXATTR, file.id, &set(5, "security.ima")), Err(libc::EOPNOTSUPP));
     assert_eq!(guest.call(op::SETXATTR, file.id, &set(6, "user.x")), Err(libc::EINVAL), "more than there is");
@@ -943,6 +950,96 @@ fn extended_attributes() {
     assert_eq!(guest.call(op::LISTXATTR, file.id, &words(&[100, 0])).unwrap(), b"user.x\0");
     guest.call(op::REMOVEXATTR, file.id, &name("user.x")).unwrap();
     assert_eq!(guest.call(op::GETXATTR, file.id, &get(100, "user.x")), Err(libc::ENODATA));
+}
+
+/// A file without a name is used, and can get one; what never got one is not saved.
+#[test]
+fn a_file_without_a_name() {
+    let mut guest = Guest::new("");
+    let tmpfile = |flags: i32, mode: u32| [words(&[flags as u32, mode, 0o022, 0]), name("ignored")].concat();
+    let made = guest.call(op::TMPFILE, ROOT, &tmpfile(libc::O_RDWR, libc::S_IFREG | 0o666));
+    let (file, handle) = match made {
+        Err(libc::EOPNOTSUPP) => return, // not on this file system
+        made => made.map(|answer| (found(&answer), u64_at(&answer, 128))).unwrap(),
+    };
+    assert_eq!(file.mode, libc::S_IFREG | 0o644);
+    assert_eq!(fs::read_dir(guest.dir.path()).unwrap().count(), 0);
+    assert_eq!(guest.write(handle, 0, 0, 0, b"content"), Ok(7));
+    assert_eq!(guest.read(handle, 0, 100).unwrap(), b"content");
+    assert_eq!(guest.device.save().unwrap()["mounted"]["files"].as_array().unwrap().len(), 0);
+    let link = |to: &str| [file.id.to_le_bytes().to_vec(), name(to)].concat();
+    assert_eq!(guest.call(op::LINK, ROOT, &link("named")).map(|answer| found(&answer).id), Ok(file.id));
+    assert_eq!(fs::read(guest.path("named")).unwrap(), b"content");
+    assert_eq!(guest.device.save().unwrap()["mounted"]["files"].as_array().unwrap().len(), 1);
+    // One that must not get a name; and one that is closed and comes back.
+    let made = guest.call(op::TMPFILE, ROOT, &tmpfile(libc::O_WRONLY | libc::O_EXCL, 0o600)).unwrap();
+    assert_eq!(guest.call(op::LINK, ROOT, &[&made[..8], &name("other")].concat()), Err(libc::ENOENT));
+    assert_eq!(guest.call(op::TMPFILE, ROOT, &tmpfile(libc::O_RDONLY, 0o600)), Err(libc::EINVAL));
+    assert_eq!(guest.call(op::TMPFILE, file.id, &tmpfile(libc::O_RDWR, 0o600)), Err(libc::ENOTDIR));
+}
+
+#[test]
+fn the_time_of_birth() {
+    let mut guest = Guest::new("");
+    let (file, handle) = guest.create(ROOT, "file", libc::O_RDWR, 0o640).unwrap();
+    guest.write(handle, 0, 0, 0, b"content").unwrap();
+    let statx = |flags: u32, handle: u64| Out::default().u32(flags).u32(0).u64(handle).u32(0).u32(0xFFF).done().0;
+    let by_node = guest.call(op::STATX, file.id, &statx(0, 0)).unwrap();
+    let by_handle = guest.call(op::STATX, file.id, &statx(1, handle)).unwrap();
+    assert_eq!((by_node.len(), &by_node), (32 + 256, &by_handle));
+    let metadata = fs::metadata(guest.path("file")).unwrap();
+    let stat = &by_node[32..];
+    assert_eq!((u64_at(stat, 32), u64_at(stat, 40), u32_at(stat, 28)), (metadata.ino(), 7, libc::S_IFREG | 0o640));
+    assert_eq!(u64_at(stat, 112), metadata.mtime() as u64);
+    match metadata.created() {
+        Ok(created) => {
+            let since = created.duration_since(std::time::UNIX_EPOCH).unwrap();
+            assert_eq!(
+                (u32_at(stat, 0), u64_at(stat, 80), u32_at(stat, 88)),
+                (0xFFF, since.as_secs(), since.subsec_nanos())
+            );
+        }
+        Err(_) => assert_eq!(u32_at(stat, 0), 0x7FF),
+    }
+    assert_eq!(guest.call(op::STATX, file.id, &statx(1, 99)), Err(libc::EBADF));
+    assert_eq!(guest.call(op::STATX, file.id, &[]), Err(libc::EINVAL));
+}
+
+/// Access control lists are the host's: a directory's list for new files takes the place of the umask.
+#[test]
+fn access_control_lists() {
+    const DEFAULT: &str = "system.posix_acl_default";
+    // Version 2; then user, group, mask and others: tag, permissions, id.
+    let entry = |tag: u16, bits: u16| [&tag.to_le_bytes()[..], &bits.to_le_bytes(), &u32::MAX.to_le_bytes()].concat();
+    let list = [2u32.to_le_bytes().to_vec(), entry(1, 7), entry(4, 7), entry(32, 0)].concat();
+    let set = |key: &str| [words(&[list.len() as u32, 0, 1, 0]), name(key), list.clone()].concat();
+    let get = |key: &str| [words(&[100, 0]), name(key)].concat();
+    let mut guest = Guest::new("");
+    let make = |guest: &mut Guest, dir, text: &str| {
+        let args = [words(&[0o777, 0o022]), name(text)].concat();
+        guest.call(op::MKDIR, dir, &args).map(|answer| found(&answer)).unwrap()
+    };
+    if !passthrough::has_own_umask() {
+        return; // not in this container
+    }
+    let dir = make(&mut guest, ROOT, "dir");
+    assert_eq!(dir.mode, libc::S_IFDIR | 0o755, "the umask of the guest's process");
+    if guest.call(op::SETXATTR, dir.id, &set(DEFAULT)) == Err(libc::EOPNOTSUPP) {
+        return; // not on this file system
+    }
+    assert_eq!(guest.call(op::GETXATTR, dir.id, &get(DEFAULT)).unwrap(), list);
+    assert_eq!(guest.call(op::LISTXATTR, dir.id, &words(&[100, 0])).unwrap(), name(DEFAULT));
+    assert_eq!(make(&mut guest, dir.id, "in").mode, libc::S_IFDIR | 0o770, "the list");
+    guest.call(op::REMOVEXATTR, dir.id, &name(DEFAULT)).unwrap();
+    assert_eq!(make(&mut guest, dir.id, "after").mode, libc::S_IFDIR | 0o755);
+    // What was agreed on outlives a restore.
+    let state = guest.device.save().unwrap();
+    assert_eq!((&state["mounted"]["access_lists"], &state["mounted"]["setxattr_flags"]), (&true.into(), &true.into()));
+    // Not where owners are not shown, nor below an overlay, nor for a guest that does not ask.
+    for options in [",squash_uid=5", ",flat"] {
+        let mut guest = Guest::new(options);
+        assert_eq!(guest.call(op::SETXATTR, ROOT, &set(DEFAULT)), Err(libc::EOPNOTSUPP), "{options}");
+    }
 }
 
 #[test]
@@ -968,7 +1065,7 @@ fn urgent_requests_and_several_queues_are_served_alike() {
 
 /// A request: mostly one that makes sense, of a guest that knows some files and has some open.
 fn request() -> impl Strategy<Value = (u32, u64, Vec<u8>)> {
-    let opcode = prop_oneof![12 => 1..52u32, 1 => any::<u32>()];
+    let opcode = prop_oneof![12 => 1..54u32, 1 => any::<u32>()];
     let id = || prop_oneof![8 => 0..12u64, 1 => any::<u64>()];
     let text = prop_oneof![
         6 => prop::sample::select(vec!["a", "b", "c", "dir", "link"]).prop_map(name),
@@ -984,8 +1081,8 @@ fn request() -> impl Strategy<Value = (u32, u64, Vec<u8>)> {
                 *first = if (14..48).contains(&opcode) { handle.to_le_bytes() } else { words[0].to_le_bytes() };
             }
             let fixed = match opcode {
-                op::MKNOD | op::CREATE | op::RENAME2 => 16,
-                op::MKDIR | op::RENAME | op::LINK | op::SETXATTR | op::GETXATTR => 8,
+                op::MKNOD | op::CREATE | op::TMPFILE | op::RENAME2 | op::SETXATTR => 16,
+                op::MKDIR | op::RENAME | op::LINK | op::GETXATTR => 8,
                 op::LOOKUP | op::UNLINK | op::RMDIR | op::SYMLINK | op::REMOVEXATTR => 0,
                 _ => return (opcode, nodeid, args),
             };

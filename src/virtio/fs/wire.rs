@@ -12,7 +12,7 @@ use crate::backend::passthrough::{Name, Stat, Time};
 /// The protocol that is spoken: its first number, and the newest and oldest second one. 7.27 came with Linux 4.18; no
 /// virtio-fs driver is older than 7.31 (Linux 5.4).
 pub(super) const MAJOR: u32 = 7;
-pub(super) const MINOR: u32 = 38;
+pub(super) const MINOR: u32 = 39;
 pub(super) const OLDEST_MINOR: u32 = 27;
 
 /// Bytes of `fuse_in_header` and `fuse_out_header`.
@@ -67,6 +67,8 @@ pub(super) mod op {
     pub const LSEEK: u32 = 46;
     pub const COPY_FILE_RANGE: u32 = 47;
     pub const SYNCFS: u32 = 50;
+    pub const TMPFILE: u32 = 51;
+    pub const STATX: u32 = 52;
 }
 
 /// `FUSE_*` flags of INIT.
@@ -74,15 +76,18 @@ pub(super) mod init {
     pub const ASYNC_READ: u32 = 1 << 0;
     pub const ATOMIC_O_TRUNC: u32 = 1 << 3;
     pub const BIG_WRITES: u32 = 1 << 5;
+    pub const DONT_MASK: u32 = 1 << 6;
     pub const AUTO_INVAL_DATA: u32 = 1 << 12;
     pub const DO_READDIRPLUS: u32 = 1 << 13;
     pub const READDIRPLUS_AUTO: u32 = 1 << 14;
     pub const ASYNC_DIO: u32 = 1 << 15;
     pub const PARALLEL_DIROPS: u32 = 1 << 18;
+    pub const POSIX_ACL: u32 = 1 << 20;
     pub const MAX_PAGES: u32 = 1 << 22;
     pub const CACHE_SYMLINKS: u32 = 1 << 23;
     pub const SUBMOUNTS: u32 = 1 << 27;
     pub const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
+    pub const SETXATTR_EXT: u32 = 1 << 29;
 }
 
 /// Flags of `fuse_setattr_in.valid`.
@@ -108,6 +113,7 @@ pub(super) mod fopen {
 pub(super) const GETATTR_FH: u32 = 1 << 0;
 pub(super) const FSYNC_FDATASYNC: u32 = 1 << 0;
 pub(super) const OPEN_KILL_SUIDGID: u32 = 1 << 0;
+pub(super) const SETXATTR_ACL_KILL_SGID: u32 = 1 << 0;
 pub(super) const WRITE_CACHE: u32 = 1 << 0;
 pub(super) const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 pub(super) const ATTR_SUBMOUNT: u32 = 1 << 0;
@@ -215,6 +221,20 @@ impl Out {
         let Entry { id, stat, flags, names, attributes } = entry;
         self.u64(*id).u64(0).u64(names.as_secs()).u64(attributes.as_secs());
         self.u32(names.subsec_nanos()).u32(attributes.subsec_nanos()).attr(stat, *flags)
+    }
+
+    /// `fuse_statx_out`.
+    pub fn statx_out(&mut self, stat: &Stat, valid: Duration) -> &mut Self {
+        const BASIC_STATS: u32 = 0x7FF;
+        const BTIME: u32 = 0x800;
+        let mask = BASIC_STATS | if stat.born == Time::default() { 0 } else { BTIME };
+        self.u64(valid.as_secs()).u32(valid.subsec_nanos()).u32(0).zeros(16);
+        self.u32(mask).u32(stat.blksize).u64(0).u32(stat.nlink).u32(stat.uid).u32(stat.gid);
+        self.u16(stat.mode as u16).u16(0).u64(stat.ino).u64(stat.size).u64(stat.blocks).u64(0);
+        for Time { sec, nsec } in [stat.atime, stat.born, stat.ctime, stat.mtime] {
+            self.u64(sec as u64).u32(nsec).u32(0);
+        }
+        self.u32(stat.rdev.0).u32(stat.rdev.1).zeros(8 + 14 * 8)
     }
 
     /// `fuse_attr_out`.
