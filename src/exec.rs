@@ -11,9 +11,10 @@
 //! the command wrote is in the rings by then, and those are emptied before anything is let go.
 
 mod environment;
+mod root;
 
 use std::env;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -23,23 +24,22 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use log::warn;
 use rustix::fs::MemfdFlags;
 
 use crate::backend::console::ConsoleEnd;
-use crate::backend::held;
 use crate::backend::passt;
 use crate::boot::modules::ModulesConfig;
 use crate::boot::pack::{FileConfig, InitramfsConfig};
 use crate::config::MachineConfig;
 use crate::control::Controller;
 use crate::guest::protocol::{
-    Bytes, CONTROL, LINE_MAX, LOG_NAME, Mount, Order, REQUEST, ROOT, Report, Request, Root, STDERR, STDIN, STDOUT,
+    Bytes, CONTROL, LINE_MAX, LOG_NAME, Mount, Order, REQUEST, Report, Request, STDERR, STDIN, STDOUT,
 };
 use crate::machine::run::Errand;
 use crate::outcome::Outcome;
 use crate::printable::printable;
 use crate::terminal;
-use crate::virtio::blk::BlkConfig;
 use crate::virtio::console::PortConfig;
 use crate::virtio::fs::FsConfig;
 
@@ -213,6 +213,7 @@ impl Command {
             env: self.environment(streams.terminal.is_some())?,
             cwd: place.cwd.as_os_str().into(),
             cwd_given: self.cwd.is_some(),
+            home_given: self.names_home(),
             terminal: streams.terminal,
             merged: streams.merged,
             root,
@@ -258,20 +259,6 @@ impl Command {
         if words.is_empty() { "a shell".into() } else { words.join(" ") }
     }
 
-    /// Where the guest will see the kernel's modules, if the user said where they are.
-    fn show_modules(&self, config: &mut MachineConfig, mounts: &mut Vec<Mount>) -> Option<Bytes> {
-        let dir = self.modules.as_ref().filter(|dir| self.root != RootFrom::Initramfs && dir.is_dir())?;
-        let dir = held::path(dir).canonicalize().ok()?;
-        if self.root == RootFrom::Path("/".into()) {
-            return Some(dir.as_os_str().into());
-        }
-        let (tag, place) = ("modules".to_string(), OsStr::new("/run/vireo/modules"));
-        let share = FsConfig { path: dir, tag: Some(tag.clone()), readonly: true, flat: true, ..FsConfig::default() };
-        config.shares.push(share);
-        mounts.push(Mount { tag, path: place.into(), writable: false });
-        Some(place.into())
-    }
-
     /// The initramfs: this program, the request, modules.
     fn pack(&self, config: &mut MachineConfig, request: &File) {
         let initramfs = config.boot.initramfs.get_or_insert_with(InitramfsConfig::default);
@@ -301,26 +288,10 @@ impl Command {
         modules.optional.extend(with(!config.pmems.is_empty(), &["nd_pmem", "virtio_pmem"]));
     }
 
-    fn add_root(&self, config: &mut MachineConfig) -> Result<Root, Error> {
-        let RootFrom::Path(path) = &self.root else { return Ok(Root::Initramfs) };
-        let writable = self.writable;
-        let metadata = fs::metadata(held::path(path)).map_err(|e| Error::Root(path.clone(), e))?;
-        if metadata.is_dir() {
-            let (path, tag) = (path.clone(), Some(ROOT.into()));
-            // The guest writes over it.
-            let flat = !writable;
-            config.shares.insert(0, FsConfig { path, tag, readonly: !writable, flat, ..FsConfig::default() });
-            return Ok(Root::Share { writable });
-        }
-        let (path, id) = (path.clone(), Some(ROOT.into()));
-        config.disks.insert(0, BlkConfig { path, id, readonly: !writable, ..BlkConfig::default() });
-        Ok(Root::Disk { writable })
-    }
-
     /// All variables that the command finds.
     fn environment(&self, terminal: bool) -> Result<Vec<(Bytes, Bytes)>, Error> {
         let same_root = self.root == RootFrom::Path("/".into());
-        let pairs = environment::of_command(&environment::ours(), &self.env, same_root, terminal, "/root".as_ref())?;
+        let pairs = environment::of_command(&environment::ours(), &self.env, same_root, terminal, &self.home())?;
         Ok(pairs.iter().map(|(name, value)| (name.as_os_str().into(), value.as_os_str().into())).collect())
     }
 }
@@ -432,7 +403,7 @@ impl Session {
 }
 
 fn hear(mut reports: BufReader<UnixStream>, orders: &Orders, machine: &Controller, name: &str, place: &Place) {
-    let mut line = String::new();
+    let (mut line, mut moved) = (String::new(), false);
     // A line that is too long, not a report, or a second start ends the talk: then the guest is judged by how it ends.
     while reports.by_ref().take(LINE_MAX as u64).read_line(&mut line).is_ok_and(|len| len > 0) {
         let Ok(report) = serde_json::from_str(&line) else { return };
@@ -442,7 +413,13 @@ fn hear(mut reports: BufReader<UnixStream>, orders: &Orders, machine: &Controlle
                 machine.init_started();
                 continue;
             }
-            Report::Started => return,
+            Report::StartsInRoot(errno) if !moved => {
+                moved = true;
+                let error = io::Error::from_raw_os_error(errno);
+                warn!("cannot start in {} in the guest: {error}; the command starts in /", place.cwd.display());
+                continue;
+            }
+            Report::Started | Report::StartsInRoot(_) => return,
             Report::Exited(code) => Outcome::Exited(code),
             Report::Signalled(signal) => Outcome::Signalled(signal),
             Report::NotReady(why) => Outcome::NotReady(format!(

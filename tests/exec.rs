@@ -282,3 +282,159 @@ fn planted_links() {
     assert!(later.stderr.contains("is a symbolic link in"), "{later}");
     assert_eq!(fs::read_to_string(victim).unwrap(), "precious");
 }
+
+/// Files and folders that the host replaces, removes and makes are seen in the root under the overlay: after a second, or
+/// as soon as a command is typed. None of it is ever stale, and directories keep their numbers meanwhile.
+fn sees_what_the_host_replaces(kernel: &str) {
+    let host = |talk: &str| {
+        format!(
+            r#"
+dir=/tmp/vireo-replaced-{kernel}; rm -rf $dir; mkdir $dir; trap 'rm -rf $dir' EXIT
+(
+    cd $dir
+    mkdir tree turns; echo 'echo old' >script; echo old >tree/file; echo x >gone; ln -s script link; echo old >rewritten
+    touch {talk}/ready
+    n=0; until [ -e {talk}/seen ]; do sleep 0.1; n=$((n + 1)); [ $n -lt 1800 ] || exit; done
+    echo 'echo new' >script.new; mv script.new script
+    rm -r tree; mkdir tree; echo new >tree/file
+    rm gone; echo new >missing; echo new >rewritten
+    ln -s rewritten link.new; mv -T link.new link
+    rmdir turns; echo new >turns
+    touch {talk}/changed
+) &
+"$@""#
+        )
+    };
+    let script = r#"
+d=/tmp/vireo-replaced-KERNEL
+until [ -e /talk/ready ]; do sleep 0.1; done
+all() { sh $d/script; cat $d/tree/file $d/gone $d/missing $d/link $d/rewritten; cat $d/turns; }
+echo "before: $(all 2>/dev/null | tr '\n' ' ')"
+number=$(stat -c %i /usr /usr/bin $d)
+touch /talk/seen
+until [ -e /talk/changed ]; do all >/dev/null 2>>/errors; sleep 0.05; done
+n=0
+while [ "$(all 2>>/errors | tr -d '\n')" != newnewnewnewnewnew ] && [ $n -lt 300 ]; do sleep 0.1; n=$((n + 1)); done
+echo "after: $(all 2>&1 | tr '\n' ' ')"
+echo "stale: $(grep -c Stale /errors)"
+sleep 2.5
+[ "$number" = "$(stat -c %i /usr /usr/bin $d)" ] && echo "numbers: same""#;
+    let script = &script.replace("KERNEL", kernel);
+    let image = crate::common::image(&format!("bzImage-{kernel}"));
+    let run =
+        Run::exec_with(&image, &crate::common::repo(&format!("target/host/kernel-{kernel}")), &["sh", "-c", script]);
+    let talk = run.path("talk");
+    fs::create_dir(&talk).unwrap();
+    let ended = run.args(&["--share", &format!("{talk}:/talk:rw")]).through(&host(&talk)).run_to_end();
+    let ended = ended.expect(0, "exited");
+    assert_eq!(ended.fact("before").trim_end(), "old old x echo old old", "{ended}");
+    let after = ended.fact("after").trim_end();
+    assert_eq!(
+        after,
+        format!("new new cat: /tmp/vireo-replaced-{kernel}/gone: No such file or directory new new new new"),
+        "{ended}"
+    );
+    assert_eq!((ended.fact("stale"), ended.fact("numbers")), ("0", "same"), "{ended}");
+}
+
+#[test]
+fn what_the_host_replaces_is_seen() {
+    sees_what_the_host_replaces("cloud");
+}
+
+#[test]
+fn what_the_host_replaces_is_seen_by_5_10() {
+    sees_what_the_host_replaces("cloud-5.10");
+}
+
+#[test]
+fn what_the_host_replaces_is_seen_by_6_12() {
+    sees_what_the_host_replaces("cloud-6.12");
+}
+
+#[test]
+fn what_the_host_replaces_is_seen_by_the_newest() {
+    sees_what_the_host_replaces("cloud-sid");
+}
+
+/// What is typed after a change on the host finds it, without a wait.
+#[test]
+fn a_script_is_edited_between_two_runs() {
+    let run = Run::exec(&["sh", "-i"]).env("TERM=dumb").env("PS1=$ ");
+    let talk = run.path("talk");
+    fs::create_dir(&talk).unwrap();
+    let host = format!(
+        r#"
+dir=/tmp/vireo-edited; rm -rf $dir; mkdir $dir; trap 'rm -rf $dir' EXIT
+(
+    for n in 1 2 3; do
+        echo "echo round-\$(({n} + $n))" >$dir/script.new; mv $dir/script.new $dir/script
+        echo $n >{talk}/made; i=0
+        until [ -e {talk}/next-$n ]; do sleep 0.1; i=$((i + 1)); [ $i -lt 1800 ] || exit; done
+    done
+) &
+"$@""#,
+        n = 40
+    );
+    let run = run.args(&["--share", &format!("{talk}:/talk:rw")]).through(&host);
+    let mut guest = run.start_on_terminal(on_terminal);
+    guest.wait_for("# ");
+    for n in 1..=3 {
+        let wait = format!("until [ \"$(cat /talk/made)\" = {n} ]; do sleep 0.1; done; echo made-$((50 + {n}))\n");
+        guest.send(wait.as_bytes());
+        guest.wait_for(&format!("made-{}", 50 + n));
+        guest.send(b"sh /tmp/vireo-edited/script\n");
+        guest.wait_for(&format!("round-{}", 40 + n));
+        guest.send(format!("touch /talk/next-{n}\n").as_bytes());
+    }
+    guest.send(b"exit 0\n");
+    assert_eq!(guest.end().code(), 0);
+}
+
+/// What programs look for: the kernel's interfaces, modules beside a kernel, the links of NixOS in /run. And for a caller
+/// who is not root: a home, and a working directory that can be entered but not read.
+#[test]
+fn surroundings() {
+    let host = r#"
+ln -sfn /usr /run/current-system
+ln -sfn /run/elsewhere /run/inside
+chmod 666 /dev/kvm
+dir=$(mktemp -d /tmp/exec.XXXXXX)
+trap 'rm -r "$dir" /run/current-system /run/inside' EXIT
+mkdir -p $dir/cache $dir/shut/open $dir/home
+chown 4242 $dir/cache $dir/home
+chmod 755 $dir; chmod 711 $dir/shut
+cd $dir/shut
+export XDG_CACHE_HOME=$dir/cache
+for home in $dir/home /root /nonexistent; do
+    HOME=$home setpriv --reuid=4242 --regid=4242 --clear-groups "$@" || exit
+done"#;
+    let script = r#"
+for kind in cgroup2 debugfs tracefs securityfs bpf; do
+    ! grep -qw $kind /proc/filesystems || grep -q " $kind " /proc/mounts || echo "missing $kind"
+done
+ls /run/current-system/bin >/dev/null || echo "no current-system"
+! ls -d /run/inside 2>/dev/null
+modprobe dummy || echo "no module"
+cd; echo content >file && ls >/dev/null || echo "no home"
+echo "$OLDPWD $(pwd)""#;
+    let run = Run::exec(&["sh", "-c", script]).through(host);
+    fs::set_permissions(run.dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let ended = run.run_to_end();
+    assert_eq!(ended.code(), 0, "{ended}");
+    let lines: Vec<Vec<&str>> = ended.stdout.lines().map(|line| line.split(' ').collect()).collect();
+    assert_eq!(lines.len(), 3, "{ended}");
+    assert!(lines.iter().all(|line| line.len() == 2 && line[0].ends_with("/shut")), "{ended}");
+    assert!(lines[0][1].ends_with("/home"), "{ended}");
+    assert_eq!((lines[1][1], lines[2][1]), ("/run/vireo/home", "/run/vireo/home"), "{ended}");
+    assert_eq!(ended.stderr, "", "{ended}");
+}
+
+/// A place that the guest does not have is said to be missing.
+#[test]
+fn a_working_directory_that_is_hidden() {
+    let ended = Run::exec(&["pwd"]).through("mkdir -p /run/hidden && cd /run/hidden && \"$@\"").run_to_end();
+    let ended = ended.expect(0, "exited");
+    assert_eq!(ended.stdout, "/\n", "{ended}");
+    assert!(ended.stderr.contains("cannot start in /run/hidden in the guest: No such file"), "{ended}");
+}

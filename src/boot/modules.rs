@@ -173,6 +173,24 @@ fn places(config: &ModulesConfig, kernel: &Path, version: &str) -> Vec<PathBuf> 
     places
 }
 
+/// Directories named `modules` near this kernel's file, and the host's own, that may have its version; best first. Only
+/// what is there.
+pub fn above(kernel: &Path) -> Vec<PathBuf> {
+    let roots = |root: &Path| ["lib/modules", "usr/lib/modules"].map(|dir| root.join(dir));
+    let kernel = kernel.canonicalize().unwrap_or_else(|_| kernel.into());
+    let beside = kernel.parent().unwrap_or(Path::new("/"));
+    // /usr/lib/modules/VERSION/vmlinuz.
+    let mut places: Vec<PathBuf> =
+        beside.parent().filter(|dir| dir.ends_with("lib/modules")).map(Path::to_path_buf).into_iter().collect();
+    for place in [beside, beside.parent().unwrap_or(beside), Path::new("/")].into_iter().flat_map(roots) {
+        let place = place.canonicalize().unwrap_or(place);
+        if place.is_dir() && !places.contains(&place) {
+            places.push(place);
+        }
+    }
+    places
+}
+
 /// Where the modules of that kernel may be, if `dir` is their directory or one above it; best first.
 pub(crate) fn below(dir: &Path, version: &OsStr) -> Vec<PathBuf> {
     let above = [dir.to_path_buf(), dir.join("lib/modules"), dir.join("usr/lib/modules")];

@@ -22,6 +22,7 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process, kill_process_group
 use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
+use super::names::Names;
 use super::ports::{self, Control};
 use super::protocol::{Bytes, Order, Report, Request, STDERR, STDIN, STDOUT};
 use super::{Error, Result, cannot};
@@ -34,18 +35,24 @@ const TERMINAL_HOLDS: usize = 128 << 10;
 const SHELLS: [&str; 2] = ["/bin/bash", "/bin/sh"];
 
 /// Runs the command to its end.
-pub(super) fn run(request: &Request, control: &mut Control) -> Result<Report> {
-    let cwd = match cwd(request) {
-        Ok(cwd) => cwd,
-        Err(e) => return Ok(Report::NoCwd(e.raw_os_error().unwrap_or(libc::EIO))),
-    };
+pub(super) fn run(request: &Request, names: &Names, control: &mut Control) -> Result<Report> {
+    let mut cwd = OsString::from(request.cwd.clone());
+    match enter(&cwd) {
+        Ok(()) => {}
+        Err(e) if request.cwd_given => return Ok(Report::NoCwd(e.raw_os_error())),
+        // The host's own place, which the guest need not have, is not worth a failure that would look like the command's.
+        Err(e) => {
+            control.send(&Report::StartsInRoot(e.raw_os_error()))?;
+            cwd = "/".into();
+        }
+    }
     if program(request, &cwd).is_some_and(|program| is_foreign(&program)) {
         return Ok(Report::NotStarted(libc::ENOEXEC));
     }
     let mut command = command(request);
     command.current_dir(cwd);
     let mut streams = match request.terminal {
-        Some(size) => Streams::terminal(&mut command, size, request.merged)?,
+        Some(size) => Streams::terminal(&mut command, size, request.merged, names.clone())?,
         None => Streams::pipes(&mut command, request.merged)?,
     };
     let child = match command.spawn() {
@@ -58,6 +65,7 @@ pub(super) fn run(request: &Request, control: &mut Control) -> Result<Report> {
     drop(command);
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let pid = pid.ok_or_else(|| Error::Other("the command has no process number".into()))?;
+    names.keep_forgetting()?;
     control.send(&Report::Started)?;
     let terminal = streams.terminal.take();
     control.listen(move |order| match order {
@@ -81,15 +89,20 @@ fn pass_on(command: Pid, signal: Signal) {
     };
 }
 
-/// Where it starts. Our own place, which the guest need not have, is not worth a failure that would look like the
-/// command's.
-fn cwd(request: &Request) -> io::Result<OsString> {
-    let cwd: OsString = request.cwd.clone().into();
-    match std::fs::read_dir(&cwd) {
-        Err(e) if request.cwd_given => Err(e),
-        Err(_) => Ok("/".into()),
-        Ok(_) => Ok(cwd),
+/// Whether a process can start in this directory. It need not be one that can be read.
+fn enter(dir: &OsStr) -> std::result::Result<(), Errno> {
+    rustix::fs::open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map(drop)
+}
+
+/// A home for a command whose own cannot be used: a monitor that is not root cannot look into the host's /root, so neither
+/// can root of the guest.
+fn other_home(request: &Request) -> Option<&'static str> {
+    const PLACE: &str = "/run/vireo/home";
+    let (_, home) = request.env.iter().find(|(name, _)| OsString::from(name.clone()) == "HOME")?;
+    if request.home_given || std::fs::read_dir(OsString::from(home.clone())).is_ok() {
+        return None;
     }
+    std::fs::create_dir_all(PLACE).is_ok().then_some(PLACE)
 }
 
 /// The file that the first word names.
@@ -129,6 +142,7 @@ fn command(request: &Request) -> Command {
     };
     command.env_clear();
     command.envs(request.env.iter().cloned().map(|(name, value)| (OsString::from(name), OsString::from(value))));
+    command.envs(other_home(request).map(|home| ("HOME", home)));
     command
 }
 
@@ -178,7 +192,7 @@ impl Streams {
         }
         command.stdout(output);
         streams.move_output(from_command.into(), port)?;
-        move_input(ports::open(STDIN, true)?, File::from(OwnedFd::from(to_command)))?;
+        move_input(ports::open(STDIN, true)?, File::from(OwnedFd::from(to_command)), Names::default())?;
         Ok(streams)
     }
 
@@ -191,7 +205,7 @@ impl Streams {
 
     /// A session of its own on a terminal.
     #[allow(unsafe_code)]
-    fn terminal(command: &mut Command, (columns, rows): (u16, u16), merged: bool) -> Result<Self> {
+    fn terminal(command: &mut Command, (columns, rows): (u16, u16), merged: bool, names: Names) -> Result<Self> {
         let mut streams = Self::new()?;
         let (master, slave) = open_terminal().map_err(cannot("make a terminal"))?;
         let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
@@ -212,7 +226,7 @@ impl Streams {
         // SAFETY: between fork and exec the closure makes two system calls and nothing else.
         unsafe { command.pre_exec(take_terminal) };
         streams.move_output(copy(&master)?, ports::open(STDOUT, false)?)?;
-        move_input(ports::open(STDIN, true)?, File::from(copy(&master)?))?;
+        move_input(ports::open(STDIN, true)?, File::from(copy(&master)?), names)?;
         streams.terminal = Some(master);
         Ok(streams)
     }
@@ -330,15 +344,20 @@ fn ready(fd: impl AsFd, flags: PollFlags, wait: Wait<'_>) -> bool {
     poll(&mut fds, timeout).is_ok() && fds.first().is_some_and(|fd| !fd.revents().is_empty())
 }
 
-/// Moves the port's input to the command, in a thread that nobody waits for.
-fn move_input(mut port: File, mut to: File) -> Result<()> {
+/// Moves the port's input to the command, in a thread that nobody waits for. Before each line, `names` are forgotten: who
+/// changes a file on the host and types a command gets the new one.
+fn move_input(mut port: File, mut to: File, names: Names) -> Result<()> {
     let work = move || {
         let mut buffer = vec![0; PIECE / 2];
         loop {
             match port.read(&mut buffer) {
                 Ok(0) => return, // and with it `to` is closed, which the command sees
                 Ok(len) => {
-                    if to.write_all(buffer.get(..len).unwrap_or(&[])).is_err() {
+                    let input = buffer.get(..len).unwrap_or(&[]);
+                    if input.contains(&b'\r') || input.contains(&b'\n') {
+                        names.forget();
+                    }
+                    if to.write_all(input).is_err() {
                         return; // the command does not read any more; the rest stays with the host
                     }
                 }

@@ -7,10 +7,11 @@ use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 
+use super::names::Names;
 use super::protocol::{Mount, ROOT, Root};
 use super::{Error, Result, cannot};
 use crate::boot::modules;
@@ -37,9 +38,23 @@ pub(super) fn kernel_mounts() -> Result<()> {
     mount_new("devtmpfs", "dev", "/dev", MountFlags::NOSUID, None)
 }
 
+/// Interfaces of the kernel that its own tests, and tools like bpftool and perf, expect to be mounted.
+const INTERFACES: [(&str, &str); 7] = [
+    ("cgroup2", "/sys/fs/cgroup"),
+    ("debugfs", "/sys/kernel/debug"),
+    ("tracefs", "/sys/kernel/tracing"),
+    ("securityfs", "/sys/kernel/security"),
+    ("configfs", "/sys/kernel/config"),
+    ("bpf", "/sys/fs/bpf"),
+    ("mqueue", "/dev/mqueue"),
+];
+/// Most symbolic links of the root's /run that are kept.
+const LINKS_MAX: usize = 64;
+
 /// What programs expect beside it.
 pub(super) fn guest_mounts() -> Result<()> {
     let safe = MountFlags::NOSUID | MountFlags::NODEV;
+    let links = links_out_of("/run");
     mount_new(
         "devpts",
         "devpts",
@@ -53,17 +68,35 @@ pub(super) fn guest_mounts() -> Result<()> {
     for (link, target) in [("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")] {
         let _ = symlink(format!("/proc/self/fd{target}"), Path::new("/dev").join(link));
     }
-    // Kernels without control groups are kernels, too.
-    let _ = mount("cgroup2", "/sys/fs/cgroup", "cgroup2", safe | MountFlags::NOEXEC, None);
+    for (name, target) in links {
+        let _ = symlink(target, Path::new("/run").join(name));
+    }
+    // Only what the kernel has: for anything else it would run modprobe.
+    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let known: Vec<&str> = known.lines().filter_map(|line| line.split_whitespace().last()).collect();
+    for (kind, place) in INTERFACES.iter().filter(|(kind, _)| known.contains(kind)) {
+        let _ = fs::create_dir(place);
+        let _ = mount(*kind, *place, *kind, safe | MountFlags::NOEXEC, None);
+    }
     Ok(())
 }
 
-/// Makes what was asked for the root directory of everything that follows.
-pub(super) fn enter_root(root: &Root) -> Result<()> {
+/// The symbolic links in this directory that lead elsewhere. The rest of the host's /run is its services' and hidden, but
+/// NixOS and Guix have all their programs through /run/current-system.
+fn links_out_of(dir: &str) -> Vec<(OsString, PathBuf)> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let links = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_symlink()));
+    let links = links.filter_map(|entry| Some((entry.file_name(), fs::read_link(entry.path()).ok()?)));
+    links.filter(|(_, target)| target.is_absolute() && !target.starts_with(dir)).take(LINKS_MAX).collect()
+}
+
+/// Makes what was asked for the root directory of everything that follows; returns its names, if the host may change them
+/// below an overlay.
+pub(super) fn enter_root(root: &Root) -> Result<Names> {
     let (writable, source, kinds) = match root {
         Root::Share { writable } => (*writable, ROOT.to_string(), vec!["virtiofs".to_string()]),
         Root::Disk { writable } => (*writable, disk()?, disk_file_systems()?),
-        Root::Initramfs => return Ok(()),
+        Root::Initramfs => return Ok(Names::default()),
     };
     if writable {
         mount_one_of(&kinds, &source, NEW_ROOT, MountFlags::empty())?;
@@ -74,9 +107,14 @@ pub(super) fn enter_root(root: &Root) -> Result<()> {
             let dir = Path::new(UPPER).join(dir);
             fs::create_dir(&dir).map_err(cannot(format!("make {}", dir.display())))?;
         }
-        let options = c"lowerdir=/vireo/lower,upperdir=/vireo/upper/data,workdir=/vireo/upper/work";
+        // With xino a directory keeps its number when its name is forgotten.
+        let options = c"xino=on,lowerdir=/vireo/lower,upperdir=/vireo/upper/data,workdir=/vireo/upper/work";
         mount_new("overlay", "overlay", NEW_ROOT, MountFlags::empty(), Some(options))?;
     }
+    let names = match root {
+        Root::Share { writable: false } => Names::of(&[Path::new(NEW_ROOT), Path::new(LOWER)])?,
+        _ => Names::default(),
+    };
     for name in ["dev", "proc", "sys"] {
         let target = Path::new(NEW_ROOT).join(name);
         // A folder that is no root of an operating system yet becomes one; the host's own are there.
@@ -86,7 +124,8 @@ pub(super) fn enter_root(root: &Root) -> Result<()> {
     std::env::set_current_dir(NEW_ROOT).map_err(cannot("enter the root"))?;
     mount_move(".", "/").map_err(cannot("move the root"))?;
     rustix::process::chroot(".").map_err(cannot("change the root"))?;
-    std::env::set_current_dir("/").map_err(cannot("enter the root"))
+    std::env::set_current_dir("/").map_err(cannot("enter the root"))?;
+    Ok(names)
 }
 
 /// Mounts the first of these kinds that fits.
@@ -129,14 +168,13 @@ pub(super) fn mount_share(share: &Mount) -> Result<()> {
     mount(share.tag.as_str(), path, "virtiofs", flags, None).map_err(cannot(format!("mount {}", path.display())))
 }
 
-/// Shows the modules of this kernel, which are below that place, where programs look for them: modprobe reads their
-/// lists there, and depmod may write them.
-pub(super) fn show_modules(place: &Path) -> Result<()> {
+/// Shows the modules of this kernel, which are below one of these places, where programs look for them: modprobe reads
+/// their lists there, and depmod may write them.
+pub(super) fn show_modules(places: &[OsString]) -> Result<()> {
     let uname = rustix::system::uname();
     let version = OsStr::from_bytes(uname.release().to_bytes());
-    let Some(from) = modules::below(place, version).into_iter().find(|dir| modules::is_directory(dir)) else {
-        return Ok(());
-    };
+    let mut below = places.iter().flat_map(|place| modules::below(place.as_ref(), version));
+    let Some(from) = below.find(|dir| modules::is_directory(dir)) else { return Ok(()) };
     let target = Path::new("/lib/modules").join(version);
     // A root that is the host's own is not changed for this.
     let _ = fs::create_dir_all(&target);

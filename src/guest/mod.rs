@@ -11,6 +11,7 @@ pub mod protocol;
 
 mod command;
 mod files;
+mod names;
 mod net;
 mod ports;
 
@@ -71,7 +72,7 @@ fn run() -> Result<()> {
     })?;
     // From here on there is somebody to tell.
     let prepared = prepare(&request);
-    let report = prepared.and_then(|()| command::run(&request, &mut control));
+    let report = prepared.and_then(|names| command::run(&request, &names, &mut control));
     let report = report.unwrap_or_else(|error| Report::NotReady(error.to_string()));
     // What was written to disks is on them when the host hears of the end.
     rustix::fs::sync();
@@ -100,20 +101,24 @@ fn load_modules() -> Result<Option<String>> {
     Ok(unloaded)
 }
 
-fn prepare(request: &Request) -> Result<()> {
+/// Makes everything ready for the command; returns the file systems whose names the host may change.
+fn prepare(request: &Request) -> Result<names::Names> {
     let _ = rustix::system::sethostname(b"vireo");
     net::loopback()?;
     let mut name_servers = if request.network { net::configure()? } else { Vec::new() };
     if name_servers.is_empty() {
         name_servers.extend(request.name_server);
     }
-    if request.root != Root::Initramfs {
-        files::enter_root(&request.root)?;
-    }
+    let names = match request.root {
+        Root::Initramfs => names::Names::default(),
+        Root::Share { .. } | Root::Disk { .. } => files::enter_root(&request.root)?,
+    };
     files::guest_mounts()?;
     if !name_servers.is_empty() {
         files::name_servers(&name_servers)?;
     }
     request.mounts.iter().try_for_each(files::mount_share)?;
-    request.modules.as_ref().map_or(Ok(()), |place| files::show_modules(OsString::from(place.clone()).as_ref()))
+    let places: Vec<OsString> = request.modules.iter().cloned().map(Into::into).collect();
+    files::show_modules(&places)?;
+    Ok(names)
 }

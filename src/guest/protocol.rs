@@ -78,6 +78,8 @@ pub struct Request {
     pub cwd: Bytes,
     /// Without that place it does not start; otherwise it starts in the root then.
     pub cwd_given: bool,
+    /// The environment's HOME is what the user asked for; otherwise another one will do if it cannot be used.
+    pub home_given: bool,
     /// Columns and rows of the terminal that it gets; otherwise pipes.
     pub terminal: Option<(u16, u16)>,
     /// Both outputs are one; on a terminal, the other one is not elsewhere.
@@ -86,8 +88,8 @@ pub struct Request {
     pub root: Root,
     /// Folders of the host in it.
     pub mounts: Vec<Mount>,
-    /// Where the kernel's modules are in it, or above which folder: programs look for them in /lib/modules.
-    pub modules: Option<Bytes>,
+    /// Where the kernel's modules may be in it, or above which folder: programs look for them in /lib/modules.
+    pub modules: Vec<Bytes>,
     /// The network card is set up, by DHCP.
     pub network: bool,
     /// Name server to use when DHCP announces none.
@@ -140,6 +142,8 @@ pub enum Order {
 pub enum Report {
     /// The command runs.
     Started,
+    /// It starts in the root, for the place where it was to start cannot be entered (`errno`).
+    StartsInRoot(i32),
     /// It does not, for this reason of the kernel's (`errno`).
     NotStarted(i32),
     /// It does not, for the place where it was to start cannot be entered (`errno`).
