@@ -60,6 +60,7 @@ pub(super) fn check(file: &File, header: &Header, end: u64, writable: bool) -> i
     for (table, copied) in tables {
         check.second_level(table, copied)?;
     }
+    check.shares()?;
     check.count_missing()?;
     Ok(vec![(header.l1.offset, l1), (header.refcounts.offset, refcounts)])
 }
@@ -102,13 +103,16 @@ struct Check<'a> {
     notes: Vec<u8>,
     /// The offsets of blocks of reference counts, by the first cluster that each counts.
     blocks: BTreeMap<u64, u64>,
+    /// Pieces of compressed data in each cluster; empty if nothing is compressed.
+    pieces: Vec<u32>,
     /// Clusters that are in use, once, and not counted.
     missing: Vec<u64>,
 }
 
 impl<'a> Check<'a> {
     fn new(file: &'a File, header: &'a Header) -> Self {
-        Check { file, header, clusters: 0, notes: Vec::new(), blocks: BTreeMap::new(), missing: Vec::new() }
+        let (notes, blocks, pieces, missing) = (Vec::new(), BTreeMap::new(), Vec::new(), Vec::new());
+        Check { file, header, clusters: 0, notes, blocks, pieces, missing }
     }
 
     fn per_block(&self) -> u64 {
@@ -242,8 +246,36 @@ impl<'a> Check<'a> {
         if entry & COPIED != 0 || offset + len > u64::MAX >> 8 {
             return broken(format!("its entry {entry:#018x} for a compressed cluster makes no sense"));
         }
+        if self.pieces.is_empty() {
+            self.pieces = vec![0; self.notes.len()];
+        }
         let bits = self.header.cluster_bits;
-        (offset >> bits..=(offset + len - 1) >> bits).try_for_each(|cluster| self.refer(cluster, PACKED))
+        for cluster in offset >> bits..=(offset + len - 1) >> bits {
+            self.refer(cluster, PACKED)?;
+            let pieces = self.pieces.get_mut(cluster as usize);
+            pieces.into_iter().for_each(|pieces| *pieces = pieces.saturating_add(1));
+        }
+        Ok(())
+    }
+
+    /// Checks that clusters with compressed data are counted for each piece of it, or they would be free too soon.
+    fn shares(&self) -> io::Result<()> {
+        for (first, offset) in self.blocks.range(..self.clusters) {
+            let pieces = self.pieces.get(*first as usize..).unwrap_or_default();
+            let pieces = pieces.get(..self.per_block() as usize).unwrap_or(pieces);
+            // One piece has a count already.
+            if pieces.iter().all(|pieces| *pieces <= 1) {
+                continue;
+            }
+            let block = read_at(self.file, *offset, self.header.cluster() as usize)?;
+            for (n, pieces) in pieces.iter().enumerate() {
+                if u64::from(*pieces) > count(&block, n, self.header.refcount_order) {
+                    let cluster = first + n as u64;
+                    return broken(format!("its reference counts are broken: cluster {cluster} has {pieces} users"));
+                }
+            }
+        }
+        Ok(())
     }
 }
 

@@ -334,6 +334,7 @@ fn tables_that_would_harm_are_refused_before_anything_is_written() {
         (l2 + 8, entry(1 << 62 | (data + 65536 - 512)), "used for two things"),
         (l2 + 8, entry(1 << 62 | 1 << 40), "a cluster is past the end of the file"),
         (l2 + 8, entry(0x3 << 62 | data), "makes no sense"),
+        (l2, [entry(1 << 62 | data), entry(1 << 62 | (data + 512))].concat(), "has 2 users"),
     ];
     for (n, (at, bytes, why)) in cases.into_iter().enumerate() {
         let (path, _) = fresh(n.to_string());
