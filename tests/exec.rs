@@ -260,7 +260,7 @@ fn planted_links() {
     fs::write(&victim, "precious").unwrap();
     let at = |name: &str| shared.path().join(name).display().to_string();
     let script = format!(
-        "cd /folder && for name in all.xml out/one.json out/two.log out/two.json planted; do
+        "cd /folder && for name in all.xml out/two.log out/two.json planted; do
          ln -sfn {} $name; done && echo planted",
         victim.display()
     );
