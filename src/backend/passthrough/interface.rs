@@ -2,8 +2,10 @@
 //! it, writing one reconfigures it. A share neither starts in such a file system nor crosses into one.
 //!
 //! The kernel identifies a file system by its magic number (statfs(2)), which is asked of the open descriptor, never of a
-//! path: what is mounted over a name a moment later changes nothing about a file that is already held. Automount points
-//! (autofs) are not in the list: looking at one mounts nothing, and what the host has mounted there is data.
+//! path: what is mounted over a name a moment later changes nothing about a file that is already held.
+//!
+//! Automount points (autofs) are something between: what the host has mounted there is data, but looking for anything else
+//! makes the host's daemon mount it, from whatever server the name says.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -56,12 +58,28 @@ const INTERFACES: [(u32, &str); 37] = [
 /// Files here are memory that an administrator set aside for certain programs.
 const HUGETLBFS: (u32, &str) = (0x9584_58F6, "hugetlbfs");
 
-/// Name of the kernel interface that an open file belongs to, if it does.
-pub(super) fn name(fd: impl AsFd) -> io::Result<Option<&'static str>> {
+const AUTOFS: u32 = 0x0187;
+
+/// A file system, as far as shares are concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Files with data.
+    Data,
+    /// Places where the host mounts file systems when somebody looks.
+    Automount,
+    /// The kernel interface of this name.
+    Interface(&'static str),
+}
+
+/// The kind of the file system that an open file is on.
+pub(super) fn kind(fd: impl AsFd) -> io::Result<Kind> {
     // All magic numbers have 32 bits, in a field of 64.
     let magic = fstatfs(fd)?.f_type as u32;
+    if magic == AUTOFS {
+        return Ok(Kind::Automount);
+    }
     let mut all = INTERFACES.iter().chain([&HUGETLBFS]);
-    Ok(all.find(|(number, _)| *number == magic).map(|(_, name)| *name))
+    Ok(all.find(|(number, _)| *number == magic).map_or(Kind::Data, |(_, name)| Kind::Interface(name)))
 }
 
 #[cfg(test)]
@@ -84,14 +102,15 @@ mod tests {
             if last != Some(line) {
                 continue;
             }
-            match name(&fd).unwrap() {
-                Some(name) => {
+            match super::kind(&fd).unwrap() {
+                Kind::Interface(name) => {
                     assert!(name == kind || kind == "cpuset", "{line}: taken for {name}");
                     found += 1;
                 }
-                None => assert!(!INTERFACES.iter().any(|(_, name)| *name == kind), "{line}"),
+                Kind::Automount => assert_eq!(kind, "autofs"),
+                Kind::Data => assert!(!INTERFACES.iter().any(|(_, name)| *name == kind), "{line}"),
             }
-            assert!(!data.contains(&kind) || name(&fd).unwrap().is_none(), "{line}");
+            assert!(!data.contains(&kind) || super::kind(&fd).unwrap() == Kind::Data, "{line}");
         }
         assert!(found >= 2, "/proc and /sys at least: {mounts}");
     }

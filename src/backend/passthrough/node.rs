@@ -11,7 +11,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::interface;
+use super::interface::{self, Kind};
 
 /// One component of a path: not empty, without `/`, neither `.` nor `..`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,6 +166,8 @@ enum Held {
         /// The file system, and where it is mounted.
         dev: u64,
         mount: u64,
+        /// Looking for a name may make the host mount something.
+        automount: bool,
     },
     /// Nothing: the host has one of the kernel's interfaces here (see `interface`), and the guest sees an empty
     /// directory that nobody can write to.
@@ -177,15 +179,16 @@ const NO_MODE: Mode = Mode::empty();
 impl Node {
     /// The folder that is shared; or what it is instead of a file system with data.
     pub(super) fn root(fd: OwnedFd) -> io::Result<Result<(Self, Stat), &'static str>> {
-        if let Some(name) = interface::name(&fd)? {
+        let kind = interface::kind(&fd)?;
+        if let Kind::Interface(name) = kind {
             return Ok(Err(name));
         }
         let stat = Stat::of(&fd)?;
-        Ok(Ok((Node::new(fd, &stat), stat)))
+        Ok(Ok((Node::new(fd, &stat, kind == Kind::Automount), stat)))
     }
 
-    fn new(fd: OwnedFd, stat: &Stat) -> Self {
-        Node { held: Held::File { fd, dev: stat.dev, mount: stat.mount }, kind: stat.kind() }
+    fn new(fd: OwnedFd, stat: &Stat, automount: bool) -> Self {
+        Node { held: Held::File { fd, dev: stat.dev, mount: stat.mount, automount }, kind: stat.kind() }
     }
 
     /// The descriptor, for calls that a closed directory refuses.
@@ -193,6 +196,14 @@ impl Node {
         match &self.held {
             Held::File { fd, .. } => Ok(fd),
             Held::Closed(_) => Err(Errno::ROFS.into()),
+        }
+    }
+
+    /// The descriptor of a directory in which names are made and removed: not where the host mounts things.
+    fn directory(&self) -> io::Result<&OwnedFd> {
+        match &self.held {
+            Held::File { fd, automount: false, .. } => Ok(fd),
+            _ => Err(Errno::ROFS.into()),
         }
     }
 
@@ -221,18 +232,32 @@ impl Node {
     /// What has this name in this directory, whatever it is; where one of the kernel's interfaces begins, an empty
     /// directory.
     pub fn child(&self, name: Name<'_>) -> io::Result<(Node, Stat)> {
-        let Held::File { dev, mount, .. } = self.held else { return Err(Errno::NOENT.into()) };
+        let Held::File { dev, mount, automount, .. } = self.held else { return Err(Errno::NOENT.into()) };
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = self.open_beneath(name, flags, NO_MODE)?;
+        let fd = if automount { self.known_child(name, flags)? } else { self.open_beneath(name, flags, NO_MODE)? };
         let stat = Stat::of(&fd)?;
-        if (stat.dev, stat.mount) == (dev, mount) || interface::name(&fd)?.is_none() {
-            return Ok((Node::new(fd, &stat), stat));
+        if (stat.dev, stat.mount) == (dev, mount) {
+            return Ok((Node::new(fd, &stat, automount), stat));
+        }
+        let kind = interface::kind(&fd)?;
+        if !matches!(kind, Kind::Interface(_)) {
+            return Ok((Node::new(fd, &stat, kind == Kind::Automount), stat));
         }
         if stat.kind() != FileType::Directory {
             return Err(Errno::ACCESS.into());
         }
         let stat = stat.closed();
         Ok((Node { held: Held::Closed(stat), kind: FileType::Directory }, stat))
+    }
+
+    /// A child that the kernel finds without asking anybody (Linux 5.12): what is mounted in a directory of automount
+    /// points already. Other names count as not there.
+    fn known_child(&self, name: Name<'_>, flags: OFlags) -> io::Result<OwnedFd> {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::CACHED;
+        match fs::openat2(self.fd()?, name.0, flags, NO_MODE, resolve) {
+            Err(Errno::AGAIN | Errno::INVAL | Errno::NOSYS | Errno::PERM) => Err(Errno::NOENT.into()),
+            result => Ok(result?),
+        }
     }
 
     fn open_beneath(&self, name: Name<'_>, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
@@ -265,25 +290,26 @@ impl Node {
     /// Makes a regular file and opens it; there must be none of this name.
     pub fn create(&self, name: Name<'_>, flags: OFlags, mode: u32) -> io::Result<File> {
         let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        self.directory()?;
         Ok(File::from(self.open_beneath(name, flags, permissions(mode))?))
     }
 
     /// Makes a regular file in this directory that has no name, and opens it; it can be given a name later unless it is
     /// `exclusive`. Returns its node too.
     pub fn create_unnamed(&self, flags: OFlags, mode: u32, exclusive: bool) -> io::Result<(File, Node, Stat)> {
-        let Held::File { fd, .. } = &self.held else { return Err(Errno::ROFS.into()) };
+        let fd = self.directory()?;
         let exclusive = if exclusive { OFlags::EXCL } else { OFlags::empty() };
         let flags = flags | exclusive | OFlags::TMPFILE | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = File::from(fs::openat(fd, c".", flags, permissions(mode))?);
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let fd = fs::open(path, OFlags::PATH | OFlags::CLOEXEC, NO_MODE)?;
         let stat = Stat::of(&fd)?;
-        Ok((file, Node::new(fd, &stat), stat))
+        Ok((file, Node::new(fd, &stat, false), stat))
     }
 
     /// Makes a directory.
     pub fn make_dir(&self, name: Name<'_>, mode: u32) -> io::Result<()> {
-        Ok(fs::mkdirat(self.fd()?, name.0, permissions(mode))?)
+        Ok(fs::mkdirat(self.directory()?, name.0, permissions(mode))?)
     }
 
     /// Makes a regular file, a FIFO, a socket, or the character device 0:0 that overlay file systems know as "not there".
@@ -295,27 +321,27 @@ impl Node {
             FileType::CharacterDevice if rdev == 0 => {}
             _ => return Err(Errno::PERM.into()),
         }
-        Ok(fs::mknodat(self.fd()?, name.0, kind, permissions(mode), 0)?)
+        Ok(fs::mknodat(self.directory()?, name.0, kind, permissions(mode), 0)?)
     }
 
     /// Makes a symbolic link.
     pub fn make_symlink(&self, name: Name<'_>, target: &CStr) -> io::Result<()> {
-        Ok(fs::symlinkat(target, self.fd()?, name.0)?)
+        Ok(fs::symlinkat(target, self.directory()?, name.0)?)
     }
 
     /// Gives a file another name, in this directory.
     pub fn link(&self, name: Name<'_>, file: &Node) -> io::Result<()> {
-        Ok(fs::linkat(fs::CWD, file.path()?, self.fd()?, name.0, AtFlags::SYMLINK_FOLLOW)?)
+        Ok(fs::linkat(fs::CWD, file.path()?, self.directory()?, name.0, AtFlags::SYMLINK_FOLLOW)?)
     }
 
     /// Takes a name away from what is no directory.
     pub fn unlink(&self, name: Name<'_>) -> io::Result<()> {
-        Ok(fs::unlinkat(self.fd()?, name.0, AtFlags::empty())?)
+        Ok(fs::unlinkat(self.directory()?, name.0, AtFlags::empty())?)
     }
 
     /// Removes an empty directory.
     pub fn remove_dir(&self, name: Name<'_>) -> io::Result<()> {
-        Ok(fs::unlinkat(self.fd()?, name.0, AtFlags::REMOVEDIR)?)
+        Ok(fs::unlinkat(self.directory()?, name.0, AtFlags::REMOVEDIR)?)
     }
 
     /// renameat2(2) with its flags.
@@ -323,9 +349,9 @@ impl Node {
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         if flags.is_empty() {
             // Not every file system knows the other call.
-            return Ok(fs::renameat(self.fd()?, name.0, to.fd()?, new_name.0)?);
+            return Ok(fs::renameat(self.directory()?, name.0, to.directory()?, new_name.0)?);
         }
-        Ok(fs::renameat_with(self.fd()?, name.0, to.fd()?, new_name.0, flags)?)
+        Ok(fs::renameat_with(self.directory()?, name.0, to.directory()?, new_name.0, flags)?)
     }
 
     /// Where a symbolic link leads.

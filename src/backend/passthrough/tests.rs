@@ -187,6 +187,52 @@ fn a_mount_that_comes_later_is_closed() {
     assert!(run.is_some() || !rustix::process::geteuid().is_root(), "root may mount");
 }
 
+/// Looking for a name in a directory of automount points asks no daemon to mount it; what is mounted there is data.
+#[test]
+fn nothing_is_mounted_for_a_guest() {
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
+    let folder = Folder::new();
+    fs::create_dir(folder.path("auto")).unwrap();
+    let in_own_namespace = || {
+        use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+        // SAFETY: the thread ends with this function, and no descriptors are unshared.
+        #[allow(unsafe_code)]
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.ok()?;
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+        // Its process group is the daemon's: these may look, and nobody waits for them.
+        let mut daemon = Command::new("sleep").arg("1000").process_group(0).spawn().unwrap();
+        let (requests, to_daemon) = std::io::pipe().unwrap();
+        let group = daemon.id();
+        let number = std::os::fd::AsRawFd::as_raw_fd(&to_daemon);
+        let options = CString::new(format!("fd={number},pgrp={group},minproto=5,maxproto=5,indirect")).unwrap();
+        let mounted = mount("x", folder.path("auto"), "autofs", MountFlags::empty(), Some(options.as_c_str()));
+        if mounted.is_ok() {
+            let (root, _) = open_root(&folder.path("")).unwrap();
+            let (auto, _) = root.child(name(c"auto")).unwrap();
+            assert!(!auto.is_closed());
+            assert_eq!(errno(auto.child(name(c"server"))), libc::ENOENT);
+            assert_eq!(errno(auto.make_dir(name(c"dir"), 0o700)), libc::EROFS);
+            assert_eq!(errno(auto.unlink(name(c"server"))), libc::EROFS);
+            assert!(auto.open_dir().is_ok());
+            let mut fds = [rustix::event::PollFd::new(&requests, rustix::event::PollFlags::IN)];
+            let now = rustix::event::Timespec::default();
+            assert_eq!(rustix::event::poll(&mut fds, Some(&now)).unwrap(), 0, "the daemon was asked");
+            let mut made = Command::new("sh");
+            made.args(["-c", "mkdir \"$0/there\" && mount -t tmpfs x \"$0/there\" && echo x >\"$0/there/file\""]);
+            made.arg(folder.path("auto")).process_group(group as i32);
+            assert!(made.status().unwrap().success());
+            let (there, _) = auto.child(name(c"there")).unwrap();
+            assert!(there.child(name(c"file")).is_ok());
+        }
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+        Some(())
+    };
+    let run = std::thread::scope(|scope| scope.spawn(in_own_namespace).join().unwrap());
+    assert!(run.is_some() || !rustix::process::geteuid().is_root(), "root may mount");
+}
+
 #[test]
 fn data_moves_between_guest_memory_and_files() {
     let folder = Folder::new();
