@@ -195,15 +195,17 @@ fn failures_are_reported_too() {
 // What guests can touch.
 
 /// Port ranges that something answers, in this process or in the kernel (8259, ELCR, PIT and speaker).
-const CLAIMED: [(u16, u16); 9] = [
+const CLAIMED: [(u16, u16); 11] = [
     (0x20, 2),
     (0x40, 4),
+    (layout::RTC_PORT, layout::RTC_LEN),
     (layout::I8042_DATA, layout::I8042_LEN),
     (0xA0, 2),
     (layout::SERIAL_PORT, layout::SERIAL_PORT_LEN),
     (0x4D0, 2),
     (layout::PVPANIC_PORT, 1),
     (layout::POWER_BLOCK, layout::POWER_BLOCK_LEN),
+    (layout::PM_TIMER_PORT, layout::PM_TIMER_LEN),
     (layout::PCI_CONFIG_ADDRESS, 4),
 ];
 

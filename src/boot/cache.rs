@@ -2,9 +2,8 @@
 //!
 //! A directory of ours holds two kinds of file, each of which appears complete or not at all:
 //!
-//! - `k-<size>-<hash>`, named by the size of the user's file and its BLAKE3 hash: a page of header (JSON after magic,
-//!   length and checksum), the kernel's memory image in whole pages, so that it can be mapped into a guest, and its
-//!   relocations.
+//! - `k-<size>-<hash>`, named by the size of the user's file and its BLAKE3 hash: an unpacked kernel
+//!   ([`super::kernel_file`]).
 //! - `s-<device>-<inode>`: which content a file of the user's had when it was last looked at: size, times, key. As in
 //!   git's index, a file changed within the last seconds is not recorded, because it could change again unseen.
 //!
@@ -12,12 +11,15 @@
 //! before its guest starts only if a kernel of exactly its size is kept, of which it may be a copy. It is kept while its
 //! guest runs ([`super::keep`]), by one process at a time.
 //!
+//! The directory is held open from the start, and everything in it is reached through its descriptor: a guest that can
+//! write to the directory's parent cannot have a link followed in its place.
+//!
 //! Nothing is synced to disk: a file that a power failure tore is found by its checksum, which is verified once per boot
 //! of the host (`s-` files record that, too). A kernel that a guest has mapped is never changed: eviction and
 //! replacement unlink. Whatever goes wrong here costs time, never a boot.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufWriter, Read, Write};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
@@ -28,18 +30,15 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::BootMode;
-use super::image::{Image, ImageInfo, Piece};
+use super::image::{Image, ImageInfo};
 use super::kaslr::{self, Relocations};
 use super::kernel;
+use super::kernel_file::{
+    HEADER, Header, checksum, chunks, damaged, for_each_block, read_header, write_data, write_header,
+};
 use super::source::{Data, ours, safe_parent};
-use crate::layout::{MMIO_HOLE, PAGE_SIZE};
+use crate::layout::PAGE_SIZE;
 
-/// Magic number of a kernel file; its last byte is the version of the format.
-const MAGIC: [u8; 8] = *b"vireo-k2";
-/// Space for the header in a kernel file.
-const HEADER: u64 = 16 << 10;
-/// Pieces with less than this between them become one.
-const GAP_MAX: u64 = 1 << 20;
 /// How much all kernels together may take by default.
 const LIMIT: u64 = 1 << 30;
 /// How many `s-` files are kept.
@@ -56,7 +55,9 @@ const TOUCH: Duration = Duration::from_secs(600);
 /// The cache's directory and its rules.
 #[derive(Debug)]
 pub struct Cache {
+    /// The directory, as it was named when it was opened.
     dir: PathBuf,
+    held: File,
     limit: u64,
     settle: Duration,
     /// In the names of files that are not complete yet: process ids repeat in other pid namespaces that share the
@@ -81,17 +82,6 @@ struct Source {
     key: String,
     /// The host boot in which the kernel file was written or its checksum verified.
     verified: String,
-}
-
-/// The header of a kernel file.
-#[derive(Serialize, Deserialize)]
-struct Header {
-    key: String,
-    info: ImageInfo,
-    relocations: Option<[u32; 3]>,
-    relocations_at: u64,
-    len: u64,
-    crc: u32,
 }
 
 impl SourceId {
@@ -138,18 +128,30 @@ impl Cache {
             DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
         }
         safe_parent(dir.parent().unwrap_or(Path::new("/")))?;
-        let metadata = fs::symlink_metadata(&dir)?;
+        let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        let held = OpenOptions::new().read(true).custom_flags(flags).open(&dir)?;
+        Cache::in_held(dir, held)
+    }
+
+    /// A cache in the open directory `held`, which must be ours alone. `dir` is its name, for messages.
+    pub fn in_held(dir: PathBuf, held: File) -> io::Result<Cache> {
+        let metadata = held.metadata()?;
         ours(&metadata)?;
         if !metadata.is_dir() {
             return Err(io::Error::from(io::ErrorKind::NotADirectory));
         }
         let token = u64::from_le_bytes(kaslr::random().map_err(io::Error::other)?);
-        Ok(Cache { dir, limit: LIMIT, settle: SETTLE, token })
+        Ok(Cache { dir, held, limit: LIMIT, settle: SETTLE, token })
     }
 
-    /// Its directory.
-    pub fn dir(&self) -> &Path {
-        &self.dir
+    /// Its directory: the name that it was opened by, and the descriptor.
+    pub fn dir(&self) -> (&Path, &File) {
+        (&self.dir, &self.held)
+    }
+
+    /// A path that leads to the held directory, whatever its name stands for by now.
+    fn place(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.held.as_raw_fd()).into()
     }
 
     /// Whether a file of `size` bytes can be a kernel that is worth keeping.
@@ -196,8 +198,9 @@ impl Cache {
         if !Cache::may_keep(id.size) || !id.settled(self.settle) {
             return Err(io::Error::other("it changed just now, or its size is not that of a kernel"));
         }
-        // Several first boots of a kernel unpack it once. A file system without locks costs only time.
-        let directory = File::open(&self.dir)?;
+        // Several first boots of a kernel unpack it once. A file system without locks costs only time. The held descriptor
+        // may be shared with another process, which would share the lock, too.
+        let directory = File::open(self.place())?;
         let _ = rustix::fs::flock(&directory, rustix::fs::FlockOperation::LockExclusive);
         if self.find(source).is_some() {
             return Ok(());
@@ -214,7 +217,7 @@ impl Cache {
     /// Removes what this value has not completed, before the process ends in the middle of [`Cache::keep`].
     pub fn abandon(&self) {
         let prefix = self.temporary("");
-        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(self.place()).into_iter().flatten().flatten() {
             if entry.path().as_os_str().as_bytes().starts_with(prefix.as_os_str().as_bytes()) {
                 let _ = fs::remove_file(entry.path());
             }
@@ -222,22 +225,22 @@ impl Cache {
     }
 
     fn temporary(&self, number: &str) -> PathBuf {
-        self.dir.join(format!("t-{:x}-{number}", self.token))
+        self.place().join(format!("t-{:x}-{number}", self.token))
     }
 
     /// Whether a kernel is kept that was made from a file of this size.
     fn has_size(&self, size: u64) -> bool {
         let prefix = format!("k-{size:x}-");
-        let mut names = fs::read_dir(&self.dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
+        let mut names = fs::read_dir(self.place()).into_iter().flatten().flatten().map(|entry| entry.file_name());
         names.any(|name| name.as_bytes().starts_with(prefix.as_bytes()))
     }
 
     fn kernel_path(&self, key: &str) -> PathBuf {
-        self.dir.join(format!("k-{key}"))
+        self.place().join(format!("k-{key}"))
     }
 
     fn source_path(&self, id: &SourceId) -> PathBuf {
-        self.dir.join(format!("s-{:x}-{:x}", id.dev, id.ino))
+        self.place().join(format!("s-{:x}-{:x}", id.dev, id.ino))
     }
 
     fn read_source(&self, id: &SourceId) -> Option<Source> {
@@ -322,7 +325,7 @@ impl Cache {
     /// however that ends.
     fn write(&self, path: &Path, fill: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
         let mut options = OpenOptions::new();
-        let nameless = options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(&self.dir).ok();
+        let nameless = options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(self.place()).ok();
         self.write_to(nameless, path, fill)
     }
 
@@ -351,7 +354,7 @@ impl Cache {
 
     /// Unlinks what was used longest ago until the rest is within the limit; `keep` stays.
     fn evict(&self, keep: &str) {
-        let Ok(entries) = fs::read_dir(&self.dir) else { return };
+        let Ok(entries) = fs::read_dir(self.place()) else { return };
         let (mut kernels, mut sources) = (Vec::new(), Vec::new());
         for entry in entries.flatten() {
             let (Ok(metadata), name) = (entry.metadata(), entry.file_name()) else { continue };
@@ -384,148 +387,6 @@ impl Cache {
     }
 }
 
-impl Header {
-    /// Whether every number in it is one that [`Cache::keep`] could have written.
-    fn is_sound(&self) -> bool {
-        let page = |n: u64| n.is_multiple_of(PAGE_SIZE);
-        let info = &self.info;
-        let mut end = info.start;
-        let pieces = info.pieces.iter().all(|piece| {
-            let sound = page(piece.paddr | piece.offset | piece.len)
-                && piece.paddr >= end
-                && piece.offset >= HEADER
-                && piece.len <= MMIO_HOLE
-                && piece.offset.checked_add(piece.len).is_some_and(|end| end <= self.relocations_at);
-            end = piece.paddr.saturating_add(piece.len);
-            sound
-        });
-        let inside = |entry: u64| (info.start..info.end).contains(&entry);
-        pieces
-            && page(info.start | info.end)
-            && end <= info.end
-            && info.start < info.end
-            && info.end <= MMIO_HOLE
-            && info.entry64.is_none_or(inside)
-            && info.pvh.is_none_or(|entry| inside(entry.into()))
-            && self.relocations_at <= self.len
-            && self.len - self.relocations_at <= kaslr::TABLES_MAX
-    }
-}
-
-/// Pieces as whole pages, neighbours joined, one behind the other in the file.
-fn chunks(pieces: &[Piece]) -> Vec<Piece> {
-    let mut chunks: Vec<Piece> = Vec::new();
-    for piece in pieces {
-        let start = piece.paddr / PAGE_SIZE * PAGE_SIZE;
-        let end = (piece.paddr + piece.len).next_multiple_of(PAGE_SIZE);
-        match chunks.last_mut() {
-            Some(last) if start < last.paddr + last.len + GAP_MAX => last.len = end - last.paddr,
-            _ => chunks.push(Piece { paddr: start, offset: 0, len: end - start }),
-        }
-    }
-    let mut offset = HEADER;
-    for chunk in &mut chunks {
-        chunk.offset = offset;
-        offset += chunk.len;
-    }
-    chunks
-}
-
-/// Counts and sums up what goes into the file.
-struct Summing<'a> {
-    file: &'a File,
-    crc: flate2::Crc,
-    written: u64,
-}
-
-impl Write for Summing<'_> {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        let n = self.file.write_at(buffer, HEADER + self.written)?;
-        self.crc.update(&buffer[..n]);
-        self.written += n as u64;
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Writes all behind the header and returns its checksum.
-fn write_data(file: &File, chunks: &[Piece], image: &Image, relocations: &[u8]) -> io::Result<u32> {
-    let summing = Summing { file, crc: flate2::Crc::new(), written: 0 };
-    let mut out = BufWriter::with_capacity(256 << 10, summing);
-    let mut pieces = image.info.pieces.iter().peekable();
-    for chunk in chunks {
-        let mut at = chunk.paddr;
-        while let Some(piece) = pieces.next_if(|piece| piece.paddr < chunk.paddr + chunk.len) {
-            io::copy(&mut io::repeat(0).take(piece.paddr - at), &mut out)?;
-            let mut reader = image.data.reader(piece.offset, piece.len).map_err(io::Error::other)?;
-            if io::copy(&mut reader, &mut out)? != piece.len {
-                return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
-            }
-            at = piece.paddr + piece.len;
-        }
-        io::copy(&mut io::repeat(0).take(chunk.paddr + chunk.len - at), &mut out)?;
-    }
-    out.write_all(relocations)?;
-    let summing = out.into_inner().map_err(io::IntoInnerError::into_error)?;
-    Ok(summing.crc.sum())
-}
-
-fn write_header(file: &File, header: &Header) -> io::Result<()> {
-    let json = serde_json::to_vec(header)?;
-    let mut bytes = MAGIC.to_vec();
-    bytes.extend((json.len() as u32).to_le_bytes());
-    bytes.extend(crc(&json).to_le_bytes());
-    bytes.extend(json);
-    if bytes.len() as u64 > HEADER {
-        return Err(io::Error::other("its header is too large"));
-    }
-    file.write_all_at(&bytes, 0)
-}
-
-fn read_header(file: &File) -> io::Result<Header> {
-    let mut fixed = [0; 16];
-    file.read_exact_at(&mut fixed, 0)?;
-    let word = |at: usize| u32::from_le_bytes([fixed[at], fixed[at + 1], fixed[at + 2], fixed[at + 3]]);
-    let (len, sum) = (word(8), word(12));
-    if fixed[..8] != MAGIC || u64::from(len) > HEADER {
-        return Err(damaged("bad magic number"));
-    }
-    let mut json = vec![0; len as usize];
-    file.read_exact_at(&mut json, 16)?;
-    if crc(&json) != sum {
-        return Err(damaged("bad header checksum"));
-    }
-    Ok(serde_json::from_slice(&json)?)
-}
-
-fn crc(bytes: &[u8]) -> u32 {
-    let mut crc = flate2::Crc::new();
-    crc.update(bytes);
-    crc.sum()
-}
-
-/// Reads `start..end` of a file in blocks.
-fn for_each_block(file: &File, start: u64, end: u64, mut each: impl FnMut(&[u8])) -> io::Result<()> {
-    let mut buffer = vec![0; 128 << 10];
-    let mut at = start;
-    while at < end {
-        let want = (end - at).min(buffer.len() as u64) as usize;
-        file.read_exact_at(&mut buffer[..want], at)?;
-        each(&buffer[..want]);
-        at += want as u64;
-    }
-    Ok(())
-}
-
-fn checksum(file: &File, start: u64, end: u64) -> io::Result<u32> {
-    let mut crc = flate2::Crc::new();
-    for_each_block(file, start, end, |block| crc.update(block))?;
-    Ok(crc.sum())
-}
-
 /// The key of a file's content.
 fn key_of(file: &File, size: u64) -> io::Result<String> {
     let mut hasher = blake3::Hasher::new();
@@ -551,10 +412,6 @@ fn touch(file: &File) {
     if old.is_ok_and(|old| now.duration_since(old).is_ok_and(|age| age > TOUCH)) {
         let _ = file.set_modified(now);
     }
-}
-
-fn damaged(text: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, text)
 }
 
 #[cfg(test)]
@@ -837,6 +694,19 @@ mod tests {
     }
 
     #[test]
+    fn a_link_in_the_place_of_the_open_cache_is_not_followed() {
+        let (files, cache, kernel) = set_up();
+        let elsewhere = files.path("elsewhere");
+        fs::create_dir(&elsewhere).unwrap();
+        fs::rename(&cache.dir, files.path("moved")).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &cache.dir).unwrap();
+        assert!(!boot(&cache, &kernel));
+        assert!(boot(&cache, &kernel), "it is kept in the directory that was opened");
+        assert_eq!(fs::read_dir(elsewhere).unwrap().count(), 0);
+        assert_ne!(fs::read_dir(files.path("moved")).unwrap().count(), 0);
+    }
+
+    #[test]
     fn a_cache_that_cannot_be_written_costs_only_time() {
         let (_files, cache, kernel) = set_up();
         fs::remove_dir(&cache.dir).unwrap();
@@ -858,13 +728,5 @@ mod tests {
         });
         assert!(boot(&cache, &kernel));
         assert_eq!((entries(&cache, "k-").len(), entries(&cache, "t-").len()), (1, 0));
-    }
-
-    #[test]
-    fn neighbouring_pieces_share_pages() {
-        let piece = |paddr, len| Piece { paddr, offset: 7, len };
-        let joined = chunks(&[piece(0x100_0000, 10), piece(0x100_0800, 0x1000), piece(0x200_0001, 1)]);
-        let chunk = |paddr, offset, len| Piece { paddr, offset, len };
-        assert_eq!(joined, [chunk(0x100_0000, HEADER, 0x2000), chunk(0x200_0000, HEADER + 0x2000, 0x1000)]);
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! vireo       unpacks the kernel ── starts the guest ─────── waits for its end ───────▶ ends
 //!                                       │ stdin: the kernel's file, stdout: a pipe ╎
+//!                                       │ stderr: the cache's directory            ╎
 //! vireo-keep                            └─▶ hashes, unpacks again, writes ──▶ ends ╎ or ends with vireo
 //! ```
 //!
@@ -10,6 +11,8 @@
 //! is only one processor. A thread could not have that priority: a process has only ended when its last thread has had
 //! the processor once more, for which it waits for seconds on a busy machine. And neither the memory that unpacking takes
 //! nor a fault of a decompressor concerns the guest.
+//!
+//! The directory is handed over as a descriptor: the guest runs by now, and may be able to exchange what has its name.
 //!
 //! Nothing is ever written to the pipe: when vireo has ended, it has lost its reader, and the keeper ends.
 
@@ -38,13 +41,15 @@ const WAIT_MAX: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Unkept {
     cache: PathBuf,
+    directory: File,
     kernel: File,
 }
 
 impl Unkept {
     /// What is still to be kept: the file `kernel`, in `cache`.
-    pub fn new(cache: &Cache, kernel: File) -> Unkept {
-        Unkept { cache: cache.dir().into(), kernel }
+    pub fn new(cache: &Cache, kernel: File) -> io::Result<Unkept> {
+        let (name, directory) = cache.dir();
+        Ok(Unkept { cache: name.into(), directory: directory.try_clone()?, kernel })
     }
 
     /// Starts the process that keeps it. A failure costs time in the next boot and is only logged.
@@ -61,7 +66,7 @@ impl Unkept {
 
     fn run(self) -> io::Result<()> {
         let mut command = Command::new("/proc/self/exe");
-        command.arg0(NAME).arg(self.cache).stdin(self.kernel).stdout(Stdio::piped()).stderr(Stdio::null());
+        command.arg0(NAME).arg(self.cache).stdin(self.kernel).stdout(Stdio::piped()).stderr(self.directory);
         // No calls between fork and exec: with them, guest memory would be copied on write for the new process.
         let status = command.spawn()?.wait()?;
         if status.success() { Ok(()) } else { Err(io::Error::other(status.to_string())) }
@@ -85,7 +90,7 @@ pub fn main() -> ! {
 
 fn keep() -> io::Result<()> {
     let dir = env::args_os().nth(1).ok_or(io::ErrorKind::InvalidInput)?;
-    let cache = Arc::new(Cache::at(dir.into())?);
+    let cache = Arc::new(cache(dir.into())?);
     let kernel = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let watched = cache.clone();
     thread::Builder::new().name("watch".into()).spawn(move || {
@@ -98,6 +103,12 @@ fn keep() -> io::Result<()> {
         thread::sleep(wait);
     }
     cache.keep(&kernel)
+}
+
+/// The cache that vireo has opened; started by hand, with stderr elsewhere, the one that has this name.
+fn cache(dir: PathBuf) -> io::Result<Cache> {
+    let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+    if stderr.metadata()?.is_dir() { Cache::in_held(dir, stderr) } else { Cache::at(dir) }
 }
 
 /// Returns only when there is an error on stdout: nobody can read from it any more, or it cannot be watched.

@@ -17,6 +17,7 @@ mod interrupt_stub;
 pub mod kaslr;
 pub mod keep;
 pub mod kernel;
+mod kernel_file;
 pub mod modules;
 pub mod mptable;
 pub mod pack;
@@ -321,7 +322,7 @@ fn open_kernel(config: &BootConfig, cache: Option<&Cache>) -> Result<Kernel, Pro
         return Ok(Kernel { image, cached: true, unkept: None });
     }
     let unkept = match cache {
-        Some(cache) => Some(Unkept::new(cache, file.try_clone().map_err(Problem::Open)?)),
+        Some(cache) => Some(file.try_clone().and_then(|file| Unkept::new(cache, file)).map_err(Problem::Open)?),
         None => None,
     };
     let image = kernel::examine(source::Data::File(file, len), config.boot)?;
