@@ -168,7 +168,7 @@ fn the_console_is_watched() {
 fn a_shell_on_a_terminal() {
     let run = Run::exec(&["sh", "-i"]).env("TERM=dumb").env("PS1=$ ");
     let mut guest = run.start_on_terminal(on_terminal);
-    guest.wait_for("# ");
+    guest.wait_for("$ "); // the prompt of the environment
     guest.send(b"echo tty: $(tty) $(stty size)\n");
     guest.wait_for("tty: /dev/pts/");
     guest.send(b"sh -c 'echo foreground-$((40 + 2)); exec sleep 1000'\n");

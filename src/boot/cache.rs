@@ -3,7 +3,7 @@
 //! A directory of ours holds two kinds of file, each of which appears complete or not at all:
 //!
 //! - `k-<size>-<hash>`, named by the size of the user's file and its BLAKE3 hash: an unpacked kernel
-//!   ([`super::kernel_file`]).
+//!   (`kernel_file.rs`).
 //! - `s-<device>-<inode>`: which content a file of the user's had when it was last looked at: size, times, key. As in
 //!   git's index, a file changed within the last seconds is not recorded, because it could change again unseen.
 //!

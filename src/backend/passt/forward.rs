@@ -24,7 +24,7 @@ const DEFAULT_ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 pub struct Forward {
     /// Protocol of both ports.
     pub protocol: Protocol,
-    /// The host's address to listen at; without one, [`DEFAULT_ADDRESS`].
+    /// The host's address to listen at; without one, 127.0.0.1.
     pub address: Option<IpAddr>,
     /// The host's port.
     pub host: u16,
