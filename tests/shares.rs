@@ -24,7 +24,12 @@ fn run(script: &str, host: &str) -> Run {
 }
 
 fn run_kernel(kernel: &str, script: &str, host: &str) -> Run {
-    Run::new(kernel, script).with_program("fs-check").cmdline(CMDLINE).through(&format!("{FOLDER}mkdir one\n{host}"))
+    let modules = kernel.trim_start_matches("bzImage-");
+    Run::new(kernel, script)
+        .with_modules(modules)
+        .with_program("fs-check")
+        .cmdline(CMDLINE)
+        .through(&format!("{FOLDER}mkdir one\n{host}"))
 }
 
 /// What was printed between two lines.

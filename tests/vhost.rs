@@ -218,8 +218,9 @@ rm -rf /tmp/shared /tmp/kill
 mkdir /tmp/shared
 trap 'kill $(cat /tmp/pid) 2>/dev/null || true; rm -rf /tmp/shared /tmp/fs.sock' EXIT
 echo 'from the host' >/tmp/shared/file
+for virtiofsd in /usr/lib/qemu/virtiofsd /usr/libexec/virtiofsd; do [ ! -x $virtiofsd ] || break; done
 start() {
-    /usr/lib/qemu/virtiofsd --socket-path=/tmp/fs.sock -o source=/tmp/shared -o sandbox=chroot 2>/dev/null &
+    $virtiofsd --socket-path=/tmp/fs.sock -o source=/tmp/shared -o sandbox=chroot 2>/dev/null &
     echo $! >/tmp/pid
     until [ -S /tmp/fs.sock ]; do sleep 0.05; done
 }

@@ -38,6 +38,8 @@ int main(int argc, char **argv)
     size_t count = sizeof first / sizeof *first;
     memcpy(all, first, sizeof first);
     memcpy(all + count, argv + 1, (argc > 0 ? argc - 1 : 0) * sizeof *argv);
+    /* Before the system's directory, whose modules another version of QEMU may have brought. */
+    setenv("QEMU_MODULE_DIR", below("/usr/lib/x86_64-linux-gnu/qemu"), 1);
     unsetenv("LD_LIBRARY_PATH");
     unsetenv("LD_PRELOAD");
     char *loader = below("/qemu-system-x86_64");
