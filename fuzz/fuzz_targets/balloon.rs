@@ -4,9 +4,9 @@
 
 use libfuzzer_sys::fuzz_target;
 use vireo::options::Size;
+use vireo::virtio::VirtioDevice;
 use vireo::virtio::balloon::Balloon;
 use vireo::virtio::control::Control;
-use vireo::virtio::VirtioDevice;
 use vireo_fuzz::{Request, drive};
 
 /// Page numbers; statistics; free pages to report.

@@ -6,7 +6,7 @@ use std::fs;
 use std::sync::{LazyLock, Once};
 
 use libfuzzer_sys::fuzz_target;
-use vireo::virtio::fs::{Cache, Fs, FsConfig};
+use vireo::virtio::fs::{Budget, Cache, Fs, FsConfig};
 use vireo_fuzz::{Request, drive};
 
 /// A FUSE request: opcode, node, body.
@@ -43,7 +43,11 @@ static MESSAGES: LazyLock<Vec<(usize, Vec<u8>, Vec<u32>)>> = LazyLock::new(|| {
         (1, message(1, 1, &[b"..\0"]), out.clone()),
         (1, message(1, 2, &[b"inner\0"]), out.clone()),
         (1, message(3, 2, &[&words(&[0, 1])]), out.clone()),
-        (1, message(4, 2, &[&words(&[pair(8 | 1 | 64, 0), 1, 4096, 0, 0, 0, 0, 0, pair(0o644, 0), 0, 0])]), out.clone()),
+        (
+            1,
+            message(4, 2, &[&words(&[pair(8 | 1 | 64, 0), 1, 4096, 0, 0, 0, 0, 0, pair(0o644, 0), 0, 0])]),
+            out.clone(),
+        ),
         (1, message(5, 4, &[]), wide.clone()),
         (1, message(6, 1, &[b"link\0../secret\0"]), out.clone()),
         (1, message(8, 1, &[&words(&[pair(0o10644, 0), 0]), b"fifo\0"]), out.clone()),
@@ -107,11 +111,9 @@ fuzz_target!(|data: &[u8]| {
         cache: if how & 4 != 0 { Cache::Always } else { Cache::Auto },
         ..FsConfig::default()
     };
-    let requests: Vec<Request> = MESSAGES
-        .iter()
-        .map(|(queue, readable, writable)| Request { queue: *queue, readable, writable })
-        .collect();
-    drive(&mut Fs::new(0, &config).unwrap(), &requests, data, &mut |_| {});
+    let requests: Vec<Request> =
+        MESSAGES.iter().map(|(queue, readable, writable)| Request { queue: *queue, readable, writable }).collect();
+    drive(&mut Fs::new(0, &config, &Budget::new(1000, 1)).unwrap(), &requests, data, &mut |_| {});
     assert_eq!(fs::read(&secret).unwrap(), b"not yours");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
 });

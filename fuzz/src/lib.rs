@@ -12,7 +12,8 @@ use vireo::virtio::{Activated, Activation, Event, Share, VirtioDevice};
 /// Bytes of memory that a guest uses.
 pub const RAM: u64 = 1 << 20;
 const RINGS: u64 = 0x1000;
-const TABLES: u64 = 0x1_0000;
+/// Where indirect tables are.
+pub const TABLES: u64 = 0x1_0000;
 const TABLES_END: u64 = 0x1_4000;
 const BUFFERS: u64 = 0x2_0000;
 const SIZE: u16 = 32;
@@ -46,7 +47,8 @@ pub fn drive_in(
 ) {
     let mut bytes = Unstructured::new(data);
     for _ in 0..LIVES {
-        if bytes.is_empty() || Guest::start(ram, device, requests, &mut bytes).is_none_or(|mut guest| guest.live(host)) {
+        if bytes.is_empty() || Guest::start(ram, device, requests, &mut bytes).is_none_or(|mut guest| guest.live(host))
+        {
             return;
         }
         device.reset();
@@ -266,4 +268,49 @@ impl<'a, 'b> Guest<'a, 'b> {
         let state = self.device.save().expect("a stopped device can be saved");
         self.device.restore(&state).expect("and be what it was");
     }
+}
+
+/// Changes something in a document: mostly a leaf, now and then a list or an object.
+pub fn mutate(value: &mut serde_json::Value, bytes: &mut Unstructured<'_>) -> Result<()> {
+    use serde_json::Value;
+    if !bytes.ratio(1, 16)? {
+        match value {
+            Value::Object(map) if !map.is_empty() => {
+                let n = bytes.choose_index(map.len())?;
+                return map.values_mut().nth(n).map_or(Ok(()), |value| mutate(value, bytes));
+            }
+            Value::Array(list) if !list.is_empty() => {
+                let n = bytes.choose_index(list.len())?;
+                return mutate(&mut list[n], bytes);
+            }
+            _ => {}
+        }
+    }
+    let more: bool = bytes.arbitrary()?;
+    match value {
+        Value::Array(list) if bytes.arbitrary()? => match (list.last().cloned(), more) {
+            (Some(last), true) => list.push(last),
+            _ => _ = list.pop(),
+        },
+        _ => *value = leaf(value, bytes)?,
+    }
+    Ok(())
+}
+
+/// Another value in the place of this one, mostly of its type.
+fn leaf(value: &serde_json::Value, bytes: &mut Unstructured<'_>) -> Result<serde_json::Value> {
+    use serde_json::{Value, json};
+    let number = value.as_u64().unwrap_or(0);
+    Ok(match bytes.int_in_range(0..=9u8)? {
+        0 => json!(number.wrapping_add(1)),
+        1 => json!(number.wrapping_sub(1)),
+        2 => json!(number ^ 1 << bytes.int_in_range(0..=63)?),
+        3 => json!(bytes.arbitrary::<u64>()?),
+        4 => json!(bytes.arbitrary::<u16>()?),
+        5 => json!(u64::MAX),
+        6 => json!(bytes.arbitrary::<bool>()?),
+        7 => json!(bytes.arbitrary::<&str>()?),
+        8 => json!([bytes.arbitrary::<u8>()?, bytes.arbitrary::<u32>()?]),
+        _ => Value::Null,
+    })
 }
