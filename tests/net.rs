@@ -167,8 +167,8 @@ echo "link then: 0"
     assert!(ended.stderr.contains("net0: the network is gone, the guest has no link: passt is gone"), "{ended}");
 }
 
-/// A server at 127.0.0.1 of the host is out of reach, also for a guest that addresses it directly, until map_gateway=on
-/// shows it at the gateway's address. The gateway answers pings either way.
+/// A server at 127.0.0.1 of the host is out of reach until map_gateway=on shows it at the gateway's address, which answers
+/// pings either way. (Packets to 127.0.0.1 itself: `no_frame_reaches_the_hosts_loopback`.)
 #[test]
 fn the_hosts_loopback_is_closed() {
     let host = host_half(
