@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::{FileType, Mode, OFlags};
@@ -19,7 +20,8 @@ use super::place::{FileId, Place};
 #[derive(Debug)]
 struct FifoFile {
     place: Place,
-    made: Option<FileId>,
+    /// The file, if it was made here. Held open, or another file could get its inode number when it is removed.
+    made: Option<OwnedFd>,
 }
 
 impl FifoFile {
@@ -28,7 +30,10 @@ impl FifoFile {
         let place = Place::find(path, &held::folders()).map_err(failed)?;
         let (dir, name) = place.parts();
         let made = match rustix::fs::mknodat(dir, name, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0) {
-            Ok(()) => place.id(),
+            Ok(()) => {
+                let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                Some(rustix::fs::openat(dir, name, flags, Mode::empty()).map_err(|e| failed(e.into()))?)
+            }
             Err(rustix::io::Errno::EXIST) => None,
             Err(e) => return Err(failed(e.into())),
         };
@@ -46,8 +51,8 @@ fn open(place: &Place, flags: OFlags) -> io::Result<File> {
 
 impl Drop for FifoFile {
     fn drop(&mut self) {
-        if let Some(made) = self.made {
-            let _ = self.place.remove_if(made);
+        if let Some(stat) = self.made.as_ref().and_then(|made| rustix::fs::fstat(made).ok()) {
+            let _ = self.place.remove_if(FileId::of(&stat));
         }
     }
 }
