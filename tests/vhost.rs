@@ -334,6 +334,7 @@ device="--vhost-user socket=/etc/passwd,type=blk" run "$vireo"
 until [ -S /tmp/silent.sock ]; do sleep 0.05; done
 device="--vhost-user socket=/tmp/silent.sock,type=net" run "$vireo"
 kill -9 $!
+wait $! # until then its socket is there
 device="--vhost-user socket=/tmp/silent.sock,type=net" run "$vireo"
 rm -f /tmp/silent.sock
 "#;
