@@ -52,12 +52,12 @@ impl ConsoleWatch {
     }
 }
 
-/// Whether a kernel says with this line that it panicked.
+/// Returns whether a kernel says with this line that it panicked.
 fn is_panic(text: &[u8]) -> bool {
     text.starts_with(b"Kernel panic - not syncing")
 }
 
-/// Whether a kernel says with this line that it is about to restart the machine.
+/// Returns whether a kernel says with this line that it is about to restart the machine.
 fn is_restart(text: &[u8]) -> bool {
     text.starts_with(b"reboot: Restarting system") || text.starts_with(b"sysrq: Resetting")
 }

@@ -63,7 +63,7 @@ pub(super) fn content(file: &File) -> io::Result<Content> {
     Ok(if rest.starts_with(b"conectix") { Content::Foreign(&FIXED_VHD) } else { Content::Unmarked })
 }
 
-/// Whether the name of an image says that it is qcow2.
+/// Returns whether the name of an image says that it is qcow2.
 pub(super) fn is_named_qcow2(path: &Path) -> bool {
     let extension = path.extension().and_then(|extension| extension.to_str());
     extension.is_some_and(|extension| ["qcow2", "qcow"].iter().any(|name| extension.eq_ignore_ascii_case(name)))

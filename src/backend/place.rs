@@ -56,7 +56,7 @@ impl WritableFolders {
         WritableFolders(paths.into_iter().filter_map(id).collect())
     }
 
-    /// Whether there are none.
+    /// Returns whether there are none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

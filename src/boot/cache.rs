@@ -154,7 +154,7 @@ impl Cache {
         format!("/proc/self/fd/{}", self.held.as_raw_fd()).into()
     }
 
-    /// Whether a file of `size` bytes can be a kernel that is worth keeping.
+    /// Returns whether a file of `size` bytes can be a kernel that is worth keeping.
     pub fn may_keep(size: u64) -> bool {
         SOURCE_SIZES.contains(&size)
     }
@@ -228,7 +228,7 @@ impl Cache {
         self.place().join(format!("t-{:x}-{number}", self.token))
     }
 
-    /// Whether a kernel is kept that was made from a file of this size.
+    /// Returns whether a kernel is kept that was made from a file of this size.
     fn has_size(&self, size: u64) -> bool {
         let prefix = format!("k-{size:x}-");
         let mut names = fs::read_dir(self.place()).into_iter().flatten().flatten().map(|entry| entry.file_name());

@@ -73,7 +73,7 @@ impl Unkept {
     }
 }
 
-/// Whether this process is one that [`Unkept::start`] has started.
+/// Returns whether this process is one that [`Unkept::start`] has started.
 pub fn is_keeper() -> bool {
     env::args_os().next().is_some_and(|name| Path::new(&name).file_name() == Some(NAME.as_ref()))
 }

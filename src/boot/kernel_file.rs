@@ -30,7 +30,7 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Whether every number in it is one that [`super::cache::Cache::keep`] could have written.
+    /// Returns whether every number in it is one that [`super::cache::Cache::keep`] could have written.
     pub(super) fn is_sound(&self) -> bool {
         let page = |n: u64| n.is_multiple_of(PAGE_SIZE);
         let info = &self.info;

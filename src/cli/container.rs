@@ -13,12 +13,12 @@ pub(super) fn hint(text: &str) -> &'static str {
     if is_refusal(text) && is_filtered(&status()) { HINT } else { "" }
 }
 
-/// Whether the OS error in the text is one that a filter gives.
+/// Returns whether the OS error in the text is one that a filter gives.
 fn is_refusal(text: &str) -> bool {
     [libc::EPERM, libc::ENOSYS].iter().any(|errno| text.contains(&format!("(os error {errno})")))
 }
 
-/// Whether a process with this `/proc/PID/status` has a filter (proc(5): mode 2).
+/// Returns whether a process with this `/proc/PID/status` has a filter (proc(5): mode 2).
 fn is_filtered(status: &str) -> bool {
     status.lines().any(|line| line.strip_prefix("Seccomp:").is_some_and(|mode| mode.trim() == "2"))
 }

@@ -116,7 +116,7 @@ impl ExecArgs {
         Ok(config)
     }
 
-    /// Whether the guests are those of other processes.
+    /// Returns whether the guests are those of other processes.
     pub(super) fn is_matrix(&self) -> bool {
         self.matrix.is_some()
     }

@@ -43,7 +43,7 @@ impl Use {
         matches!(self, Use::Read | Use::ReadDisk | Use::Disk | Use::Folder)
     }
 
-    /// Whether one file cannot be for both.
+    /// Returns whether one file cannot be for both.
     fn excludes(self, other: Use) -> bool {
         let alone = |one, other| one == Use::Disk && matches!(other, Use::Disk | Use::ReadDisk);
         let spoils = |one: Use, other| one.is_output() && other != Use::Folder;

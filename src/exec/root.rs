@@ -67,7 +67,7 @@ impl Command {
         ours.filter(|_| self.root == RootFrom::Path("/".into())).unwrap_or_else(|| "/root".into())
     }
 
-    /// Whether the user said what the home directory is.
+    /// Returns whether the user said what the home directory is.
     pub(super) fn names_home(&self) -> bool {
         let names = |item: &OsString| item == "*" || item == "HOME" || item.as_bytes().starts_with(b"HOME=");
         self.env.iter().any(names)

@@ -89,7 +89,7 @@ fn pass_on(command: Pid, signal: Signal) {
     };
 }
 
-/// Whether a process can start in this directory. It need not be one that can be read.
+/// Returns whether a process can start in this directory. It need not be one that can be read.
 fn enter(dir: &OsStr) -> std::result::Result<(), Errno> {
     rustix::fs::open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map(drop)
 }

@@ -329,7 +329,7 @@ fn program_legacy(vm: &Vm, boot_cpu: &Vcpu, config: &MachineConfig, protocol: Pr
     Ok(())
 }
 
-/// Whether the command line keeps a Linux from using kvmclock, or asks for the PM timer.
+/// Returns whether the command line keeps a Linux from using kvmclock, or asks for the PM timer.
 fn declines_kvmclock(cmdline: &str) -> bool {
     cmdline.split_whitespace().any(|word| matches!(word, "nopv" | "no-kvmclock" | "clocksource=acpi_pm"))
 }

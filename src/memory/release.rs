@@ -232,7 +232,7 @@ mod tests {
         assert_eq!(ram.read_obj::<u8>(0x1_4000).unwrap(), 0);
     }
 
-    /// Whether all of this process's mapped pages in a range are left out of core dumps ("dd" in VmFlags).
+    /// Returns whether all of this process's mapped pages in a range are left out of core dumps ("dd" in VmFlags).
     fn undumped(from: u64, len: u64) -> bool {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let (mut within, mut flags) = (false, Vec::new());

@@ -99,7 +99,7 @@ impl Interrupt {
         self.0.reasons.fetch_and(!((reasons & REASONS) << READ), Ordering::SeqCst);
     }
 
-    /// Whether there is a reason that the driver has not read.
+    /// Returns whether there is a reason that the driver has not read.
     pub(super) fn is_unread(&self) -> bool {
         self.0.reasons.load(Ordering::SeqCst) & REASONS != 0
     }
@@ -109,7 +109,7 @@ impl Interrupt {
         self.0.generation.load(Ordering::SeqCst)
     }
 
-    /// Whether `DEVICE_NEEDS_RESET` is set.
+    /// Returns whether `DEVICE_NEEDS_RESET` is set.
     pub(super) fn is_reset_needed(&self) -> bool {
         self.0.needs_reset.load(Ordering::SeqCst)
     }

@@ -119,7 +119,7 @@ pub fn take_own_umask() {
     }
 }
 
-/// Whether this thread has a umask of its own.
+/// Returns whether this thread has a umask of its own.
 pub fn has_own_umask() -> bool {
     OWN_UMASK.get()
 }

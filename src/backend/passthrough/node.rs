@@ -212,7 +212,7 @@ impl Node {
         Ok(format!("/proc/self/fd/{}", self.fd()?.as_raw_fd()))
     }
 
-    /// Whether this is the empty directory that stands in for a kernel interface of the host.
+    /// Returns whether this is the empty directory that stands in for a kernel interface of the host.
     pub fn is_closed(&self) -> bool {
         matches!(self.held, Held::Closed(_))
     }

@@ -157,7 +157,7 @@ impl Template {
         self.entries.iter().find(|e| e.function == 0x8000_0008).map_or(36, |e| e.eax & 0xFF)
     }
 
-    /// Whether the guest is offered KVM's own clock.
+    /// Returns whether the guest is offered KVM's own clock.
     pub fn has_kvmclock(&self) -> bool {
         self.has("kvmclock")
     }

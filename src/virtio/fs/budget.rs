@@ -42,7 +42,7 @@ impl Pool {
         Slot(self.clone())
     }
 
-    /// Whether a share that holds this many must give one back before it takes another.
+    /// Returns whether a share that holds this many must give one back before it takes another.
     pub fn is_exhausted(&self, own: usize) -> bool {
         own >= self.most || own >= self.part && self.taken.load(Ordering::Relaxed) >= self.most
     }

@@ -399,7 +399,7 @@ impl Server {
         if self.squash.is_some() { make() } else { self.identity.make_as(caller.owner, make) }
     }
 
-    /// Whether attributes include access control lists.
+    /// Returns whether attributes include access control lists.
     pub fn has_access_lists(&self) -> bool {
         self.access_lists.load(Ordering::Relaxed)
     }
