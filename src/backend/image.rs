@@ -16,6 +16,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use log::{info, warn};
 use rustix::fs::OFlags;
@@ -26,6 +28,9 @@ use super::held;
 use super::qcow2::{self, Qcow2Disk};
 use super::raw::{DIRECT_BLOCK, RawDisk, RawKind};
 use super::{Disk, SECTOR};
+
+/// The longest wait for a lock that a process may only have for a moment.
+const LOCK_WAIT: Duration = Duration::from_millis(250);
 
 /// What is in an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -326,14 +331,25 @@ fn lock_or_warn(file: &File, path: &Path, readonly: bool) -> Result<(), Error> {
     Ok(())
 }
 
-/// Locks an open file, if that can be; whether somebody else has a lock that excludes this one.
+/// Locks an open file, if its file system has locks. Returns whether somebody else has a lock that excludes this one.
+///
+/// Waits for up to [`LOCK_WAIT`]: a process that was just started has its parent's descriptors, and with them the locks,
+/// until it executes its own program. A VM that begins where another one has ended would be refused for that moment.
 pub(super) fn is_taken(file: &File, path: &Path, readonly: bool) -> bool {
-    match lock(file, readonly) {
-        Ok(()) => false,
-        Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => true,
-        Err(e) => {
-            warn!("{} cannot be locked and is used unlocked: {e}", path.display());
-            false
+    let deadline = Instant::now() + LOCK_WAIT;
+    loop {
+        match lock(file, readonly) {
+            Ok(()) => return false,
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+                if Instant::now() > deadline {
+                    return true;
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+            Err(e) => {
+                warn!("{} cannot be locked and is used unlocked: {e}", path.display());
+                return false;
+            }
         }
     }
 }
