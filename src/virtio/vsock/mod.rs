@@ -12,6 +12,7 @@ mod connection;
 mod flow;
 mod muxer;
 pub mod packet;
+mod reset;
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;

@@ -12,6 +12,7 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use super::connection::{Connection, Greeting, Key, Phase, Turn, Verdict};
 use super::packet::{HEADER, HOST_CID, Header, Op, STREAM};
+use super::reset::TransportReset;
 use super::{MAX_CONNECTIONS, TX};
 use crate::backend::place::Place;
 use crate::backend::unix::{self, Listener};
@@ -23,15 +24,11 @@ use crate::virtio::{Context, Event, Fault, Progress};
 
 /// Resets that wait for a receive buffer: with more, nothing is taken from the guest until it has made room (5.10.6.1).
 const MAX_RESETS: usize = 256;
-/// How long a restored device waits for its guest to take the event of its restore.
-const HOLD: Duration = Duration::from_secs(2);
 /// How often deadlines are looked at while there are some.
 const TICK: Duration = Duration::from_millis(100);
 /// Ports of the host's ends of connections that the host began, out of the way of those that anybody would listen on.
 const FIRST_PORT: u32 = 1 << 30;
 const LAST_PORT: u32 = (1 << 31) - 1;
-/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (5.10.6.7).
-const TRANSPORT_RESET: u32 = 0;
 
 const LISTENER: u64 = 0;
 const TIMER: u64 = 1;
@@ -59,20 +56,7 @@ pub struct Muxer {
     /// There may be clients that could not be accepted.
     accept_due: bool,
     warnings: LogLimit,
-    /// The guest has yet to be told that its connections are gone.
-    event_due: bool,
-    /// After a restore, until the guest has dealt with that.
-    held: Option<Held>,
-}
-
-/// A restored device: what it gave to a guest that still has its old connections, the guest would end with them.
-#[derive(Default)]
-struct Held {
-    /// When to stop waiting for a guest that does not take its events.
-    deadline: Option<Instant>,
-    /// The driver's index in the event queue when the event was given to it. It puts the buffer back when it has handled
-    /// the event.
-    told: Option<u16>,
+    reset: TransportReset,
 }
 
 impl Muxer {
@@ -93,8 +77,7 @@ impl Muxer {
             tx_due: false,
             accept_due: false,
             warnings: LogLimit::default(),
-            event_due: false,
-            held: None,
+            reset: TransportReset::default(),
         }
     }
 
@@ -106,15 +89,13 @@ impl Muxer {
         self.turns.clear();
         self.resets.clear();
         self.tx_due = false;
-        self.event_due = false;
-        self.held = None;
+        self.reset = TransportReset::default();
     }
 
     /// The guest believes in connections that do not exist: it was saved with them.
     pub fn restored(&mut self) {
         self.clear();
-        self.event_due = true;
-        self.held = Some(Held::default());
+        self.reset = TransportReset::after_restore();
     }
 
     /// Connections there are, whatever their phase.
@@ -127,8 +108,14 @@ impl Muxer {
     pub fn event(&mut self, event: Event, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
         let [rx, tx, events] = queues else { return Err(Fault::Device("a vsock device has three queues")) };
         let mut more = false;
-        if self.is_held(event, events, cx)? {
-            return Ok(Progress::Done);
+        if self.reset.is_held() {
+            self.note(event, cx)?;
+            self.reset.advance(events, cx)?;
+            self.arm();
+            // The event that ended the wait is also the first one of the time after it.
+            if self.reset.is_held() {
+                return Ok(Progress::Done);
+            }
         }
         match event {
             Event::Start => self.start(cx)?,
@@ -141,20 +128,14 @@ impl Muxer {
             more |= self.take(tx, cx)?;
         }
         more |= self.give(rx, cx)?;
-        if self.event_due {
-            self.tell(events, cx)?;
-        }
+        self.reset.advance(events, cx)?;
         // Held back for want of room for answers, and now there is some.
         more |= self.tx_due && self.resets.len() < MAX_RESETS;
         Ok(if more { Progress::More } else { Progress::Done })
     }
 
-    /// Whether a restored device waits for its guest still; then the event is noted, and only the end of the wait is
-    /// looked for.
-    fn is_held(&mut self, event: Event, events: &mut Queue, cx: &Context<'_>) -> Result<bool, Fault> {
-        if self.held.is_none() {
-            return Ok(false);
-        }
+    /// Notes an event that cannot be dealt with yet.
+    fn note(&mut self, event: Event, cx: &Context<'_>) -> io::Result<()> {
         match event {
             Event::Start => self.start(cx)?,
             Event::Ready(LISTENER) => self.accept_due = true,
@@ -162,19 +143,7 @@ impl Muxer {
             Event::Ready(_) => {}
             Event::Kick(queue) => self.tx_due |= queue == TX,
         }
-        let index = events.driver_index(cx.ram)?;
-        if self.event_due {
-            self.tell(events, cx)?;
-        }
-        let told = !self.event_due;
-        let Some(held) = &mut self.held else { return Ok(false) };
-        let deadline = *held.deadline.get_or_insert_with(|| Instant::now() + HOLD);
-        let handled = told && *held.told.get_or_insert(index) != index;
-        if handled || deadline <= Instant::now() {
-            self.held = None;
-        }
-        self.arm();
-        Ok(self.held.is_some())
+        Ok(())
     }
 
     /// A new worker watches nothing yet, and time has passed in which nobody could keep a deadline.
@@ -194,7 +163,7 @@ impl Muxer {
     }
 
     fn arm(&mut self) {
-        let waiting = self.accept_due || self.held.is_some();
+        let waiting = self.accept_due || self.reset.is_held();
         if !self.timer_armed && (waiting || self.slots.iter().flatten().any(|c| c.deadline.is_some())) {
             // Not read when it fires: the edge is enough, and this sets it back.
             self.timer_armed = self.timer.reset(TICK, None).is_ok();
@@ -498,23 +467,6 @@ impl Muxer {
         };
         self.settle(slot, verdict, cx);
         Ok(written)
-    }
-
-    /// 5.10.6.7: the guest's connections are gone, and it reads its context id again.
-    fn tell(&mut self, events: &mut Queue, cx: &Context<'_>) -> Result<(), Fault> {
-        let chain = loop {
-            match events.pop(cx.ram)? {
-                Some(chain) => break chain,
-                // One that came before its kick was asked for has none.
-                None if events.enable_notifications(cx.ram)? => {}
-                None => return Ok(()),
-            }
-        };
-        let told = chain.writer(cx.ram).write(&TRANSPORT_RESET.to_le_bytes());
-        events.push_used(cx.ram, chain, if told.is_ok() { 4 } else { 0 })?;
-        told.map_err(|_| Fault::Device("a vsock event buffer is shorter than an event"))?;
-        self.event_due = false;
-        Ok(())
     }
 }
 
