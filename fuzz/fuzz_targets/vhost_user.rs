@@ -195,11 +195,7 @@ fn run(data: &[u8]) -> Result<()> {
 }
 
 fuzz_target!(
-    init: {
-        // As in any Rust program but a fuzzer: who writes to a closed socket gets an error.
-        // SAFETY: it takes no pointer.
-        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
-    },
+    init: vireo_fuzz::ignore_broken_pipes(),
     |data: &[u8]| {
         let _ = run(data);
     }

@@ -32,6 +32,12 @@ pub struct Request<'a> {
     pub writable: &'a [u32],
 }
 
+/// Has writes to closed sockets return errors, as in any Rust program but a fuzzer.
+pub fn ignore_broken_pipes() {
+    // SAFETY: the call takes no pointers.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+}
+
 /// Lets a device live through what `data` says. `host` is called with bytes for what happens on the other side.
 pub fn drive(device: &mut dyn VirtioDevice, requests: &[Request<'_>], data: &[u8], host: &mut dyn FnMut(&[u8])) {
     drive_in(&GuestRam::anonymous(RAM), device, requests, data, host);
