@@ -51,6 +51,7 @@ pub fn executes(name: &str) {
 }
 
 /// Two tests for each kernel, in a module of its name.
+#[allow(unused_macros)] // only the files of the kernels' tests use it
 macro_rules! kernels {
     ($($module:ident $name:literal)*) => { $(
         mod $module {
@@ -66,4 +67,5 @@ macro_rules! kernels {
         }
     )* };
 }
+#[allow(unused_imports)]
 pub(crate) use kernels;
