@@ -6,7 +6,7 @@
 //!
 //! The file must not become shorter while the guest lives, nor its file system run out of space for its holes. The lock
 //! keeps other VMs away, not somebody with `truncate`: then the guest's next access to what is gone, or vireo's for it
-//! ([`explain_bus_errors`]), ends the VM with a sentence that says so.
+//! (SIGBUS), ends the VM with a sentence that says so.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -17,8 +17,6 @@ use std::sync::Arc;
 use super::{held, image};
 use crate::memory::{Access, Backing};
 use crate::options::Size;
-use crate::outcome::EXIT_VIREO_FAILED;
-use crate::terminal;
 
 /// What the size of a file in memory is rounded up to: 2 MiB.
 pub const UNIT: u64 = 2 << 20;
@@ -154,30 +152,9 @@ impl MappedFile {
     }
 }
 
-/// What is said before the process ends because a page of a file is gone.
-const BUS_ERROR: &str = "vireo: the guest's memory is gone: a file mapped into it was made shorter, or there is no \
-                         space left for it\n";
-
-/// From now on an access of this process to what a mapped file no longer has ends it with a sentence and the exit status
-/// of a failure, not by SIGBUS. It replaces what the signal did before.
-#[allow(unsafe_code)]
-pub fn explain_bus_errors() {
-    extern "C" fn explain(_: i32) {
-        terminal::restore();
-        // SAFETY: both are allowed in a signal handler; the pointer and length are those of a constant.
-        unsafe {
-            libc::write(libc::STDERR_FILENO, BUS_ERROR.as_ptr().cast(), BUS_ERROR.len());
-            libc::_exit(EXIT_VIREO_FAILED.into());
-        }
-    }
-    // SAFETY: the handler only calls functions that are safe in signal handlers, and does not return.
-    unsafe { libc::signal(libc::SIGBUS, explain as *const () as libc::sighandler_t) };
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{Area, GuestRam};
 
     fn file(size: u64) -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
@@ -225,28 +202,6 @@ mod tests {
         );
         assert!(refused(Path::new("/dev/null"), Access::Shared, None).contains("is a character device"));
         assert_eq!(refused(&dir.path().join("none"), Access::Shared, None), "cannot open F");
-    }
-
-    #[test]
-    fn a_file_that_is_cut_off_is_explained() {
-        const CHILD: &str = "VIREO_TEST_BUS_ERROR";
-        let this = "backend::mapped::tests::a_file_that_is_cut_off_is_explained";
-        if std::env::var_os(CHILD).is_none() {
-            let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-            let output = command.args(["--exact", this, "--nocapture"]).env(CHILD, "1").output().unwrap();
-            assert_eq!(output.status.code(), Some(125));
-            assert!(String::from_utf8_lossy(&output.stderr).ends_with(BUS_ERROR));
-            return;
-        }
-        let (_dir, path) = file(UNIT);
-        let mapped = MappedFile::open(&path, Access::Shared, None).unwrap();
-        let start = crate::layout::MMIO_HOLE_END;
-        let area = Area { start, len: UNIT, backing: mapped.backing() };
-        let ram = GuestRam::with_areas(&"16M".parse().unwrap(), vec![area]).unwrap();
-        explain_bus_errors();
-        ram.write(start + 4096, b"here").unwrap();
-        mapped.file.set_len(4096).unwrap();
-        let _ = ram.read_obj::<u8>(start + 4096);
     }
 
     #[test]

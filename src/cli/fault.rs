@@ -1,4 +1,5 @@
-//! The end of vireo by a fault of its own: a panic, an abort, a stack that overflowed, an access to memory that is not there.
+//! The end of vireo by a fault: a panic, an abort, a stack that overflowed, an access to memory that is not there. All of
+//! them are vireo's own, but for SIGBUS: a file that is mapped into memory (`--pmem`, a kernel) has become shorter.
 //!
 //! Such an end must look like every other one to the calling script: the terminal is restored, one sentence says what
 //! happened, the reports are written, and the exit status is that of a failure. Any thread may be the one, with any lock in
@@ -25,14 +26,16 @@ use crate::outcome::EXIT_VIREO_FAILED;
 use crate::terminal;
 
 /// Signals that a faulty process sends itself, or gets for what it did.
-const SIGNALS: [(i32, &str); 6] = [
+const SIGNALS: [(i32, &str); 5] = [
     (libc::SIGSEGV, "it accessed memory that is not there (SIGSEGV)"),
-    (libc::SIGBUS, "it accessed memory whose file is gone (SIGBUS)"),
     (libc::SIGILL, "it came to an instruction that does not exist (SIGILL)"),
     (libc::SIGFPE, "it calculated what cannot be calculated (SIGFPE)"),
     (libc::SIGABRT, "it gave up (SIGABRT)"),
     (libc::SIGSYS, "it made a system call that is not allowed (SIGSYS)"),
 ];
+/// Why the process gets SIGBUS.
+const FILE_GONE: &str =
+    "a file that is mapped into memory, the guest's for example, was made shorter, or there is no space left for it";
 /// How long the last words may take.
 const SECONDS: libc::c_uint = 10;
 /// How near to the stack pointer an access is one of the stack: functions have frames of some pages at most.
@@ -63,8 +66,8 @@ static REPORT: Mutex<Option<Report>> = Mutex::new(None);
 
 /// Installs the panic hook and the signal handlers, for the rest of the process's life.
 pub(super) fn install() {
-    std::panic::set_hook(Box::new(|info| end(&panic_text(info))));
-    for (signal, _) in SIGNALS {
+    std::panic::set_hook(Box::new(|info| end(&internal(&panic_text(info)))));
+    for signal in SIGNALS.map(|(signal, _)| signal).into_iter().chain([libc::SIGBUS]) {
         // SAFETY: an empty sigaction is valid. The handler keeps to what is allowed in one; it runs on the signal stack that
         // the standard library gives every thread, for the thread's own may have no room left.
         unsafe {
@@ -95,13 +98,19 @@ fn panic_text(info: &PanicHookInfo<'_>) -> String {
     sentence
 }
 
+/// The sentence for a fault of vireo's own.
+fn internal(what: &str) -> String {
+    let name = thread::current().name().map_or_else(String::new, |name| format!(" in thread '{name}'"));
+    format!("internal error{name}: {what}; please report this")
+}
+
 /// Ends the process, if no other thread is about to.
-fn end(what: &str) -> ! {
+fn end(sentence: &str) -> ! {
     if BEGUN.swap(true, Ordering::AcqRel) {
         wait_for_end();
     }
     THREAD.store(this_thread(), Ordering::Release);
-    finish(what)
+    finish(sentence)
 }
 
 /// Another thread ends the process; in the same one it is the last words themselves that failed.
@@ -115,18 +124,16 @@ fn wait_for_end() -> ! {
     }
 }
 
-fn finish(what: &str) -> ! {
+fn finish(sentence: &str) -> ! {
     terminal::restore();
     limit_time();
-    let name = thread::current().name().map_or_else(String::new, |name| format!(" in thread '{name}'"));
-    let sentence = format!("internal error{name}: {what}; please report this");
     let line = format!("vireo: {sentence}\n");
     // Not by way of std: another thread may hold the lock of its stderr.
     // SAFETY: the pointer and the length are those of `line`.
     unsafe { libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len()) };
     let report = REPORT.try_lock().ok().and_then(|mut report| report.take());
     if let Some(write) = report {
-        write(&sentence);
+        write(sentence);
     }
     exit()
 }
@@ -188,19 +195,25 @@ extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, context: *mut l
 extern "C" fn last_words() -> ! {
     let (signal, address) = (SIGNAL.load(Ordering::Relaxed), ADDRESS.load(Ordering::Relaxed));
     let (instruction, stack) = (INSTRUCTION.load(Ordering::Relaxed), STACK.load(Ordering::Relaxed));
-    let what =
-        SIGNALS.iter().find(|(number, _)| i64::from(*number) == signal).map_or("it got a signal", |(_, what)| what);
     let overflow =
         matches!(signal as i32, libc::SIGSEGV | libc::SIGBUS) && address != 0 && address.abs_diff(stack) < NEAR;
     if overflow {
-        finish(&format!("its stack overflowed at {instruction:#x}"));
+        finish(&internal(&format!("its stack overflowed at {instruction:#x}")));
     }
-    finish(&format!("{what} at {instruction:#x}, address {address:#x}"))
+    if signal == i64::from(libc::SIGBUS) {
+        finish(FILE_GONE);
+    }
+    let what =
+        SIGNALS.iter().find(|(number, _)| i64::from(*number) == signal).map_or("it got a signal", |(_, what)| what);
+    finish(&internal(&format!("{what} at {instruction:#x}, address {address:#x}")))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::mapped::{MappedFile, UNIT};
+    use crate::layout::MMIO_HOLE_END;
+    use crate::memory::{Access, Area, GuestRam};
     use crate::terminal::RawMode;
     use std::os::fd::AsFd;
     use std::process::{Command, Stdio};
@@ -213,6 +226,18 @@ mod tests {
     fn deeper(n: u64) -> u64 {
         let here = std::hint::black_box([n; 64]);
         deeper(n + 1) + here[n as usize % 64]
+    }
+
+    /// Guest memory of a file whose second page is gone.
+    fn mapped_ram_of_a_file_that_is_cut_off() -> GuestRam {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(UNIT).unwrap();
+        let mapped = MappedFile::open(file.path(), Access::Shared, None).unwrap();
+        let area = Area { start: MMIO_HOLE_END, len: UNIT, backing: mapped.backing() };
+        let ram = GuestRam::with_areas(&"16M".parse().unwrap(), vec![area]).unwrap();
+        ram.write(MMIO_HOLE_END + 4096, b"here").unwrap();
+        file.as_file().set_len(4096).unwrap();
+        ram
     }
 
     /// The fault of a case, in a process of its own.
@@ -230,6 +255,10 @@ mod tests {
             "abort" => in_thread(|| std::process::abort()),
             // SAFETY: an access to what is not there, which is what this is about.
             "access" => in_thread(|| _ = unsafe { ptr::read_volatile(0x10 as *const u8) }),
+            "file" => in_thread(|| {
+                let ram = mapped_ram_of_a_file_that_is_cut_off();
+                let _ = ram.read_obj::<u8>(MMIO_HOLE_END + 4096);
+            }),
             "report" => {
                 reports(|_| panic!("again"));
                 in_thread(|| panic!("first"));
@@ -256,6 +285,7 @@ mod tests {
             ("main overflow", ": its stack overflowed at 0x"),
             ("abort", "in thread 'worker': it gave up (SIGABRT) at 0x"),
             ("access", "in thread 'worker': it accessed memory that is not there (SIGSEGV) at 0x"),
+            ("file", "vireo: a file that is mapped into memory"),
             ("report", "in thread 'worker': first at src/cli/fault.rs:"),
             ("lock", "in thread 'worker': first at src/cli/fault.rs:"),
         ] {
@@ -278,12 +308,13 @@ mod tests {
             let output = command.stdin(Stdio::from(user.try_clone().unwrap())).output().unwrap();
             let stderr = String::from_utf8_lossy(&output.stderr);
             assert_eq!(output.status.code(), Some(125), "{case}: {stderr}");
-            assert!(stderr.contains("vireo: internal error") && stderr.contains(sentence), "{case}: {stderr}");
+            assert_eq!(stderr.contains("vireo: internal error"), case != "file", "{case}: {stderr}");
+            assert!(stderr.contains(sentence), "{case}: {stderr}");
             let after = rustix::termios::tcgetattr(user.as_fd()).unwrap();
             assert_eq!(after.local_modes, before.local_modes, "{case}");
             let written = std::fs::read_to_string(&report).unwrap_or_default();
             let reported = !matches!(case, "report" | "lock");
-            assert_eq!(written.contains(sentence), reported, "{case}: {written}");
+            assert_eq!(written.contains(sentence.trim_start_matches("vireo: ")), reported, "{case}: {written}");
             drop(controller);
         }
     }

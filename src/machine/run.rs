@@ -23,7 +23,6 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::console::RunningLine;
 use super::mailbox::{Mailbox, Request, Traps};
 use super::{Error, Machine, host};
-use crate::backend::mapped;
 use crate::backend::output_file::OutputFile;
 use crate::backend::transcript::Transcript;
 use crate::devices::power_button::PowerButton;
@@ -155,9 +154,6 @@ impl Running {
         let typed = lines.iter().find(|line| !options.cooked && line.input.is_terminal());
         let on_terminal = typed.and_then(|line| line.input.fd());
         let raw_mode = on_terminal.map_or(Ok(None), RawMode::enter).map_err(host("the terminal"))?;
-        if !config.pmems.is_empty() {
-            mapped::explain_bus_errors();
-        }
         let poller = Poller::new().map_err(host("an epoll descriptor"))?;
         let mut ticker = TimerFd::new().map_err(|e| Error::Host("a timer", e.into()))?;
         ticker.reset(TICK, Some(TICK)).map_err(|e| Error::Host("a timer", e.into()))?;
