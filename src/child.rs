@@ -28,6 +28,16 @@ pub fn die_with_us(command: &mut Command) {
     });
 }
 
+/// Has the program inherit no descriptors but stdin, stdout and stderr, also of those that this process has inherited.
+/// (Linux before 5.11 refuses; the program then gets the latter.)
+#[allow(unsafe_code)]
+pub fn inherit_nothing(command: &mut Command) {
+    before_exec(command, || {
+        // SAFETY: the call takes numbers. It only marks descriptors for exec; all of them stay open in this process.
+        unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    });
+}
+
 /// Has the program inherit a descriptor of this process, which keeps its number.
 #[allow(unsafe_code)]
 pub fn inherit(command: &mut Command, fd: RawFd) {
@@ -67,4 +77,26 @@ pub fn have_lowest_priority() {
 pub fn close_inherited() {
     // SAFETY: the call takes numbers; no value in this process owns one of these descriptors.
     unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+
+    #[test]
+    fn programs_inherit_what_they_should() {
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let other = rustix::io::dup(&file).unwrap(); // without CLOEXEC, as what this process inherits
+        let has = |fd: RawFd, change: fn(&mut Command)| {
+            let mut command = Command::new("test");
+            command.args(["-e", &format!("/proc/self/fd/{fd}")]);
+            change(&mut command);
+            command.status().unwrap().success()
+        };
+        assert!(has(other.as_raw_fd(), |_| ()));
+        assert!(!has(other.as_raw_fd(), inherit_nothing));
+        assert!(has(1, inherit_nothing));
+    }
 }

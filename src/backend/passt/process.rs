@@ -78,6 +78,7 @@ impl Process {
         // Ctrl-C on the terminal asks the guest to end, which may want its network for that.
         command.process_group(0);
         child::deliver_signals(&mut command);
+        child::inherit_nothing(&mut command);
         let child = command.spawn().map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => Error::NotInstalled,
             _ => Error::Start(e),
