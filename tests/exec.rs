@@ -438,3 +438,19 @@ fn a_working_directory_that_is_hidden() {
     assert_eq!(ended.stdout, "/\n", "{ended}");
     assert!(ended.stderr.contains("cannot start in /run/hidden in the guest: No such file"), "{ended}");
 }
+
+/// Modules that are found beside a kernel, and not where the host's own are, can be loaded by their names.
+#[test]
+fn modules_beside_a_kernel() {
+    let script = r#"
+kernel=$(ls "$1"/boot/vmlinuz-* | head -n 1)
+version=${kernel##*/vmlinuz-}
+! ls -d "/lib/modules/$version" 2>/dev/null || echo "the host has them"
+"$0" exec --kernel "$kernel" -- sh -c 'modprobe dummy && grep -c ^dummy /proc/modules && ls -d /lib/modules/$(uname -r)'"#;
+    let (vireo, package) = (crate::common::vireo(), crate::common::repo("target/host/kernel-cloud"));
+    let (vireo, package) = (vireo.display().to_string(), package.display().to_string());
+    let ended = on_host(&["bash", "-c", script, &vireo, &package]).end();
+    let lines: Vec<&str> = ended.stdout.lines().collect();
+    assert_eq!((ended.code(), lines.len(), lines[0]), (0, 2, "1"), "{ended}");
+    assert!(lines[1].starts_with("/lib/modules/"), "{ended}");
+}
