@@ -12,6 +12,9 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
 use super::header::{Header, Table};
 use super::storage::Piece;
 use super::{read_at, write_at};
@@ -84,6 +87,29 @@ fn entries(table: &[u8]) -> impl Iterator<Item = u64> {
     table.chunks_exact(8).filter_map(|entry| entry.try_into().ok()).map(u64::from_be_bytes)
 }
 
+/// Parts of a table of `len` bytes that the file system has stored, each with its offset in the file. What is left out are
+/// zeros: a small file may have very many tables that are nothing but holes.
+fn allocated(file: &File, offset: u64, len: u64) -> impl Iterator<Item = (u64, io::Result<Vec<u8>>)> {
+    let end = offset + len;
+    let mut at = offset;
+    std::iter::from_fn(move || {
+        // An error other than "no more data" means that the file system does not know: all is data then.
+        let seek = |at: SeekFrom| rustix::fs::seek(file, at);
+        let data = match seek(SeekFrom::Data(at)) {
+            Err(Errno::NXIO) => end,
+            found => found.unwrap_or(at),
+        };
+        if at >= end || data >= end {
+            return None;
+        }
+        let hole = seek(SeekFrom::Hole(data)).unwrap_or(end).clamp(data + 1, end);
+        // Whole entries, of a byte or eight.
+        let (from, to) = (data & !7, hole.next_multiple_of(8).min(end));
+        at = to;
+        Some((from, read_at(file, from, (to - from) as usize)))
+    })
+}
+
 fn broken<T>(why: impl Into<String>) -> io::Result<T> {
     Err(io::Error::new(io::ErrorKind::InvalidData, why.into()))
 }
@@ -143,14 +169,18 @@ impl<'a> Check<'a> {
             }
         }
         for (first, offset) in self.blocks.range(..self.clusters) {
-            let block = read_at(self.file, *offset, cluster as usize)?;
-            let notes = self.notes.get_mut(*first as usize..).unwrap_or_default();
-            for (n, note) in notes.iter_mut().take(per_block as usize).enumerate() {
-                *note |= match count(&block, n, order) {
-                    0 => 0,
-                    1 => ONCE,
-                    _ => MORE,
-                };
+            for (at, block) in allocated(self.file, *offset, cluster) {
+                let block = block?;
+                let counts = (block.len() as u64 * 8) >> order;
+                let first = first + (((at - offset) * 8) >> order);
+                let notes = self.notes.get_mut(first as usize..).unwrap_or_default();
+                for (n, note) in notes.iter_mut().take(counts as usize).enumerate() {
+                    *note |= match count(&block, n, order) {
+                        0 => 0,
+                        1 => ONCE,
+                        _ => MORE,
+                    };
+                }
             }
         }
         let blocks: Vec<u64> = self.blocks.values().copied().collect();
@@ -223,8 +253,15 @@ impl<'a> Check<'a> {
     }
 
     fn second_level(&mut self, table: u64, copied: bool) -> io::Result<()> {
+        for (_, part) in allocated(self.file, table, self.header.cluster()) {
+            self.second_level_part(&part?, copied)?;
+        }
+        Ok(())
+    }
+
+    fn second_level_part(&mut self, part: &[u8], copied: bool) -> io::Result<()> {
         let bits = self.header.cluster_bits;
-        for entry in entries(&read_at(self.file, table, 1 << bits)?) {
+        for entry in entries(part) {
             if entry & COMPRESSED != 0 {
                 self.compressed(entry)?;
                 continue;
@@ -316,6 +353,8 @@ fn count_once(block: &mut [u8], n: usize, order: u32) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     #[test]
@@ -346,5 +385,35 @@ mod tests {
         assert_eq!(compressed_range(COMPRESSED | 2 << 54 | 0x12_3456, 16), (0x12_3456, 3 * 512 - 0x56));
         assert_eq!(compressed_range(COMPRESSED | 0x200, 9), (0x200, 512));
         assert_eq!(compressed_range(u64::MAX, 21), ((1 << 49) - 1, (1 << 13) * 512 - 511));
+    }
+
+    #[test]
+    fn holes_of_tables_are_not_read() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 40).unwrap();
+        let parts = |offset, len| {
+            let part = |(at, bytes): (u64, io::Result<Vec<u8>>)| (at, bytes.unwrap());
+            allocated(&file, offset, len).map(part).collect::<Vec<_>>()
+        };
+        assert_eq!(parts(1 << 21, 1 << 39), []);
+        file.write_all_at(&[7; 8], (1 << 30) + 4096).unwrap();
+        file.write_all_at(&[9; 8], (1 << 31) - 8).unwrap();
+        let found = parts(1 << 30, 1 << 30);
+        let read: usize = found.iter().map(|(_, bytes)| bytes.len()).sum();
+        assert!(read < 1 << 21, "{read}");
+        let byte = |at: u64| {
+            let part = found.iter().find(|(from, bytes)| (*from..from + bytes.len() as u64).contains(&at));
+            part.map_or(0, |(from, bytes)| bytes[(at - from) as usize])
+        };
+        let at = [(1 << 30) + 4095, (1 << 30) + 4096, (1 << 30) + 4104, (1 << 31) - 9, (1 << 31) - 8, (1 << 31) - 1];
+        assert_eq!(at.map(byte), [0, 7, 0, 0, 9, 9]);
+        // The end of a table is kept to, whatever is after it.
+        assert_eq!(
+            parts((1 << 31) - (1 << 16), (1 << 16) - 8)
+                .iter()
+                .map(|(_, b)| b.iter().filter(|b| **b == 9).count())
+                .sum::<usize>(),
+            0
+        );
     }
 }
