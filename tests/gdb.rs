@@ -181,6 +181,21 @@ fn kill_ends_the_guest_and_an_end_by_others_is_told() {
     guest.vireo.end().expect(124);
 }
 
+/// A fault of the program as it is shipped, which is linked otherwise than that of the unit tests.
+#[test]
+fn memory_whose_file_is_gone_ends_vireo_with_a_report() {
+    let (_folder, path) = folder();
+    let (pmem, report) = (path.join("pmem"), path.join("report.json"));
+    fs::File::create(&pmem).unwrap().set_len(2 << 20).unwrap();
+    let guest = Debugged::start(&["--pmem", pmem.to_str().unwrap(), "--report", report.to_str().unwrap()]);
+    fs::File::options().write(true).open(&pmem).unwrap().set_len(0).unwrap();
+    gdb(&[&guest.target, "monitor phys 0x100000000 16"]);
+    let sentence = "a file that is mapped into memory, the guest's for example, was made shorter";
+    guest.vireo.end().expect(125).says(sentence);
+    let report = fs::read_to_string(&report).unwrap();
+    assert!(report.contains(sentence) && report.contains("\"exit_code\": 125"), "{report}");
+}
+
 #[test]
 fn the_first_instruction_waits_for_continue_and_ports_are_local() {
     let (_folder, path) = folder();

@@ -159,9 +159,11 @@ fn exit() -> ! {
     unsafe { libc::_exit(EXIT_VIREO_FAILED.into()) }
 }
 
+/// Number of this thread. Not by libc's `gettid`: the standard library refers to that one weakly, and a linker may leave
+/// such a symbol of a static C library out, so that a call of it is one of address 0.
 fn this_thread() -> i32 {
     // SAFETY: the call has no arguments and only returns a number.
-    unsafe { libc::gettid() }
+    unsafe { libc::syscall(libc::SYS_gettid) as i32 }
 }
 
 extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
