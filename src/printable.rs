@@ -6,6 +6,12 @@ pub fn printable(line: &str) -> String {
     line.chars().map(|c| if is_hidden(c) && c != '\t' { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 
+/// A message of vireo's, in which anything from a file or a guest may stand: as [`printable`], and lines after the first one
+/// are indented, so that none of them looks like a message of its own.
+pub fn message(text: &str) -> String {
+    text.trim_end().lines().map(printable).collect::<Vec<_>>().join("\n  ")
+}
+
 /// Whether a character does something rather than be seen: Unicode's controls (Cc), formats (Cf, among them those that
 /// change the direction of what follows), separators of lines and paragraphs (Zl, Zp), and tags.
 pub fn is_hidden(c: char) -> bool {
@@ -30,5 +36,11 @@ mod tests {
         }
         let plain = "Grüße, 日本語, עברית, ελληνικά, 🙂 ~é\u{301}";
         assert_eq!(printable(plain), plain);
+    }
+
+    #[test]
+    fn a_message_has_one_beginning() {
+        assert_eq!(message("no base '\x1b[2J'\nvireo: all is well\r\n"), "no base '\u{FFFD}[2J'\n  vireo: all is well");
+        assert_eq!(message("a\tb"), "a\tb");
     }
 }

@@ -9,7 +9,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -621,6 +621,32 @@ fn closed_and_full_standard_streams_change_no_outcome() {
 fn no_time_at_all_is_a_time_limit() {
     let kernel = Kernel::new(&elf(crate::guests::say_and_spin()));
     Running::start(kernel.command(&["--timeout", "0s"])).end().expect(124).says("time limit of 0s");
+}
+
+/// While a device's daemon does not answer, nothing has started yet that could be stopped.
+#[test]
+fn signals_and_the_time_limit_end_vireo_before_the_guest_starts() {
+    let (_folder, path) = folder();
+    let (socket, report) = (path.join("silent"), path.join("report.json"));
+    let listener = UnixListener::bind(&socket).unwrap();
+    let kernel = Kernel::new(&elf(crate::guests::say_and_spin()));
+    let device = format!("socket={},type=blk", socket.display());
+    let start = |more: &[&str]| {
+        let flags = ["--vhost-user", &device, "--report", report.to_str().unwrap()];
+        Running::start(kernel.command(&[&flags, more].concat()))
+    };
+    let outcome =
+        || serde_json::from_slice::<serde_json::Value>(&fs::read(&report).unwrap()).unwrap()["outcome"].clone();
+    start(&["--timeout", "500ms"]).end().expect(124).says("the guest had not started after the time limit of 500ms");
+    assert_eq!(outcome(), "timed-out");
+    drop(listener.accept().unwrap());
+    for (signal, code, name) in [(libc::SIGTERM, 143, "SIGTERM"), (libc::SIGINT, 130, "SIGINT")] {
+        let running = start(&[]);
+        let _connected = listener.accept().unwrap();
+        running.signal(signal);
+        running.end().expect(code).says(&format!("({name}), before the guest had started"));
+        assert_eq!(outcome(), "killed");
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::debug::DebugArgs;
 use super::devices::DeviceArgs;
+use super::early::Early;
 use super::launch::{boot, supervise};
 use super::matrix::{self, Given};
 use super::named::{NamedFiles, Use};
@@ -183,12 +184,12 @@ pub fn run(args: ExecArgs, log: &LogArgs, start: Instant) -> Result<u8, Failure>
     let mut named = args.named();
     machine.iter().for_each(|machine| named.add_machine(machine));
     log.init_with(named, args.watch.attempts() > 1)?;
-    let attempt = |options, start| {
+    let attempt = |options, early: &Early| {
         let (config, session) = prepare()?;
         let signals = Signals::new(&[&SIGNALS[..], &COMMAND_SIGNALS].concat())?;
         let options =
             RunOptions { signals: Some(signals), cooked: !session.terminal(), errand: Some(exec::ERRAND), ..options };
-        boot(config, options, start, &args.debug, Some((session, &args.command)))
+        boot(config, options, early, &args.debug, Some((session, &args.command)))
     };
     supervise(&args.watch, &command.title(), start, attempt, |ended| {
         if !is_known(&ended.outcome) {

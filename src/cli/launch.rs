@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::debug::{self, DebugArgs};
+use super::early::Early;
 use super::watch::{Files, WatchArgs};
 use super::{Failure, fault, say};
 use crate::config::MachineConfig;
@@ -19,14 +20,15 @@ use crate::outcome::{EXIT_VIREO_FAILED, Outcome};
 pub(super) fn boot(
     config: MachineConfig,
     mut options: RunOptions,
-    start: Instant,
+    early: &Early,
     debug: &DebugArgs,
     session: Option<(Session, &[OsString])>,
 ) -> Result<(String, Ended), Failure> {
+    let guard = early.watch(&options)?;
     let server = debug.open()?;
     options.paused = debug.paused();
     let vcpus = config.cpu.count;
-    let mut machine = Machine::new(config, options.transcript.clone(), start)?;
+    let mut machine = Machine::new(config, options.transcript.clone(), early.start)?;
     let mailbox = Mailbox::new()?;
     let controller = Controller::new(mailbox.clone());
     if let Some((session, words)) = session {
@@ -37,6 +39,7 @@ pub(super) fn boot(
     let kernel = machine.kernel().to_string();
     let serve = |server| debug::serve(server, controller, machine.ram().clone(), vcpus);
     let serving = server.map(serve).transpose()?;
+    drop(guard);
     let result = machine.run(options, mailbox);
     if let Some(serving) = serving {
         serving.finish(result.as_ref().map_or(EXIT_VIREO_FAILED, |ended| ended.outcome.exit_code()));
@@ -45,25 +48,25 @@ pub(super) fn boot(
 }
 
 /// Runs a guest, again and again if it hangs and that is wanted, tells how it ended and writes the reports; returns the
-/// exit status. `attempt` gets what the flags say, and when it begins; `tell` is for the last one.
+/// exit status. `attempt` gets what the flags say, and what ends it before its guest has begun; `tell` is for the last one.
 pub(super) fn supervise(
     watch: &WatchArgs,
     name: &str,
     start: Instant,
-    mut attempt: impl FnMut(RunOptions, Instant) -> Result<(String, Ended), Failure>,
+    mut attempt: impl FnMut(RunOptions, &Early) -> Result<(String, Ended), Failure>,
     tell: impl FnOnce(&Ended),
 ) -> Result<u8, Failure> {
     let files = Arc::new(watch.open()?);
     report_faults(files.clone(), name.into());
     let most = watch.attempts();
-    let mut begin = start;
+    let mut early = Early { files: files.clone(), name: name.into(), start, quiet: watch.quiet() };
     let mut attempts = 1;
     loop {
-        match attempt(watch.options(&files, start)?, begin) {
+        match attempt(watch.options(&files, start)?, &early) {
             Ok((_, ended)) if attempts < most && matches!(ended.outcome, Outcome::Hung(_)) => {
                 watch.tell(&ended);
                 attempts += 1;
-                begin = Instant::now();
+                early.start = Instant::now();
                 if !watch.quiet() {
                     say(&format!("it is started again: attempt {attempts} of {most}"));
                 }

@@ -7,6 +7,7 @@ use env_logger::{Builder, Env, Target};
 
 use super::Failure;
 use crate::backend::output_file::{Begin, live};
+use crate::printable;
 
 /// A log file could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -24,9 +25,12 @@ pub fn init(level: Option<&str>, file: Option<&Path>) -> Result<(), Failure> {
         builder.target(Target::Pipe(Box::new(file.map_err(|e| LogFile(path.into(), e))?)));
     }
     // One write per line, so that lines of several threads don't mix; on stderr they look like all of vireo's.
-    builder.format(|out, record| match record.level() {
-        log::Level::Warn | log::Level::Error => writeln!(out, "vireo: {}", record.args()),
-        level => writeln!(out, "vireo: {level}: {}", record.args()),
+    builder.format(|out, record| {
+        let text = printable::message(&record.args().to_string());
+        match record.level() {
+            log::Level::Warn | log::Level::Error => writeln!(out, "vireo: {text}"),
+            level => writeln!(out, "vireo: {level}: {text}"),
+        }
     });
     builder.try_init()?;
     Ok(())

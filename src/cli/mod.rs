@@ -4,6 +4,7 @@ mod container;
 mod debug;
 pub mod devices;
 pub mod doctor;
+mod early;
 pub mod exec;
 mod fault;
 mod junit;
@@ -29,7 +30,7 @@ use self::named::{NamedFiles, Use};
 use crate::boot::keep;
 use crate::doctor::device::{self, HostFacts};
 use crate::outcome::{EXIT_USAGE, EXIT_VIREO_FAILED};
-use crate::{guest, machine};
+use crate::{guest, machine, printable};
 
 /// A failure of vireo itself: its chain of causes is printed once, by [`main`].
 pub type Failure = Box<dyn Error + Send + Sync>;
@@ -214,7 +215,7 @@ fn set<T: Clone>(target: &mut T, flag: &Option<T>) {
 
 /// Prints one line of vireo's on stderr; a stderr that is gone is no reason to fail.
 fn say(text: &str) {
-    let _ = writeln!(io::stderr(), "vireo: {text}");
+    let _ = writeln!(io::stderr(), "vireo: {}", printable::message(text));
 }
 
 /// Prints what the user asked for on stdout.

@@ -9,6 +9,7 @@ use clap::Args;
 
 use super::debug::DebugArgs;
 use super::devices::DeviceArgs;
+use super::early::Early;
 use super::launch::{boot, supervise};
 use super::named::{NamedFiles, Use};
 use super::report::FileError;
@@ -198,9 +199,9 @@ pub fn run(args: RunArgs, log: &LogArgs, start: Instant) -> Result<u8, Failure> 
     args.watch.add_to(&mut named);
     args.debug.add_to(&mut named);
     log.init_with(named, args.watch.attempts() > 1)?;
-    let attempt = |options: RunOptions, start| {
+    let attempt = |options: RunOptions, early: &Early| {
         let options = RunOptions { grace: args.grace.0, signals: Some(Signals::new(&SIGNALS)?), ..options };
-        boot(config.clone(), options, start, &args.debug, None)
+        boot(config.clone(), options, early, &args.debug, None)
     };
     let name = config.boot.kernel.file_name().unwrap_or_default().to_string_lossy().into_owned();
     supervise(&args.watch, &name, start, attempt, |ended| {
