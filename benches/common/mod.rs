@@ -23,14 +23,24 @@ mkdir -p "$dir"/bin "$dir"/dev "$dir"/proc "$dir"/sys "$dir"/tmp "$dir"/usr/shar
 cp "$(command -v busybox)" "$dir/bin/busybox"
 for applet in sh grep tail awk cat dd mkfifo rm seq kill ls sleep; do ln -s busybox "$dir/bin/$applet"; done
 cp -L "$(command -v date)" "$dir/bin" # busybox knows no nanoseconds, and without the path its shell takes its own
-for program in qemu-system-x86_64 qemu-img; do
-    program=$(command -v $program)
-    mkdir -p "$dir${program%/*}" && cp -L "$program" "$dir$program" # QEMU looks for its firmware from where it stands
-    ldd "$program" | grep -o '/[^ ]*' | while read -r library; do
-        mkdir -p "$dir${library%/*}" && cp -L "$library" "$dir$library"
+stage() { mkdir -p "$dir${1%/*}" && cp -L "$1" "$dir$1"; } # QEMU looks for its firmware from where it stands
+stage_with_libraries() {
+    program=$(command -v $1)
+    stage "$program"
+    ldd "$program" | grep -o '/[^ ]*' | while read -r library; do stage "$library"; done
+}
+qemu=$(command -v qemu-system-x86_64)
+tree=${qemu%/*/*}/qemu
+if [ -d "$tree" ]; then # what setup unpacked, with its own libraries, beside the program that starts it
+    for part in qemu-system-x86_64 usr/bin/qemu-system-x86_64 usr/lib usr/share/qemu usr/share/seabios; do
+        mkdir -p "$dir/opt/qemu/$part" && rmdir "$dir/opt/qemu/$part" && cp -a "$tree/$part" "$dir/opt/qemu/$part"
     done
-done
-cp -rL /usr/share/qemu /usr/share/seabios "$dir/usr/share"
+    mkdir "$dir/opt/bin" && cp "$qemu" "$dir/opt/bin" && ln -s ../opt/bin/qemu-system-x86_64 "$dir/bin"
+else
+    stage_with_libraries qemu-system-x86_64
+    cp -rL /usr/share/qemu /usr/share/seabios "$dir/usr/share"
+fi
+stage_with_libraries qemu-img
 [ -z "$1" ] || { cp "$1" "$dir/bin/vireo"; ln -s vireo "$dir/bin/vireo-keep"; }
 for mount in dev proc; do mount --bind /$mount "$dir/$mount"; done
 mount --rbind /sys "$dir/sys"
@@ -107,9 +117,9 @@ pub fn in_host(options: &[&str], script: &str, args: &[&str], facts: &mut Facts)
 /// Nothing that is measured takes so long. Once in some 50,000 interrupts the emulated SVM of a host that counts
 /// instructions interrupts a guest that has them switched off, whatever the monitor; then the guest waits for itself for
 /// ever, in a loop that hardly moves that host's clock. So this is looked for from outside.
-const STUCK: Duration = Duration::from_secs(60);
+const STUCK: Duration = Duration::from_secs(240);
 /// Ends the guest; the script sees that nothing comes any more.
-const KILL: &str = "kill -9 $(pidof vireo qemu-system-x86_64)";
+const KILL: &str = "pids=$(pidof vireo qemu-system-x86_64) && kill -9 $pids";
 
 fn run(options: &[&str]) -> Command {
     let mut command = Command::new(Path::new(REPO).join("tests/host/run"));
