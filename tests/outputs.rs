@@ -93,6 +93,31 @@ fn what_an_earlier_guest_planted_is_not_followed_either() {
     assert!(victims.join("report").is_file() && path.join("report").is_symlink());
 }
 
+/// A part of the guest's folder has a second name, as containers give it.
+#[test]
+fn links_are_found_by_way_of_a_bind_mount() {
+    let (_folder, path) = folder();
+    let [part, mount, victim] = ["share/part", "mount", "victim"].map(|name| path.join(name));
+    [&part, &mount].iter().for_each(|dir| fs::create_dir_all(dir).unwrap());
+    fs::write(&victim, "precious").unwrap();
+    symlink(&victim, part.join("file")).unwrap();
+    let run = vireo();
+    let mut command = Command::new("unshare");
+    command.args([
+        "--user",
+        "--map-root-user",
+        "--mount",
+        "sh",
+        "-c",
+        r#"mount --bind "$1" "$2" && shift 2 && exec "$@""#,
+    ]);
+    command.args(["sh", text(&part), text(&mount)]).arg(run.get_program());
+    command.args(["run", "--kernel", "missing", "--share", text(&path.join("share"))]);
+    command.args(["--report", text(&mount.join("file"))]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    says(Running::spawn(command).end(), 125, &["is a symbolic link in", "share, where the guest can make such links"]);
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
+}
+
 #[test]
 fn consoles_in_a_guest_s_folder_follow_no_links() {
     let (_folder, path) = folder();

@@ -13,7 +13,7 @@ use std::sync::{PoisonError, RwLock};
 
 use rustix::fs::{Mode, OFlags};
 
-use super::place::{WritableFolders, descriptor_path, name_input};
+use super::place::{WritableFolders, descriptor_path, name_input_again};
 
 static HELD: RwLock<Held> = RwLock::new(Held::new());
 
@@ -69,8 +69,9 @@ impl Held {
         if !self.keeps(path) {
             return Ok(());
         }
-        match name_input(path, &self.folders) {
-            Ok(file) => self.files.push((path.into(), file)),
+        match name_input_again(path, &self.folders) {
+            Ok(Some(file)) => self.files.push((path.into(), file)),
+            Ok(None) => {}
             Err(e) if e.raw_os_error().is_none() => return Err(e),
             Err(_) => {}
         }
@@ -85,12 +86,10 @@ impl Held {
         }
     }
 
-    /// Whether a path is to be kept and is not yet. Those of /proc mean something else for each process, and the guest
-    /// cannot change them.
+    /// Returns whether a path should be kept and is not yet.
     fn keeps(&self, path: &Path) -> bool {
-        let elsewhere = !path.starts_with("/proc") && !path.starts_with("/dev/fd");
         let new = !self.files.iter().any(|(name, _)| name == path);
-        self.is_needed && elsewhere && new && Path::new("/proc/self/fd").exists()
+        self.is_needed && new && Path::new("/proc/self/fd").exists()
     }
 
     fn path(&self, path: &Path) -> PathBuf {
@@ -136,7 +135,10 @@ mod tests {
         std::os::unix::fs::symlink("/etc/passwd", &disk).unwrap();
         let mut held = Held::new();
         held.begin(WritableFolders::new([dir.path()]), false);
-        assert!(held.keep(&disk).unwrap_err().to_string().contains("leads out of it"));
+        let other_name = Path::new("/proc/self/root").join(disk.strip_prefix("/").unwrap());
+        for path in [&disk, &other_name] {
+            assert!(held.keep(path).unwrap_err().to_string().contains("leads out of it"), "{path:?}");
+        }
         assert_eq!(held.path(&disk), disk);
     }
 }

@@ -7,6 +7,7 @@ pub mod fifo;
 pub mod held;
 pub mod image;
 pub mod mapped;
+pub mod mounts;
 pub mod output;
 pub mod output_file;
 pub mod packet;

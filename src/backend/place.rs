@@ -17,6 +17,8 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, PROC_SUPER_MAGIC, Stat, fstat,
 use rustix::fs::{CWD, unlinkat};
 use rustix::io::Errno;
 
+use super::mounts::Location;
+
 /// Links that are followed on the way to one file, as many as Linux follows.
 const MAX_LINKS: usize = 40;
 /// Flags of a descriptor that only names a directory.
@@ -42,7 +44,25 @@ impl FileId {
 
 /// Shared folders that a guest can write to.
 #[derive(Clone, Debug, Default)]
-pub struct WritableFolders(Vec<(PathBuf, FileId)>);
+pub struct WritableFolders(Vec<Folder>);
+
+#[derive(Clone, Debug)]
+struct Folder {
+    /// As the user named it.
+    path: PathBuf,
+    id: FileId,
+    /// The folder and what is mounted beneath it.
+    locations: Vec<Location>,
+}
+
+impl Folder {
+    fn open(path: &Path) -> io::Result<Self> {
+        let dir = openat(CWD, path, DIRECTORY, Mode::empty())?;
+        let beneath = Location::mounted_beneath(dir.as_fd());
+        let locations = Location::of(dir.as_fd()).into_iter().chain(beneath).collect();
+        Ok(Folder { path: path.into(), id: FileId::of(&fstat(&dir)?), locations })
+    }
+}
 
 impl WritableFolders {
     /// No folder.
@@ -52,8 +72,7 @@ impl WritableFolders {
 
     /// Those of `paths` that are there; opening the others as shares fails later, with a sentence.
     pub fn new<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Self {
-        let id = |path: &Path| Some((path.to_path_buf(), FileId::of(&rustix::fs::stat(path).ok()?)));
-        WritableFolders(paths.into_iter().filter_map(id).collect())
+        WritableFolders(paths.into_iter().filter_map(|path| Folder::open(path).ok()).collect())
     }
 
     /// Returns whether there are none.
@@ -61,14 +80,26 @@ impl WritableFolders {
         self.0.is_empty()
     }
 
-    /// The folder that `dir` is, or lies in, as the user named it.
+    /// The folder that `dir` is, or lies in, as the user named it; also where a bind mount gives a part of the folder another
+    /// name.
     pub fn containing(&self, dir: BorrowedFd<'_>) -> Option<&Path> {
-        let mut here = if self.is_empty() { None } else { openat(dir, c".", DIRECTORY, Mode::empty()).ok() };
+        if self.is_empty() {
+            return None;
+        }
+        self.among_parents(dir).or_else(|| {
+            let here = Location::of(dir)?;
+            let lies_in = |folder: &&Folder| folder.locations.iter().any(|location| location.contains(&here));
+            self.0.iter().find(lies_in).map(|folder| folder.path.as_path())
+        })
+    }
+
+    fn among_parents(&self, dir: BorrowedFd<'_>) -> Option<&Path> {
+        let mut here = openat(dir, c".", DIRECTORY, Mode::empty()).ok();
         let mut below = None;
         while let Some(dir) = here {
             let id = FileId::of(&fstat(&dir).ok()?);
-            if let Some((path, _)) = self.0.iter().find(|(_, folder)| *folder == id) {
-                return Some(path);
+            if let Some(folder) = self.0.iter().find(|folder| folder.id == id) {
+                return Some(&folder.path);
             }
             // The root is its own parent.
             if below.replace(id) == Some(id) {
@@ -205,21 +236,28 @@ pub fn descriptor_path(fd: &impl AsRawFd) -> PathBuf {
 /// Opens what an input's path leads to as a mere name (O_PATH), so that it stays this file whatever becomes of the path.
 /// Links in a writable folder may lead to what the guest can reach anyway, but not out of the folders.
 pub fn name_input(path: &Path, folders: &WritableFolders) -> io::Result<OwnedFd> {
+    input_end(path, folders)?.name_file()
+}
+
+/// The same for a path that may be used again; `None` if it is one of procfs's links, which lead to what this process has
+/// open already.
+pub fn name_input_again(path: &Path, folders: &WritableFolders) -> io::Result<Option<OwnedFd>> {
+    let end = input_end(path, folders)?;
+    let magic = matches!(end.name, Some((_, true)));
+    if magic { Ok(None) } else { end.name_file().map(Some) }
+}
+
+fn input_end(path: &Path, folders: &WritableFolders) -> io::Result<End> {
     let mut walk = Walk::new(path, folders)?;
     walk.within = true;
     let end = walk.end(Last::Followed)?;
-    if let Some(folder) = end.through.filter(|_| folders.containing(end.dir.as_fd()).is_none()) {
+    if let Some(folder) = end.through.as_ref().filter(|_| folders.containing(end.dir.as_fd()).is_none()) {
         return Err(io::Error::other(format!(
             "a symbolic link in {}, where the guest can make such links, leads out of it; name its target instead",
             folder.display()
         )));
     }
-    let (name, follow) = match &end.name {
-        Some((name, true)) => (name.as_os_str(), OFlags::empty()),
-        Some((name, false)) => (name.as_os_str(), OFlags::NOFOLLOW),
-        None => (OsStr::new("."), OFlags::empty()),
-    };
-    Ok(openat(&end.dir, name, OFlags::PATH | OFlags::CLOEXEC | follow, Mode::empty())?)
+    Ok(end)
 }
 
 /// On the way along a path.
@@ -244,6 +282,16 @@ struct End {
 }
 
 impl End {
+    /// Opens what the path led to, as a mere name.
+    fn name_file(&self) -> io::Result<OwnedFd> {
+        let (name, follow) = match &self.name {
+            Some((name, true)) => (name.as_os_str(), OFlags::empty()),
+            Some((name, false)) => (name.as_os_str(), OFlags::NOFOLLOW),
+            None => (OsStr::new("."), OFlags::empty()),
+        };
+        Ok(openat(&self.dir, name, OFlags::PATH | OFlags::CLOEXEC | follow, Mode::empty())?)
+    }
+
     fn place(self, path: &Path) -> io::Result<Place> {
         let (name, magic) = self.name.ok_or(io::ErrorKind::IsADirectory)?;
         Ok(Place { dir: self.dir.into(), name, path: path.into(), magic })
