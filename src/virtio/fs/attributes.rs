@@ -1,4 +1,4 @@
-//! Requests about what a file is like.
+//! Requests that read or change a file's attributes.
 
 use std::ffi::CStr;
 use std::io;
@@ -17,7 +17,7 @@ impl Server {
         Ok(Out::default().attr_out(&stat, self.validity()).done())
     }
 
-    /// As [`Server::getattr`], with the time when the file was made.
+    /// Answers as [`Server::getattr`] does, and adds the file's creation time.
     pub(super) fn statx(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
         let (flags, _, handle, _sync, _wanted) = (args.u32()?, args.u32()?, args.u64()?, args.u32()?, args.u32()?);
         let stat = self.stat(caller.nodeid, (flags & GETATTR_FH != 0).then_some(handle))?;
@@ -60,7 +60,7 @@ impl Server {
         Ok(Out::default().attr_out(&stat, self.validity()).done())
     }
 
-    /// With squashed owners nothing can be given away, but to whom it seems to belong.
+    /// Changes the owner. With squashed owners, only the owner that the guest already sees is accepted.
     fn chown(&self, node: &Node, uid: Option<u32>, gid: Option<u32>) -> io::Result<()> {
         let Some(squash) = self.squash else { return node.chown(uid, gid) };
         if uid.is_some_and(|id| id != squash) || gid.is_some_and(|id| id != squash) {
@@ -77,7 +77,7 @@ impl Server {
         let node = self.node(caller.nodeid)?;
         let mut out = Out::default();
         if node.is_closed() {
-            // No blocks, no files; sizes and lengths of names as everywhere.
+            // No blocks and no files; block sizes and name length as usual.
             return Ok(out.zeros(40).u32(4096).u32(255).u32(4096).zeros(28).done());
         }
         let stat = node.stat_fs()?;
@@ -86,7 +86,7 @@ impl Server {
         Ok(out.zeros(28).done())
     }
 
-    /// Writes everything to the disk; nothing where nothing can be written, as in [`Server::fsync`].
+    /// Writes everything to the disk; does nothing on a read-only share, as [`Server::fsync`].
     pub(super) fn sync_fs(&self, caller: Caller) -> io::Result<Out> {
         let node = self.node(caller.nodeid)?;
         if !self.readonly {

@@ -1,24 +1,25 @@
-//! The descriptors that all shares of a machine hold together.
+//! Limit on the file descriptors that all shares of a machine hold together.
 //!
-//! A process may have so many (`ulimit -n`). An eighth of them is for the files that guests know, another eighth for the
-//! files that they have open; one share may use all of that while the others need little. When a kind has run out,
-//! every share can still get its even part: the others give theirs back as they go. So shares take half of the
-//! process's descriptors at most, and disks, sockets and consoles always find some.
+//! A process may have a limited number of descriptors (`ulimit -n`). One eighth of them is for the files that guests
+//! know, another eighth for the files that guests have open. One share may use all of an eighth while the others need
+//! little. When an eighth is exhausted, every share can still get its even part: the other shares give their excess
+//! back as they work. Until then an eighth may be exceeded by as much again. So shares take at most half of the
+//! process's descriptors, and disks, sockets and consoles always find free ones.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The descriptors of all shares.
+/// Descriptor limits of all shares.
 #[derive(Debug)]
 pub struct Budget {
-    /// For files that guests know.
+    /// Descriptors for files that guests know.
     pub(super) known: Arc<Pool>,
-    /// For files that guests have open.
+    /// Descriptors for files that guests have open.
     pub(super) open: Arc<Pool>,
 }
 
 impl Budget {
-    /// For a process that may have `descriptors`, and its number of shares.
+    /// Creates the budget of a process that may have `descriptors` descriptors and serves `shares` shares.
     pub fn new(descriptors: u64, shares: usize) -> Self {
         let most = (descriptors / 8).clamp(16, 1 << 16) as usize;
         let pool = || Arc::new(Pool { most, part: (most / shares.max(1)).max(1), taken: AtomicUsize::new(0) });
@@ -26,29 +27,29 @@ impl Budget {
     }
 }
 
-/// Descriptors of one kind.
+/// Descriptors of one kind: for known files or for open files.
 #[derive(Debug)]
 pub(super) struct Pool {
     most: usize,
-    /// Even part of a share.
+    /// Even part of one share.
     part: usize,
     taken: AtomicUsize,
 }
 
 impl Pool {
-    /// Takes a descriptor, though there may be too many then: the caller must give some back.
+    /// Takes a descriptor even if that exceeds the limit; the caller must then give some back.
     pub fn take(self: &Arc<Self>) -> Slot {
         self.taken.fetch_add(1, Ordering::Relaxed);
         Slot(self.clone())
     }
 
-    /// Returns whether a share that holds this many must give one back before it takes another.
+    /// Returns whether a share that holds `own` descriptors must give one back before it takes another.
     pub fn is_exhausted(&self, own: usize) -> bool {
         own >= self.most || own >= self.part && self.taken.load(Ordering::Relaxed) >= self.most
     }
 }
 
-/// A descriptor that counts until this is dropped.
+/// A descriptor taken from a pool; dropping this returns it.
 #[derive(Debug)]
 pub(super) struct Slot(Arc<Pool>);
 

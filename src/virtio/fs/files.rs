@@ -37,7 +37,7 @@ impl Server {
         Ok(Out::default().u64(handle).u32(if keep { fopen::KEEP_CACHE } else { 0 }).u32(0).done())
     }
 
-    /// Opens a regular file, and nothing else. `kill`: if it is made empty, it loses its set-user-id bit.
+    /// Opens regular files only. With `kill`, truncation clears the set-user-id bit.
     pub(super) fn open_node(&self, node: &Node, access: OFlags, kill: bool) -> io::Result<File> {
         let open = || self.with_descriptors(|| node.open(access));
         if kill && access.contains(OFlags::TRUNC) { self.identity.without_fsetid(open) } else { open() }
@@ -56,7 +56,7 @@ impl Server {
         Ok(Out::default())
     }
 
-    /// Reads into the guest's memory; returns how many bytes.
+    /// Reads into the guest's memory; returns the number of bytes.
     pub(super) fn read(&self, mut args: Args<'_>, mut room: Writer<'_>) -> io::Result<usize> {
         let (handle, offset, size) = (args.u64()?, args.u64()?, args.u32()?);
         let handle = self.handle(handle)?;
@@ -94,7 +94,7 @@ impl Server {
         let (handle, flags) = (args.u64()?, args.u32()?);
         let data_only = flags & FSYNC_FDATASYNC != 0;
         match &*self.handle(handle)? {
-            // The guest has changed nothing, and others' changes are not for it to make the disk busy with.
+            // The guest has changed nothing, and should not keep the disk busy with other processes' changes.
             _ if self.readonly => {}
             Handle::Closed(_) => {}
             Handle::File(file, _) if data_only => file.sync_data()?,
@@ -114,7 +114,7 @@ impl Server {
         Ok(Out::default())
     }
 
-    /// Looks for data or holes; the guest counts the other positions itself.
+    /// Finds data or holes; the guest computes all other positions itself.
     pub(super) fn lseek(&self, mut args: Args<'_>) -> io::Result<Out> {
         let (handle, offset, whence) = (args.u64()?, args.u64()?, args.u32()?);
         let to = match whence as i32 {
@@ -122,7 +122,7 @@ impl Server {
             libc::SEEK_HOLE => SeekFrom::Hole(offset),
             _ => return Err(Errno::INVAL.into()),
         };
-        // Nobody uses the position of this descriptor.
+        // Nothing else uses this descriptor's position.
         let found = rustix::fs::seek(self.handle(handle)?.file()?, to)?;
         Ok(Out::default().u64(found).done())
     }

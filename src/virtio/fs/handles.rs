@@ -1,4 +1,4 @@
-//! What the guest has open.
+//! The files and directories that the guest has open.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -11,7 +11,8 @@ use rustix::io::Errno;
 use super::budget::{Pool, Slot};
 use crate::backend::passthrough::Node;
 
-/// An open file or directory. The node is kept with it: what is open stays what it is, names or not.
+/// An open file or directory. The handle keeps the node too: an open file stays the same file even if its name changes
+/// or goes.
 #[derive(Debug)]
 pub(super) enum Handle {
     File(File, #[allow(dead_code)] Arc<Node>),
@@ -36,7 +37,7 @@ impl Handle {
         Ok(Handle::Dir(node.open_dir()?, node))
     }
 
-    /// The directory; `None` for one that has no entries.
+    /// Returns the directory; `None` for one that has no entries.
     pub fn dir(&self) -> io::Result<Option<&OwnedFd>> {
         match self {
             Handle::Dir(dir, _) => Ok(Some(dir)),
@@ -46,17 +47,17 @@ impl Handle {
     }
 }
 
-/// All of it, by the numbers that the guest has for it.
+/// All open files and directories, by the handle numbers that the guest knows.
 #[derive(Debug)]
 pub(super) struct Handles {
     descriptors: Arc<Pool>,
-    /// With the numbers of the files.
+    /// Each handle's file number, the handle itself and its descriptor's slot.
     open: HashMap<u64, (u64, Arc<Handle>, Slot)>,
     next: u64,
 }
 
 impl Handles {
-    /// None.
+    /// Creates an empty table.
     pub fn new(descriptors: Arc<Pool>) -> Self {
         Handles { descriptors, open: HashMap::new(), next: 1 }
     }
@@ -72,22 +73,22 @@ impl Handles {
         Ok(self.open.get(&id).map(|(_, handle, _)| handle.clone()).ok_or(Errno::BADF)?)
     }
 
-    /// The handle, to be closed by who drops it: outside of the lock, for that may take its time.
+    /// Removes a handle and returns it. The caller drops it outside the lock, because closing may take long.
     pub fn remove(&mut self, id: u64) -> io::Result<Arc<Handle>> {
         Ok(self.open.remove(&id).map(|(_, handle, _)| handle).ok_or(Errno::BADF)?)
     }
 
-    /// All of them, as [`Handles::remove`]. Numbers are not used again.
+    /// Removes and returns all handles; see [`Handles::remove`]. Their numbers are not used again.
     pub fn clear(&mut self) -> Vec<Arc<Handle>> {
         self.open.drain().map(|(_, (_, handle, _))| handle).collect()
     }
 
-    /// The next number; and of each that is open its number, the file's, and itself.
+    /// Returns the next handle number, and for each open handle its number, its file's number and the handle itself.
     pub fn all(&self) -> (u64, Vec<(u64, u64, Arc<Handle>)>) {
         (self.next, self.open.iter().map(|(id, (file, handle, _))| (*id, *file, handle.clone())).collect())
     }
 
-    /// Something is open again, by the number it had.
+    /// Adds a handle with a given number.
     pub fn restore(&mut self, id: u64, file: u64, handle: Handle) -> io::Result<()> {
         if self.descriptors.is_exhausted(self.open.len()) {
             return Err(Errno::NFILE.into());
@@ -96,10 +97,10 @@ impl Handles {
         Ok(())
     }
 
-    /// Sets the next number, when all are restored.
+    /// Sets the next handle number, after all handles were restored.
     pub fn go_on_at(&mut self, next: u64) -> Result<(), String> {
         match self.open.keys().find(|id| **id >= next) {
-            Some(id) => Err(format!("has {id} open where {next} comes next")),
+            Some(id) => Err(format!("has handle {id} open, but the next handle is {next}")),
             None => {
                 self.next = next;
                 Ok(())

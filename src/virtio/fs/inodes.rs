@@ -1,13 +1,13 @@
-//! The files that the guest knows, by the numbers it knows them by.
+//! The files that the guest knows, by node number.
 //!
-//! Each is held by a descriptor for as long as that can be afforded. When there are too many, those that were not used
-//! for a while are closed, and opened again by the name they were last seen under when the guest comes back to them;
-//! unless the host has put something else there meanwhile (ESTALE: the guest looks its path up again). What is open
-//! keeps its descriptor.
+//! Each file is held by a descriptor while descriptors suffice. When there are too many, those that were not used for a
+//! while are closed. If the guest uses such a file again, it is reopened by the name under which it was last seen; if
+//! the host has put something else there, the guest gets ESTALE and looks the path up again. An open file keeps its
+//! descriptor.
 //!
-//! How many files are remembered is bounded by a part of the guest's memory ([`Limits`]). When there are more, the one
-//! that was closed first is forgotten, though the guest has not: it gets ESTALE when it comes back, and looks the path up
-//! again, as its kernel does by itself. What is open is never forgotten.
+//! The number of remembered files is bounded by a part of the guest's memory ([`Limits`]). Beyond that, the file that
+//! was closed first is forgotten, although the guest still knows it: using it fails with ESTALE, and the guest's kernel
+//! then looks the path up again by itself. Open files are never forgotten.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{CStr, CString};
@@ -22,32 +22,33 @@ use super::state::FileState;
 use super::wire::ROOT;
 use crate::backend::passthrough::{Name, Node, Stat, Time};
 
-/// A file is remembered for this many bytes of the guest's memory. A record takes some 400 bytes here with a name of
-/// usual length, so all of them take about a twentieth of it.
+/// Bytes of guest memory per remembered file. A record takes some 400 bytes here with a name of usual length, so all
+/// records together take about a twentieth of the guest's memory size.
 const RAM_PER_FILE: u64 = 8192;
-/// As many may be known in any case.
+/// Number of files that may be known however little memory the guest has.
 const MIN_FILES: usize = 1 << 16;
-/// No path is so long that it has more components.
+/// Maximum number of components of a path; no valid path is longer.
 const MAX_DEPTH: usize = 4096;
 
-/// How much may be held.
+/// Limits on files and descriptors.
 #[derive(Clone, Debug)]
 pub(super) struct Limits {
-    /// Files that are known.
+    /// Maximum number of known files.
     pub files: usize,
-    /// Of these, held by a descriptor.
+    /// Descriptors that known files may hold.
     pub descriptors: Arc<Pool>,
 }
 
 impl Limits {
-    /// For a guest with so much memory.
+    /// Computes the limits for a guest with `guest_ram` bytes of memory.
     pub fn new(descriptors: Arc<Pool>, guest_ram: u64) -> Self {
         let files = usize::try_from(guest_ram / RAM_PER_FILE).unwrap_or(usize::MAX).max(MIN_FILES);
         Limits { files, descriptors }
     }
 }
 
-/// What tells files apart. A file that is seen through two mounts counts twice, for a directory can only be in one place.
+/// Identity of a file. A file that is seen through two mounts counts twice, because a directory can only be in one
+/// place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     dev: u64,
@@ -61,7 +62,7 @@ impl From<&Stat> for Key {
     }
 }
 
-/// By what one sees that a file was not changed.
+/// Attributes that show whether a file has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stamp {
     mtime: Time,
@@ -70,7 +71,7 @@ pub(super) struct Stamp {
 }
 
 impl Stamp {
-    /// Unless the file changed within the second before `now`: it could change once more and look the same.
+    /// Returns `None` if the file changed within the second before `now`: it could change again and look the same.
     pub fn new(stat: &Stat, now: Time) -> Option<Self> {
         let Stat { mtime, ctime, size, .. } = *stat;
         let before = Time { sec: now.sec.saturating_sub(1), ..now };
@@ -82,39 +83,41 @@ impl Stamp {
 struct Inode {
     key: Key,
     kind: FileType,
-    /// While there is no descriptor, a file may go and its number be given to another, made at another time.
+    /// Creation time. While no descriptor is held, a file may be removed and its inode number given to another file,
+    /// which has another creation time.
     born: Time,
-    /// How often the guest was told of it, less how often it forgot.
+    /// Number of times the guest looked the file up, less the number it has forgotten.
     lookups: u64,
-    /// Where it was seen last.
+    /// Directory in which the file was last seen.
     parent: u64,
     name: CString,
     node: Option<(Arc<Node>, Slot)>,
-    /// Since it was looked at for closing.
+    /// Set if the file was used since it was last considered for closing.
     used: bool,
-    /// When it was opened last.
+    /// State of the file when it was last opened.
     stamp: Option<Stamp>,
-    /// Another file system begins here. Linux before 6.8 forgets such a directory and goes on to use it.
+    /// Another file system begins here. Linux before 6.8 forgets such a directory and continues to use it.
     submount: bool,
 }
 
-/// All of them.
+/// All files that the guest knows.
 #[derive(Debug)]
 pub(super) struct Inodes {
     limits: Limits,
     by_id: HashMap<u64, Inode>,
     by_key: HashMap<Key, u64>,
     next: u64,
-    /// Those with a descriptor, and some that had one, in the order in which they are considered for closing.
+    /// Files in the order in which they are considered for closing: all that have a descriptor, and some that no longer
+    /// have one.
     held: VecDeque<u64>,
-    /// How many have a descriptor.
+    /// Number of files that have a descriptor.
     descriptors: usize,
-    /// Those whose descriptor was closed, the oldest first; and some that have one again, or are forgotten.
+    /// Files whose descriptor was closed, oldest first; some may have one again or may be forgotten.
     idle: VecDeque<u64>,
 }
 
 impl Inodes {
-    /// Only the root.
+    /// Creates the table with only the root in it.
     pub fn new(root: Arc<Node>, stat: &Stat, limits: Limits) -> Self {
         let key = Key::from(stat);
         let root = Inode {
@@ -140,7 +143,7 @@ impl Inodes {
         }
     }
 
-    /// The guest has this much memory.
+    /// Sets the limits for a guest with `bytes` bytes of memory.
     pub fn set_guest_ram(&mut self, bytes: u64) {
         self.limits = Limits::new(self.limits.descriptors.clone(), bytes);
     }
@@ -150,7 +153,7 @@ impl Inodes {
         self.limits = limits;
     }
 
-    /// Forgets all but the root. Numbers are not used again, so that what the guest still has of them leads nowhere.
+    /// Forgets all files but the root. Numbers are not used again, so any that the guest still has are invalid.
     pub fn clear(&mut self) {
         self.by_id.retain(|id, _| *id == ROOT);
         self.by_key.retain(|_, id| *id == ROOT);
@@ -166,7 +169,8 @@ impl Inodes {
         (self.by_id.len(), self.descriptors)
     }
 
-    /// Tells the guest of a file that was found: returns its number, and whether another file system begins there.
+    /// Records that the guest learns of a file that was found. Returns its number, and whether another file system
+    /// begins there.
     pub fn enter(&mut self, parent: u64, name: Name<'_>, node: Node, stat: &Stat) -> io::Result<(u64, bool)> {
         let (key, kind) = (Key::from(stat), stat.kind());
         let parent_key = self.by_id.get(&parent).map(|inode| inode.key);
@@ -174,7 +178,7 @@ impl Inodes {
             && parent_key.is_some_and(|parent| (parent.dev, parent.mount) != (key.dev, key.mount));
         let known = self.by_key.get(&key).copied();
         if let Some((id, inode)) = known.and_then(|id| Some((id, self.by_id.get_mut(&id)?)))
-            // Else the file is gone, and its number is another's now.
+            // Otherwise the file is gone, and another file has its inode number.
             && inode.kind == kind
             && (inode.node.is_some() || inode.born == stat.born)
         {
@@ -199,7 +203,7 @@ impl Inodes {
         Ok((id, submount))
     }
 
-    /// Forgets files until one more may be known.
+    /// Forgets files until there is room for one more.
     fn make_room(&mut self) -> io::Result<()> {
         let mut rounds = 0;
         while self.by_id.len() >= self.limits.files {
@@ -208,7 +212,7 @@ impl Inodes {
                     self.remove(id);
                 }
                 Some(_) => {}
-                // Most were used since they were looked at last, then one round only notes that.
+                // If most files were used since they were last considered, one round only clears their marks.
                 None if rounds < 4 => {
                     rounds += 1;
                     self.close_some(64);
@@ -219,10 +223,10 @@ impl Inodes {
         Ok(())
     }
 
-    /// Gives a file a descriptor. Closes others if these are too many.
+    /// Gives a file a descriptor. Closes others if there are too many.
     fn hold(&mut self, id: u64, node: Arc<Node>) {
         if self.limits.descriptors.is_exhausted(self.descriptors) {
-            // One for this, and one for another share that may be waiting for its part.
+            // One for this file, and one for another share that may be waiting for its part.
             self.close_some(2);
         }
         if let Some(inode) = self.by_id.get_mut(&id) {
@@ -232,8 +236,8 @@ impl Inodes {
         }
     }
 
-    /// Closes up to `wanted` descriptors that are in nobody's use, those that were not used for long first. Looks at a
-    /// bounded number, so there may be less to find.
+    /// Closes up to `wanted` descriptors that are not in use, least recently used first. Considers a bounded number of
+    /// files, so it may close fewer.
     pub fn close_some(&mut self, wanted: usize) {
         let mut closed = 0;
         for _ in 0..(4 * wanted + 64).min(2 * self.held.len()) {
@@ -256,7 +260,7 @@ impl Inodes {
                 }
             }
         }
-        // A file is in it once for each time that it was closed.
+        // A file is queued once for each time it was closed.
         if self.idle.len() > 2 * self.by_id.len() + 64 {
             let Inodes { by_id, idle, .. } = self;
             let mut seen = HashSet::new();
@@ -264,12 +268,12 @@ impl Inodes {
         }
     }
 
-    /// How many descriptors are held.
+    /// Returns the number of descriptors held.
     pub fn descriptors(&self) -> usize {
         self.descriptors
     }
 
-    /// A file that the guest was told of.
+    /// Returns the node of a file that the guest knows.
     pub fn node(&mut self, id: u64) -> io::Result<Arc<Node>> {
         let inode = self.by_id.get_mut(&id).ok_or(Errno::STALE)?;
         inode.used = true;
@@ -279,7 +283,8 @@ impl Inodes {
         }
     }
 
-    /// Finds a file again where it was seen last: up to a directory that is held, and down again.
+    /// Finds a file again where it was last seen: walks up to the nearest directory that has a descriptor, and down
+    /// again.
     fn reopen(&mut self, id: u64) -> io::Result<Arc<Node>> {
         let (mut names, mut at): (Vec<&CStr>, u64) = (Vec::new(), id);
         let mut node = loop {
@@ -295,7 +300,7 @@ impl Inodes {
         };
         let mut found = None;
         while let Some(name) = names.pop() {
-            // What never had a name is not found again.
+            // A file that never had a name cannot be found again.
             let name = Name::new(name).map_err(|_| Errno::STALE)?;
             let (child, stat) = node.child(name).map_err(stale)?;
             node = Arc::new(child);
@@ -306,7 +311,7 @@ impl Inodes {
             (stat.dev, stat.ino, stat.kind(), stat.born) == (inode.key.dev, inode.key.ino, inode.kind, inode.born)
         };
         let stat = found.filter(same).ok_or(Errno::STALE)?;
-        // The number of a mount may be another one, after a restore.
+        // The mount's number may have changed after a restore.
         let before = std::mem::replace(&mut inode.key, Key::from(&stat));
         if inode.key != before {
             self.by_key.insert(inode.key, id);
@@ -318,7 +323,7 @@ impl Inodes {
         Ok(node)
     }
 
-    /// A file was renamed: what is at this name now was seen there.
+    /// Records that a rename moved a file to this name.
     pub fn seen(&mut self, parent: u64, name: Name<'_>, stat: &Stat) {
         let id = self.by_key.get(&Key::from(stat)).copied().filter(|id| *id != ROOT);
         if let Some(inode) = id.and_then(|id| self.by_id.get_mut(&id)) {
@@ -326,14 +331,14 @@ impl Inodes {
         }
     }
 
-    /// Notes how a file is when it is opened; returns whether that is how it was the last time.
+    /// Records the file's state at open; returns whether it is the same as at the last open.
     pub fn is_unchanged(&mut self, id: u64, stamp: Option<Stamp>) -> bool {
         let Some(inode) = self.by_id.get_mut(&id) else { return false };
         let before = std::mem::replace(&mut inode.stamp, stamp);
         stamp.is_some() && before == stamp
     }
 
-    /// The guest forgets a file, as it was told of it so many times.
+    /// Removes `lookups` from the guest's lookup count of a file, and forgets the file when none are left.
     pub fn forget(&mut self, id: u64, lookups: u64) {
         let Some(inode) = self.by_id.get_mut(&id) else { return };
         inode.lookups = inode.lookups.saturating_sub(lookups);
@@ -341,7 +346,7 @@ impl Inodes {
             return;
         }
         self.remove(id);
-        // What is left of it in the queue must not grow without end.
+        // Entries of forgotten files must not let the queue grow without bound.
         if self.held.len() > 2 * self.descriptors + 64 {
             let Inodes { by_id, held, .. } = self;
             held.retain(|id| by_id.get(id).is_some_and(|inode| inode.node.is_some()));
@@ -359,7 +364,7 @@ impl Inodes {
 }
 
 impl Inodes {
-    /// The root's mount, the next number, and all files but the root.
+    /// Returns the root's mount, the next number, and all named files but the root.
     pub fn save(&self) -> (u64, u64, Vec<FileState>) {
         let file = |(id, inode): (&u64, &Inode)| {
             let Inode { key, kind, born, lookups, parent, name, node: _, used: _, stamp: _, submount } = inode;
@@ -382,13 +387,13 @@ impl Inodes {
         (mount, self.next, named.map(file).collect())
     }
 
-    /// Takes over what was saved, without looking at any of it: that is done when the guest asks for it.
-    /// What was in the mount of the root is in that which the root is in now.
+    /// Takes over saved files without opening them: that happens when the guest uses them. Files that were in the
+    /// root's mount are placed in the mount that the root is in now.
     pub fn restore(&mut self, root_mount: u64, next: u64, files: Vec<FileState>) -> Result<(), String> {
         let root_mount_now = self.by_id.get(&ROOT).map_or(0, |root| root.key.mount);
         for file in files {
             let FileState { id, parent, name, lookups, kind, dev, mount, ino, born: (sec, nsec), submount } = file;
-            let bad = || format!("knows a file {id} that cannot be");
+            let bad = || format!("has an invalid file {id}");
             let name = CString::new(name).map_err(|_| bad())?;
             Name::new(&name).map_err(|_| bad())?;
             if id <= ROOT || id >= next || self.by_id.contains_key(&id) {
@@ -408,7 +413,7 @@ impl Inodes {
     }
 }
 
-/// A file that is not where it was.
+/// Turns the errors of a file that is no longer where it was into ESTALE.
 fn stale(e: io::Error) -> io::Error {
     match e.raw_os_error() {
         Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP) => Errno::STALE.into(),

@@ -1,5 +1,5 @@
-//! Requests for the entries of a directory. The guest takes some twenty of them at a time, the host gives hundreds: what
-//! is left of those is kept for the directory that was read last.
+//! Requests for the entries of a directory. The guest takes some twenty entries at a time, while the host returns
+//! hundreds: the remaining ones are kept for the directory that was read last.
 
 use std::collections::VecDeque;
 use std::io;
@@ -11,18 +11,18 @@ use super::server::{Caller, MAX_TRANSFER, Server, lock};
 use super::wire::{Args, DIRENT, ENTRY_OUT, Entry, Out};
 use crate::backend::passthrough::{DirEntry, Name, Node, Stat, read_entries, seek_entries};
 
-/// What was read of a directory and not taken.
+/// Entries that were read from a directory but not yet taken by the guest.
 #[derive(Debug, Default)]
 pub(super) struct Listing {
-    /// The handle.
+    /// Handle of the directory.
     handle: u64,
-    /// Where its first entry is.
+    /// Position of the first entry.
     position: u64,
     entries: VecDeque<DirEntry>,
 }
 
 impl Server {
-    /// As many entries as there is room for, and with `plus` what they are.
+    /// Returns as many entries as fit, and with `plus` also each entry's attributes.
     pub(super) fn read_dir(&self, mut args: Args<'_>, caller: Caller, room: u64, plus: bool) -> io::Result<Out> {
         let (id, position, size) = (args.u64()?, args.u64()?, args.u32()?);
         let room = u64::from(size.min(MAX_TRANSFER)).min(room) as usize;
@@ -54,7 +54,7 @@ impl Server {
         Ok(out)
     }
 
-    /// What a name is, as LOOKUP would say; nothing if that cannot be told.
+    /// Looks an entry up as LOOKUP does; returns an empty entry if that fails.
     fn look_at(&self, parent: u64, dir: &Node, entry: &DirEntry) -> Entry {
         let found = Name::new(&entry.name).and_then(|name| self.enter(parent, dir, name));
         found.unwrap_or(Entry {
@@ -67,10 +67,10 @@ impl Server {
     }
 }
 
-/// `fuse_dirent`.
+/// Appends a `fuse_dirent`.
 fn put(out: &mut Out, entry: &DirEntry) {
     let name = entry.name.to_bytes();
-    // As `d_type` has it.
+    // File type in the encoding of `d_type`.
     let kind = if entry.kind == FileType::Unknown { 0 } else { entry.kind.as_raw_mode() >> 12 };
     out.u64(entry.ino).u64(entry.next).u32(name.len() as u32).u32(kind).bytes(name);
     out.zeros(out.0.len().next_multiple_of(8) - out.0.len());

@@ -1,34 +1,37 @@
-//! File system device (5.11): a folder of the host, which the guest mounts by its tag
-//! (`mount -t virtiofs TAG WHERE`). The requests are those of FUSE; the guest's kernel is the client, and it asks for
-//! permission itself, by the owners and modes that it sees.
+//! File system device (5.11): shares a folder of the host, which the guest mounts by its tag
+//! (`mount -t virtiofs TAG DIRECTORY`). Requests are FUSE requests; the guest's kernel is the client and checks
+//! permissions itself, by the owners and modes that it sees.
 //!
-//! # Whose files
+//! # File ownership
 //!
-//! A monitor that runs as root makes files for whom the guest says, and changes owners. Then root of the guest can make
-//! set-user-id programs in the folder: mount it `nosuid` on the host, or share it with nobody else there. Device nodes
-//! are never made (but for the 0:0 of overlay file systems), and none is opened. A monitor of an ordinary user reaches
-//! what that user reaches: files belong to that user whoever makes them in the guest, and owners cannot be changed. With
-//! `squash_uid=N` all files look as if they belonged to user and group N, while everything is done as the monitor's user.
+//! A monitor that runs as root creates files as the user that the guest names, and can change owners. The guest's root
+//! can then create set-user-id programs in the folder: mount it `nosuid` on the host, or share it with no other user
+//! there. Device nodes are never created (except the 0:0 whiteouts of overlay file systems) and never opened. A monitor
+//! that runs as an ordinary user reaches what that user can reach: new files belong to that user, whichever guest user
+//! creates them, and owners cannot be changed. With `squash_uid=N` all files appear to belong to user and group N,
+//! while the monitor's user performs every operation.
 //!
-//! # When
+//! # Caching
 //!
-//! Others may change the folder at the same time. How soon the guest sees that is `cache`: by default a second, and when
-//! it opens a file; cached data of a file is kept over a new open only if the file is as it was. Locks (`flock`, `fcntl`)
-//! hold among the guest's processes, not against the host.
+//! Other processes may change the folder at the same time. `cache` decides how soon the guest sees such changes: by
+//! default after one second, and when it opens a file. The guest keeps cached data of a file across a new open only if
+//! the file has not changed. Locks (`flock`, `fcntl`) are shared among the guest's processes, but not with the host.
 //!
-//! # How it is served
+//! # Request processing
 //!
-//! There is a worker for the queue of urgent requests, those to forget files, and one for each request queue. What a
-//! request asks for is done at once, by system calls that wait for nothing but the disk: nothing is opened but regular
-//! files and directories, and those so that they do not wait for another; locks stay in the guest. A driver that knows
-//! several queues (Linux from 6.10 on) uses as many as `queues` says, and then a slow `fsync` holds up one of them only.
+//! One worker serves the high-priority queue, which carries requests to forget files, and one worker serves each
+//! request queue. Each request is completed immediately, by system calls that wait only for the disk: only regular
+//! files and directories are opened, without waiting for other processes, and locks stay in the guest. A driver that
+//! supports several queues (Linux 6.10 and later) uses as many as `queues` says; then a slow `fsync` delays only one of
+//! them.
 //!
-//! What the guest knows and has open outlives a pause. It is forgotten when the device is reset and when the folder is
-//! unmounted or mounted anew. When the machine is saved, it is saved by name; what has none any more, though it is open, or
-//! another one when the machine is restored, is lost for the guest. (See [`state`].)
+//! The files that the guest knows and has open survive a pause. They are forgotten when the device is reset and when
+//! the guest unmounts the folder or mounts it again. A snapshot saves them by name. The guest loses a file whose name,
+//! when the machine is restored, is gone or belongs to another file, even if it has the file open. (See [`state`].)
 //!
-//! `wire` is the protocol; `inodes` and `handles` are what the guest knows and has open; `server` takes requests apart, and
-//! `names`, `files`, `listing` and `attributes` do them. [`crate::backend::passthrough`] is the folder.
+//! `wire` is the protocol; `inodes` holds the files that the guest knows and `handles` those that it has open; `server`
+//! parses requests, and `names`, `files`, `listing` and `attributes` perform them. [`crate::backend::passthrough`] is
+//! the host's folder.
 
 mod attributes;
 mod budget;
@@ -60,25 +63,27 @@ pub use budget::Budget;
 use server::Server;
 use state::FsState;
 
-/// Entries of a queue. A request has as many pages as half of this, so that it fits without indirect descriptors too.
+/// Number of descriptors per queue. A request has at most half as many pages, so it fits even without indirect
+/// descriptors.
 const QUEUE_SIZE: u16 = 512;
-/// The most request queues a share may have.
+/// Maximum number of request queues of a share.
 const MAX_QUEUES: u16 = 16;
-/// Bytes of the tag in configuration space (5.11.4).
+/// Size of the tag in configuration space (5.11.4).
 const TAG_BYTES: usize = 36;
 
-/// How long the guest believes what it saw of the folder.
+/// Lifetime of what the guest may cache of the folder.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Cache {
-    /// Not at all; only the data of files that stay open.
+    /// No caching, except of the data of files that stay open.
     Never,
-    /// A second; and data for as long as files do not change.
+    /// Names and attributes for one second; data until the file changes.
     #[default]
     Auto,
-    /// Names until the guest forgets them, else as `Auto`: for overlayfs, which fails where a name becomes another file's.
+    /// Names until the guest forgets them, all else as in `Auto`. For overlayfs, which fails when a name comes to mean
+    /// another file.
     Names,
-    /// For good: nobody else changes the folder.
+    /// Everything, without limit: only the guest changes the folder.
     Always,
 }
 
@@ -86,24 +91,25 @@ pub enum Cache {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FsConfig {
-    /// The folder.
+    /// Path of the folder on the host.
     pub path: PathBuf,
-    /// What the guest mounts it by: 1 to 36 bytes; `share0`, `share1`, ... by default.
+    /// Name by which the guest mounts the folder: 1 to 36 bytes; the default is `share0`, `share1`, ...
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tag: Option<String>,
-    /// Refuse changes.
+    /// Refuses all changes.
     #[serde(default)]
     pub readonly: bool,
-    /// Show all files as this user's and group's, and do everything as the monitor's own.
+    /// User and group ID that all files appear to have, while the monitor's own user performs every operation.
     #[serde(default, alias = "squash-uid", skip_serializing_if = "Option::is_none")]
     pub squash_uid: Option<u32>,
-    /// What is mounted inside looks like part of the same file system: overlayfs takes nothing else to lie on.
+    /// Presents file systems mounted inside the folder as part of the folder's own, as overlayfs requires of its
+    /// layers.
     #[serde(default)]
     pub flat: bool,
-    /// `never`, `auto`, `names` or `always`.
+    /// Caching policy: `never`, `auto`, `names` or `always`.
     #[serde(default)]
     pub cache: Cache,
-    /// Request queues, 1 (the default) to 16, each with a thread.
+    /// Number of request queues, 1 (the default) to 16, each with its own thread.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
 }
@@ -117,7 +123,8 @@ impl FromStr for FsConfig {
 }
 
 impl FsConfig {
-    /// Checks all shares of a machine, as far as nothing need be opened for that. Displays as a sentence.
+    /// Checks all shares of a machine, as far as that is possible without opening anything. The error displays as a
+    /// sentence.
     pub fn validate(shares: &[FsConfig]) -> Result<(), String> {
         for (i, share) in shares.iter().enumerate() {
             let tag = share.tag(i);
@@ -128,22 +135,22 @@ impl FsConfig {
                 return Err(format!("the tag '{tag}' is given twice"));
             }
             if let Some(queues) = share.queues.filter(|n| !(1..=MAX_QUEUES).contains(n)) {
-                return Err(format!("{queues} queues are not 1 to {MAX_QUEUES}, which a share can have"));
+                return Err(format!("queues={queues}: a share can have 1 to {MAX_QUEUES}"));
             }
             if share.squash_uid == Some(u32::MAX) {
-                return Err("squash_uid: 4294967295 is no user".into());
+                return Err("squash_uid: 4294967295 is not a valid user ID".into());
             }
         }
         Ok(())
     }
 
-    /// The tag of the share that is the machine's `index`th.
+    /// Returns the tag of this share, which is the machine's `index`th.
     pub fn tag(&self, index: usize) -> String {
         self.tag.clone().unwrap_or_else(|| format!("share{index}"))
     }
 }
 
-/// The device.
+/// The file system device.
 pub struct Fs {
     info: DeviceInfo,
     config: [u8; TAG_BYTES + 4],
@@ -151,7 +158,7 @@ pub struct Fs {
 }
 
 impl Fs {
-    /// Opens the folder. `index` is the share's place among the machine's, which share the budget.
+    /// Opens the folder. `index` is the share's number within the machine; all shares use one budget.
     pub fn new(index: usize, config: &FsConfig, budget: &Budget) -> Result<Self, passthrough::Error> {
         let queues = config.queues.unwrap_or(1);
         // 5.11.4: the tag, padded with zeros, and the number of request queues.
@@ -206,7 +213,7 @@ impl VirtioDevice for Fs {
     }
 }
 
-/// Serves one queue. Requests are the same on all of them.
+/// Serves one queue. All queues carry the same requests.
 struct Requests(Arc<Server>);
 
 impl Handler for Requests {

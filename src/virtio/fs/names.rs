@@ -19,7 +19,7 @@ impl Server {
         let dir = self.node(caller.nodeid)?;
         match self.enter(caller.nodeid, &dir, name) {
             Ok(entry) => Ok(Out::default().entry(&entry).done()),
-            // The guest may remember that too: number 0 says that nothing is there.
+            // The guest may cache a missing name too: node number 0 says that nothing is there.
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) && self.cache != Cache::Never => {
                 Ok(Out::default().u64(0).u64(0).u64(self.names_validity().as_secs()).zeros(104).done())
             }
@@ -27,7 +27,7 @@ impl Server {
         }
     }
 
-    /// Makes something and tells the guest of it.
+    /// Creates a file and enters it among those that the guest knows.
     fn make(
         &self,
         caller: Caller,
@@ -43,14 +43,15 @@ impl Server {
         self.enter_node(caller.nodeid, name, node, &stat)
     }
 
-    /// Gives back what the umask of this process took, if this thread has none of its own; the guest has applied its own
-    /// before. Not where the directory has an access control list for new files, for then the umask did nothing.
+    /// Restores the mode bits that this process's umask removed, if this thread has no umask of its own; the guest has
+    /// already applied its own umask. Does nothing if the directory has an access control list for new files, because
+    /// then the umask had no effect.
     fn mend_mode(&self, dir: &Node, node: &Node, stat: &mut Stat, mode: u32) -> io::Result<()> {
         if passthrough::has_own_umask() || stat.kind() == FileType::Symlink {
             return Ok(());
         }
         let (asked, missing) = (mode & 0o777, mode & self.umask & 0o777);
-        // Else it is not what was made: somebody on the host may have put something else there meanwhile.
+        // If the mode differs, this is not the new file: a host process may have put another one in its place.
         let as_made = stat.mode & 0o777 == asked & !self.umask;
         if missing != 0 && as_made && !dir.has_default_acl() {
             node.chmod(stat.mode | missing)?;
@@ -91,7 +92,7 @@ impl Server {
         Ok(Out::default().entry(&entry).done())
     }
 
-    /// Makes a file and opens it; opens what there is, unless that must not be.
+    /// Creates a file and opens it. Opens an existing file, unless the guest asks for a new one (O_EXCL).
     pub(super) fn create(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
         let (flags, mode, umask, open_flags) = (args.u32()?, args.u32()?, args.u32()?, args.u32()?);
         let name = args.name()?;
@@ -105,7 +106,7 @@ impl Server {
                 let (node, mut stat) = self.with_descriptors(|| dir.child(name))?;
                 let made = Stat::of(&file)?;
                 if (made.dev, made.ino) != (stat.dev, stat.ino) {
-                    // Somebody on the host put another file there meanwhile. The guest looks again.
+                    // A host process has put another file there. The guest looks the name up again.
                     return Err(Errno::STALE.into());
                 }
                 self.mend_mode(&dir, &node, &mut stat, mode)?;
@@ -117,14 +118,14 @@ impl Server {
             Err(e) => return Err(e),
         };
         let handle = self.open_entry(&entry, file, access, open_flags & OPEN_KILL_SUIDGID != 0);
-        // With an error the guest is told of no file, and cannot forget it.
+        // After an error the guest does not learn of the file and so cannot forget it.
         let handle = handle.inspect_err(|_| self.inodes().forget(entry.id, 1))?;
-        // The size may be another one now.
+        // O_TRUNC may have changed the size, so the attributes must not be cached.
         let attributes = if access.contains(OFlags::TRUNC) { Duration::ZERO } else { entry.attributes };
         Ok(Out::default().entry(&Entry { attributes, ..entry }).u64(handle).u32(0).u32(0).done())
     }
 
-    /// Makes a file without a name, and opens it.
+    /// Creates a file without a name and opens it.
     pub(super) fn create_unnamed(&self, caller: Caller, mut args: Args<'_>) -> io::Result<Out> {
         let (flags, mode, umask, _open_flags) = (args.u32()?, args.u32()?, args.u32()?, args.u32()?);
         self.check_writable()?;
@@ -140,7 +141,7 @@ impl Server {
         Ok(Out::default().entry(&entry).u64(handle).u32(0).u32(0).done())
     }
 
-    /// The handle of a file that was made and is open, or else is there.
+    /// Returns a handle for `file`, or opens the entry if it is `None`.
     fn open_entry(&self, entry: &Entry, file: Option<File>, access: OFlags, kill: bool) -> io::Result<u64> {
         if entry.stat.kind() == FileType::Symlink {
             return Err(Errno::LOOP.into());
@@ -169,7 +170,7 @@ impl Server {
         self.check_writable()?;
         let (from, to) = (self.node(caller.nodeid)?, self.node(new_dir)?);
         let rename = || from.rename(name, &to, new_name, flags);
-        // What is left in its place is new, and belongs to somebody.
+        // The whiteout that is left in its place is a new file, and needs an owner.
         if flags & libc::RENAME_WHITEOUT != 0 {
             self.make_as(caller, rename)?
         } else {
@@ -182,7 +183,7 @@ impl Server {
         Ok(Out::default())
     }
 
-    /// Notes where a file is now, for when its descriptor is closed.
+    /// Records where a file is now, so that it is found again after its descriptor is closed.
     fn saw(&self, parent: u64, dir: &Node, name: Name<'_>) {
         if let Ok((_, stat)) = dir.child(name) {
             self.inodes().seen(parent, name, &stat);
@@ -190,8 +191,9 @@ impl Server {
     }
 }
 
-/// Of the guest's open flags those that the host's file gets. Appending is done write by write, for the same file may be
-/// written elsewhere through it (mmap), and O_DIRECT is between the guest and its own cache.
+/// Returns the guest's open flags that also apply to the host's file. O_APPEND is applied to each write instead,
+/// because the same descriptor may also write elsewhere in the file (mmap). O_DIRECT concerns only the guest's own
+/// cache.
 pub(super) fn access(flags: u32) -> OFlags {
     OFlags::from_bits_truncate(flags) & (OFlags::ACCMODE | OFlags::TRUNC)
 }

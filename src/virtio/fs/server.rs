@@ -1,5 +1,5 @@
-//! Answers requests: takes them apart, finds out what they are about, and has it done. What is done stands in `names`
-//! (what changes or looks at a directory), `files` (what is open), `listing` and `attributes`.
+//! Parses requests, finds the files that they concern and performs them. The operations are in `names` (directory
+//! changes and lookups), `files` (open files), `listing` and `attributes`.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -20,61 +20,62 @@ use crate::memory::GuestRam;
 use crate::virtio::Fault;
 use crate::virtio::chain::{Chain, Reader, Writer};
 
-/// Bytes of one read or write at most: what `max_pages` says.
+/// Maximum number of bytes of one read or write, as `max_pages` reports it.
 pub(super) const MAX_TRANSFER: u32 = 1 << 20;
 const MAX_PAGES: u16 = (MAX_TRANSFER >> 12) as u16;
-/// Bytes of a request's arguments at most, but for what it writes: an extended attribute with its name is the longest.
+/// Maximum size of a request's arguments, without the data of a write. An extended attribute with its name is the
+/// longest.
 const MAX_ARGS: u64 = (64 << 10) + 4096;
-/// How long the guest believes what it saw, by [`Cache`].
+/// Cache lifetimes, chosen by [`Cache`].
 const SHORT: Duration = Duration::from_secs(1);
 const LONG: Duration = Duration::from_secs(86400);
-/// How many requests the guest has under way by itself (read ahead), and when it counts as busy.
+/// Maximum number of background requests (read-ahead) of the guest, and the number from which it counts as congested.
 const BACKGROUND: (u16, u16) = (64, 48);
 
-/// The shared folder, with all that the guest knows of it.
+/// The shared folder, with everything that the guest knows of it.
 pub(super) struct Server {
     pub readonly: bool,
     pub squash: Option<u32>,
     pub cache: Cache,
     pub identity: Identity,
-    /// Of this process; the guest has applied its own.
+    /// Umask of this process; the guest has already applied its own.
     pub umask: u32,
     inodes: Mutex<Inodes>,
     handles: Mutex<Handles>,
     pub listing: Mutex<Listing>,
-    /// The guest has begun (INIT), and has not ended.
+    /// Set between the guest's INIT and DESTROY.
     begun: AtomicBool,
-    /// Mounts of the host's are never told of.
+    /// Presents mounts within the folder as part of the same file system.
     flat: bool,
-    /// Mounts of the host's are told of as such.
+    /// Reports mounts within the folder to the guest as submounts.
     pub submounts: AtomicBool,
-    /// The guest knows access control lists, and leaves its umask to us.
+    /// The guest supports access control lists and leaves its umask to the device.
     pub access_lists: AtomicBool,
-    /// Its requests to set attributes have more flags.
+    /// The guest's SETXATTR requests carry additional flags.
     pub setxattr_flags: AtomicBool,
 }
 
-/// Who asks, about what.
+/// Node and owner of a request.
 #[derive(Clone, Copy)]
 pub(super) struct Caller {
     pub nodeid: u64,
     pub owner: Owner,
 }
 
-/// The mode of a new file, and the umask of the process that makes it.
+/// Mode of a new file, and umask of the process that creates it.
 #[derive(Clone, Copy)]
 pub(super) struct Permissions {
     pub mode: u32,
     pub umask: u32,
 }
 
-/// An answer.
+/// Answer to a request, after the header.
 pub(super) enum Answer {
-    /// These bytes.
+    /// Bytes to be written into the guest's memory.
     Bytes(Out),
-    /// So many bytes that are in the guest's memory already.
+    /// Number of bytes that are already in the guest's memory.
     Placed(usize),
-    /// None at all.
+    /// No bytes.
     Nothing,
 }
 
@@ -109,7 +110,7 @@ impl Server {
         })
     }
 
-    /// The guest has so much memory.
+    /// Sets the size of the guest's memory.
     pub fn set_guest_ram(&self, bytes: u64) {
         lock(&self.inodes).set_guest_ram(bytes);
     }
@@ -125,17 +126,17 @@ impl Server {
         (files, descriptors, lock(&self.handles).len())
     }
 
-    /// Whether the guest has the folder mounted.
+    /// Returns whether the guest has the folder mounted.
     pub fn is_mounted(&self) -> bool {
         self.begun.load(Ordering::Acquire)
     }
 
-    /// From here on requests are answered.
+    /// Marks the folder as mounted; from now on requests are answered.
     pub fn begin(&self) {
         self.begun.store(true, Ordering::Release);
     }
 
-    /// Forgets all that the guest knew.
+    /// Forgets everything that the guest knew.
     pub fn clear(&self) {
         self.begun.store(false, Ordering::Release);
         let closed = lock(&self.handles).clear();
@@ -144,7 +145,7 @@ impl Server {
         drop(closed);
     }
 
-    /// Serves a request; returns how many bytes were written into the chain.
+    /// Serves a request; returns the number of bytes written into the chain.
     pub fn serve(&self, chain: &Chain, ram: &GuestRam) -> Result<u32, Fault> {
         let mut reader = chain.reader(ram);
         let mut header = [0; IN_HEADER];
@@ -215,7 +216,7 @@ impl Server {
         })
     }
 
-    /// What is about names.
+    /// Handles requests about names; returns `None` for other requests.
     fn directory_request(&self, opcode: u32, caller: Caller, args: Args<'_>) -> io::Result<Option<Out>> {
         Ok(Some(match opcode {
             op::LOOKUP => self.lookup(caller, args)?,
@@ -231,7 +232,7 @@ impl Server {
         }))
     }
 
-    /// What is about one file.
+    /// Handles requests about a single file.
     fn file_request(&self, opcode: u32, caller: Caller, args: Args<'_>) -> io::Result<Out> {
         match opcode {
             op::GETATTR => self.getattr(caller, args),
@@ -252,18 +253,18 @@ impl Server {
             op::COPY_FILE_RANGE => self.copy_file_range(args),
             op::SYNCFS => self.sync_fs(caller),
             op::IOCTL => Err(Errno::NOTTY.into()),
-            // Among them, on purpose: ACCESS (the guest judges by itself), FLUSH (closing has nothing to do here), and
-            // locks (the guest keeps them).
+            // Deliberately not supported: ACCESS (the guest checks permissions itself), FLUSH (closing needs no action
+            // here), and locks (the guest keeps them).
             _ => Err(Errno::NOSYS.into()),
         }
     }
 
-    /// The beginning: what both sides know.
+    /// Answers INIT, which agrees on version, flags and limits.
     fn init(&self, mut args: Args<'_>) -> io::Result<Out> {
         let (major, minor) = (args.u32()?, args.u32()?);
         let mut out = Out::default();
         if major > wire::MAJOR {
-            // The guest asks again, for what we speak.
+            // The guest sends INIT again, with this version.
             return Ok(out.u32(wire::MAJOR).u32(wire::MINOR).zeros(56).done());
         }
         if major < wire::MAJOR || minor < wire::OLDEST_MINOR {
@@ -287,7 +288,8 @@ impl Server {
         if !self.flat {
             wanted |= init::SUBMOUNTS;
         }
-        // An overlay on top has the lists of its own files. Where owners are hidden, lists would show them.
+        // An overlay on top has access control lists for its own files. With squashed owners, lists would reveal the
+        // real ones.
         let lists = init::POSIX_ACL | init::DONT_MASK;
         if !self.flat && self.squash.is_none() && passthrough::has_own_umask() && offered & lists == lists {
             wanted |= lists;
@@ -299,7 +301,7 @@ impl Server {
         self.setxattr_flags.store(flags & init::SETXATTR_EXT != 0, Ordering::Relaxed);
         self.begin();
         out.u32(wire::MAJOR).u32(minor.min(wire::MINOR)).u32(readahead).u32(flags);
-        // Times in nanoseconds; no mapping, no more flags.
+        // Timestamps in nanoseconds; no mapping, no further flags.
         out.u16(BACKGROUND.0).u16(BACKGROUND.1).u32(MAX_TRANSFER).u32(1).u16(MAX_PAGES).u16(0).u32(0);
         Ok(out.zeros(28).done())
     }
@@ -310,7 +312,7 @@ impl Server {
             inodes.forget(nodeid, args.u64()?);
             return Ok(Answer::Nothing);
         }
-        // As many as there are, whatever is said: the size of a request is bounded.
+        // The stated count is ignored: all entries in the request count, and its size is bounded.
         let (_count, _) = (args.u32()?, args.u32()?);
         while let (Ok(id), Ok(lookups)) = (args.u64(), args.u64()) {
             inodes.forget(id, lookups);
@@ -318,7 +320,7 @@ impl Server {
         Ok(Answer::Nothing)
     }
 
-    /// How long attributes are believed.
+    /// Returns how long the guest may cache attributes.
     pub fn validity(&self) -> Duration {
         match self.cache {
             Cache::Never => Duration::ZERO,
@@ -327,12 +329,12 @@ impl Server {
         }
     }
 
-    /// How long names are believed.
+    /// Returns how long the guest may cache names.
     pub fn names_validity(&self) -> Duration {
         if self.cache == Cache::Names { LONG } else { self.validity() }
     }
 
-    /// As whom the guest sees a file.
+    /// Returns the attributes as the guest sees them, with squashed owners if configured.
     pub fn seen(&self, stat: Stat) -> Stat {
         match self.squash {
             Some(id) => Stat { uid: id, gid: id, ..stat },
@@ -361,12 +363,12 @@ impl Server {
     }
 
     pub fn close(&self, id: u64) -> io::Result<()> {
-        // Closed here, when the lock is free again.
+        // The file is closed here, after the lock was released.
         let closed = lock(&self.handles).remove(id);
         closed.map(drop)
     }
 
-    /// What the name is, which the guest then knows.
+    /// Looks a name up and adds the file to those that the guest knows.
     pub fn enter(&self, parent: u64, dir: &Node, name: Name<'_>) -> io::Result<wire::Entry> {
         let (node, stat) = self.with_descriptors(|| dir.child(name))?;
         self.enter_node(parent, name, node, &stat)
@@ -380,7 +382,7 @@ impl Server {
         Ok(wire::Entry { id, stat: self.seen(*stat), flags, names, attributes })
     }
 
-    /// Does something that needs a descriptor; if there is none left, closes some and tries once more.
+    /// Runs an operation that needs a descriptor. If none is left, closes some and tries once more.
     pub fn with_descriptors<T>(&self, mut open: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         match open() {
             Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
@@ -394,17 +396,17 @@ impl Server {
         }
     }
 
-    /// Makes something that shall belong to who asks for it, if owners are as the guest says.
+    /// Creates a file that belongs to the caller, unless owners are squashed.
     pub fn make_as<T>(&self, caller: Caller, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         if self.squash.is_some() { make() } else { self.identity.make_as(caller.owner, make) }
     }
 
-    /// Returns whether attributes include access control lists.
+    /// Returns whether access control lists are supported.
     pub fn has_access_lists(&self) -> bool {
         self.access_lists.load(Ordering::Relaxed)
     }
 
-    /// Makes something with the mode that the guest asks for. Its umask is applied here if it has not done so itself.
+    /// Creates a file with the mode that the guest asks for, less the umask if the guest leaves that to the device.
     pub fn make_with_mode<T>(
         &self,
         caller: Caller,
@@ -418,12 +420,12 @@ impl Server {
         self.make_as(caller, || make(mode & !(umask & 0o777)))
     }
 
-    /// Refuses on a read-only share.
+    /// Fails with EROFS on a read-only share.
     pub fn check_writable(&self) -> io::Result<()> {
         if self.readonly { Err(Errno::ROFS.into()) } else { Ok(()) }
     }
 
-    /// What is known of a file by its handle, if there is one, or else by itself.
+    /// Returns the attributes of a file, through its handle if there is one.
     pub fn stat(&self, nodeid: u64, handle: Option<u64>) -> io::Result<Stat> {
         let stat = match handle {
             None => self.node(nodeid)?.stat()?,

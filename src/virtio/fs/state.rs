@@ -1,5 +1,5 @@
-//! What is saved: the files that the guest knows and has open, by their names. A file that has no name any more when it is
-//! restored, or whose name is another's, is lost: the guest is told so (ESTALE, EBADF) when it uses it.
+//! The saved state: the files that the guest knows and has open, by name. A file is lost if its name, at restore, is
+//! gone or belongs to another file; the guest then gets ESTALE or EBADF when it uses it.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -11,35 +11,35 @@ use super::handles::Handle;
 use super::server::Server;
 use crate::log_limit::LogLimit;
 
-/// A shared folder as it is saved.
+/// Saved state of a shared folder.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FsState {
-    /// What the guest knows, if it has the folder mounted.
+    /// State of the mount, if the guest has the folder mounted.
     pub mounted: Option<MountState>,
 }
 
-/// A mounted folder as it is saved.
+/// Saved state of a mounted folder.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MountState {
-    /// The guest knows of mounts.
+    /// The guest supports submounts.
     pub submounts: bool,
-    /// It knows access control lists, and leaves its umask to the device.
+    /// The guest supports access control lists and leaves its umask to the device.
     #[serde(default)]
     pub access_lists: bool,
-    /// Its requests to set extended attributes have more flags.
+    /// The guest's SETXATTR requests carry additional flags.
     #[serde(default)]
     pub setxattr_flags: bool,
-    /// The number of the mount that the folder was in.
+    /// Number of the mount that the folder was in.
     pub mount: u64,
-    /// The number of the next file that it gets to know.
+    /// Node number of the next file that the guest learns of.
     pub next_file: u64,
-    /// The files that it knows, but for the folder itself.
+    /// Files that the guest knows, except the folder itself.
     pub files: Vec<FileState>,
-    /// The number of the next file that it opens.
+    /// Handle number of the next file that the guest opens.
     pub next_handle: u64,
-    /// What it has open.
+    /// Files and directories that the guest has open.
     pub handles: Vec<HandleState>,
 }
 
@@ -47,23 +47,23 @@ pub struct MountState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileState {
-    /// Its number.
+    /// Node number.
     pub id: u64,
-    /// The directory it was seen in last.
+    /// Node number of the directory in which the file was last seen.
     pub parent: u64,
-    /// Its name there: bytes, without NUL.
+    /// Name in that directory: bytes, without NUL.
     pub name: Vec<u8>,
-    /// How often the guest was told of it.
+    /// Number of times the guest has looked the file up and not forgotten it.
     pub lookups: u64,
-    /// Type, as in its mode.
+    /// File type, as in the mode.
     pub kind: u32,
-    /// Its file system.
+    /// Device number of the file system.
     pub dev: u64,
-    /// The number of the mount that it was seen in.
+    /// Number of the mount in which the file was seen.
     pub mount: u64,
-    /// Its number there.
+    /// Inode number.
     pub ino: u64,
-    /// When it was made, in seconds and nanoseconds; 0 if that is not known.
+    /// Creation time in seconds and nanoseconds; 0 if unknown.
     pub born: (i64, u32),
     /// Another file system begins here.
     pub submount: bool,
@@ -73,25 +73,25 @@ pub struct FileState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HandleState {
-    /// Its number.
+    /// Handle number.
     pub id: u64,
-    /// The file.
+    /// Node number of the file.
     pub file: u64,
-    /// How it is open.
+    /// Access mode.
     pub access: Access,
 }
 
-/// How something is open.
+/// Access mode of an open file or directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Access {
     /// A directory.
     Directory,
-    /// A file, for reading.
+    /// A file open for reading.
     Read,
-    /// For writing.
+    /// A file open for writing.
     Write,
-    /// For both.
+    /// A file open for reading and writing.
     Both,
 }
 
@@ -107,7 +107,7 @@ impl Access {
 }
 
 impl Server {
-    /// What must be saved.
+    /// Returns the state to be saved.
     pub(super) fn save(&self) -> io::Result<FsState> {
         if !self.is_mounted() {
             return Ok(FsState::default());
@@ -126,7 +126,7 @@ impl Server {
         Ok(FsState { mounted: Some(mounted) })
     }
 
-    /// Takes over what was saved; untrusted. Says what cannot be.
+    /// Takes over a saved state, which is not trusted. The error says what is invalid in it.
     pub(super) fn restore(&self, FsState { mounted }: FsState) -> Result<(), String> {
         self.clear();
         let Some(mounted) = mounted else { return Ok(()) };
@@ -138,7 +138,7 @@ impl Server {
             let handle = self.reopen(file, access);
             let restored = handle.and_then(|handle| self.handles().restore(id, file, handle));
             if let Err(e) = restored {
-                lost.debug(format_args!("what the guest had open as {id} is lost: {e}"));
+                lost.debug(format_args!("cannot reopen the guest's file handle {id}: {e}"));
             }
         }
         self.handles().go_on_at(next_handle)?;

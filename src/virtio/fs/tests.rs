@@ -1,4 +1,4 @@
-//! A guest's driver, message by message, on a folder of the host.
+//! A guest's driver that sends single requests to a share of a folder of the host.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -67,16 +67,16 @@ fn name(text: &str) -> Vec<u8> {
 
 fn header(len: usize, opcode: u32, nodeid: u64) -> Vec<u8> {
     let mut out = Out::default();
-    // As root of the guest, which is nobody who made these files need be.
+    // Requests come from the guest's root, which need not be the host user that owns the files.
     out.u32(len as u32).u32(opcode).u64(77).u64(nodeid).u32(0).u32(0).u32(1).u32(0).done().0
 }
 
-/// For a process that may have many descriptors.
+/// Budget of a process with many descriptors.
 fn budget(shares: usize) -> Budget {
     Budget::new(1 << 20, shares)
 }
 
-/// Sixteen.
+/// Pool of sixteen descriptors.
 fn few_descriptors() -> Arc<super::budget::Pool> {
     Budget::new(8 * 16, 1).known
 }
@@ -142,7 +142,7 @@ impl Guest {
         self.dir.path().join(name)
     }
 
-    /// Puts any bytes into a chain and has them served.
+    /// Puts arbitrary bytes into a chain and serves it.
     fn raw(&mut self, request: &[u8], room: &[Buf]) -> Result<u32, Fault> {
         self.ram.write(REQUEST, request).unwrap();
         let mut bufs = vec![out(REQUEST, request.len() as u32)];
@@ -152,7 +152,7 @@ impl Guest {
         Ok(self.driver.take_used().unwrap().1)
     }
 
-    /// A request and its answer, without headers; or the error number.
+    /// Sends a request; returns its answer without the header, or the error number.
     fn call_with_room(&mut self, opcode: u32, nodeid: u64, args: &[u8], room: u32) -> Result<Vec<u8>, i32> {
         let request = [header(IN_HEADER + args.len(), opcode, nodeid), args.to_vec()].concat();
         let len = self.raw(&request, &[inn(ANSWER, 7), inn(ANSWER + 7, 9 + room)]).unwrap() as usize;
@@ -212,7 +212,7 @@ impl Guest {
         self.call(op::GETATTR, id, &[0; 16]).map(|answer| attr(&answer[16..]))
     }
 
-    /// Names of a directory, in pieces of so many bytes.
+    /// Reads the names in a directory, in pieces of `size` bytes.
     fn list(&mut self, handle: u64, opcode: u32, id: u64, size: u32) -> Vec<(String, u64)> {
         let (mut names, mut position) = (Vec::new(), 0);
         loop {
@@ -254,7 +254,7 @@ fn options_and_configuration_space() {
     assert_eq!(FsConfig::validate(&[unnamed]).unwrap_err(), "the tag '' is not 1 to 36 bytes long");
     let long = "x".repeat(37);
     assert_eq!(check(&[&format!("/a,tag={long}")]), format!("the tag '{long}' is not 1 to 36 bytes long"));
-    assert_eq!(check(&["/a,queues=17"]), "17 queues are not 1 to 16, which a share can have");
+    assert_eq!(check(&["/a,queues=17"]), "queues=17: a share can have 1 to 16");
 
     let guest = Guest::new(",tag=abc,queues=2");
     let mut space = [0xFF; 48];
@@ -272,7 +272,7 @@ fn a_guest_begins_with_init() {
     assert_eq!(guest.call(op::INIT, 0, &words(&[7])), Err(libc::EINVAL));
     let newer = guest.call(op::INIT, 0, &words(&[8, 0, 0, 0])).unwrap();
     assert_eq!((u32_at(&newer, 0), newer.len()), (7, 64));
-    assert_eq!(guest.getattr(ROOT), Err(libc::ENOTCONN), "that was no beginning");
+    assert_eq!(guest.getattr(ROOT), Err(libc::ENOTCONN), "a refused INIT mounts nothing");
     let older = guest.call(op::INIT, 0, &words(&[7, 31, 0, init::MAX_PAGES])).unwrap();
     assert_eq!((u32_at(&older, 4), u32_at(&older, 12)), (31, init::MAX_PAGES));
     assert_eq!(guest.getattr(ROOT).unwrap().1 & libc::S_IFMT, libc::S_IFDIR);
@@ -302,7 +302,7 @@ fn looking_up_counts_and_forgetting_forgets() {
     assert_eq!(guest.getattr(file.id), Err(libc::ESTALE));
     let again = guest.lookup(dir.id, "file").unwrap();
     assert!(again.id > file.id, "numbers are not used again");
-    // Too much, and what there is not.
+    // Forgets more than was looked up, and files that do not exist.
     guest.forget(again.id, u64::MAX);
     for id in [0, ROOT, 12345, u64::MAX] {
         guest.forget(id, u64::MAX);
@@ -312,7 +312,7 @@ fn looking_up_counts_and_forgetting_forgets() {
     let request = [header(IN_HEADER + both.len(), op::BATCH_FORGET, 0), both].concat();
     assert_eq!(guest.raw(&request, &[]).unwrap(), 0);
     assert_eq!(guest.server().counts(), (1, 0, 0));
-    // What is not there may be remembered, as number 0.
+    // The guest may cache a missing name, as number 0.
     let missing = guest.call(op::LOOKUP, ROOT, &name("missing")).unwrap();
     assert_eq!((u64_at(&missing, 0), u64_at(&missing, 16), missing.len()), (0, 1, 128));
     assert_eq!(Guest::new(",cache=never").lookup(ROOT, "missing"), Err(libc::ENOENT));
@@ -351,7 +351,7 @@ fn no_name_leads_out() {
             assert_eq!(guest.call(opcode, ROOT, &args), Err(libc::EINVAL), "{opcode} {bad}");
         }
     }
-    // No end, and nothing behind it.
+    // A name without its NUL, and a link without its target.
     assert_eq!(guest.call(op::LOOKUP, ROOT, b"file"), Err(libc::EINVAL));
     assert_eq!(guest.call(op::SYMLINK, ROOT, b"one\0two"), Err(libc::EINVAL));
     assert_eq!(guest.lookup(ROOT, &"x".repeat(256)), Err(libc::ENAMETOOLONG));
@@ -367,7 +367,7 @@ fn files_are_made_read_and_written() {
     assert_eq!(guest.read(handle, 7, 100).unwrap(), b"world");
     assert_eq!(guest.read(handle, 100, 100).unwrap(), b"");
     assert_eq!(fs::read(guest.path("file")).unwrap(), b"hello, world");
-    // At the end, wherever the guest thinks that is; but not what comes from its cache.
+    // O_APPEND writes at the end, whatever offset the guest gives, except writes from the guest's cache.
     assert_eq!(guest.write(handle, 3, libc::O_APPEND as u32, 0, b"!!"), Ok(2));
     assert_eq!(guest.write(handle, 0, libc::O_APPEND as u32, 1, b"H"), Ok(1));
     assert_eq!(guest.write(handle, 1, libc::O_SYNC as u32, 4, b"E"), Ok(1));
@@ -421,7 +421,7 @@ fn what_cannot_be_opened_is_not_known() {
     assert_eq!(guest.create(ROOT, "dir", libc::O_RDWR, 0o600).unwrap_err(), libc::EISDIR);
     assert_eq!(guest.create(ROOT, "link", libc::O_RDWR, 0o600).unwrap_err(), libc::ELOOP);
     assert_eq!(guest.server().counts(), before);
-    // But for what the guest knew before.
+    // The error does not forget a file that the guest knew before.
     let dir = guest.lookup(ROOT, "dir").unwrap();
     assert_eq!(guest.create(ROOT, "dir", libc::O_RDWR, 0o600).unwrap_err(), libc::EISDIR);
     guest.getattr(dir.id).unwrap();
@@ -442,7 +442,7 @@ fn sizes_and_offsets_of_the_guest_are_checked() {
         assert!(guest.read(handle, offset, 100).is_err());
         assert!(guest.write(handle, offset, 0, 0, b"xx").is_err());
     }
-    // More or less than it says.
+    // The stated size is less or more than the data.
     for said in [999u32, 2000, MAX_TRANSFER, MAX_TRANSFER + 1, u32::MAX] {
         let args = Out::default().u64(handle).u64(0).u32(said).u32(0).u64(0).u64(0).bytes(&[8; 1000]).done().0;
         let wanted = if said == 999 { Ok(999) } else { Err(libc::EINVAL) };
@@ -453,7 +453,7 @@ fn sizes_and_offsets_of_the_guest_are_checked() {
         let truncated = guest.setattr(file.id, fattr::SIZE, |args| args[16..24].copy_from_slice(&size.to_le_bytes()));
         assert_eq!(truncated, Err(libc::EINVAL));
     }
-    // Handles of another kind, and none.
+    // Handles of the wrong kind, and unknown ones.
     let dir = u64_at(&guest.call(op::OPENDIR, ROOT, &words(&[0, 0])).unwrap(), 0);
     assert_eq!(guest.read(dir, 0, 10), Err(libc::EISDIR));
     assert_eq!(guest.write(dir, 0, 0, 0, b"x"), Err(libc::EISDIR));
@@ -469,13 +469,13 @@ fn sizes_and_offsets_of_the_guest_are_checked() {
 #[test]
 fn headers_are_checked() {
     let mut guest = Guest::new("");
-    // Lengths that are not those of the message.
+    // Lengths that differ from the message's.
     for len in [0, 39, 41, 57, u32::MAX as usize] {
         let request = [header(len, op::GETATTR, ROOT), vec![0; 16]].concat();
         assert_eq!(guest.raw(&request, &[inn(ANSWER, 200)]).unwrap(), 16);
         assert_eq!(guest.ram.read_obj::<i32>(ANSWER + 4).unwrap(), -libc::EINVAL, "{len}");
     }
-    // Arguments cut off anywhere.
+    // Arguments cut off at any point.
     for opcode in (0..60).filter(|op| ![op::FORGET, op::BATCH_FORGET, op::INTERRUPT, op::DESTROY].contains(op)) {
         for len in 0..40 {
             let _ = guest.call(opcode, ROOT, &vec![0; len]);
@@ -483,7 +483,7 @@ fn headers_are_checked() {
         }
     }
     guest.call(op::INIT, 0, &words(&[7, 38, 0, 0])).unwrap();
-    // Too little room for an answer: an error, or, where not even that fits, the end.
+    // Without enough room for the answer the request fails; without room for its header the device does.
     assert_eq!(guest.call_with_room(op::GETATTR, ROOT, &[0; 16], 103), Err(libc::EINVAL));
     assert!(guest.call_with_room(op::GETATTR, ROOT, &[0; 16], 104).is_ok());
     assert_eq!(guest.call(op::SETXATTR, ROOT, &vec![0; 80_000]), Err(libc::E2BIG));
@@ -510,7 +510,7 @@ fn directories_are_listed_in_pieces() {
         names.sort();
         assert_eq!(names, all, "{size}");
     }
-    // Each entry was told with its number, but these two.
+    // READDIRPLUS gives the number of each entry except `.` and `..`.
     let plus = guest.list(one, op::READDIRPLUS, ROOT, 4096);
     for (name, id) in &plus {
         assert_eq!(*id == 0, name == "." || name == "..");
@@ -523,7 +523,7 @@ fn directories_are_listed_in_pieces() {
     assert!(guest.getattr(*id).is_ok());
     guest.forget(*id, 1);
     assert_eq!(guest.getattr(*id), Err(libc::ESTALE));
-    // Two read at the same time; one goes back.
+    // Reads two handles alternately; then seeks one of them.
     let mut at = [0, 0];
     let mut names = [vec![], vec![]];
     loop {
@@ -553,7 +553,7 @@ fn directories_are_listed_in_pieces() {
     guest.call(op::SYNCFS, ROOT, &[0; 8]).unwrap();
 }
 
-/// The kernel's own file systems are not served, whatever a driver asks for; and what has no files has none.
+/// The host kernel's own file systems are not served, whatever a driver requests: an empty directory stands in for each.
 #[test]
 fn the_kernels_interfaces_are_empty_directories() {
     let config = FsConfig { path: "/".into(), ..FsConfig::default() };
@@ -588,7 +588,7 @@ fn the_kernels_interfaces_are_empty_directories() {
         guest.call(op::SYNCFS, dir.id, &[0; 8]).unwrap();
         guest.call(op::FSYNCDIR, dir.id, &Out::default().u64(handle).u64(0).done().0).unwrap();
     }
-    // Device nodes are shown and never opened.
+    // Device nodes are visible, but never opened.
     let dev = guest.lookup(ROOT, "dev").unwrap();
     let null = guest.lookup(dev.id, "null").unwrap();
     assert_eq!(null.mode & libc::S_IFMT, libc::S_IFCHR);
@@ -632,7 +632,7 @@ fn names_are_made_moved_and_removed() {
         guest.call(op::UNLINK, dir.id, &name(text)).unwrap();
     }
     guest.call(op::RMDIR, ROOT, &name("dir")).unwrap();
-    // What is open goes on without a name.
+    // An open file works without a name.
     assert_eq!(guest.write(handle, 0, 0, 0, b"still"), Ok(5));
     assert_eq!(guest.read(handle, 0, 10).unwrap(), b"still");
     assert_eq!(guest.getattr(file.id).unwrap().0, 5);
@@ -668,7 +668,7 @@ fn attributes_are_changed() {
     assert!(meta.atime() == 1000 && meta.mtime() > 1_000_000_000);
     let bad = |args: &mut Vec<u8>| args[56..60].copy_from_slice(&2_000_000_000u32.to_le_bytes());
     assert_eq!(guest.setattr(file.id, fattr::ATIME, bad), Err(libc::EINVAL));
-    // To whom it belongs already.
+    // Changing the owner to the present one is allowed.
     let own = rustix::process::geteuid().as_raw();
     let owner = |uid: u32| move |args: &mut Vec<u8>| args[76..80].copy_from_slice(&uid.to_le_bytes());
     guest.setattr(file.id, fattr::UID, owner(own)).unwrap();
@@ -721,7 +721,7 @@ fn nothing_changes_in_a_read_only_share() {
     ] {
         assert_eq!(guest.call(opcode, ROOT, &args), Err(libc::EROFS), "{opcode}");
     }
-    // There is nothing to be written to the disk: it is not even tried. (A FIFO cannot be opened for that.)
+    // Syncing a read-only share succeeds without being tried. (Trying would fail: a FIFO cannot be opened for it.)
     rustix::fs::mknodat(rustix::fs::CWD, guest.path("fifo"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
     let fifo = guest.lookup(ROOT, "fifo").unwrap();
     guest.call(op::SYNCFS, fifo.id, &[0; 8]).unwrap();
@@ -781,7 +781,7 @@ fn descriptors_are_closed_and_opened_again() {
         assert_eq!(guest.getattr(file.id).unwrap().0, 5 + n.to_string().len() as u64);
     }
     assert!(guest.server().counts().1 <= 18);
-    // What the guest moves is found again, and so is what is in it.
+    // Files that the guest moves are found again, and so are the files in a directory that it moves.
     let rename = [ROOT.to_le_bytes().to_vec(), name("dir"), name("moved")].concat();
     guest.call(op::RENAME, ROOT, &rename).unwrap();
     let rename = [ROOT.to_le_bytes().to_vec(), name("50"), name("here")].concat();
@@ -791,7 +791,7 @@ fn descriptors_are_closed_and_opened_again() {
             assert!(guest.getattr(file.id).is_ok(), "{round}");
         }
     }
-    // What the host replaces is not taken for it; what is open stays.
+    // A file that the host puts in another's place is not mistaken for it; an open file stays the same.
     fs::rename(guest.path("moved/7"), guest.path("moved/8")).unwrap();
     fs::remove_file(guest.path("moved/0")).unwrap();
     assert!(files[20..60].iter().all(|file| guest.getattr(file.id).is_ok()));
@@ -803,7 +803,7 @@ fn descriptors_are_closed_and_opened_again() {
     assert_eq!(guest.read(handle, 0, 100).unwrap(), b"file 0");
 }
 
-/// However many files a guest asks for and never forgets, only so many are remembered, and those are the last it used.
+/// A bounded number of files is remembered, however many the guest looks up and never forgets: those it used last.
 #[test]
 fn what_is_known_is_bounded() {
     let mut guest = Guest::new("");
@@ -817,18 +817,18 @@ fn what_is_known_is_bounded() {
     let again = guest.lookup(ROOT, "1").unwrap();
     assert!(again.id > files[298].id, "numbers are not used again");
     assert!(files[230..].iter().all(|file| guest.getattr(file.id).is_ok()));
-    // What is open is not forgotten, and what was is no trouble.
+    // Open files are not forgotten, and the guest may forget files that the device no longer knows.
     assert_eq!(guest.getattr(open.id).unwrap().0, 7);
     assert_eq!(guest.read(handle, 0, 100).unwrap(), b"content");
     files.iter().for_each(|file| guest.forget(file.id, 1));
-    assert_eq!(guest.server().counts().0, 3, "the root, what is open, and what was looked up again");
-    // With nothing but open files there is no way.
+    assert_eq!(guest.server().counts().0, 3, "the root, the open file, and the file that was looked up again");
+    // If all files are open, none can be forgotten to make room.
     guest.server().set_limits(Limits { files: 3, descriptors: few_descriptors() });
     guest.open(again.id, libc::O_RDONLY).unwrap();
     assert_eq!(guest.lookup(ROOT, "7"), Err(libc::ENFILE));
 }
 
-/// A share on a machine with several does not take the descriptors of all.
+/// One of several shares does not take the descriptors of all.
 #[test]
 fn shares_have_a_budget_together() {
     let budget = Budget::new(8 * 64, 4);
@@ -843,12 +843,12 @@ fn shares_have_a_budget_together() {
     }
     let held: Vec<usize> = guests.iter().map(|guest| guest.server().counts().1).collect();
     assert!(held.iter().sum::<usize>() <= 64 + 3 * 16 && held[1..].iter().all(|held| *held >= 14), "{held:?}");
-    // The first was greedy while it was alone; it gives some back when it works again.
+    // The first share took too many while it was alone; it gives some back when it works again.
     for n in 0..200 {
         guests[0].lookup(ROOT, &n.to_string()).unwrap();
     }
     assert!(guests[0].server().counts().1 <= 18, "{}", guests[0].server().counts().1);
-    // The same for what is open.
+    // Open files are limited in the same way.
     let mut opened = Vec::new();
     for guest in &mut guests {
         let file = guest.lookup(ROOT, "0").unwrap();
@@ -875,7 +875,7 @@ fn files_outlive_a_pause_but_no_reset() {
     assert_eq!(guest.server().counts(), (1, 0, 0));
 }
 
-/// Another device on the same folder takes over.
+/// Another device on the same folder takes over the saved state.
 #[test]
 fn files_are_saved_by_name() {
     let mut guest = Guest::new("");
@@ -907,7 +907,7 @@ fn files_are_saved_by_name() {
     let (new, new_handle) = guest.create(ROOT, "new", libc::O_RDWR, 0o644).unwrap();
     assert!(new.id > gone.id && new_handle > listing);
 
-    // What cannot be.
+    // Invalid states.
     let broken = |change: fn(&mut serde_json::Value)| {
         let mut state = state.clone();
         change(&mut state["mounted"]);
@@ -915,13 +915,13 @@ fn files_are_saved_by_name() {
         device.restore(&state).unwrap_err().to_string()
     };
     let text = broken(|state| state["files"][0]["name"] = serde_json::json!(b"../x".as_slice()));
-    assert!(text.starts_with("the saved state of share0 knows a file "), "{text}");
-    assert!(broken(|state| state["files"][0]["name"] = serde_json::json!([0])).contains("that cannot be"));
-    assert!(broken(|state| state["files"][0]["id"] = 1.into()).contains("knows a file 1 that cannot be"));
-    assert!(broken(|state| state["files"][0]["id"] = u64::MAX.into()).contains("that cannot be"));
-    assert!(broken(|state| state["next_handle"] = 1.into()).contains("open where 1 comes next"));
+    assert!(text.starts_with("the saved state of share0 has an invalid file "), "{text}");
+    assert!(broken(|state| state["files"][0]["name"] = serde_json::json!([0])).contains("invalid file"));
+    assert!(broken(|state| state["files"][0]["id"] = 1.into()).contains("has an invalid file 1"));
+    assert!(broken(|state| state["files"][0]["id"] = u64::MAX.into()).contains("invalid file"));
+    assert!(broken(|state| state["next_handle"] = 1.into()).contains("open, but the next handle is 1"));
     assert!(broken(|state| state["x"] = 1.into()).contains("is broken"));
-    // A parent that is its own child leads nowhere.
+    // A file that is its own parent cannot be found.
     let mut circle = state.clone();
     for file in circle["mounted"]["files"].as_array_mut().unwrap() {
         file["parent"] = file["id"].clone();
@@ -952,7 +952,7 @@ fn extended_attributes() {
     assert_eq!(guest.call(op::GETXATTR, file.id, &get(100, "user.x")), Err(libc::ENODATA));
 }
 
-/// A file without a name is used, and can get one; what never got one is not saved.
+/// A file without a name can be used and can get a name; while it has none it is not saved.
 #[test]
 fn a_file_without_a_name() {
     let mut guest = Guest::new("");
@@ -971,7 +971,7 @@ fn a_file_without_a_name() {
     assert_eq!(guest.call(op::LINK, ROOT, &link("named")).map(|answer| found(&answer).id), Ok(file.id));
     assert_eq!(fs::read(guest.path("named")).unwrap(), b"content");
     assert_eq!(guest.device.save().unwrap()["mounted"]["files"].as_array().unwrap().len(), 1);
-    // One that must not get a name; and one that is closed and comes back.
+    // A file that must not get a name.
     let made = guest.call(op::TMPFILE, ROOT, &tmpfile(libc::O_WRONLY | libc::O_EXCL, 0o600)).unwrap();
     assert_eq!(guest.call(op::LINK, ROOT, &[&made[..8], &name("other")].concat()), Err(libc::ENOENT));
     assert_eq!(guest.call(op::TMPFILE, ROOT, &tmpfile(libc::O_RDONLY, 0o600)), Err(libc::EINVAL));
@@ -1005,11 +1005,11 @@ fn the_time_of_birth() {
     assert_eq!(guest.call(op::STATX, file.id, &[]), Err(libc::EINVAL));
 }
 
-/// Access control lists are the host's: a directory's list for new files takes the place of the umask.
+/// The host keeps access control lists; a directory's default list replaces the umask.
 #[test]
 fn access_control_lists() {
     const DEFAULT: &str = "system.posix_acl_default";
-    // Version 2; then user, group, mask and others: tag, permissions, id.
+    // Version 2; then the entries of user, group and others: tag, permissions, ID.
     let entry = |tag: u16, bits: u16| [&tag.to_le_bytes()[..], &bits.to_le_bytes(), &u32::MAX.to_le_bytes()].concat();
     let list = [2u32.to_le_bytes().to_vec(), entry(1, 7), entry(4, 7), entry(32, 0)].concat();
     let set = |key: &str| [words(&[list.len() as u32, 0, 1, 0]), name(key), list.clone()].concat();
@@ -1032,10 +1032,10 @@ fn access_control_lists() {
     assert_eq!(make(&mut guest, dir.id, "in").mode, libc::S_IFDIR | 0o770, "the list");
     guest.call(op::REMOVEXATTR, dir.id, &name(DEFAULT)).unwrap();
     assert_eq!(make(&mut guest, dir.id, "after").mode, libc::S_IFDIR | 0o755);
-    // What was agreed on outlives a restore.
+    // The features agreed on survive a restore.
     let state = guest.device.save().unwrap();
     assert_eq!((&state["mounted"]["access_lists"], &state["mounted"]["setxattr_flags"]), (&true.into(), &true.into()));
-    // Not where owners are not shown, nor below an overlay, nor for a guest that does not ask.
+    // Lists are not offered with squashed owners, below an overlay, or to a guest that does not ask for them.
     for options in [",squash_uid=5", ",flat"] {
         let mut guest = Guest::new(options);
         assert_eq!(guest.call(op::SETXATTR, ROOT, &set(DEFAULT)), Err(libc::EOPNOTSUPP), "{options}");
@@ -1063,7 +1063,7 @@ fn urgent_requests_and_several_queues_are_served_alike() {
     assert_eq!(guest.server().counts().0, 1);
 }
 
-/// A request: mostly one that makes sense, of a guest that knows some files and has some open.
+/// Generates a request: mostly a plausible one, from a guest that knows some files and has some open.
 fn request() -> impl Strategy<Value = (u32, u64, Vec<u8>)> {
     let opcode = prop_oneof![12 => 1..54u32, 1 => any::<u32>()];
     let id = || prop_oneof![8 => 0..12u64, 1 => any::<u64>()];
@@ -1076,7 +1076,7 @@ fn request() -> impl Strategy<Value = (u32, u64, Vec<u8>)> {
     (opcode, id(), prop::collection::vec(word(), 0..12), id(), text).prop_map(
         |(opcode, nodeid, words, handle, text)| {
             let mut args: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-            // Where most have their handle.
+            // The place of the handle in most requests.
             if let Some(first) = args.first_chunk_mut() {
                 *first = if (14..48).contains(&opcode) { handle.to_le_bytes() } else { words[0].to_le_bytes() };
             }
@@ -1096,7 +1096,7 @@ fn request() -> impl Strategy<Value = (u32, u64, Vec<u8>)> {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever it asks for: it gets an answer, and nothing outside of the folder changes.
+    /// Every request is answered, and nothing outside the folder changes.
     #[test]
     fn any_request_is_answered(
         requests in prop::collection::vec(request(), 1..60),
@@ -1117,7 +1117,8 @@ proptest! {
                     *byte ^= 1 << bit;
                 }
             }
-            // A sparse file of any size is no harm, but one that is really there would be; and others have work to do.
+            // A sparse file of any size does no harm, but FALLOCATE would really fill the disk, and SYNCFS would delay
+            // other processes.
             if [op::FALLOCATE, op::SYNCFS].contains(&u32_at(&message, 4)) {
                 continue;
             }

@@ -1,4 +1,4 @@
-//! The wire: FUSE, protocol 7, as Linux has it in `include/uapi/linux/fuse.h`. All numbers are little-endian here, as
+//! The wire format: FUSE protocol 7, as in Linux's `include/uapi/linux/fuse.h`. All numbers are little-endian here, as
 //! guest and host both are.
 
 use std::ffi::CStr;
@@ -9,25 +9,25 @@ use rustix::io::Errno;
 
 use crate::backend::passthrough::{Name, Stat, Time};
 
-/// The protocol that is spoken: its first number, and the newest and oldest second one. 7.27 came with Linux 4.18; no
+/// Supported protocol: the major version, and the newest and oldest minor version. 7.27 came with Linux 4.18; no
 /// virtio-fs driver is older than 7.31 (Linux 5.4).
 pub(super) const MAJOR: u32 = 7;
 pub(super) const MINOR: u32 = 39;
 pub(super) const OLDEST_MINOR: u32 = 27;
 
-/// Bytes of `fuse_in_header` and `fuse_out_header`.
+/// Sizes of `fuse_in_header` and `fuse_out_header`.
 pub(super) const IN_HEADER: usize = 40;
 pub(super) const OUT_HEADER: usize = 16;
-/// Bytes of `fuse_write_in`.
+/// Size of `fuse_write_in`.
 pub(super) const WRITE_IN: usize = 40;
-/// Bytes of `fuse_entry_out`, and of `fuse_dirent` without its name.
+/// Sizes of `fuse_entry_out`, and of `fuse_dirent` without its name.
 pub(super) const ENTRY_OUT: usize = 128;
 pub(super) const DIRENT: usize = 24;
 
-/// The node that is the shared folder itself.
+/// Node number of the shared folder itself.
 pub(super) const ROOT: u64 = 1;
 
-/// `FUSE_*` of `fuse_opcode`; those that are missing are answered as unknown.
+/// `FUSE_*` of `fuse_opcode`; all others are answered with ENOSYS.
 pub(super) mod op {
     pub const LOOKUP: u32 = 1;
     pub const FORGET: u32 = 2;
@@ -118,7 +118,7 @@ pub(super) const WRITE_CACHE: u32 = 1 << 0;
 pub(super) const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 pub(super) const ATTR_SUBMOUNT: u32 = 1 << 0;
 
-/// A request's arguments, taken from front to back. What is not there is EINVAL.
+/// Arguments of a request, taken from front to back. A missing argument fails with EINVAL.
 #[derive(Clone, Copy)]
 pub(super) struct Args<'a>(pub &'a [u8]);
 
@@ -143,14 +143,14 @@ impl<'a> Args<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
-    /// A text that ends with NUL.
+    /// Takes a string that ends with NUL.
     pub fn text(&mut self) -> io::Result<&'a CStr> {
         let text = CStr::from_bytes_until_nul(self.0).map_err(|_| Errno::INVAL)?;
         self.bytes(text.to_bytes_with_nul().len())?;
         Ok(text)
     }
 
-    /// A name in a directory.
+    /// Takes the name of a directory entry.
     pub fn name(&mut self) -> io::Result<Name<'a>> {
         Name::new(self.text()?)
     }
@@ -175,7 +175,7 @@ impl InHeader {
     }
 }
 
-/// An answer, without its header.
+/// Answer to a request, without its header.
 #[derive(Default)]
 pub(super) struct Out(pub Vec<u8>);
 
@@ -206,7 +206,7 @@ impl Out {
         Out(std::mem::take(&mut self.0))
     }
 
-    /// `fuse_attr`.
+    /// Appends a `fuse_attr`.
     pub fn attr(&mut self, stat: &Stat, flags: u32) -> &mut Self {
         self.u64(stat.ino).u64(stat.size).u64(stat.blocks);
         let times = [stat.atime, stat.mtime, stat.ctime];
@@ -216,14 +216,14 @@ impl Out {
         self.u32(encode_dev(stat.rdev)).u32(stat.blksize).u32(flags)
     }
 
-    /// `fuse_entry_out`.
+    /// Appends a `fuse_entry_out`.
     pub fn entry(&mut self, entry: &Entry) -> &mut Self {
         let Entry { id, stat, flags, names, attributes } = entry;
         self.u64(*id).u64(0).u64(names.as_secs()).u64(attributes.as_secs());
         self.u32(names.subsec_nanos()).u32(attributes.subsec_nanos()).attr(stat, *flags)
     }
 
-    /// `fuse_statx_out`.
+    /// Appends a `fuse_statx_out`.
     pub fn statx_out(&mut self, stat: &Stat, valid: Duration) -> &mut Self {
         const BASIC_STATS: u32 = 0x7FF;
         const BTIME: u32 = 0x800;
@@ -237,13 +237,13 @@ impl Out {
         self.u32(stat.rdev.0).u32(stat.rdev.1).zeros(8 + 14 * 8)
     }
 
-    /// `fuse_attr_out`.
+    /// Appends a `fuse_attr_out`.
     pub fn attr_out(&mut self, stat: &Stat, valid: Duration) -> &mut Self {
         self.u64(valid.as_secs()).u32(valid.subsec_nanos()).u32(0).attr(stat, 0)
     }
 }
 
-/// What a name was found to be, and for how long the guest may believe it.
+/// Result of a lookup, and how long the guest may cache it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Entry {
     pub id: u64,
@@ -254,7 +254,7 @@ pub(super) struct Entry {
     pub attributes: Duration,
 }
 
-/// As `new_encode_dev` of the kernel.
+/// Encodes a device number as the kernel's `new_encode_dev` does.
 fn encode_dev((major, minor): (u32, u32)) -> u32 {
     (minor & 0xFF) | (major & 0xFFF) << 8 | (minor & 0xFFF00) << 12
 }
