@@ -164,7 +164,7 @@ echo "link then: 0"
     assert_eq!((ended.fact("loaded"), ended.fact("fetched")), (ended.fact("sum"), ended.fact("sum")), "{ended}");
     let passt = (ended.fact("passt runs"), ended.fact("passt reaped"), ended.fact("link then"));
     assert_eq!(passt, ("1", "ok", "0"), "{ended}");
-    assert!(ended.stderr.contains("net0: the network is gone, the guest has no link: passt is gone"), "{ended}");
+    assert!(ended.stderr.contains("net0: lost the network; link down in the guest: passt is gone"), "{ended}");
 }
 
 /// A server at 127.0.0.1 of the host is out of reach until map_gateway=on shows it at the gateway's address, which answers

@@ -1,8 +1,8 @@
-//! Network card (5.1): on a tap of the host, or on passt without any privilege.
+//! Network card (5.1), connected to a tap of the host, or to passt, which needs no privileges.
 //!
-//! Each pair of a receive and a transmit queue has a worker and a port of its own (`pair`); the control queue
-//! (`control`) is served beside the first pair. Pairs may be served elsewhere, by vhost-net (`kernel`); then only the
-//! control queue is ours. The same with a daemon (`daemon`; made by [`vhost_user`](super::vhost_user)).
+//! Each pair of a receive and a transmit queue has its own worker and port (`pair`); the worker of the first pair also
+//! serves the control queue (`control`). Alternatively, vhost-net (`kernel`) or a vhost-user daemon (`daemon`, created
+//! by [`vhost_user`](super::vhost_user)) serves the pairs; then only the control queue is served here.
 
 mod config;
 mod control;
@@ -40,12 +40,12 @@ use kernel::Kernel;
 
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
-/// How many packets are thrown away at most when a link comes up again: more than a tap keeps.
+/// Maximum number of stale packets discarded when the link comes up again; more than a tap queues.
 const MAX_STALE: usize = 4096;
-/// Bytes of configuration space up to and including `mtu` (5.1.4).
+/// Size of configuration space up to and including `mtu` (5.1.4).
 const CONFIG_BYTES: usize = 12;
 
-/// Work on packets that a tap leaves to us and we to it, in both directions.
+/// Checksum and segmentation offloads between driver and tap, in both directions.
 const OFFLOADS: u64 = 1 << VIRTIO_NET_F_CSUM
     | 1 << VIRTIO_NET_F_GUEST_CSUM
     | 1 << VIRTIO_NET_F_GUEST_TSO4
@@ -55,7 +55,7 @@ const OFFLOADS: u64 = 1 << VIRTIO_NET_F_CSUM
     | 1 << VIRTIO_NET_F_HOST_TSO6
     | 1 << VIRTIO_NET_F_HOST_ECN;
 
-/// What any card has.
+/// Features of every network card.
 const FEATURES: u64 = RING_FEATURES
     | 1 << VIRTIO_NET_F_MAC
     | 1 << VIRTIO_NET_F_STATUS
@@ -64,77 +64,77 @@ const FEATURES: u64 = RING_FEATURES
     | 1 << VIRTIO_NET_F_CTRL_RX
     | 1 << VIRTIO_NET_F_CTRL_MAC_ADDR;
 
-/// What is saved of a network card besides its queues.
+/// Saved state of a network card, without its queues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetState {
-    /// The address, which the driver may have changed.
+    /// MAC address, which the driver may have changed.
     pub mac: Mac,
-    /// Queue pairs in use.
+    /// Number of queue pairs in use.
     pub pairs: u16,
-    /// Whether the cable is plugged in.
+    /// Set if the cable is plugged in.
     pub plugged: bool,
-    /// Whether the driver was told of a link.
+    /// Link state last reported to the driver.
     pub link: bool,
 }
 
-/// Who serves the queue pairs of a card, if not this process.
+/// Serves a card's queue pairs outside this process.
 trait Elsewhere: Server {
-    /// Which of the features of rings and cards it knows.
+    /// Returns the supported features, of those of rings and cards.
     fn features(&self) -> u64;
 
-    /// How many pairs it serves.
+    /// Returns the number of pairs that it serves.
     fn pairs(&self) -> u16;
 
-    /// Plugs the cable in, or pulls it: then no packet passes.
+    /// Plugs the cable in or pulls it; while it is pulled, no packet passes.
     fn set_link(&self, up: bool) -> io::Result<()>;
 
-    /// The driver uses so many pairs from now on.
+    /// Sets the number of pairs that the driver uses from now on.
     fn set_pairs(&self, _pairs: u16) -> io::Result<()> {
         Ok(())
     }
 }
 
-/// The device.
+/// The network card.
 pub struct Net {
     info: DeviceInfo,
-    /// As configured.
+    /// MAC address as configured.
     mac: Mac,
     mtu: Option<u16>,
-    /// What the driver was told of the link before it was restored.
+    /// Link state last reported to the driver before the snapshot; set between restore and activation.
     told: Option<bool>,
     shared: Arc<Shared>,
 }
 
-/// What all workers of the device use.
+/// State that all workers of the card share.
 struct Shared {
     name: String,
-    /// One of each pair; none if they are elsewhere.
+    /// One port for each pair; none if the pairs are served elsewhere.
     ports: Vec<Mutex<Box<dyn Port>>>,
     elsewhere: Option<Arc<dyn Elsewhere>>,
     max_pairs: u16,
-    /// To the guest.
+    /// Rate limit to the guest.
     rx_limiter: Option<RateLimiter>,
-    /// From the guest.
+    /// Rate limit from the guest.
     tx_limiter: Option<RateLimiter>,
-    /// The address now.
+    /// Current MAC address.
     mac: Mutex<Mac>,
-    /// How many pairs the driver uses (5.1.6.5.5).
+    /// Number of pairs that the driver uses (5.1.6.5.5).
     pairs: AtomicU16,
-    /// Tell each pair's worker that `pairs` or the link has changed.
+    /// Events that notify each pair's worker of a change of `pairs` or of the link.
     changed: Vec<EventFd>,
-    /// The other side of the cable is there.
+    /// Set while the network side works.
     alive: AtomicBool,
-    /// The cable is plugged in.
+    /// Set while the cable is plugged in.
     plugged: AtomicBool,
-    /// Packets that the host did not take.
+    /// Warnings about packets that the host did not accept.
     dropped: LogLimit,
-    /// Whatever else its driver can cause.
+    /// All other warnings that the driver can cause.
     warnings: LogLimit,
 }
 
 impl Shared {
-    /// The port of a pair; whoever had it before is done with it.
+    /// Returns the port of a pair, once its previous user has released it.
     fn port(&self, pair: usize) -> Option<MutexGuard<'_, Box<dyn Port>>> {
         self.ports.get(pair).map(|port| port.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -143,7 +143,7 @@ impl Shared {
         self.mac.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Readies all ports for a driver.
+    /// Prepares all ports for a driver.
     fn prepare(&self, offloads: Offloads) -> io::Result<()> {
         if let Some(mut port) = self.port(0) {
             port.set_offloads(offloads)?;
@@ -151,7 +151,7 @@ impl Shared {
         self.follow_pairs()
     }
 
-    /// Has all ports know whether the driver uses them.
+    /// Informs all ports whether the driver uses them.
     fn follow_pairs(&self) -> io::Result<()> {
         (0..self.ports.len()).try_for_each(|pair| {
             let port = self.port(pair);
@@ -160,7 +160,7 @@ impl Shared {
         self.elsewhere.as_ref().map_or(Ok(()), |elsewhere| elsewhere.set_pairs(self.pairs.load(Ordering::SeqCst)))
     }
 
-    /// The driver wants to use so many pairs.
+    /// Sets the number of pairs that the driver uses.
     fn set_pairs(&self, pairs: u16) {
         self.pairs.store(pairs, Ordering::SeqCst);
         self.tell_workers();
@@ -187,16 +187,16 @@ impl Shared {
         self.is_alive() && self.plugged.load(Ordering::SeqCst)
     }
 
-    /// The other side is gone: the guest sees no link (5.1.4). Returns whether that is new.
+    /// Records the loss of the network; the guest then sees the link as down (5.1.4). Returns whether the loss is new.
     fn lost(&self, e: &io::Error) -> bool {
         let new = self.alive.swap(false, Ordering::SeqCst);
         if new {
-            self.warnings.warn(format_args!("{}: the network is gone, the guest has no link: {e}", self.name));
+            self.warnings.warn(format_args!("{}: lost the network; link down in the guest: {e}", self.name));
         }
         new
     }
 
-    /// Plugs the cable in, or pulls it.
+    /// Plugs the cable in or pulls it.
     fn set_link(&self, up: bool) -> io::Result<()> {
         if up && !self.plugged.load(Ordering::SeqCst) {
             (0..self.ports.len()).filter_map(|pair| self.port(pair)).for_each(|mut port| discard(&mut **port));
@@ -210,7 +210,7 @@ impl Shared {
     }
 }
 
-/// Throws away what came while there was no link.
+/// Discards the packets that arrived while the link was down.
 fn discard(port: &mut dyn Port) {
     for _ in 0..MAX_STALE {
         match port.receive(&[]) {
@@ -220,20 +220,20 @@ fn discard(port: &mut dyn Port) {
     }
 }
 
-/// What a card has besides what any has.
+/// Options of a card beyond those that every card has.
 #[derive(Clone, Copy, Debug, Default)]
 struct Extras {
     mtu: Option<u16>,
-    /// Of `OFFLOADS`.
+    /// Supported offloads, of `OFFLOADS`.
     offloads: u64,
-    /// Features of any card that this one has not.
+    /// Features of `FEATURES` that this card lacks.
     without: u64,
     rx: Limits,
     tx: Limits,
 }
 
 impl Net {
-    /// Opens the tap, or starts passt. `name` is for threads and warnings.
+    /// Creates a card: opens the tap or starts passt. `name` is for threads and warnings.
     pub fn new(name: impl Into<String>, config: &NetConfig) -> Result<Self, Error> {
         config.validate()?;
         let mac = config.mac.map_or_else(Mac::random, Ok)?;
@@ -260,7 +260,7 @@ impl Net {
         Ok(Self::build(name.into(), ports, kernel.map(|kernel| Arc::new(kernel) as _), mac, extras)?)
     }
 
-    /// A card that a daemon serves.
+    /// Creates a card whose pairs a vhost-user daemon serves.
     pub(super) fn by_daemon(
         name: String,
         connection: Connection,
@@ -273,7 +273,7 @@ impl Net {
         Ok(Self::build(name, vec![], Some(Arc::new(daemon)), mac.map_or_else(Mac::random, Ok)?, extras)?)
     }
 
-    /// A device on any ports, one for each queue pair, that know the given offloads (of `OFFLOADS`).
+    /// Creates a card on arbitrary ports, one for each queue pair, which support the given offloads (of `OFFLOADS`).
     pub fn with_ports(
         name: impl Into<String>,
         ports: Vec<Box<dyn Port>>,
@@ -319,7 +319,7 @@ impl Net {
         Ok(Net { info, mac, mtu: extras.mtu, told: None, shared: Arc::new(shared) })
     }
 
-    /// `struct virtio_net_config` (5.1.4).
+    /// Returns `struct virtio_net_config` (5.1.4).
     fn config_space(&self) -> [u8; CONFIG_BYTES] {
         let link = if self.shared.link_up() { VIRTIO_NET_S_LINK_UP as u16 } else { 0 };
         let [m0, m1, m2, m3, m4, m5] = self.shared.mac().0;
@@ -328,8 +328,8 @@ impl Net {
         [m0, m1, m2, m3, m4, m5, s0, s1, p0, p1, t0, t1]
     }
 
-    /// What is left to do here when the pairs' queues are served elsewhere, or should be. `rest` begins with the control
-    /// queue.
+    /// Serves the control queue here, after the pairs' queues were handed over to an outside server, or after that
+    /// failed. `rest` begins with the control queue.
     fn elsewhere(
         &self,
         started: io::Result<Served>,
@@ -346,7 +346,7 @@ impl Net {
                 let changed = !self.shared.alive.swap(true, Ordering::SeqCst);
                 (Activated::Elsewhere(Box::new(remote), shares), changed)
             }
-            // A card without a link. Its driver still waits for answers on the control queue.
+            // On failure the card has no link, but its driver still waits for answers on the control queue.
             Err(e) => {
                 let queues = rest.into_iter().chain(queues).collect();
                 (Activated::Here(vec![Share { queues, handler }]), self.shared.lost(&e))
@@ -373,16 +373,16 @@ impl VirtioDevice for Net {
         let was = self.shared.link_up();
         self.shared
             .set_link(*up)
-            .map_err(|e| ControlError::Refused(format!("the link of {} cannot be changed: {e}", self.info.name)))?;
+            .map_err(|e| ControlError::Refused(format!("cannot change the link of {}: {e}", self.info.name)))?;
         Ok(if was == self.shared.link_up() { Reply::Done } else { Reply::ConfigChanged })
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
         let Activation { ram, features, mut queues, kicks, interrupt } = activation;
         let has = |bit: u32| features & 1 << bit != 0;
-        // 5.1.3.1: segmentation needs checksums; the kernel insists too.
+        // 5.1.3.1: segmentation offload needs checksum offload; the host's kernel requires that too.
         let csum = has(VIRTIO_NET_F_GUEST_CSUM);
-        // They are the same for all ports.
+        // All ports have the same offloads.
         let (tso4, tso6) = (csum && has(VIRTIO_NET_F_GUEST_TSO4), csum && has(VIRTIO_NET_F_GUEST_TSO6));
         let ecn = (tso4 || tso6) && has(VIRTIO_NET_F_GUEST_ECN);
         let told = self.told.take().unwrap_or(self.shared.link_up());
@@ -431,7 +431,7 @@ impl VirtioDevice for Net {
         let broken = |e: String| StateError(format!("the saved state of {} is broken: {e}", self.info.name));
         let NetState { mac, pairs, plugged, link } = NetState::deserialize(state).map_err(|e| broken(e.to_string()))?;
         if pairs == 0 || pairs > self.shared.max_pairs {
-            return Err(broken(format!("{pairs} queue pairs of {}", self.shared.max_pairs)));
+            return Err(broken(format!("the number of queue pairs is {pairs}, not 1 to {}", self.shared.max_pairs)));
         }
         self.shared.set_link(plugged).map_err(|e| broken(e.to_string()))?;
         self.told = Some(link);
@@ -441,7 +441,7 @@ impl VirtioDevice for Net {
     }
 }
 
-/// Another descriptor of the same port.
+/// Duplicates the port's descriptor.
 #[allow(unsafe_code)]
 fn owned_fd(port: &impl Port) -> io::Result<OwnedFd> {
     // SAFETY: the descriptor is the port's, which outlives the call.

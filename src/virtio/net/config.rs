@@ -1,4 +1,4 @@
-//! What a user asks for of a network card.
+//! Options of a network card.
 
 use std::io;
 use std::str::FromStr;
@@ -11,69 +11,69 @@ use crate::backend::vhost;
 use crate::options::{self, Size};
 use crate::rate_limiter::Limits;
 
-/// Most queue pairs of one card: each is a thread.
+/// Maximum number of queue pairs of one card; each has a thread.
 pub const MAX_PAIRS: u16 = 16;
-/// 5.1.4.1: the smallest MTU a device may announce.
+/// Smallest MTU that a device may announce (5.1.4.1).
 pub(in crate::virtio) const MIN_MTU: u16 = 68;
 
 /// `--net`: a network card.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// A tap of the host by its name; it is made if there is none.
+    /// Name of a tap of the host, which is created if it does not exist.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
-    /// No privilege: the guest's connections become the user's own, by the passt program.
+    /// Network without privileges: the passt program turns the guest's connections into the user's own.
     #[serde(default, skip_serializing_if = "is_off")]
     pub user: bool,
-    /// Ports of the host that lead to the guest, for `user`.
+    /// Ports of the host that are forwarded to the guest, for `user`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hostfwd: Vec<Forward>,
-    /// Let the gateway's address lead to the host's loopback, for `user`: the guest then reaches services that listen at
+    /// Maps the gateway's address to the host's loopback, for `user`: the guest then reaches services that listen on
     /// 127.0.0.1 only.
     #[serde(default, skip_serializing_if = "is_off")]
     pub map_gateway: bool,
-    /// The card's address; random without.
+    /// MAC address; random by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<Mac>,
-    /// The MTU that the guest is told, 68 to 65535; without, its own choice, or 65520 with `user`.
+    /// MTU announced to the guest, 68 to 65535; by default 65520 with `user`, otherwise the guest chooses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
-    /// Queue pairs, 1 to 16, for `tap`.
+    /// Number of queue pairs, 1 to 16, for `tap`.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub queues: u16,
-    /// Leave checksums and segmentation to the receiver, for `tap`.
+    /// Leaves checksums and segmentation to the receiver, for `tap`.
     #[serde(default = "on", skip_serializing_if = "is_on")]
     pub offload: bool,
-    /// Offer that a packet may be spread over several buffers; without, each of the driver's buffers has room for the
+    /// Offers that a packet may be spread over several buffers; when off, each of the driver's buffers has room for the
     /// largest packet.
     #[serde(default = "on", skip_serializing_if = "is_on")]
     pub mrg_rxbuf: bool,
-    /// Have the kernel's vhost-net move the packets, for `tap`.
+    /// Lets the kernel's vhost-net move the packets, for `tap`.
     #[serde(default, skip_serializing_if = "is_off")]
     pub vhost: bool,
-    /// Most bytes to the guest in a second; no limit without.
+    /// Maximum number of bytes to the guest per second; unlimited by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rx_bandwidth: Option<Size>,
-    /// How many bytes may come to the guest at once, for `rx_bandwidth`; a second's worth without.
+    /// Burst size in bytes to the guest, for `rx_bandwidth`; one second's worth by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rx_bandwidth_burst: Option<Size>,
-    /// Most packets to the guest in a second; no limit without.
+    /// Maximum number of packets to the guest per second; unlimited by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rx_ops: Option<u64>,
-    /// How many packets may come to the guest at once, for `rx_ops`; a second's worth without.
+    /// Burst size in packets to the guest, for `rx_ops`; one second's worth by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rx_ops_burst: Option<u64>,
-    /// Most bytes from the guest in a second; no limit without.
+    /// Maximum number of bytes from the guest per second; unlimited by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tx_bandwidth: Option<Size>,
-    /// How many bytes the guest may send at once, for `tx_bandwidth`; a second's worth without.
+    /// Burst size in bytes from the guest, for `tx_bandwidth`; one second's worth by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tx_bandwidth_burst: Option<Size>,
-    /// Most packets from the guest in a second; no limit without.
+    /// Maximum number of packets from the guest per second; unlimited by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tx_ops: Option<u64>,
-    /// How many packets the guest may send at once, for `tx_ops`; a second's worth without.
+    /// Burst size in packets from the guest, for `tx_ops`; one second's worth by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tx_ops_burst: Option<u64>,
 }
@@ -108,12 +108,12 @@ impl FromStr for NetConfig {
     }
 }
 
-/// An Ethernet address.
+/// An Ethernet address (MAC address).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {
-    /// A locally administered one of a single card.
+    /// Returns a random, locally administered unicast address.
     pub(super) fn random() -> io::Result<Self> {
         let mut bytes = [0; 6];
         rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
@@ -121,7 +121,7 @@ impl Mac {
         Ok(Mac(bytes))
     }
 
-    /// Whether a single card can have it: it is no group's, and not nothing.
+    /// Returns whether a single card can have this address: it is neither a multicast address nor zero.
     pub(super) fn is_of_a_card(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; 6]
     }
@@ -131,7 +131,7 @@ impl FromStr for Mac {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let bad = || format!("'{text}' is no address of a network card like 02:00:00:00:00:01");
+        let bad = || format!("'{text}' is not a unicast MAC address like 02:00:00:00:00:01");
         let parts: Vec<&str> = text.split(':').collect();
         let mut bytes = [0; 6];
         if parts.len() != bytes.len() {
@@ -166,34 +166,34 @@ impl<'de> Deserialize<'de> for Mac {
     }
 }
 
-/// Why a network card cannot be made.
+/// Reasons why a network card cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Neither or both.
+    /// Neither or both of `tap` and `user` are given.
     #[error("a network card needs either tap=NAME or user")]
     Kind,
-    /// A key that has no meaning here.
+    /// A key that has no meaning for this kind of network.
     #[error("'{0}' is for {1} only")]
     Key(&'static str, &'static str),
-    /// No interface can be called so.
-    #[error("tap name '{0}' is not 1 to 15 characters without '/', '%', ':' and spaces")]
+    /// An invalid interface name.
+    #[error("invalid tap name '{0}': use 1 to 15 characters, no '/', '%', ':' or spaces")]
     Name(String),
-    /// Out of range.
-    #[error("mtu {0} is not {MIN_MTU} to 65535")]
+    /// An MTU out of range.
+    #[error("mtu={0}: must be {MIN_MTU} to 65535")]
     Mtu(u16),
-    /// Out of range.
-    #[error("queues {0} is not 1 to {MAX_PAIRS}")]
+    /// A number of queue pairs out of range.
+    #[error("queues={0}: a network card can have 1 to {MAX_PAIRS}")]
     Queues(u16),
-    /// A limit that means nothing.
+    /// A rate limit that has no effect or lets nothing through.
     #[error("{0}")]
     Limit(&'static str),
-    /// The tap.
+    /// The tap failed.
     #[error(transparent)]
     Tap(#[from] tap::Error),
-    /// vhost-net.
+    /// vhost-net failed.
     #[error(transparent)]
     Vhost(#[from] vhost::Error),
-    /// passt.
+    /// passt failed.
     #[error(transparent)]
     Passt(#[from] passt::Error),
     /// A host resource is exhausted.
@@ -202,7 +202,7 @@ pub enum Error {
 }
 
 impl NetConfig {
-    /// Checks what needs nothing to be opened.
+    /// Checks everything that can be checked without opening anything.
     pub fn validate(&self) -> Result<(), Error> {
         if self.tap.is_some() == self.user {
             return Err(Error::Kind);
@@ -241,12 +241,12 @@ impl NetConfig {
         needs.iter().find(|(wrong, _)| *wrong).map_or(Ok(()), |(_, why)| Err(why))
     }
 
-    /// What may come to the guest.
+    /// Returns the rate limit to the guest.
     pub(super) fn rx_limits(&self) -> Limits {
         Limits::new(self.rx_bandwidth, self.rx_bandwidth_burst, self.rx_ops, self.rx_ops_burst)
     }
 
-    /// What may come from the guest.
+    /// Returns the rate limit from the guest.
     pub(super) fn tx_limits(&self) -> Limits {
         Limits::new(self.tx_bandwidth, self.tx_bandwidth_burst, self.tx_ops, self.tx_ops_burst)
     }

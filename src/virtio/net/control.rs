@@ -1,4 +1,4 @@
-//! The control queue (5.1.6.5): what the driver wants to receive, its address, how many queue pairs it uses.
+//! The control queue (5.1.6.5), which sets receive filters, the MAC address and the number of queue pairs in use.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ const MAC_ADDR_SET: u8 = VIRTIO_NET_CTRL_MAC_ADDR_SET as u8;
 const MQ: u8 = VIRTIO_NET_CTRL_MQ as u8;
 const MQ_VQ_PAIRS_SET: u8 = VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET as u8;
 
-/// Serves the control queue of a card whose other queues are served elsewhere: the first of its share.
+/// Serves the control queue, the first of its share, of a card whose other queues are served elsewhere.
 pub(super) struct ControlQueue {
     shared: Arc<Shared>,
     features: u64,
@@ -42,7 +42,7 @@ impl Handler for ControlQueue {
     }
 }
 
-/// Obeys one command and answers it. Returns how many bytes were written.
+/// Executes one command and answers it. Returns the number of bytes written.
 pub(super) fn request(shared: &Shared, chain: &Chain, features: u64, ram: &GuestRam) -> Result<u32, Fault> {
     let mut writer = chain.writer(ram);
     if writer.len() == 0 {
@@ -53,16 +53,16 @@ pub(super) fn request(shared: &Shared, chain: &Chain, features: u64, ram: &Guest
     Ok(1)
 }
 
-/// `None`: it is none that we know.
+/// Executes a command; `None` for an unknown or invalid one.
 fn command(shared: &Shared, mut data: Reader<'_>, features: u64) -> Option<()> {
     let [class, command] = take(&mut data)?;
     match (class, command) {
-        // The card hands on whatever its port hands it: filtering is best effort, and there is none (5.1.6.5.1).
+        // The card forwards everything that its port delivers: filtering is best effort, and there is none (5.1.6.5.1).
         (RX, RX_PROMISC | RX_ALLMULTI) => {
             let [on] = take(&mut data)?;
             (on <= 1).then_some(())
         }
-        // 5.1.6.5.2: two tables, unicast and multicast; a filter is best effort here too.
+        // 5.1.6.5.2: two tables, unicast and multicast; filtering is best effort here too.
         (MAC, MAC_TABLE_SET) => (0..2).try_for_each(|_| {
             let entries = u64::from(u32::from_le_bytes(take(&mut data)?));
             data.take(entries * 6).ok().map(|_| ())

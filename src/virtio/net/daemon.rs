@@ -12,7 +12,7 @@ use crate::virtio::vhost::Server;
 use crate::virtio::vhost_user::Connection;
 use crate::virtio::{RING_FEATURES, Share};
 
-/// A daemon that is a network.
+/// vhost-user daemon that serves a network card's queue pairs.
 pub(super) struct Daemon {
     connection: Arc<Connection>,
     pairs: u16,
@@ -23,12 +23,12 @@ struct State {
     /// Rings that were handed over.
     rings: Vec<u16>,
     link: bool,
-    /// How many pairs the driver uses.
+    /// Number of pairs that the driver uses.
     pairs: u16,
 }
 
 impl State {
-    /// Which rings pass packets: 5.1.6.5.5, and the cable.
+    /// Returns for each ring whether it may pass packets: its pair is in use (5.1.6.5.5) and the cable is plugged in.
     fn enabled(&self) -> impl Iterator<Item = (u16, bool)> + '_ {
         self.rings.iter().map(|ring| (*ring, self.link && ring / 2 < self.pairs))
     }

@@ -1,4 +1,4 @@
-//! Queue pairs that the kernel serves: vhost-net, between the rings and a tap.
+//! Queue pairs that the kernel serves: vhost-net moves packets between the rings and a tap.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,7 +13,7 @@ use crate::memory::{GuestRam, RamRegion};
 use crate::virtio::RING_FEATURES;
 use crate::virtio::vhost::Server;
 
-/// What the kernel has a say in; what else is negotiated is between the driver and the tap.
+/// Features that concern the kernel; all others are between the driver and the tap.
 const KNOWN: u64 = RING_FEATURES | 1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_F_VERSION_1;
 
 /// vhost-net devices, one for each queue of a tap.
@@ -41,7 +41,7 @@ impl Kernel {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Connects rings with their taps, or disconnects them.
+    /// Connects rings to their taps, or disconnects them.
     fn plug(&self, rings: &[u16], on: bool) -> io::Result<()> {
         rings.iter().try_for_each(|ring| {
             let (vhost, tap) = self.pairs.get(usize::from(ring / 2)).ok_or(io::ErrorKind::InvalidInput)?;
@@ -72,7 +72,7 @@ impl Server for Kernel {
         });
         match started {
             Ok(()) => state.rings = indices,
-            // All or none: a ring that is served cannot be set up again.
+            // All or none: a ring that is being served cannot be set up again.
             Err(_) => indices.iter().for_each(|ring| _ = self.plug(&[*ring], false)),
         }
         started

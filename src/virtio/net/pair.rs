@@ -1,8 +1,8 @@
 //! A pair of a receive and a transmit queue, between guest memory and a port.
 //!
-//! Nothing is held from one event to the next: what was popped to receive into and not needed is put back, and a
-//! packet that the port does not take now stays in the ring. Whoever has no work waits: for buffers by a kick, for
-//! packets and room by the port's descriptor.
+//! The handler keeps no descriptor chain between events: it puts back receive buffers that it popped but did not need,
+//! and leaves a packet in the ring if the port does not take it now. It then waits for the guest's kick if it needs
+//! buffers, and for the port's descriptor if it needs packets or room in the port.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -23,31 +23,31 @@ const PORT: u64 = 0;
 const CHANGED: u64 = 1;
 const RX_ALARM: u64 = 2;
 const TX_ALARM: u64 = 3;
-/// For how large a packet room is made before any was seen: a frame of the usual MTU.
+/// Initial size of prepared room, enough for a frame of the usual MTU.
 const USUAL: usize = 2048;
 
-/// Serves one pair of queues, and the control queue if it comes with them.
+/// Serves one pair of queues, and the control queue if it is in the same share.
 pub(super) struct Pair {
     shared: Arc<Shared>,
     number: usize,
     features: u64,
-    /// Whether the driver uses this pair, as far as we and the port know.
+    /// Set if the driver uses this pair, as last set for the handler and the port.
     active: bool,
-    /// What the port is watched for now.
+    /// Events for which the port is watched now.
     watched: Option<Interest>,
-    /// The guest has no receive buffers: a kick will tell.
+    /// Set while the guest has no receive buffers; its next kick announces some.
     starved: bool,
-    /// The port takes no packets: its descriptor will tell.
+    /// Set while the port takes no packets; its descriptor becomes ready when it does.
     blocked: bool,
-    /// The last event that sent packets left some in the ring.
+    /// Set if the last event that sent packets left some in the ring.
     sending: bool,
-    /// Buffers that were popped and not used yet, with their writable bytes.
+    /// Buffers that were popped but not yet used, with their writable bytes.
     held: Vec<(Chain, usize)>,
-    /// Room to have ready: the largest packet of late.
+    /// Size of the room to prepare: that of the largest recent packet.
     usual: usize,
-    /// Bytes of the packet that waits in the port for more room.
+    /// Size of the packet that waits in the port for more room.
     waiting: usize,
-    /// Ring when the rate limit lets more through to the guest, and from it.
+    /// Alarms that ring when the rate limits let more packets through, to the guest and from it.
     rx_alarm: Option<Alarm>,
     tx_alarm: Option<Alarm>,
 }
@@ -76,7 +76,7 @@ impl Pair {
         self.features & 1 << feature != 0
     }
 
-    /// Whether packets go in and out.
+    /// Returns whether packets pass in both directions.
     fn is_up(&self) -> bool {
         self.active && self.shared.link_up()
     }
@@ -116,7 +116,7 @@ impl Handler for Pair {
                 let sent = match (self.blocked, self.sending, is_set(&self.tx_alarm)) {
                     (false, false, _) | (false, true, true) => Progress::Done,
                     (_, _, false) => self.transmit(port, tx, cx)?,
-                    // What is half sent is no new packet, for which the limit would make it wait.
+                    // The rest of a half-sent packet is not a new packet, which the rate limit would delay.
                     (true, _, true) => {
                         self.blocked = would_block(port.flush());
                         Progress::Done
@@ -163,7 +163,7 @@ impl Pair {
             let (room, full) = self.hold(rx, self.usual.max(self.waiting), cx.ram)?;
             if room < self.waiting.max(1) {
                 if full || self.held.len() >= usize::from(rx.size().max(1)) {
-                    // There will never be room for this one.
+                    // There will never be enough room for this packet.
                     port.skip();
                     self.waiting = 0;
                 } else if !rx.enable_notifications(cx.ram)? {
@@ -194,7 +194,8 @@ impl Pair {
         Ok(Progress::More)
     }
 
-    /// How large a packet is shows only when it is here, so that the next one waits for it.
+    /// Charges the rate limit for a received packet. A packet's size is known only once it is here, so the next one
+    /// waits for it.
     fn charge_received(&mut self, len: usize) -> io::Result<()> {
         let (Some(limiter), Some(alarm)) = (&self.shared.rx_limiter, &mut self.rx_alarm) else { return Ok(()) };
         match limiter.charge(len.saturating_sub(HEADER) as u64) {
@@ -203,8 +204,8 @@ impl Pair {
         }
     }
 
-    /// Pops buffers until there is room for `need` bytes: one without MRG_RXBUF (5.1.6.3.1), else as many as it takes
-    /// and one packet may have. Returns the room, and whether there can be no more.
+    /// Pops buffers until they have room for `need` bytes: a single one without MRG_RXBUF (5.1.6.3.1), otherwise as
+    /// many as needed, up to the limit of one packet. Returns the room, and whether there can be no more.
     fn hold(&mut self, rx: &mut Queue, need: usize, ram: &GuestRam) -> Result<(usize, bool), Fault> {
         let mergeable = self.has(VIRTIO_NET_F_MRG_RXBUF);
         let mut room: usize = self.held.iter().map(|(_, len)| *len).sum();
@@ -229,7 +230,7 @@ impl Pair {
         Ok((room, false))
     }
 
-    /// Gives the first buffers back with a packet of `len` bytes in them, all at once (5.1.6.4.1).
+    /// Returns the first buffers to the driver with a packet of `len` bytes in them, all in one step (5.1.6.4.1).
     fn deliver(&mut self, rx: &mut Queue, len: usize, ram: &GuestRam) -> Result<(), Fault> {
         let mut left = len;
         let mut used: u16 = 0;
@@ -289,7 +290,7 @@ impl Pair {
         Ok(Progress::More)
     }
 
-    /// Whether the rate limit lets a packet through now; if not, it sets the alarm.
+    /// Returns whether the rate limit lets a packet through now; if not, sets the alarm.
     fn may_send(&mut self, chain: &Chain) -> io::Result<bool> {
         let (Some(limiter), Some(alarm)) = (&self.shared.tx_limiter, &mut self.tx_alarm) else { return Ok(true) };
         let len: u64 = chain.readable().iter().map(|segment| u64::from(segment.len)).sum();
@@ -299,7 +300,7 @@ impl Pair {
         }
     }
 
-    /// The inner result is the packet's, the outer one the device's.
+    /// Sends a packet. The inner result concerns the packet, the outer one the device.
     fn send(&self, port: &mut dyn Port, chain: &Chain, ram: &GuestRam) -> Result<io::Result<()>, Fault> {
         let mut reader = chain.reader(ram);
         let mut header = [0; HEADER];
@@ -313,10 +314,10 @@ impl Pair {
             return Ok(Ok(()));
         }
         if !fits {
-            return invalid("its size is none that a packet has");
+            return invalid("invalid packet size");
         }
         let Some(header) = checked(header, self.features, len) else {
-            return invalid("its header asks for what was not negotiated or makes no sense");
+            return invalid("its header is invalid or uses features that were not negotiated");
         };
         let frame = reader.buffers()?;
         Ok(match port.send(&header, &frame) {
@@ -325,15 +326,16 @@ impl Pair {
         })
     }
 
-    /// A lost packet is nothing special on a network, but the first ones may explain why there is no connection.
+    /// Warns of a dropped packet. Losses are normal on a network, but the first may explain why there is no connection.
     fn dropped(&self, e: &io::Error) {
         self.shared.dropped.warn(format_args!("{}: dropped a packet from the guest: {e}", self.shared.name));
     }
 }
 
-/// Both.
+/// Code that receiving and transmitting share.
 impl Pair {
-    /// Notices whether the driver uses this pair now: only between events, so that the port does too.
+    /// Follows the driver's choice to use this pair or not. Called only between events, so that handler and port always
+    /// agree.
     fn follow(&mut self, port: &mut dyn Port, cx: &Context<'_>) {
         let active = self.shared.is_active(self.number);
         if active == self.active || !self.shared.is_alive() {
@@ -345,14 +347,14 @@ impl Pair {
         }
     }
 
-    /// The other side is gone: the guest sees the cable unplugged (5.1.4).
+    /// Records the loss of the network; the guest sees the cable as unplugged (5.1.4).
     fn lost(&mut self, e: &io::Error, cx: &Context<'_>) {
         if self.shared.lost(e) {
             cx.interrupt.config_changed();
         }
     }
 
-    /// Waits for what the port has to give or take; not at all for one that is gone, which would always be ready.
+    /// Watches the port for packets and room as needed. A lost port is not watched, because it would always be ready.
     fn watch(&mut self, port: &dyn Port, cx: &Context<'_>) -> io::Result<()> {
         let receiving = !self.starved && !is_set(&self.rx_alarm);
         let wanted = match (self.is_up(), receiving, self.blocked) {
@@ -380,7 +382,7 @@ fn is_set(alarm: &Option<Alarm>) -> bool {
     alarm.as_ref().is_some_and(Alarm::is_set)
 }
 
-/// The memory of buffers, in order.
+/// Returns the memory of buffers, in order.
 fn slices<'a>(held: &'a [(Chain, usize)], ram: &'a GuestRam) -> Result<Vec<RamSlice<'a>>, Fault> {
     let mut slices = Vec::with_capacity(held.len());
     for (chain, _) in held {
@@ -391,8 +393,8 @@ fn slices<'a>(held: &'a [(Chain, usize)], ram: &'a GuestRam) -> Result<Vec<RamSl
     Ok(slices)
 }
 
-/// The header of a packet as it may leave (5.1.6.2.2): flags that are not ours to know are cleared, and what was not
-/// negotiated or points out of the packet is refused.
+/// Checks a packet's header and returns it as it may be sent (5.1.6.2.2): clears unknown flags, and refuses anything
+/// that was not negotiated or points outside the packet.
 fn checked(header: [u8; HEADER], features: u64, len: u64) -> Option<[u8; HEADER]> {
     let [flags, gso, h0, h1, s0, s1, c0, c1, o0, o1, _, _] = header;
     let has = |bit: u32| features & 1 << bit != 0;

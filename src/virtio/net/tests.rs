@@ -16,12 +16,12 @@ const TX: u64 = 0x2_0000;
 const MRG: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const CTRL: u64 = 1 << VIRTIO_NET_F_CTRL_VQ;
 
-/// What is on the wire.
+/// Both ends' view of the wire: packets to receive, packets sent, and the port's state.
 #[derive(Default)]
 struct Wire {
     incoming: VecDeque<Vec<u8>>,
     sent: Vec<Vec<u8>>,
-    /// Takes no more than so many packets.
+    /// Number of packets that the port still takes; unlimited if `None`.
     room: Option<usize>,
     gone: bool,
     skipped: usize,
@@ -109,7 +109,7 @@ impl Setup {
         Self::with(features, 1, 16)
     }
 
-    /// Queues of the first pair and the control queue are there, others disabled.
+    /// Creates a card with the first pair's queues and the control queue; all other queues are disabled.
     fn with(features: u64, pairs: usize, size: u16) -> Self {
         Self::of(net(pairs), features, pairs, size)
     }
@@ -147,7 +147,7 @@ impl Setup {
         packet
     }
 
-    /// Makes a packet with this header available, cut as told.
+    /// Makes a packet with this header available, cut into buffers of these lengths and the rest.
     fn send(&mut self, header: [u8; HEADER], frame: &[u8], cut: &[u32]) -> Result<(), Fault> {
         self.ram.write(TX, &header).unwrap();
         self.ram.write(TX + HEADER as u64, frame).unwrap();
@@ -167,7 +167,7 @@ impl Setup {
         std::mem::take(&mut self.wires[0].lock().unwrap().sent)
     }
 
-    /// Gives a command, returns the answer.
+    /// Sends a command and returns the answer.
     fn command(&mut self, bytes: &[u8]) -> u8 {
         self.ram.write(TX, bytes).unwrap();
         self.ram.write_obj(TX + 0x1000, 0xEEu8).unwrap();
@@ -233,9 +233,9 @@ fn a_packet_waits_for_enough_buffers_without_spinning() {
         for i in 0..3 {
             let before = s.rx.avail_idx;
             s.rx.add(&[inn(B + i * 400, 400)]).unwrap();
-            assert!(s.rx.must_kick(before, features), "whoever waits for a buffer hears of it");
+            assert!(s.rx.must_kick(before, features), "a device without buffers asks for a kick");
             s.event(Event::Kick(0)).unwrap();
-            // Nobody watches the port meanwhile.
+            // The port is not watched in the meantime.
             assert_eq!(s.rx.take_used().is_some(), i == 2);
         }
         assert_eq!(s.read(B, 1000), with_buffers(packet, 3));
@@ -405,8 +405,8 @@ fn a_port_that_is_gone_is_a_cable_unplugged() {
     assert_eq!(status(&s), 1);
     s.event(Event::Kick(0)).unwrap();
     assert_eq!(status(&s), 0);
-    assert_eq!(s.wire.interrupt.line().take_count(), 1, "the guest is told");
-    // Nobody looks again, and what is sent is lost.
+    assert_eq!(s.wire.interrupt.line().take_count(), 1, "the guest is notified");
+    // The port is not read again, and packets sent are lost.
     let reads = s.wires[0].lock().unwrap().reads;
     s.event(Event::Ready(0)).unwrap();
     s.send([0; HEADER], &[7; 60], &[]).unwrap();
@@ -479,7 +479,7 @@ fn the_driver_chooses_how_many_pairs_it_uses() {
     }
     changed(&mut s);
     assert_eq!(active(&s), [true, true, false]);
-    // They outlive a pause, not a reset.
+    // The pairs in use survive a pause, but not a reset.
     let state = s.net.save().unwrap();
     s.net.reset();
     assert_eq!(s.net.shared.pairs.load(Ordering::SeqCst), 1);
@@ -490,7 +490,7 @@ fn the_driver_chooses_how_many_pairs_it_uses() {
     for broken in [pairs, serde_json::json!({"pairs": 1})] {
         assert!(s.net.restore(&broken).unwrap_err().to_string().starts_with("the saved state of net0 is broken"));
     }
-    // Without MQ the control queue comes right behind the first pair.
+    // Without MQ the control queue follows the first pair.
     let mut s = Setup::with(CTRL, 3, 16);
     assert_eq!(s.shares.len(), 1);
     assert_eq!(s.command(&[0, 0, 1]), 0);
@@ -533,9 +533,9 @@ fn configuration() {
         ("tap=0123456789abcdef", "tap name"),
         ("tap=vm%d", "tap name"),
         ("tap=../x", "tap name"),
-        ("tap=vm0,queues=0", "queues 0"),
-        ("tap=vm0,queues=17", "queues 17"),
-        ("tap=vm0,mtu=67", "mtu 67"),
+        ("tap=vm0,queues=0", "queues=0: "),
+        ("tap=vm0,queues=17", "queues=17: "),
+        ("tap=vm0,mtu=67", "mtu=67: "),
         ("tap=vm0,hostfwd=tcp:1:1", "'hostfwd' is for user only"),
         ("user,queues=2", "'queues' is for tap only"),
         ("user,offload=off", "'offload' is for tap only"),
@@ -554,9 +554,9 @@ fn configuration() {
     for (bad, why) in [
         ("tap=vm0,tap=vm1", "'tap' is given twice"),
         ("user,mtu=70000", "mtu: '70000' is not a number in range"),
-        ("user,mac=01:00:00:00:00:00", "no address of a network card"),
-        ("user,mac=02:00:00:00:00", "no address"),
-        ("user,mac=02:00:00:00:00:+1", "no address"),
+        ("user,mac=01:00:00:00:00:00", "is not a unicast MAC address"),
+        ("user,mac=02:00:00:00:00", "is not a unicast MAC address"),
+        ("user,mac=02:00:00:00:00:+1", "is not a unicast MAC address"),
         ("user,hostfwd=sctp:1:1", "hostfwd: 'sctp:1:1' is not of the form"),
         ("user,hostfwd=tcp:0:1", "not of the form"),
         ("user,hostfwd=tcp:1", "not of the form"),
@@ -589,7 +589,7 @@ fn a_pulled_cable_drops_packets() {
     s.incoming(300);
     assert_eq!(s.net.control(&Control::SetLink(true)).unwrap(), Reply::Done);
     s.event(Event::Ready(0)).unwrap();
-    assert_eq!(s.rx.take_used().unwrap().1, 300, "it was plugged in all the time");
+    assert_eq!(s.rx.take_used().unwrap().1, 300, "the cable was never pulled");
     assert_eq!(s.net.control(&Control::SetLink(false)).unwrap(), Reply::ConfigChanged);
     assert_eq!(s.net.config_space()[6], 0);
     s.event(Event::Ready(1)).unwrap();
@@ -600,7 +600,7 @@ fn a_pulled_cable_drops_packets() {
     assert_eq!(s.sent().len(), 0);
     assert_eq!(s.net.control(&Control::SetLink(true)).unwrap(), Reply::ConfigChanged);
     assert_eq!(s.net.config_space()[6], 1);
-    // What came meanwhile is lost, too.
+    // Packets that arrived while the cable was pulled are lost too.
     let packet = s.incoming(200);
     s.event(Event::Ready(1)).unwrap();
     s.event(Event::Ready(0)).unwrap();
@@ -612,7 +612,7 @@ fn a_pulled_cable_drops_packets() {
 
 #[test]
 fn a_restored_guest_hears_what_became_of_its_link() {
-    // Whether the cable was plugged in and the network there; whether the next network is there.
+    // The cable's state, the network's state, and the network's state after the restore.
     for (plugged, alive, next) in [(true, true, true), (false, true, true), (true, false, true), (true, true, false)] {
         let mut s = Setup::new(MRG);
         s.net.control(&Control::SetLink(plugged)).unwrap();
@@ -652,12 +652,12 @@ fn both_directions_have_limits() {
         events += ready;
         sent += s.sent().len();
     }
-    // Six more of each, 50 ms apart; nobody spins meanwhile.
+    // Six more of each, 50 ms apart, without busy waiting.
     assert!(start.elapsed().as_millis() >= 295, "{:?}", start.elapsed());
     assert!(events <= 16, "{events}");
 }
 
-/// Serves what it is told to without serving it.
+/// Records requests to serve queues without serving them.
 #[derive(Default)]
 struct Recorder {
     running: Mutex<Vec<(u16, u16)>>,
@@ -669,7 +669,7 @@ struct Recorder {
 impl Server for Recorder {
     fn start(&self, _: u64, _: &GuestRam, rings: &[crate::backend::vhost::Ring<'_>]) -> io::Result<()> {
         if self.refuse.load(Ordering::SeqCst) {
-            return Err(io::Error::other("it does not want to"));
+            return Err(io::Error::other("refused"));
         }
         *self.running.lock().unwrap() = rings.iter().map(|ring| (ring.index, ring.next_avail)).collect();
         Ok(())
@@ -701,7 +701,7 @@ impl Elsewhere for Recorder {
 fn pairs_that_are_served_elsewhere() {
     let recorder = Arc::new(Recorder::default());
     let (mut net, wires) = net_with(2, Some(recorder.clone()), Extras::default());
-    assert_eq!(net.info().features & (RING_FEATURES | MRG), EVENT_IDX, "what the other side does not know");
+    assert_eq!(net.info().features & (RING_FEATURES | MRG), EVENT_IDX, "features that the server does not support");
     let ram = GuestRam::anonymous(RAM);
     let features = EVENT_IDX | CTRL | 1 << VIRTIO_NET_F_MQ;
     let drivers: Vec<FakeQueue> = (0..5).map(|i| FakeQueue::new(&ram, 0x1000 + i * 0x1000, 16)).collect();
@@ -722,7 +722,7 @@ fn pairs_that_are_served_elsewhere() {
         })
     };
     recorder.refuse.store(true, Ordering::SeqCst);
-    // A network that is not there is a card without a link.
+    // If the queues cannot be handed over, the card has no link.
     let Ok(Activated::Here(shares)) = activate(&mut net) else { panic!() };
     assert_eq!((shares.len(), shares[0].queues.len(), shares[0].queues[0].index()), (1, 5, 4));
     assert_eq!((net.config_space()[6], wire.interrupt.line().take_count()), (0, 1));
@@ -731,7 +731,7 @@ fn pairs_that_are_served_elsewhere() {
     assert_eq!((net.config_space()[6], wire.interrupt.line().take_count()), (1, 1));
     assert_eq!(*recorder.running.lock().unwrap(), [(0, 0), (1, 0), (2, 0)]);
     assert!(kicks[..3].iter().all(|kick| kick.read().is_ok()) && kicks[3].read().is_err());
-    // The control queue is ours.
+    // The control queue is served in this process.
     let mut control = FakeQueue::new(&ram, 0x5000, 16);
     ram.write(TX, &[4, 0, 2, 0]).unwrap();
     control.add(&[out(TX, 4), inn(TX + 0x1000, 1)]).unwrap();
@@ -749,7 +749,7 @@ fn pairs_that_are_served_elsewhere() {
     assert_eq!(positions, [(0, 7, 0), (1, 8, 5), (2, 9, 0)]);
 }
 
-/// Lengths of the buffers of a chain; bits of rings, headers and commands that flip.
+/// Generates the lengths of the buffers of chains.
 fn chains() -> impl Strategy<Value = Vec<Vec<u32>>> {
     let len = prop_oneof![4 => Just(1526u32), 2 => 1..200u32, 1 => Just(0), 2 => Just(12)];
     prop::collection::vec(prop::collection::vec(len, 1..4), 0..5)
@@ -799,14 +799,14 @@ proptest! {
         let short = |lens: &Vec<u32>| lens.iter().sum::<u32>() < HEADER as u32;
         if flips.is_empty() {
             prop_assert!(!broke || rx.iter().chain(&tx).any(short));
-            // What was received went only where it may.
+            // Received packets were written only to memory that permits it.
             let after = s.read(0, RAM as usize);
             for (at, _) in (0u64..).zip(before.iter().zip(&after)).filter(|(_, (b, a))| b != a) {
                 let allowed = (0x1000..0xA000).contains(&at) || at == TX + 0x1000;
                 prop_assert!(allowed || ranges.iter().any(|r| r.contains(&at)), "{at:#x} was written");
             }
         }
-        // Whatever was received, counts and lengths fit together.
+        // The lengths of used buffers add up to the packets received.
         if flips.is_empty() && !broke {
             let used: usize = std::iter::from_fn(|| s.rx.take_used()).map(|(_, len)| len as usize).sum();
             let wire = s.wires[0].lock().unwrap();
