@@ -201,8 +201,8 @@ umount /mnt
     let ended = run.run_to_end().success();
     assert_eq!((ended.fact("queues"), ended.fact("in the file")), ("2", ended.fact("sum")), "{ended}");
     for text in [
-        "vireo: the vhost-user daemon at /tmp/blk.sock is none for type=blk: it serves 2 queues, of 3 that are needed\n",
-        "vireo: the vhost-user daemon at /tmp/blk.sock is none for type=net: it offers features (0x40) that no such \
+        "vireo: the vhost-user daemon at /tmp/blk.sock does not serve type=blk: it serves 2 queues, but 3 are needed\n",
+        "vireo: the vhost-user daemon at /tmp/blk.sock does not serve type=net: it offers features (0x40) that no such \
          device has\n",
     ] {
         assert!(ended.stdout.contains(text), "{text}\n---\n{ended}");

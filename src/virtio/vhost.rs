@@ -1,8 +1,9 @@
-//! Queues that are served elsewhere, by the kernel (vhost) or another process (vhost-user).
+//! Queues that are served elsewhere: by the kernel (vhost) or by another process (vhost-user).
 //!
-//! Whoever serves a queue gets its place in guest memory, an eventfd that the driver kicks and the device's interrupt
-//! line, and works until it is stopped; nothing passes through this process meanwhile. A stop asks for the positions: the
-//! other side knows which entry it would have taken next (`VRING_BASE`), and what it has used stands in the ring.
+//! The server of a queue gets the queue's location in guest memory, an eventfd that the driver kicks and the device's
+//! interrupt line. It works until it is stopped; in the meantime no request passes through this process. A stop asks
+//! for the positions: the server knows which entry it would have taken next (`VRING_BASE`), and the used ring shows
+//! what it has used.
 
 use std::io;
 use std::sync::Arc;
@@ -15,21 +16,21 @@ use super::{Interrupt, Remote, Share};
 use crate::backend::vhost::Ring;
 use crate::memory::GuestRam;
 
-/// Who serves queues elsewhere.
+/// Serves queues outside this process's workers.
 pub(super) trait Server: Send + Sync {
-    /// Begins to serve these rings, of which `index` is that within the device.
+    /// Begins to serve these rings, whose `index` counts within the device.
     fn start(&self, features: u64, ram: &GuestRam, rings: &[Ring<'_>]) -> io::Result<()>;
 
-    /// Ends it when all requests that were begun are finished; says for each ring where it was (`VRING_BASE`).
+    /// Stops serving after all requests in progress are finished; returns each ring's position (`VRING_BASE`).
     fn stop(&self, rings: &[u16]) -> io::Result<Vec<u16>>;
 
-    /// A share without queues that sees this server end, if that may happen.
+    /// Returns a share without queues that notices the end of this server; `None` if it cannot end.
     fn watch(self: Arc<Self>) -> Option<Share> {
         None
     }
 }
 
-/// Queues while somebody else serves them.
+/// Queues that a server outside this process's workers serves.
 pub(super) struct Served {
     server: Arc<dyn Server>,
     ram: GuestRam,
@@ -37,7 +38,7 @@ pub(super) struct Served {
 }
 
 impl Served {
-    /// Hands over those of `queues` that the driver uses.
+    /// Hands over those of `queues` that the driver has enabled.
     pub(super) fn start(
         server: Arc<dyn Server>,
         features: u64,
@@ -55,7 +56,7 @@ impl Served {
         });
         let rings: Vec<Ring<'_>> = rings.collect::<io::Result<_>>()?;
         server.start(features, ram, &rings)?;
-        // What the driver made available before is in the rings already.
+        // Kick for requests that the driver has already made available.
         rings.iter().for_each(|ring| _ = ring.kick.write(1));
         Ok(Served { server, ram: ram.clone(), queues: enabled().map(|queue| (queue.index(), queue.state())).collect() })
     }

@@ -1,9 +1,9 @@
-//! Devices that an external daemon serves, over vhost-user: file systems, disks and network cards.
+//! Devices that an external daemon serves over vhost-user: file systems, disks and network cards.
 //!
-//! The daemon gets guest memory and the rings; what stays here is what the driver reads and writes in registers: features,
-//! configuration space, and a card's control queue (`net`). The daemon is not trusted: what it offers is cut down to
-//! what the kind of device has, and when it is gone, or not understood any more, the device needs a reset. A reset
-//! connects to whoever listens at the socket then.
+//! The daemon gets guest memory and the rings. The device's registers stay here: features, configuration space, and a
+//! network card's control queue (`net`). The daemon is not trusted: its features are restricted to those of the kind of
+//! device, and if it ends or violates the protocol, the device needs a reset. A reset connects to the daemon that
+//! listens on the socket then.
 
 mod connection;
 #[cfg(test)]
@@ -27,22 +27,22 @@ use crate::options;
 
 pub(super) use connection::Connection;
 
-/// Most queues (of requests; pairs of a network card) of one device.
+/// Maximum number of request queues of one device, or of queue pairs of a network card.
 const MAX_QUEUES: u16 = 16;
-/// Entries of each; what daemons commonly bound it by is 1024.
+/// Size of each queue; daemons commonly accept at most 1024.
 const QUEUE_SIZE: u16 = 256;
-/// Longest tag of a file system (5.11.4).
+/// Maximum length of a file system's tag (5.11.4).
 const MAX_TAG: usize = 36;
-/// Bytes of `struct virtio_fs_config`: the tag and the number of queues for requests.
+/// Size of `struct virtio_fs_config`: the tag and the number of request queues.
 const FS_CONFIG: usize = MAX_TAG + 4;
-/// Bytes of `struct virtio_blk_config` (5.2.4) up to the end of what write-zeroes needs.
+/// Size of `struct virtio_blk_config` (5.2.4) up to and including the write-zeroes fields.
 const BLK_CONFIG: usize = 60;
-/// Where `writeback` is in it, the one field that a driver writes.
+/// Offset of `writeback` in `struct virtio_blk_config`, the only field that a driver writes.
 const BLK_WRITEBACK: u8 = 32;
-/// Where `num_queues` is in it.
+/// Offset of `num_queues` in `struct virtio_blk_config`.
 const BLK_QUEUES: usize = 34;
 
-/// What a disk may have (5.2.3).
+/// Features that a disk may have (5.2.3).
 const BLK_FEATURES: u64 = 1 << VIRTIO_BLK_F_SIZE_MAX
     | 1 << VIRTIO_BLK_F_SEG_MAX
     | 1 << VIRTIO_BLK_F_GEOMETRY
@@ -54,32 +54,32 @@ const BLK_FEATURES: u64 = 1 << VIRTIO_BLK_F_SIZE_MAX
     | 1 << VIRTIO_BLK_F_MQ
     | 1 << VIRTIO_BLK_F_DISCARD
     | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
-/// Bits that belong to the kind of device (2.2).
+/// Feature bits that depend on the kind of device (2.2).
 const DEVICE_FEATURES: u64 = (1 << 24) - 1;
-/// What no disk has, and network cards do.
+/// Features that network cards have and disks never do.
 const NO_BLK_FEATURES: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_MQ;
-/// What no network card has, and disks do.
+/// Features that disks have and network cards never do.
 const NO_NET_FEATURES: u64 = 1 << VIRTIO_BLK_F_GEOMETRY | 1 << VIRTIO_BLK_F_BLK_SIZE;
 
-/// `--vhost-user`: a device that a daemon serves. The guest's memory is shared with it.
+/// `--vhost-user`: a device that a daemon serves. The daemon shares the guest's memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VhostUserConfig {
-    /// The unix socket that the daemon listens at.
+    /// Unix socket on which the daemon listens.
     pub socket: PathBuf,
-    /// What kind of device it serves.
+    /// Kind of device that the daemon serves.
     #[serde(rename = "type")]
     pub kind: Kind,
-    /// Queues for requests, pairs of queues of a network card: 1 to 16.
+    /// Number of request queues, or of queue pairs of a network card: 1 to 16.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub queues: u16,
-    /// For `fs`: by which name the guest mounts it, 1 to 36 bytes; some daemons know one themselves.
+    /// For `fs`: name by which the guest mounts the folder, 1 to 36 bytes; some daemons have their own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tag: Option<String>,
-    /// For `net`: the card's address; random without.
+    /// For `net`: MAC address of the card; random by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<Mac>,
-    /// For `net`: the MTU that the guest is told, 68 to 65535; its own choice without.
+    /// For `net`: MTU announced to the guest, 68 to 65535; by default the guest chooses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
 }
@@ -122,44 +122,44 @@ impl FromStr for VhostUserConfig {
     }
 }
 
-/// Why such a device cannot be made.
+/// Reasons why a vhost-user device cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Out of range.
-    #[error("queues {0} is not 1 to {MAX_QUEUES}")]
+    /// A number of queues out of range.
+    #[error("queues={0}: a vhost-user device can have 1 to {MAX_QUEUES}")]
     Queues(u16),
-    /// A path that no unix socket can have.
+    /// A path that is too long for a unix socket.
     #[error("the path {0} is too long for a socket: it may have {max} bytes", max = unix::MAX_PATH)]
     Path(PathBuf),
-    /// A key that has no meaning here.
+    /// A key that has no meaning for this kind of device.
     #[error("'{0}' is for type={1} only")]
     Key(&'static str, Kind),
-    /// Not a tag.
+    /// An invalid tag.
     #[error("tag '{0}' is not 1 to {MAX_TAG} bytes")]
     Tag(String),
-    /// Out of range.
-    #[error("mtu {0} is not 68 to 65535")]
+    /// An MTU out of range.
+    #[error("mtu={0}: must be 68 to 65535")]
     Mtu(u16),
-    /// The daemon.
+    /// The connection to the daemon failed.
     #[error(transparent)]
     Daemon(#[from] vhost_user::Error),
-    /// It is one for something else.
-    #[error("the vhost-user daemon at {path} is none for type={kind}: {why}")]
+    /// The daemon serves another kind of device.
+    #[error("the vhost-user daemon at {path} does not serve type={kind}: {why}")]
     Kind {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// What it should have been.
+        /// Expected kind of device.
         kind: Kind,
-        /// What shows that it is not.
+        /// Reason why the daemon does not fit.
         why: String,
     },
-    /// A network card.
+    /// The network card could not be created.
     #[error(transparent)]
     Net(#[from] net::Error),
 }
 
 impl VhostUserConfig {
-    /// Checks what needs nothing to be opened.
+    /// Checks everything that can be checked without opening anything.
     pub fn validate(&self) -> Result<(), Error> {
         if self.socket.as_os_str().len() > unix::MAX_PATH {
             return Err(Error::Path(self.socket.clone()));
@@ -182,7 +182,7 @@ impl VhostUserConfig {
     }
 }
 
-/// Connects to the daemon and makes the device that it serves. `name` is for threads and warnings.
+/// Connects to the daemon and creates the device that it serves. `name` is for threads and warnings.
 pub fn open(name: impl Into<String>, config: &VhostUserConfig) -> Result<Box<dyn VirtioDevice>, Error> {
     config.validate()?;
     let connection = Connection::open(&config.socket)?;
@@ -193,7 +193,7 @@ pub fn open(name: impl Into<String>, config: &VhostUserConfig) -> Result<Box<dyn
         Kind::Net => 2 * config.queues,
     };
     if let Some(max) = connection.max_queues().filter(|max| rings > *max) {
-        return Err(config.no_such(format!("it serves {max} queues, of {rings} that are needed")));
+        return Err(config.no_such(format!("it serves {max} queues, but {rings} are needed")));
     }
     let foreign = match config.kind {
         Kind::Fs => DEVICE_FEATURES & !1,
@@ -210,20 +210,20 @@ pub fn open(name: impl Into<String>, config: &VhostUserConfig) -> Result<Box<dyn
     })
 }
 
-/// A file system or a disk.
+/// A file system or a disk that a daemon serves.
 struct VhostUser {
     info: DeviceInfo,
     connection: Arc<Connection>,
-    /// What configuration space has of its own, from an offset on.
+    /// Bytes of configuration space that override the daemon's, and their offset.
     own: (usize, Vec<u8>),
     warnings: LogLimit,
 }
 
-/// What is saved of a file system or a disk besides its queues. What a daemon keeps of a guest, nobody saves.
+/// Saved state of a file system or a disk, without its queues. The daemon's own state of the guest is not saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VhostUserState {
-    /// Whether writes may be cached, if the driver has said so.
+    /// Set by the driver to whether writes may be cached; `None` if it has not set that.
     pub writeback: Option<bool>,
 }
 
@@ -237,7 +237,7 @@ impl VhostUser {
                 (0, [own, queues].concat())
             }
             None => {
-                let no_tag = |e: io::Error| config.no_such(format!("it knows no tag (tag=NAME gives it one): {e}"));
+                let no_tag = |e: io::Error| config.no_such(format!("it has no tag of its own (set one with tag=NAME): {e}"));
                 connection.read_config(FS_CONFIG).map_err(no_tag)?;
                 (MAX_TAG, queues)
             }
@@ -249,12 +249,12 @@ impl VhostUser {
     fn blk(name: String, config: &VhostUserConfig, connection: Connection) -> Result<Self, Error> {
         connection
             .read_config(BLK_CONFIG)
-            .map_err(|e| config.no_such(format!("it does not say how large the disk is: {e}")))?;
+            .map_err(|e| config.no_such(format!("it does not report the disk's size: {e}")))?;
         let mut features = connection.features() & BLK_FEATURES;
         if config.queues == 1 {
             features &= !(1 << VIRTIO_BLK_F_MQ);
         } else if features & 1 << VIRTIO_BLK_F_MQ == 0 {
-            return Err(config.no_such("it does not serve several queues"));
+            return Err(config.no_such("it supports only one queue"));
         }
         let own = (BLK_QUEUES, config.queues.to_le_bytes().to_vec());
         let queue_sizes = vec![QUEUE_SIZE; usize::from(config.queues)];
@@ -276,11 +276,11 @@ impl VhostUser {
 
     fn warn(&self, done: io::Result<()>) {
         if let Err(e) = done {
-            self.warnings.warn(format_args!("{}: its cache mode cannot be changed: {e}", self.info.name));
+            self.warnings.warn(format_args!("{}: cannot change the cache mode: {e}", self.info.name));
         }
     }
 
-    /// Whether it is a disk whose driver says if writes may be cached.
+    /// Returns whether this is a disk whose driver decides if writes may be cached.
     fn has_writeback(&self) -> bool {
         self.info.id == DeviceId::Block && self.info.features & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0
     }
@@ -309,7 +309,7 @@ impl VirtioDevice for VhostUser {
         let Activation { ram, features, queues, kicks, interrupt } = activation;
         let known = self.connection.config();
         let remote = Served::start(self.connection.clone(), features, &ram, &queues, &kicks, &interrupt)?;
-        // A new daemon's disk may have another size than the one that the driver has read.
+        // The disk of a new daemon may differ in size from the one that the driver has read.
         if self.connection.config() != known {
             interrupt.config_changed();
         }
@@ -330,10 +330,10 @@ impl VirtioDevice for VhostUser {
         match VhostUserState::deserialize(state).map_err(|e| broken(e.to_string()))?.writeback {
             None => Ok(()),
             Some(on) if self.has_writeback() => {
-                let refused = |e| StateError(format!("the cache mode of {} cannot be restored: {e}", self.info.name));
+                let refused = |e| StateError(format!("cannot restore the cache mode of {}: {e}", self.info.name));
                 self.connection.set(BLK_WRITEBACK, on.into()).map_err(refused)
             }
-            Some(_) => Err(broken("the daemon does not let its cache mode be changed".into())),
+            Some(_) => Err(broken("the daemon does not support changing the cache mode".into())),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The connection to a daemon, as a device has it: outlives stops, and is made anew when the daemon was.
+//! A device's connection to a daemon. It outlives stops of the device, and is opened again if the daemon is restarted.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -22,11 +22,11 @@ use crate::virtio::{Context, Event, Fault, Handler, Interrupt, Progress, Share};
 const SOCKET: u64 = 0;
 const CHANNEL: u64 = 1;
 
-/// A daemon, which may come and go.
+/// Connection to a daemon, which may end and be restarted.
 pub(in crate::virtio) struct Connection {
-    /// Followed once: a new daemon listens in the same directory.
+    /// Location of the socket, resolved once: a new daemon must listen in the same directory.
     place: Place,
-    /// What the first one offered; drivers were told of it.
+    /// Features that the first daemon offered, which the driver has seen.
     features: u64,
     max_queues: Option<u16>,
     frontend: Mutex<Frontend>,
@@ -34,11 +34,11 @@ pub(in crate::virtio) struct Connection {
     log: LogLimit,
 }
 
-/// What is known of a daemon's configuration space.
+/// Known part of a daemon's configuration space.
 #[derive(Default)]
 struct Config {
     bytes: Vec<u8>,
-    /// The byte that the driver has set: where, what was there before, what it is now. The next daemon must hear of it.
+    /// Byte that the driver has set: its offset, original value and current value. A new daemon must be sent it.
     set: Option<(usize, u8, u8)>,
 }
 
@@ -55,7 +55,7 @@ impl Connection {
         let place = Place::find(path, &held::folders()).map_err(hidden)?;
         let frontend = Frontend::connect(&place)?;
         if frontend.features() & 1 << VIRTIO_F_VERSION_1 == 0 {
-            let source = io::Error::new(io::ErrorKind::Unsupported, "it does not know virtio 1.0");
+            let source = io::Error::new(io::ErrorKind::Unsupported, "it does not support virtio 1.0");
             return Err(Error::Handshake { path: path.into(), source });
         }
         let (features, max_queues) = (frontend.features(), frontend.max_queues());
@@ -63,12 +63,12 @@ impl Connection {
         Ok(Connection { place, features, max_queues, frontend, config, log: LogLimit::default() })
     }
 
-    /// Features of rings and device that it offers.
+    /// Returns the ring and device features that the daemon offers.
     pub(in crate::virtio) fn features(&self) -> u64 {
         self.features
     }
 
-    /// How many rings it serves, if it says so.
+    /// Returns the number of rings that the daemon serves, if it reports one.
     pub(super) fn max_queues(&self) -> Option<u16> {
         self.max_queues
     }
@@ -81,7 +81,7 @@ impl Connection {
         self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks for the first `len` bytes of configuration space, which are known from then on.
+    /// Reads the first `len` bytes of configuration space, and keeps them.
     pub(super) fn read_config(&self, len: usize) -> io::Result<()> {
         let mut frontend = self.frontend();
         if !frontend.has_config() {
@@ -92,12 +92,12 @@ impl Connection {
         Ok(())
     }
 
-    /// What is known of configuration space.
+    /// Returns the known part of configuration space.
     pub(super) fn config(&self) -> Vec<u8> {
         self.known_config().bytes.clone()
     }
 
-    /// Sets the one byte of configuration space that a driver writes.
+    /// Sets the only byte of configuration space that a driver writes.
     pub(super) fn set(&self, at: u8, byte: u8) -> io::Result<()> {
         self.frontend().set_config(at.into(), &[byte])?;
         let (mut config, at) = (self.known_config(), usize::from(at));
@@ -107,19 +107,19 @@ impl Connection {
         Ok(())
     }
 
-    /// What the driver has set it to.
+    /// Returns the byte that the driver has set.
     pub(super) fn was_set(&self) -> Option<u8> {
         self.known_config().set.map(|(_, _, byte)| byte)
     }
 
-    /// Has it as it was before the driver set it; also if that is for the next daemon only.
+    /// Restores the value that the byte had before the driver set it, even if only the next daemon gets it.
     pub(super) fn unset(&self) -> io::Result<()> {
         let Some((at, before, _)) = self.known_config().set.take() else { return Ok(()) };
         self.known_config().put(at, before);
         self.frontend().set_config(at as u32, &[before])
     }
 
-    /// Reads again what is known; `changed` is called before a driver can see it.
+    /// Reads the known part again; calls `changed` before a driver can see the new bytes.
     fn refresh(&self, frontend: &mut Frontend, changed: impl FnOnce()) -> io::Result<()> {
         let len = self.known_config().bytes.len();
         let config = if len > 0 { frontend.config(len)? } else { Vec::new() };
@@ -129,12 +129,12 @@ impl Connection {
         Ok(())
     }
 
-    /// [`Connection::refresh`] for a driver that is interrupted for it.
+    /// Reads the known part again and notifies the driver.
     pub(super) fn refreshed(&self, interrupt: &Interrupt) -> io::Result<()> {
         self.refresh(&mut self.frontend(), || interrupt.config_changed())
     }
 
-    /// Hands over rings, which then wait for [`Connection::enable`]. A connection that has ended is made anew.
+    /// Hands over rings, which then wait for [`Connection::enable`]. Connects again if the connection has ended.
     pub(in crate::virtio) fn hand_over(&self, features: u64, ram: &GuestRam, rings: &[Ring<'_>]) -> io::Result<()> {
         let memory = ram.shared_regions().ok_or_else(|| io::Error::other("guest memory is not shared"))?;
         let mut frontend = self.frontend();
@@ -156,7 +156,7 @@ impl Connection {
             io::Error::other(format!("{e}{cause}"))
         })?;
         if features & self.features & !frontend.features() != 0 {
-            return Err(io::Error::other(format!("the new daemon at {} can do less", self.place.path().display())));
+            return Err(io::Error::other(format!("the new daemon at {} lacks features that the driver uses", self.place.path().display())));
         }
         self.log.log(
             Level::Info,
@@ -165,17 +165,17 @@ impl Connection {
         Ok(frontend)
     }
 
-    /// Lets rings that were handed over pass requests, or not.
+    /// Lets rings that were handed over pass requests, or stops them from doing so.
     pub(in crate::virtio) fn enable(&self, rings: impl IntoIterator<Item = (u16, bool)>) -> io::Result<()> {
         self.frontend().enable(rings)
     }
 
-    /// Takes rings back.
+    /// Takes rings back; returns their positions.
     pub(in crate::virtio) fn take_back(&self, rings: &[u16]) -> io::Result<Vec<u16>> {
         self.frontend().stop(rings)
     }
 
-    /// A share without queues that sees the daemon go.
+    /// Returns a share without queues that notices when the daemon ends.
     pub(in crate::virtio) fn watcher(self: Arc<Self>) -> Share {
         Share { queues: vec![], handler: Box::new(Watcher(self)) }
     }
@@ -196,7 +196,7 @@ impl Server for Connection {
     }
 }
 
-/// Waits for the daemon to go, or to say that something has changed.
+/// Watches for the end of the daemon and for its reports of changes.
 struct Watcher(Arc<Connection>);
 
 impl Handler for Watcher {
@@ -220,7 +220,7 @@ impl Handler for Watcher {
                 }
                 Err(e) => {
                     let path = self.0.place.path().display();
-                    self.0.log.debug(format_args!("the daemon at {path} will not report changes any more: {e}"));
+                    self.0.log.debug(format_args!("the daemon at {path} no longer reports configuration changes: {e}"));
                 }
             },
             _ => {}

@@ -43,12 +43,12 @@ fn configuration() {
         assert_eq!(check(good), Ok(()), "{good}");
     }
     for (bad, why) in [
-        ("socket=s,type=blk,queues=0", "queues 0 is not 1 to 16"),
-        ("socket=s,type=net,queues=17", "queues 17"),
+        ("socket=s,type=blk,queues=0", "queues=0: a vhost-user device can have 1 to 16"),
+        ("socket=s,type=net,queues=17", "queues=17: "),
         ("socket=s,type=blk,tag=x", "'tag' is for type=fs only"),
         ("socket=s,type=fs,mac=02:00:00:00:00:01", "'mac' is for type=net only"),
         ("socket=s,type=blk,mtu=1400", "'mtu' is for type=net only"),
-        ("socket=s,type=net,mtu=67", "mtu 67 is not 68 to 65535"),
+        ("socket=s,type=net,mtu=67", "mtu=67: must be 68 to 65535"),
         ("socket=s,type=fs,tag=0123456789012345678901234567890123456", "is not 1 to 36 bytes"),
     ] {
         assert!(check(bad).unwrap_err().contains(why), "{bad}");
@@ -72,30 +72,30 @@ fn daemons_of_another_kind() {
     let net = FakeDaemon::good(VERSION_1 | RING_FEATURES | 1 << VIRTIO_NET_F_MRG_RXBUF | 1 << 1);
     for (daemon, rest) in [(&blk, "type=fs,tag=x"), (&net, "type=fs,tag=x"), (&net, "type=blk"), (&blk, "type=net")] {
         let why = why(daemon, rest);
-        assert!(why.contains(" is none for type=") && why.contains("that no such device has"), "{rest}: {why}");
+        assert!(why.contains(" does not serve type=") && why.contains("that no such device has"), "{rest}: {why}");
     }
-    assert!(why(&blk, "type=blk,queues=6").contains("it serves 5 queues, of 6 that are needed"));
-    assert!(why(&fs, "type=fs,tag=x,queues=5").contains("it serves 5 queues, of 6 that are needed"));
-    assert!(why(&fs, "type=blk,queues=2").contains("does not serve several queues"));
+    assert!(why(&blk, "type=blk,queues=6").contains("it serves 5 queues, but 6 are needed"));
+    assert!(why(&fs, "type=fs,tag=x,queues=5").contains("it serves 5 queues, but 6 are needed"));
+    assert!(why(&fs, "type=blk,queues=2").contains("it supports only one queue"));
     let old = FakeDaemon::good(RING_FEATURES);
     assert!(why(&old, "type=blk").contains("does not answer as one"));
     let no_config = FakeDaemon::start(|request, payload| match request {
         24 => Answer::Good(vec![0; 12]),
         _ => Answer::Good(good(VERSION_1, request, payload)),
     });
-    assert!(why(&no_config, "type=blk").contains("it does not say how large the disk is"));
+    assert!(why(&no_config, "type=blk").contains("it does not report the disk's size"));
     let no_config = FakeDaemon::start(|request, payload| match request {
         24 => Answer::Good(vec![0; 12]),
         _ => Answer::Good(good(VERSION_1, request, payload)),
     });
-    assert!(why(&no_config, "type=fs").contains("it knows no tag (tag=NAME gives it one)"));
+    assert!(why(&no_config, "type=fs").contains("it has no tag of its own (set one with tag=NAME)"));
 }
 
 #[test]
 fn configuration_space() {
     let daemon = FakeDaemon::good(BLK | 1 << 28 | 1 << 33 | 1 << 34 | 1 << 26);
     let mut blk = open("vu0", &config(&daemon, "type=blk,queues=3")).unwrap();
-    assert_eq!(blk.info().features, RING_FEATURES | BLK_FEATURES, "nothing that we know nothing of");
+    assert_eq!(blk.info().features, RING_FEATURES | BLK_FEATURES, "unknown features are not offered");
     assert_eq!(blk.info().queue_sizes, [256; 3]);
     let mut space = [0xEE; 64];
     blk.read_config(0, &mut space);
@@ -104,7 +104,7 @@ fn configuration_space() {
     assert_eq!(space.to_vec(), wanted);
     blk.read_config(u64::MAX, &mut space);
     let _ = daemon.seen();
-    // Only the cache mode is written.
+    // Only the cache mode can be written.
     for (offset, data) in [(0, &[0u8; 8][..]), (32, &[2]), (32, &[0, 0]), (33, &[1]), (u64::MAX, &[1])] {
         blk.write_config(offset, data);
     }
@@ -133,7 +133,7 @@ fn configuration_space() {
     assert_eq!(net.info().features & 0xFFFF, 1 | 1 << 3 | 1 << 5 | 1 << 15, "CSUM, MTU, MAC, MRG_RXBUF");
 }
 
-/// A transport with a disk of a daemon's that ends when told, and may be another one then.
+/// A transport with a daemon's disk. The daemon ends on demand and may then offer other features.
 struct Setup {
     ram: GuestRam,
     daemon: FakeDaemon,
@@ -170,7 +170,7 @@ fn a_daemon_serves_through_stops_and_resets() {
     assert_eq!((queue.next_avail, queue.next_used), (7, 0));
     s.transport.resume();
     let told: Vec<_> = s.daemon.requests.try_iter().collect();
-    assert!(told.contains(&(10, [0, 0, 0, 0, 7, 0, 0, 0].to_vec())), "it goes on where it was");
+    assert!(told.contains(&(10, [0, 0, 0, 0, 7, 0, 0, 0].to_vec())), "the daemon continues at the saved position");
     driver.set(VIRTIO_MMIO_STATUS, 0);
     assert_eq!((driver.get(VIRTIO_MMIO_STATUS), s.daemon.seen()), (0, vec![11]));
     driver.start(RING_FEATURES, 0x1000, 8);
@@ -183,7 +183,7 @@ fn a_daemon_that_is_gone_needs_a_reset_and_the_next_one_serves() {
     let mut driver = FakeDriver::new(&s.transport, &s.ram);
     driver.start(RING_FEATURES, 0x1000, 8);
     s.ends.store(true, Ordering::SeqCst);
-    // It ends at the next request.
+    // The daemon ends at the next request.
     s.transport.pause().unwrap();
     assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15 | NEEDS_RESET);
     s.transport.resume();
@@ -193,7 +193,7 @@ fn a_daemon_that_is_gone_needs_a_reset_and_the_next_one_serves() {
     driver.start(RING_FEATURES, 0x1000, 8);
     assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15);
     assert_eq!(s.daemon.seen(), [1, 15, 16, 17, 3, 24, 2, 5, 8, 10, 9, 13, 12, 18]);
-    // One that can do less is no replacement.
+    // A new daemon that lacks features is not accepted.
     s.ends.store(true, Ordering::SeqCst);
     s.transport.pause().unwrap();
     s.transport.resume();
@@ -210,7 +210,7 @@ fn the_end_of_a_daemon_is_seen_at_once() {
     driver.start(RING_FEATURES, 0x1000, 8);
     s.ends.store(true, Ordering::SeqCst);
     crate::bus::BusDevice::write(&s.transport, 0x100 + 32, &[1]);
-    until("the driver is told", || driver.get(VIRTIO_MMIO_STATUS) & NEEDS_RESET != 0);
+    until("the driver is notified", || driver.get(VIRTIO_MMIO_STATUS) & NEEDS_RESET != 0);
 }
 
 #[test]
@@ -223,7 +223,7 @@ fn the_cache_mode_outlives_daemons_and_pauses_and_no_reset() {
         crate::bus::BusDevice::read(&s.transport, 0x100 + 32, &mut mode);
         mode[0]
     };
-    // What the daemon of the tests says of itself.
+    // Initial value in the fake daemon's configuration space.
     assert_eq!(mode(), 32);
     let told = || s.daemon.requests.try_iter().filter(|(request, _)| *request == 25).collect::<Vec<_>>();
     let set = |byte: u8| vec![(25, [&[32, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0][..], &[byte]].concat())];
@@ -233,7 +233,7 @@ fn the_cache_mode_outlives_daemons_and_pauses_and_no_reset() {
     assert_eq!((mode(), told()), (0, [set(0), set(1), set(0)].concat()));
     s.transport.pause().unwrap();
     let state = s.transport.save().unwrap();
-    // A new daemon, while nobody looks.
+    // A new daemon takes over during the pause.
     s.ends.store(true, Ordering::SeqCst);
     crate::bus::BusDevice::write(&s.transport, 0x100 + 32, &[1]);
     s.transport.resume();
@@ -250,13 +250,13 @@ fn the_cache_mode_outlives_daemons_and_pauses_and_no_reset() {
     assert_eq!(daemon.requests.try_iter().filter(|(request, _)| *request == 25).collect::<Vec<_>>(), set(0));
     let plain = FakeDaemon::good(VERSION_1 | RING_FEATURES);
     let mut fs = open("vu1", &config(&plain, "type=fs,tag=x")).unwrap();
-    assert!(fs.restore(&state.device).unwrap_err().to_string().contains("does not let its cache mode be changed"));
+    assert!(fs.restore(&state.device).unwrap_err().to_string().contains("does not support changing the cache mode"));
     let state = fs.save().unwrap();
     fs.restore(&state).unwrap();
     assert!(fs.restore(&serde_json::json!({"writeback": 1})).is_err());
 }
 
-/// 2.5.1, with a daemon that changes its configuration all the time: what was read within a generation fits together.
+/// 2.5.1, with a daemon that changes its configuration all the time: bytes read within one generation are consistent.
 #[test]
 fn configuration_is_never_torn() {
     let version = AtomicU64::new(0);
@@ -284,7 +284,7 @@ fn configuration_is_never_torn() {
     assert_eq!(interrupt.read_reasons(), 2);
 }
 
-/// The next daemon's disk is another one: its driver, which read the size of the first, is told.
+/// A new daemon has another disk: the driver, which read the size of the first, is notified.
 #[test]
 fn another_configuration_of_the_next_daemon_is_reported() {
     let (ends, size) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(1)));
