@@ -368,7 +368,7 @@ mod tests {
         assert!(check(|c| c.boot.kernel = "".into()).contains("--kernel FILE"));
         assert_eq!(
             check(|c| c.vsock = Some(VsockConfig { cid: 2, path: "v".into() })),
-            "--vsock: context id 2 is not one of a guest: those are 3 to 4294967294"
+            "--vsock: context id 2 is not valid for a guest: use 3 to 4294967294"
         );
     }
 

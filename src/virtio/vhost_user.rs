@@ -237,7 +237,8 @@ impl VhostUser {
                 (0, [own, queues].concat())
             }
             None => {
-                let no_tag = |e: io::Error| config.no_such(format!("it has no tag of its own (set one with tag=NAME): {e}"));
+                let no_tag =
+                    |e: io::Error| config.no_such(format!("it has no tag of its own (set one with tag=NAME): {e}"));
                 connection.read_config(FS_CONFIG).map_err(no_tag)?;
                 (MAX_TAG, queues)
             }

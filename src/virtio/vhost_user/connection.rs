@@ -156,7 +156,10 @@ impl Connection {
             io::Error::other(format!("{e}{cause}"))
         })?;
         if features & self.features & !frontend.features() != 0 {
-            return Err(io::Error::other(format!("the new daemon at {} lacks features that the driver uses", self.place.path().display())));
+            return Err(io::Error::other(format!(
+                "the new daemon at {} lacks features that the driver uses",
+                self.place.path().display()
+            )));
         }
         self.log.log(
             Level::Info,

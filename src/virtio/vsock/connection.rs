@@ -1,4 +1,4 @@
-//! One connection: what it may do when, and how much (5.10.6.3 to 5.10.6.6).
+//! One connection: its phases, and what it may send and receive in each (5.10.6.3 to 5.10.6.6).
 //!
 //! ```text
 //!  client of the host ─► Greeting ─ CONNECT ─► Requested ─ RESPONSE ─┐
@@ -6,7 +6,7 @@
 //!                                                                            └────────► Draining: the guest has ended
 //! ```
 //!
-//! How the data flows is in [`super::flow`].
+//! The data flow itself is in [`super::flow`].
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -19,21 +19,21 @@ use crate::backend::unix;
 use crate::virtio::Fault;
 use crate::virtio::chain::{Reader, Writer};
 
-/// Longest first line of a client, with its newline.
+/// Maximum length of a client's first line, including its newline.
 const MAX_LINE: usize = 32;
-/// How long a client of the host may take to say which port it wants.
+/// Time limit for a client on the host to name the port that it wants.
 pub const GREETING_TIME: Duration = seconds(5);
-/// How long the guest may take to answer a request to connect, and a listener on the host to take a client.
+/// Time limit for the guest to answer a connection request, and for a listener on the host to accept the guest.
 pub const CONNECT_TIME: Duration = seconds(10);
-/// How long the guest may take to let go of a connection that the host has closed; Linux gives the host as long.
+/// Time limit for the guest to release a connection that the host has closed; Linux gives the host as long.
 pub const CLOSE_TIME: Duration = seconds(8);
 
-/// Tests have less time.
+/// Returns `n` seconds, or a tenth of that in tests.
 const fn seconds(n: u64) -> Duration {
     if cfg!(test) { Duration::from_millis(100 * n) } else { Duration::from_secs(n) }
 }
 
-/// The two ports that tell the connections of a device apart: hosts and guests are always the same.
+/// Pair of ports that identifies a connection of a device; the context ids of host and guest are always the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
     /// Port on the host.
@@ -43,7 +43,7 @@ pub struct Key {
 }
 
 impl Key {
-    /// A packet to the guest without anything in it.
+    /// Returns the header of a packet to the guest without data, flags or credit.
     pub fn header(self, guest_cid: u64, op: Op) -> Header {
         Header {
             src_cid: HOST_CID,
@@ -60,80 +60,81 @@ impl Key {
     }
 }
 
-/// Where a connection is in its life.
+/// Phase of a connection's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// A client of the host's has not yet said which port it wants.
+    /// The host's client has not yet named the port that it wants.
     Greeting,
-    /// The guest wants to connect, and who listens on the host has too many clients waiting.
+    /// The guest wants to connect, but the host's listener has too many clients waiting.
     Dialing,
-    /// The guest is asked whether somebody listens.
+    /// The guest was asked to accept the connection.
     Requested,
     /// Data flows.
     Established,
-    /// The host's side is closed, which the guest was told and has to confirm.
+    /// The host's side is closed; the guest was notified and must confirm that.
     Closing,
-    /// The guest's side is closed and has no port any more; the host has yet to take what the guest sent before.
+    /// The guest's side is closed and its port is released; the host must still take the data that the guest sent
+    /// before.
     Draining,
 }
 
-/// What becomes of a connection.
+/// Outcome of an event for a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It goes on.
+    /// The connection continues.
     Keep,
-    /// The guest is told that it is over. It is, unless it is [`Phase::Draining`] now.
+    /// The guest is sent a reset. The connection has ended, unless it is now [`Phase::Draining`].
     Reset,
-    /// It is over.
+    /// The connection has ended.
     Gone,
 }
 
-/// What a connection did with its turn.
+/// Result of a connection's turn.
 #[derive(Debug)]
 pub enum Turn {
-    /// A packet to the guest; its data is written already.
+    /// A packet to the guest, whose data has been written already.
     Packet(Header),
-    /// There was nothing to say after all.
+    /// Nothing to send.
     Nothing,
-    /// It failed.
+    /// The connection failed.
     Reset,
 }
 
-/// What a client of the host has said so far.
+/// State of a client's first line.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Greeting {
-    /// Not enough.
+    /// An incomplete line.
     Wait,
-    /// Connect to this port of the guest.
+    /// A request to connect to this port of the guest.
     Port(u32),
-    /// Nothing sensible.
+    /// An invalid line.
     Bad,
 }
 
 /// A connection between a unix socket and a port of the guest.
 pub struct Connection {
-    /// Its ports; meaningless while [`Phase::Greeting`].
+    /// Ports of the connection; meaningless while [`Phase::Greeting`].
     pub key: Key,
-    /// Where it is in its life.
+    /// Current phase.
     pub phase: Phase,
-    /// Until when that must change.
+    /// Time by which the phase must end.
     pub deadline: Option<Instant>,
-    /// Whether it waits for its turn.
+    /// Set while the connection waits for its turn.
     pub queued: bool,
-    /// Whether its socket is watched for room to write.
+    /// Set while its socket is watched for room to write.
     pub watching_room: bool,
     stream: Option<UnixStream>,
-    /// A request or its answer is due.
+    /// Set while a request or its answer must be sent.
     greet: bool,
     to_host: ToHost,
     to_guest: ToGuest,
-    /// What the host's side has ended, as in [`Header::flags`].
+    /// Directions that the host's side has ended, as in [`Header::flags`].
     ended: u32,
-    /// `ended` as the guest knows it.
+    /// Value of `ended` that the guest was last sent.
     told_ended: u32,
-    /// What the guest has ended.
+    /// Directions that the guest has ended, as in [`Header::flags`].
     guest_ended: u32,
-    /// The end of the guest's data was passed on. Doing it again would wake us again.
+    /// Set once the end of the guest's data was passed on. Passing it on again would wake this device again.
     end_passed: bool,
 }
 
@@ -157,12 +158,12 @@ impl Connection {
         .renewed()
     }
 
-    /// A client of the host's that has said nothing yet.
+    /// Creates a connection for a client on the host that has sent nothing yet.
     pub fn from_host(stream: UnixStream) -> Self {
         Self::new(Key { host: 0, guest: 0 }, Phase::Greeting, Some(stream))
     }
 
-    /// What the guest asked for; without a stream the listener has yet to take it.
+    /// Creates a connection that the guest requested; without a stream the listener must still accept it.
     pub fn from_guest(key: Key, request: &Header, stream: Option<UnixStream>) -> Self {
         let phase = if stream.is_some() { Phase::Established } else { Phase::Dialing };
         let mut connection = Self::new(key, phase, stream);
@@ -175,7 +176,7 @@ impl Connection {
         self
     }
 
-    /// The phase begins, or begins anew after a time in which nobody could do anything.
+    /// Restarts the time limit of the phase, when it begins or after a time in which neither side could act.
     pub fn renew_deadline(&mut self) {
         let time = match self.phase {
             Phase::Greeting => Some(GREETING_TIME),
@@ -191,19 +192,19 @@ impl Connection {
         self.renew_deadline();
     }
 
-    /// The deadline has passed.
+    /// Returns the verdict on a connection whose deadline has passed.
     pub fn expire(&self) -> Verdict {
-        // The guest has not heard of these.
+        // The guest does not know of connections in these phases.
         let unknown = self.phase == Phase::Greeting || self.phase == Phase::Requested && self.greet;
         if unknown { Verdict::Gone } else { Verdict::Reset }
     }
 
-    /// Its socket.
+    /// Returns the connection's socket.
     pub fn stream(&self) -> Option<&UnixStream> {
         self.stream.as_ref()
     }
 
-    /// Looks whether the client's first line is complete, and takes it and nothing behind it.
+    /// Takes the client's first line if it is complete, but nothing after it.
     pub fn greeting(&mut self) -> Greeting {
         let Some(stream) = &mut self.stream else { return Greeting::Bad };
         let mut buffer = [0; MAX_LINE];
@@ -224,21 +225,21 @@ impl Connection {
         port(line).map_or(Greeting::Bad, Greeting::Port)
     }
 
-    /// The client has said what it wants: the guest is to be asked.
+    /// Requests a connection to the guest's port that the client named.
     pub fn request(&mut self, key: Key) {
         self.key = key;
-        // What came behind the first line has been told of already.
+        // The readiness event of data after the first line has already been used up.
         self.to_guest.readable = true;
         self.enter(Phase::Requested);
     }
 
-    /// The listener has taken the guest's connection.
+    /// Establishes the guest's connection after the listener has accepted it.
     pub fn dialed(&mut self, stream: UnixStream) {
         self.stream = Some(stream);
         self.enter(Phase::Established);
     }
 
-    /// Something happened at the socket.
+    /// Handles an event on the socket.
     pub fn ready(&mut self) -> Verdict {
         self.to_guest.readable = true;
         let verdict = self.flush();
@@ -249,12 +250,12 @@ impl Connection {
         verdict
     }
 
-    /// Whether the socket must be watched for room.
+    /// Returns whether the socket must be watched for room to write.
     pub fn wants_room(&self) -> bool {
         !self.to_host.is_empty()
     }
 
-    /// A packet of the guest's with its data.
+    /// Handles a packet from the guest with its data.
     pub fn handle(&mut self, header: &Header, data: Reader<'_>) -> Result<Verdict, Fault> {
         self.to_guest.learn(header);
         let flows = matches!(self.phase, Phase::Established | Phase::Closing);
@@ -272,7 +273,7 @@ impl Connection {
         }
     }
 
-    /// Tells the client that somebody in the guest is there. The socket is empty, so there is room for the line.
+    /// Reports the guest's acceptance to the client. The socket is empty, so it has room for the line.
     fn accepted(&mut self) -> Verdict {
         let line = format!("OK {}\n", self.key.host);
         self.enter(Phase::Established);
@@ -282,7 +283,8 @@ impl Connection {
         }
     }
 
-    /// What the guest had sent before it said that it was done belongs to the host.
+    /// Ends the connection after a reset. Data that the guest had sent before it ended its direction still goes to the
+    /// host.
     fn guest_is_gone(&mut self) -> Verdict {
         if self.guest_ended & NO_SEND != 0 && !self.to_host.is_empty() {
             self.enter(Phase::Draining);
@@ -297,7 +299,7 @@ impl Connection {
             if !self.to_host.is_empty() {
                 self.enter(Phase::Draining);
             }
-            // 5.10.6.6: this confirms it.
+            // 5.10.6.6: the reset confirms the shutdown.
             return Verdict::Reset;
         }
         if flags & NO_RECEIVE != 0
@@ -323,13 +325,13 @@ impl Connection {
         Ok(Verdict::Keep)
     }
 
-    /// Nobody will take the guest's data any more: it is gone, and so is any that comes.
+    /// Discards the guest's data and any that follows, because the host side accepts no more.
     fn host_is_deaf(&mut self) {
         self.ended |= NO_RECEIVE;
         self.to_host.discard(0);
     }
 
-    /// Writes what the host takes right now. What the guest has ended is passed on behind the last byte.
+    /// Writes as much as the host takes now. After the last byte, passes on the guest's end of data.
     fn flush(&mut self) -> Verdict {
         let Some(stream) = &mut self.stream else { return Verdict::Keep };
         if let Err(Deaf) = self.to_host.flush(stream) {
@@ -351,7 +353,7 @@ impl Connection {
         Verdict::Keep
     }
 
-    /// Whether there is something that the host may still send and the guest wants.
+    /// Returns whether there may be data that the host may still send and the guest still takes.
     fn has_data(&self) -> bool {
         self.to_guest.readable && self.ended & NO_SEND == 0 && self.guest_ended & NO_RECEIVE == 0
     }
@@ -364,7 +366,7 @@ impl Connection {
         self.has_data() && self.to_guest.credit() == 0 && !self.to_guest.asked
     }
 
-    /// Whether [`Connection::turn`] has something to do.
+    /// Returns whether [`Connection::turn`] has something to send.
     pub fn wants_turn(&self) -> bool {
         match self.phase {
             Phase::Greeting | Phase::Dialing | Phase::Draining | Phase::Closing => false,
@@ -376,8 +378,8 @@ impl Connection {
         }
     }
 
-    /// The next packet to the guest `cid`; its data goes to `room`. Afterwards there may be more, and then it is others'
-    /// turn.
+    /// Returns the next packet to the guest `cid`; its data goes to `room`. There may be more packets, for which the
+    /// connection must wait until its next turn.
     pub fn turn(&mut self, cid: u64, room: Writer<'_>) -> Result<Turn, Fault> {
         let header = self.key.header(cid, Op::Unknown(0));
         let packet = |op, flags, len| Header { op, flags, len, ..header };
@@ -430,7 +432,7 @@ impl Connection {
     }
 }
 
-/// The port in `CONNECT <port>`.
+/// Parses the port in `CONNECT <port>`.
 fn port(line: &[u8]) -> Option<u32> {
     let mut words = std::str::from_utf8(line).ok()?.split_ascii_whitespace();
     match (words.next(), words.next(), words.next()) {

@@ -1,4 +1,4 @@
-//! The two directions of a connection, each with its credit (5.10.6.3). All counters are of bytes since the connection
+//! The two directions of a connection, each with its credit (5.10.6.3). All counters count bytes since the connection
 //! began, and wrap.
 
 use std::collections::VecDeque;
@@ -12,46 +12,46 @@ use crate::memory::RamSlice;
 use crate::virtio::Fault;
 use crate::virtio::chain::{Reader, Writer};
 
-/// Bytes of the guest's that a connection has room for.
+/// Size of a connection's buffer for data from the guest, in bytes.
 pub const BUF_ALLOC: u32 = 128 << 10;
-/// The guest hears of room at the latest when this much is new.
+/// Amount of newly free buffer space after which the guest is notified at the latest.
 const UPDATE: u32 = BUF_ALLOC / 4;
-/// Bytes of data in one packet to the guest, at most: then the next connection has its turn.
+/// Maximum number of data bytes in one packet to the guest; after that the next connection has its turn.
 const MAX_DATA: u32 = 64 << 10;
 
-/// Nobody will take the guest's data any more.
+/// The host side accepts no more data from the guest.
 #[derive(Debug)]
 pub struct Deaf;
 
-/// From guest to host. What the host does not take at once is kept, so that it never holds up the queue that all
-/// connections share; the guest was promised the room.
+/// Data from guest to host. Data that the host does not take immediately is buffered, so that it never blocks the queue
+/// that all connections share; the guest was promised this buffer space.
 #[derive(Default)]
 pub struct ToHost {
-    /// Taken from the guest and not yet by the host.
+    /// Data received from the guest but not yet taken by the host.
     buffer: VecDeque<u8>,
     received: u32,
-    /// What the host has taken: our `fwd_cnt`.
+    /// Number of bytes that the host has taken: the device's `fwd_cnt`.
     forwarded: u32,
-    /// `forwarded` as the guest knows it.
+    /// Value of `forwarded` that the guest was last sent.
     told: u32,
     update_wanted: bool,
 }
 
 impl ToHost {
-    /// Whether the host has taken everything.
+    /// Returns whether the host has taken everything.
     pub fn is_empty(&self) -> bool {
         self.buffer.is_empty()
     }
 
-    /// Bytes that the guest may send.
+    /// Returns the number of bytes that the guest may send.
     pub fn room(&self) -> u32 {
         BUF_ALLOC.saturating_sub(self.received.wrapping_sub(self.forwarded))
     }
 
-    /// Takes data from the guest, no more than there is [`ToHost::room`] for: to the host as far as that takes it, else
-    /// into the buffer.
+    /// Receives data from the guest, which must not exceed [`ToHost::room`]: writes as much as the host takes, and
+    /// buffers the rest.
     pub fn receive(&mut self, stream: &mut UnixStream, data: Reader<'_>) -> Result<Result<(), Deaf>, Fault> {
-        // Below the room, so below 2^32.
+        // At most the room, so below 2^32.
         self.received = self.received.wrapping_add(data.len() as u32);
         for slice in data.slices() {
             let slice = slice?;
@@ -64,7 +64,7 @@ impl ToHost {
         Ok(Ok(()))
     }
 
-    /// Writes what the host takes right now; returns how much that was.
+    /// Writes as much as the host takes now; returns the number of bytes.
     fn write(&mut self, stream: &mut UnixStream, slice: &RamSlice<'_>) -> Result<usize, Deaf> {
         loop {
             match stream.write_volatile(slice) {
@@ -90,7 +90,7 @@ impl ToHost {
         Ok(())
     }
 
-    /// Writes from the buffer what the host takes right now.
+    /// Writes as much from the buffer as the host takes now.
     pub fn flush(&mut self, stream: &mut UnixStream) -> Result<(), Deaf> {
         while !self.buffer.is_empty() {
             match stream.write(self.buffer.as_slices().0) {
@@ -103,29 +103,30 @@ impl ToHost {
                 _ => return Err(Deaf),
             }
         }
-        // Its memory is not kept: there may be many that are idle.
+        // The memory is freed, because many connections may be idle.
         self.buffer = VecDeque::new();
         Ok(())
     }
 
-    /// What came is gone, and so is what comes.
+    /// Discards the buffered data and `more` further bytes from the guest.
     pub fn discard(&mut self, more: u64) {
         self.buffer = VecDeque::new();
         self.received = self.received.wrapping_add(more as u32);
         self.forwarded = self.received;
     }
 
-    /// The guest asks how much room there is.
+    /// Records the guest's request for a credit update.
     pub fn want_update(&mut self) {
         self.update_wanted = true;
     }
 
-    /// Whether the guest asked, or must hear of room lest it waits for it; `flows`: whether it may still send.
+    /// Returns whether a credit update is due: because the guest asked for one, or because it may still send (`flows`)
+    /// and might wait for credit.
     pub fn owes_update(&self, flows: bool) -> bool {
         self.update_wanted || flows && self.forwarded.wrapping_sub(self.told) >= UPDATE
     }
 
-    /// Every packet of a connection tells of its room.
+    /// Adds the credit information that every packet of a connection carries.
     pub fn stamp(&mut self, header: Header) -> Header {
         self.told = self.forwarded;
         self.update_wanted = false;
@@ -133,25 +134,26 @@ impl ToHost {
     }
 }
 
-/// What came out of a socket.
+/// Result of reading from a socket.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Got {
-    /// This many bytes.
+    /// Data of this many bytes.
     Data(u32),
-    /// None now.
+    /// No data at present.
     Nothing,
-    /// None ever again.
+    /// End of the data.
     End,
     /// The connection failed.
     Failed,
 }
 
-/// From host to guest. The socket is the buffer: it is read straight into the guest's memory, when that has room.
+/// Data from host to guest. The socket is the buffer: data is read straight into the guest's memory when the guest has
+/// room.
 #[derive(Default)]
 pub struct ToGuest {
-    /// There may be something to read.
+    /// Set if there may be something to read.
     pub readable: bool,
-    /// The guest was asked for room since it had none.
+    /// Set if the guest was asked for credit since it ran out.
     pub asked: bool,
     sent: u32,
     alloc: u32,
@@ -159,18 +161,18 @@ pub struct ToGuest {
 }
 
 impl ToGuest {
-    /// Every packet of a connection tells of its room.
+    /// Takes over the guest's credit information, which every packet of a connection carries.
     pub fn learn(&mut self, header: &Header) {
         (self.alloc, self.forwarded) = (header.buf_alloc, header.fwd_cnt);
         self.asked &= self.credit() == 0;
     }
 
-    /// Bytes that the guest has room for; none if its numbers make no sense.
+    /// Returns the number of bytes that the guest has room for; 0 if its counters are inconsistent.
     pub fn credit(&self) -> u32 {
         self.alloc.saturating_sub(self.sent.wrapping_sub(self.forwarded))
     }
 
-    /// Reads as much as there is, has room and may be sent.
+    /// Reads as much as is available, fits and may be sent.
     pub fn read(&mut self, stream: &mut UnixStream, mut room: Writer<'_>) -> Result<Got, Fault> {
         let len = room.len().min(self.credit().min(MAX_DATA).into());
         if len == 0 {
@@ -201,7 +203,7 @@ impl ToGuest {
             }
         }
         self.sent = self.sent.wrapping_add(read);
-        // What came before an end goes first; the end is still there the next time.
+        // Data before the end goes first; the next read sees the end again.
         Ok(if read > 0 { Got::Data(read) } else { end })
     }
 }

@@ -1,12 +1,13 @@
 //! Socket device (5.10): stream sockets between the guest and unix sockets of the host.
 //!
 //! A program on the host connects to the socket at `path`, writes `CONNECT <port>\n`, and reads `OK <host port>\n` once
-//! somebody in the guest has accepted; from then on it talks to that port. What the guest connects to, port P of
-//! context 2, is the program that listens at `path_P`: a socket in the same directory, not a link to one, as a guest
-//! could have made that in a shared folder. Both as Firecracker has it. Clients that come before the guest has loaded its
-//! driver wait for that; a connection that is refused, or that nobody answers, is closed.
+//! a program in the guest has accepted; from then on it is connected to that port. When the guest connects to port P of
+//! context 2, it reaches the program that listens at `path_P`. That must be a socket in the same directory, not a link
+//! to one, because a guest could have created a link in a shared folder. Both protocols are Firecracker's. Clients that
+//! connect before the guest has loaded its driver wait for it; a connection that is refused or never answered is
+//! closed.
 //!
-//! [`packet`] is the wire, `connection` one connection, `flow` its data and credit, `muxer` all of them.
+//! [`packet`] is the wire format, `connection` one connection, `flow` its data and credit, `muxer` all connections.
 
 mod connection;
 mod flow;
@@ -31,13 +32,13 @@ use crate::backend::unix::{self, Listener};
 use crate::options;
 use muxer::Muxer;
 
-/// How many connections there may be at a time, whoever began them; more are refused.
+/// Maximum number of simultaneous connections, of both directions together; more are refused.
 pub const MAX_CONNECTIONS: usize = 1024;
 
 /// `VIRTIO_VSOCK_F_STREAM` (5.10.3).
 const STREAM_FEATURE: u64 = 1 << 0;
 const QUEUE_SIZE: u16 = 256;
-/// Index of the queue with packets from the guest (5.10.2); those to it are in the one before, events in the one behind.
+/// Index of the queue with packets from the guest (5.10.2). Queue 0 carries packets to the guest, queue 2 events.
 const TX: usize = 1;
 
 /// `--vsock`: a socket device.
@@ -46,7 +47,7 @@ const TX: usize = 1;
 pub struct VsockConfig {
     /// The guest's context id, 3 to 4294967294.
     pub cid: u64,
-    /// The unix socket for connections to the guest; with `_PORT` behind it those for connections from it.
+    /// Unix socket for connections to the guest; with `_PORT` appended, those for connections from the guest.
     pub path: PathBuf,
 }
 
@@ -58,25 +59,25 @@ impl FromStr for VsockConfig {
     }
 }
 
-/// Why a socket device cannot be made.
+/// Reasons why a socket device cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A reserved context id (5.10.4).
-    #[error("context id {0} is not one of a guest: those are 3 to 4294967294")]
+    #[error("context id {0} is not valid for a guest: use 3 to 4294967294")]
     Cid(u64),
-    /// A path that no unix socket can have.
-    #[error("the path {0} is too long for sockets: with '_' and a port behind it it may have {max} bytes", max = unix::MAX_PATH)]
+    /// A path that is too long for a unix socket.
+    #[error("the path {0} is too long for sockets: with '_' and a port appended it may have {max} bytes", max = unix::MAX_PATH)]
     Path(PathBuf),
-    /// The socket.
+    /// The socket cannot be created.
     #[error(transparent)]
     Listen(#[from] unix::Error),
-    /// Out of descriptors.
-    #[error("cannot make a timer for sockets")]
+    /// The process is out of descriptors.
+    #[error("cannot create a timer for the socket device")]
     Timer(#[source] io::Error),
 }
 
 impl VsockConfig {
-    /// Checks what needs no file to be opened.
+    /// Checks everything that can be checked without opening a file.
     pub fn validate(&self) -> Result<(), Error> {
         if !(3..u64::from(u32::MAX)).contains(&self.cid) {
             return Err(Error::Cid(self.cid));
@@ -89,7 +90,7 @@ impl VsockConfig {
     }
 }
 
-/// What is saved of a socket device. Its connections are not: they end with the process that has their sockets.
+/// Saved state of a socket device. Connections are not saved: they end with the process that has their sockets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockState {
@@ -97,7 +98,7 @@ pub struct VsockState {
     pub cid: u64,
 }
 
-/// The device.
+/// The socket device.
 pub struct Vsock {
     info: DeviceInfo,
     cid: u64,
@@ -105,7 +106,7 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    /// Listens at the configured path. `name` is for threads and warnings.
+    /// Creates the device, which listens at the configured path. `name` is for threads and warnings.
     pub fn new(name: impl Into<String>, config: &VsockConfig) -> Result<Self, Error> {
         config.validate()?;
         let VsockConfig { cid, path } = config;
@@ -132,7 +133,7 @@ impl VirtioDevice for Vsock {
         &self.info
     }
 
-    /// The context id (5.10.4).
+    /// Reads the context id (5.10.4).
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         super::read_config_bytes(&self.cid.to_le_bytes(), offset, data);
     }
@@ -150,7 +151,8 @@ impl VirtioDevice for Vsock {
         serde_json::to_value(VsockState { cid: self.cid }).map_err(|e| StateError(e.to_string()))
     }
 
-    /// The context id may be another one now: the guest reads it again when it hears that its connections are gone.
+    /// Restores the device. The context id may differ from the saved one: the guest reads it again when it is notified
+    /// that its connections are gone.
     fn restore(&mut self, state: &serde_json::Value) -> Result<(), StateError> {
         let broken = |e: String| StateError(format!("the saved state of {} is broken: {e}", self.info.name));
         let VsockState { cid } = VsockState::deserialize(state).map_err(|e| broken(e.to_string()))?;
@@ -160,7 +162,7 @@ impl VirtioDevice for Vsock {
     }
 }
 
-/// Serves all three queues. The connections are the device's, so that they are still there after a pause.
+/// Serves all three queues. The device owns the connections, so that they survive a pause.
 struct Sockets(Arc<Mutex<Muxer>>);
 
 impl Handler for Sockets {

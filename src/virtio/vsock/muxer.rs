@@ -1,7 +1,7 @@
-//! All connections of a device: which packet is for which of them, and whose turn it is.
+//! All connections of a device: assigns packets to them, and gives them turns.
 //!
-//! It outlives the handlers of the device, so that connections survive a pause. Readiness is waited for as an edge and
-//! noted in the connection, so that a side that is full keeps nobody awake.
+//! The muxer outlives the device's handlers, so that connections survive a pause. Readiness is edge-triggered and
+//! recorded in the connection, so a side that is full does not wake the worker.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -22,11 +22,12 @@ use crate::virtio::chain::Chain;
 use crate::virtio::queue::{BATCH, Queue};
 use crate::virtio::{Context, Event, Fault, Progress};
 
-/// Resets that wait for a receive buffer: with more, nothing is taken from the guest until it has made room (5.10.6.1).
+/// Maximum number of resets that wait for a receive buffer. While there are as many, nothing is taken from the guest
+/// until it adds buffers (5.10.6.1).
 const MAX_RESETS: usize = 256;
-/// How often deadlines are looked at while there are some.
+/// Interval at which deadlines are checked while there are any.
 const TICK: Duration = Duration::from_millis(100);
-/// Ports of the host's ends of connections that the host began, out of the way of those that anybody would listen on.
+/// Host ports of connections that the host began, away from ports on which programs would listen.
 const FIRST_PORT: u32 = 1 << 30;
 const LAST_PORT: u32 = (1 << 31) - 1;
 
@@ -34,33 +35,34 @@ const LISTENER: u64 = 0;
 const TIMER: u64 = 1;
 const FIRST_SLOT: u64 = 2;
 
-/// The connections of a device and the sockets they come from.
+/// The connections of a device and the sockets that they come from.
 pub struct Muxer {
     cid: u64,
-    /// Where clients of the host connect; those that serve the guest's connections listen beside it.
+    /// Location of the socket to which clients on the host connect; listeners for the guest's connections are beside
+    /// it.
     place: Place,
     listener: Listener,
     timer: TimerFd,
     timer_armed: bool,
     slots: Vec<Option<Connection>>,
     free: Vec<usize>,
-    /// Those that the guest knows, or is about to hear of.
+    /// Slots of the connections that the guest knows or is about to be sent.
     keys: HashMap<Key, usize>,
-    /// Those that have something for the guest, in the order of their turns.
+    /// Slots of the connections that have something to send to the guest, in the order of their turns.
     turns: VecDeque<usize>,
-    /// Answers to what belongs to no connection, and the ends of some that are gone.
+    /// Resets to send: for packets that belong to no connection, and for connections that have ended.
     resets: VecDeque<Header>,
     next_port: u32,
-    /// There may be packets of the guest's.
+    /// Set if there may be packets from the guest.
     tx_due: bool,
-    /// There may be clients that could not be accepted.
+    /// Set if there may be clients that could not be accepted.
     accept_due: bool,
     warnings: LogLimit,
     reset: TransportReset,
 }
 
 impl Muxer {
-    /// No connection yet.
+    /// Creates a muxer without connections.
     pub fn new(cid: u64, listener: Listener, timer: TimerFd) -> Self {
         Muxer {
             cid,
@@ -81,7 +83,7 @@ impl Muxer {
         }
     }
 
-    /// Closes all connections: the driver starts anew.
+    /// Closes all connections, because the driver starts again.
     pub fn clear(&mut self) {
         self.slots.clear();
         self.free.clear();
@@ -92,13 +94,13 @@ impl Muxer {
         self.reset = TransportReset::default();
     }
 
-    /// The guest believes in connections that do not exist: it was saved with them.
+    /// Makes the guest end its connections, which it was saved with but which do not exist.
     pub fn restored(&mut self) {
         self.clear();
         self.reset = TransportReset::after_restore();
     }
 
-    /// Connections there are, whatever their phase.
+    /// Returns the number of connections in any phase.
     #[cfg(test)]
     pub fn connections(&self) -> usize {
         self.slots.iter().flatten().count()
@@ -112,7 +114,7 @@ impl Muxer {
             self.note(event, cx)?;
             self.reset.advance(events, cx)?;
             self.arm();
-            // The event that ended the wait is also the first one of the time after it.
+            // The event that ended the wait is also handled normally.
             if self.reset.is_held() {
                 return Ok(Progress::Done);
             }
@@ -129,12 +131,12 @@ impl Muxer {
         }
         more |= self.give(rx, cx)?;
         self.reset.advance(events, cx)?;
-        // Held back for want of room for answers, and now there is some.
+        // Packets that were held back for lack of room for resets can be taken now.
         more |= self.tx_due && self.resets.len() < MAX_RESETS;
         Ok(if more { Progress::More } else { Progress::Done })
     }
 
-    /// Notes an event that cannot be dealt with yet.
+    /// Records an event that cannot be handled yet.
     fn note(&mut self, event: Event, cx: &Context<'_>) -> io::Result<()> {
         match event {
             Event::Start => self.start(cx)?,
@@ -146,7 +148,8 @@ impl Muxer {
         Ok(())
     }
 
-    /// A new worker watches nothing yet, and time has passed in which nobody could keep a deadline.
+    /// Starts with a new worker, which watches nothing yet, and restarts all deadlines, because nothing could be
+    /// served while no worker ran.
     fn start(&mut self, cx: &Context<'_>) -> io::Result<()> {
         cx.watch(self.listener.as_raw_fd(), LISTENER, Interest::ReadEdge)?;
         cx.watch(self.timer.as_raw_fd(), TIMER, Interest::ReadEdge)?;
@@ -165,7 +168,7 @@ impl Muxer {
     fn arm(&mut self) {
         let waiting = self.accept_due || self.reset.is_held();
         if !self.timer_armed && (waiting || self.slots.iter().flatten().any(|c| c.deadline.is_some())) {
-            // Not read when it fires: the edge is enough, and this sets it back.
+            // The timer is not read when it fires: the edge is enough, and this resets it.
             self.timer_armed = self.timer.reset(TICK, None).is_ok();
         }
     }
@@ -174,7 +177,7 @@ impl Muxer {
         self.slots.get_mut(slot)?.as_mut()
     }
 
-    /// Takes a connection up, unless there are too many.
+    /// Adds a connection, unless there are too many.
     fn insert(&mut self, connection: Connection, cx: &Context<'_>) -> Option<usize> {
         let slot = match self.free.pop() {
             Some(slot) => slot,
@@ -187,7 +190,7 @@ impl Muxer {
         if let Some(stream) = connection.stream()
             && let Err(e) = cx.watch(stream.as_raw_fd(), FIRST_SLOT + slot as u64, Interest::ReadEdge)
         {
-            self.warnings.debug(format_args!("{}: cannot wait for a connection: {e}", self.place.path().display()));
+            self.warnings.debug(format_args!("{}: cannot watch a connection: {e}", self.place.path().display()));
             self.free.push(slot);
             return None;
         }
@@ -199,7 +202,7 @@ impl Muxer {
         Some(slot)
     }
 
-    /// After everything that a connection did: does what follows from it.
+    /// Applies the consequences of any event on a connection.
     fn settle(&mut self, slot: usize, verdict: Verdict, cx: &Context<'_>) {
         let Some(connection) = self.slots.get_mut(slot).and_then(Option::as_mut) else { return };
         let mut verdict = verdict;
@@ -239,7 +242,7 @@ impl Muxer {
         }
     }
 
-    /// What the guest has left behind goes out when the host takes it.
+    /// Watches for room to write the data that the guest has left behind.
     fn watch_room(&mut self, slot: usize, cx: &Context<'_>) {
         let Some(connection) = self.connection(slot) else { return };
         if std::mem::replace(&mut connection.watching_room, true) {
@@ -261,7 +264,7 @@ impl Muxer {
         self.settle(slot, verdict, cx);
     }
 
-    /// A client of the host says which port it wants.
+    /// Handles the first line of a client on the host.
     fn greet(&mut self, slot: usize, cx: &Context<'_>) {
         let Some(connection) = self.connection(slot) else { return };
         let verdict = match connection.greeting() {
@@ -279,7 +282,7 @@ impl Muxer {
         self.settle(slot, verdict, cx);
     }
 
-    /// There are far more ports than connections.
+    /// Returns an unused pair of ports. There are far more ports than connections.
     fn free_key(&mut self, guest: u32) -> Key {
         loop {
             let key = Key { host: self.next_port, guest };
@@ -290,7 +293,7 @@ impl Muxer {
         }
     }
 
-    /// Takes the host's clients; those for whom there is no room see their connection close.
+    /// Accepts clients on the host; closes those for which there is no room.
     fn accept(&mut self, cx: &Context<'_>) -> bool {
         for _ in 0..BATCH {
             match self.listener.accept() {
@@ -317,10 +320,10 @@ impl Muxer {
         true
     }
 
-    /// Looks at deadlines, and tries again what there is nothing to wait on for.
+    /// Checks deadlines, and retries whatever has no event to wait for.
     fn tick(&mut self, cx: &Context<'_>) {
         self.timer_armed = false;
-        // A batch of clients a tick is enough for one who is out of descriptors.
+        // One batch of clients per tick is enough while the process is out of descriptors.
         if self.accept_due {
             self.accept(cx);
         }
@@ -385,7 +388,7 @@ impl Muxer {
         if let Some(slot) = slot
             && let Some(connection) = self.connection(slot)
         {
-            // What it says and what it has differ: 5.10.6.4 has nothing better for it either.
+            // If the stated length exceeds the data, the connection is reset; 5.10.6.4 specifies nothing better.
             let verdict = data.map_or(Ok(Verdict::Reset), |data| connection.handle(&header, data))?;
             self.settle(slot, verdict, cx);
         } else if ours && header.op == Op::Request && data.is_some() {
@@ -396,14 +399,15 @@ impl Muxer {
         Ok(())
     }
 
-    /// 5.10.6.4.1; a reset is never answered, or two would talk for ever.
+    /// Answers with a reset (5.10.6.4.1). A reset is never answered, because two sides could then answer each other
+    /// forever.
     fn refuse(&mut self, header: &Header) {
         if header.op != Op::Reset {
             self.resets.push_back(header.reset());
         }
     }
 
-    /// The guest wants to connect to a port of the host's.
+    /// Connects the guest to a port of the host.
     fn connect(&mut self, key: Key, request: &Header, cx: &Context<'_>) {
         let place = port_place(&self.place, key.host);
         let stream = match unix::dial_at(&place) {
@@ -420,7 +424,7 @@ impl Muxer {
         }
     }
 
-    /// Gives packets to the guest, one connection after the other. Returns whether there may be more.
+    /// Sends packets to the guest, one connection after the other. Returns whether there may be more.
     fn give(&mut self, rx: &mut Queue, cx: &Context<'_>) -> Result<bool, Fault> {
         for _ in 0..BATCH {
             if self.resets.is_empty() && self.turns.is_empty() {
@@ -444,7 +448,7 @@ impl Muxer {
         Ok(true)
     }
 
-    /// Writes one packet; returns how long it is, 0 if there is none.
+    /// Writes one packet; returns its length, or 0 if there is none.
     fn fill(&mut self, chain: &Chain, cx: &Context<'_>) -> Result<u32, Fault> {
         let mut room = chain.writer(cx.ram);
         let head = room.take(HEADER as u64);
@@ -474,7 +478,7 @@ fn interest(connection: &Connection) -> Interest {
     if connection.watching_room { Interest::ReadWriteEdge } else { Interest::ReadEdge }
 }
 
-/// Where the host's programs listen for the guest's connections to `port`.
+/// Returns the location at which programs on the host listen for the guest's connections to `port`.
 fn port_place(place: &Place, port: u32) -> Place {
     place.with_suffix(&format!("_{port}"))
 }

@@ -1,36 +1,36 @@
 //! The header of every packet (5.10.6).
 
-/// Bytes of a header.
+/// Size of a header.
 pub const HEADER: usize = 44;
 /// Context id of the host (5.10.4): the other end of every connection.
 pub const HOST_CID: u64 = 2;
-/// `VIRTIO_VSOCK_TYPE_STREAM` (5.10.6.4), the only type there is here.
+/// `VIRTIO_VSOCK_TYPE_STREAM` (5.10.6.4), the only supported type.
 pub const STREAM: u16 = 1;
-/// `VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE`: the sender of the packet will take no more data (5.10.6.6).
+/// `VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE`: the sender of the packet will receive no more data (5.10.6.6).
 pub const NO_RECEIVE: u32 = 1;
 /// `VIRTIO_VSOCK_SHUTDOWN_F_SEND`: the sender of the packet will send no more data.
 pub const NO_SEND: u32 = 2;
-/// Both of them.
+/// Both [`NO_RECEIVE`] and [`NO_SEND`].
 pub const NOTHING: u32 = NO_RECEIVE | NO_SEND;
 
-/// What a packet is for (5.10.6).
+/// Operation of a packet (5.10.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
-    /// Connect.
+    /// Requests a connection.
     Request,
-    /// Connected.
+    /// Accepts a connection.
     Response,
-    /// There is no such connection, or not any more.
+    /// Reports that the connection does not exist or no longer exists.
     Reset,
-    /// No more data in one direction or both.
+    /// Ends the data in one direction or both.
     Shutdown,
-    /// Data.
+    /// Carries data.
     Data,
-    /// Nothing but the credit that every packet of a connection brings.
+    /// Carries only the credit information that every packet of a connection has.
     CreditUpdate,
-    /// Asks for a [`Op::CreditUpdate`].
+    /// Requests a [`Op::CreditUpdate`].
     CreditRequest,
-    /// None of these.
+    /// Any other operation.
     Unknown(u16),
 }
 
@@ -73,26 +73,26 @@ pub struct Header {
     pub src_port: u32,
     /// Port of the receiver.
     pub dst_port: u32,
-    /// Bytes of data behind the header.
+    /// Number of data bytes after the header.
     pub len: u32,
     /// Socket type.
     pub kind: u16,
-    /// What it is for.
+    /// Operation.
     pub op: Op,
-    /// For [`Op::Shutdown`].
+    /// Flags of [`Op::Shutdown`].
     pub flags: u32,
-    /// Bytes that the sender has room for in all (5.10.6.3).
+    /// Size of the sender's receive buffer in bytes (5.10.6.3).
     pub buf_alloc: u32,
-    /// Bytes that the sender has taken out of its buffer since the beginning, free-running.
+    /// Number of bytes that the sender has taken out of its receive buffer since the connection began, free-running.
     pub fwd_cnt: u32,
 }
 
 impl Header {
-    /// From the wire.
+    /// Parses a header in wire format.
     pub fn parse(bytes: &[u8; HEADER]) -> Self {
         let (words, _) = bytes.as_chunks::<4>();
         let mut words = words.iter().map(|word| u32::from_le_bytes(*word));
-        // The fields stand in the order of the wire.
+        // The fields are read in the order of the wire format.
         let mut word = || words.next().unwrap_or(0);
         let src_cid = u64::from(word()) | u64::from(word()) << 32;
         let dst_cid = u64::from(word()) | u64::from(word()) << 32;
@@ -102,7 +102,7 @@ impl Header {
         Header { src_cid, dst_cid, src_port, dst_port, len, kind, op, flags, buf_alloc, fwd_cnt }
     }
 
-    /// To the wire.
+    /// Returns the header in wire format.
     pub fn bytes(&self) -> [u8; HEADER] {
         let Header { src_cid, dst_cid, src_port, dst_port, len, kind, op, flags, buf_alloc, fwd_cnt } = *self;
         let words = [
@@ -123,7 +123,8 @@ impl Header {
         bytes
     }
 
-    /// The answer to a packet that belongs to no connection (5.10.6.4.1): back to where it says that it came from.
+    /// Returns the answer to a packet that belongs to no connection (5.10.6.4.1): a reset to the address in the
+    /// packet's source fields.
     pub fn reset(&self) -> Header {
         Header {
             src_cid: self.dst_cid,

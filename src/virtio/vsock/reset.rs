@@ -1,23 +1,23 @@
 //! The event that ends a guest's connections after a restore (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, virtio 1.2, 5.10.6.7).
 //!
-//! A guest that was saved with connections still has them when it is restored, while their other ends are gone. A driver
-//! ends all its connections when it handles the event, those made since the restore among them. Until it has handled it,
-//! or [`HOLD`] is over, the device gives it no packets and takes none.
+//! A guest that was saved with connections still has them when it is restored, but their other ends are gone. A driver
+//! ends all its connections when it handles the event, including those created since the restore. Until it has handled
+//! the event, or [`HOLD`] has passed, the device neither sends nor receives packets.
 
 use std::time::{Duration, Instant};
 
 use crate::virtio::queue::Queue;
 use crate::virtio::{Context, Fault};
 
-/// The longest wait for a guest to handle the event.
+/// Maximum time to wait for a guest to handle the event.
 const HOLD: Duration = Duration::from_secs(2);
 /// Number of the event (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`).
 const TRANSPORT_RESET: u32 = 0;
 
-/// The event of a restored device.
+/// State of the event on a device that may have been restored.
 #[derive(Default)]
 pub struct TransportReset {
-    /// The driver has not been given the event yet.
+    /// Set until the driver was given the event.
     due: bool,
     /// Set until the driver has handled the event.
     held: Option<Held>,
@@ -25,15 +25,15 @@ pub struct TransportReset {
 
 #[derive(Default)]
 struct Held {
-    /// When to stop waiting for a guest that does not take its events.
+    /// Time at which to stop waiting for a guest that does not handle its events.
     deadline: Option<Instant>,
-    /// The driver's index in the event queue when the event was given to it. The driver puts the buffer back when it has
+    /// Driver's index in the event queue when it was given the event. The driver puts the buffer back when it has
     /// handled the event.
     given_at: Option<u16>,
 }
 
 impl TransportReset {
-    /// The event of a device that was just restored.
+    /// Returns the state of a device that was just restored.
     pub fn after_restore() -> Self {
         TransportReset { due: true, held: Some(Held::default()) }
     }
@@ -66,7 +66,7 @@ impl TransportReset {
         let chain = loop {
             match events.pop(cx.ram)? {
                 Some(chain) => break chain,
-                // A buffer that came before its kick was asked for has no kick.
+                // The driver does not kick for a buffer that it added before kicks were enabled.
                 None if events.enable_notifications(cx.ram)? => {}
                 None => return Ok(()),
             }

@@ -1,4 +1,4 @@
-//! A guest's driver, packet by packet, and programs on the host.
+//! A guest's driver that exchanges single packets with programs on the host.
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -22,7 +22,7 @@ const RX_DATA: u32 = 4096;
 const RX_BUFFERS: u64 = 0x10_0000;
 const TX_BUFFER: u64 = 0x4_0000;
 const EVENT_BUFFER: u64 = 0x3_0000;
-/// What the guest of these tests has room for.
+/// Size of the test guest's receive buffer per connection.
 const ROOM: u32 = 64 << 10;
 
 struct Guest {
@@ -35,12 +35,12 @@ struct Guest {
     rx: FakeQueue,
     tx: FakeQueue,
     events: FakeQueue,
-    /// Where a receive buffer is, by its head.
+    /// Addresses of the receive buffers, by their heads.
     buffers: HashMap<u16, u64>,
     _dir: tempfile::TempDir,
 }
 
-/// A packet as the guest gets it.
+/// A packet as the guest receives it.
 #[derive(Debug)]
 struct Got {
     header: Header,
@@ -53,13 +53,13 @@ fn activation(ram: &GuestRam, wire: &Loopback, queues: Vec<Queue>) -> Activation
 }
 
 fn handler(device: &mut Vsock, activation: Activation) -> (Box<dyn Handler>, Vec<Queue>) {
-    let Ok(Activated::Here(mut shares)) = device.activate(activation) else { panic!("it does not start") };
+    let Ok(Activated::Here(mut shares)) = device.activate(activation) else { panic!("the device does not start") };
     let Share { handler, queues } = shares.remove(0);
     (handler, queues)
 }
 
 impl Guest {
-    /// A driver that has just started, with `buffers` to receive.
+    /// Creates a guest whose driver has just started, with `buffers` receive buffers.
     fn new(buffers: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vsock");
@@ -92,7 +92,7 @@ impl Guest {
         self.try_deliver(event).unwrap();
     }
 
-    /// A pause and its end: the connections stay.
+    /// Pauses and resumes the device, which keeps its connections.
     fn pause(&mut self) {
         let queues = std::mem::take(&mut self.queues);
         self.wire = Loopback::new(&self.ram);
@@ -102,7 +102,7 @@ impl Guest {
         (0..3).for_each(|queue| self.deliver(Event::Kick(queue)));
     }
 
-    /// Packets that are there now.
+    /// Returns all packets that are available now.
     fn packets(&mut self) -> Vec<Got> {
         let mut all = vec![];
         while self.wire.deliver_ready(&mut *self.handler, &mut self.queues, Duration::ZERO).unwrap() > 0 {}
@@ -116,7 +116,7 @@ impl Guest {
         }
     }
 
-    /// What is used of the receive queue; its buffers are offered again.
+    /// Takes the used receive buffers and offers them again.
     fn received(&mut self) -> Vec<Got> {
         let mut got = vec![];
         while let Some((head, len)) = self.rx.take_used() {
@@ -133,7 +133,7 @@ impl Guest {
         got
     }
 
-    /// The next packet, and no other.
+    /// Waits for the next packet, which must be the only one.
     fn packet(&mut self) -> Got {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
@@ -157,12 +157,12 @@ impl Guest {
         assert!(packets.is_empty(), "{packets:?}");
     }
 
-    /// Puts a packet into the transmit queue, without telling.
+    /// Puts a packet into the transmit queue, without a kick.
     fn put(&mut self, header: &Header, data: &[u8]) {
         while self.tx.take_used().is_some() {}
         self.ram.write(TX_BUFFER, &header.bytes()).unwrap();
         self.ram.write(TX_BUFFER + HEADER as u64, data).unwrap();
-        // However it is cut.
+        // The boundary between the buffers need not be that of the header.
         let cut = [out(TX_BUFFER, 40), out(TX_BUFFER + 40, 4 + data.len() as u32)];
         self.tx.add(&cut).unwrap();
     }
@@ -172,13 +172,13 @@ impl Guest {
         self.deliver(Event::Kick(TX));
     }
 
-    /// Sends on a connection, by a packet that came on it or would.
+    /// Sends a packet on a connection, in reply to a packet from it.
     fn reply(&mut self, to: &Header, op: Op, flags: u32, data: &[u8]) {
         let header = header(to.src_port, to.dst_port);
         self.send(&Header { op, flags, len: data.len() as u32, ..header }, data);
     }
 
-    /// A client of the host that has asked for a port; and the request as the guest sees it.
+    /// Connects a client on the host to a port; returns it and the request as the guest receives it.
     fn request(&mut self, port: u32) -> (UnixStream, Header) {
         let mut client = UnixStream::connect(&self.path).unwrap();
         client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
@@ -189,7 +189,7 @@ impl Guest {
         (client, header)
     }
 
-    /// The same, accepted.
+    /// Connects a client on the host to a port of the guest, which accepts.
     fn connection(&mut self, port: u32) -> (UnixStream, Header) {
         let (mut client, header) = self.request(port);
         self.reply(&header, Op::Response, 0, &[]);
@@ -205,7 +205,7 @@ impl Guest {
     }
 }
 
-/// From the guest's port 1234 or so to the host.
+/// Returns the header of a request from a guest's port to a host's.
 fn header(host: u32, guest: u32) -> Header {
     let (src_cid, dst_cid) = (CID, HOST_CID);
     let (len, flags, fwd_cnt) = (0, 0, 0);
@@ -284,7 +284,7 @@ fn a_port_where_nobody_listens_closes_the_clients_connection() {
     let (client, to) = guest.request(1);
     guest.reply(&to, Op::Reset, 0, &[]);
     assert_eq!(end(client), b"");
-    // Nor does one wait for ever, nor does an idle connection end.
+    // An unanswered request times out, while an idle connection stays.
     let (_other, _) = guest.connection(3);
     let (client, _) = guest.request(2);
     assert_eq!(guest.op(), Op::Reset);
@@ -325,7 +325,7 @@ fn a_busy_listener_is_tried_again() {
     guest.nothing();
     listener.accept().unwrap();
     assert_eq!(guest.op(), Op::Response);
-    // And not for ever.
+    // The second attempt times out.
     guest.send(&header(80, 1235), &[]);
     assert_eq!(guest.op(), Op::Reset);
     assert_eq!(guest.connections(), 1);
@@ -343,13 +343,13 @@ fn each_half_closes_by_itself() {
     guest.reply(&to, Op::Data, 0, b"answer");
     guest.reply(&to, Op::Shutdown, NO_SEND, &[]);
     assert_eq!(end(client), b"answer");
-    // Both halves are over, and the client is gone now.
+    // Both halves are closed, and the client is gone now.
     assert_eq!(guest.packet().header.flags, NOTHING);
     guest.reply(&to, Op::Shutdown, NOTHING, &[]);
     assert_eq!(guest.op(), Op::Reset);
     assert_eq!(guest.connections(), 0);
 
-    // The other one first; and a guest that takes nothing more.
+    // The halves close in the opposite order; then a guest refuses further data.
     let (mut client, to) = guest.connection(1);
     guest.reply(&to, Op::Data, 0, b"all");
     guest.reply(&to, Op::Shutdown, NO_SEND, &[]);
@@ -411,7 +411,7 @@ fn no_more_is_sent_than_the_guest_has_room_for() {
     for _ in 0..3 {
         guest.nothing();
     }
-    // Numbers that make no sense are no room.
+    // Inconsistent counters give no credit.
     guest.send(&Header { op: Op::CreditUpdate, buf_alloc: 20, fwd_cnt: 11, ..header(to.src_port, 1) }, &[]);
     guest.nothing();
     guest.send(&Header { op: Op::CreditUpdate, buf_alloc: 10, fwd_cnt: 3, ..header(to.src_port, 1) }, &[]);
@@ -431,7 +431,7 @@ fn a_reader_that_does_not_read_holds_up_nobody_else() {
     let (mut fast, to_fast) = guest.connection(2);
     let piece: Vec<u8> = (0..32u32 << 10).map(|i| (i % 251) as u8).collect();
     let (mut sent, mut known) = (0u32, 0u32);
-    // As much as credit allows: what the socket takes and then what was promised.
+    // Sends as much as credit allows: the socket's own buffer, then the promised space.
     loop {
         known = guest.packets().iter().map(|p| p.header.fwd_cnt).max().unwrap_or(known);
         if sent - known + piece.len() as u32 > BUF_ALLOC {
@@ -452,7 +452,7 @@ fn a_reader_that_does_not_read_holds_up_nobody_else() {
         fast.write_all(b"pong").unwrap();
         assert_eq!(guest.packet().data, b"pong");
     }
-    // The rest of the credit, and the end behind it; then the reader wakes up.
+    // Sends the rest of the credit and then the end; then the reader starts to read.
     guest.reply(&to_slow, Op::Data, 0, &vec![7; free as usize]);
     guest.reply(&to_slow, Op::Shutdown, NOTHING, &[]);
     assert_eq!(guest.op(), Op::Reset);
@@ -503,7 +503,7 @@ fn turns_are_taken_one_after_the_other() {
         let mut client = client;
         client.write_all(&[b'x'; 3 * RX_DATA as usize]).unwrap();
     }
-    // All of them are ready before there is room.
+    // All connections are ready before the guest offers buffers.
     while guest.queues[RX].pop(&guest.ram).unwrap().is_some() {}
     guest.nothing();
     (8..12).for_each(|n| guest.offer(RX_BUFFERS + n * 0x2000));
@@ -570,7 +570,7 @@ fn a_connection_whose_guest_breaks_a_rule_is_reset() {
         assert_eq!(guest.op(), Op::Reset, "{n}");
         assert_eq!((guest.connections(), end(client)), (0, vec![]), "{n}");
     }
-    // Before it is accepted there is nothing to say but yes or no.
+    // Before it has accepted, the guest may only answer yes or no.
     for op in [Op::Data, Op::Shutdown, Op::CreditUpdate] {
         let (client, to) = guest.request(1);
         guest.reply(&to, op, NOTHING, &[]);
@@ -595,7 +595,7 @@ fn buffers_too_small_end_the_device() {
             }
         };
         let fault = guest.try_deliver(event).unwrap_err().to_string();
-        assert!(guest.queues.iter().all(|queue| queue.in_flight() == 0), "it could not stop");
+        assert!(guest.queues.iter().all(|queue| queue.in_flight() == 0), "a chain is still in flight");
         fault
     };
     assert_eq!(faults(&[inn(RX_BUFFERS, 43)], RX), "a vsock receive buffer is shorter than a header");
@@ -632,7 +632,7 @@ fn a_guest_that_takes_no_answers_is_not_listened_to() {
     guest.deliver(Event::Kick(RX));
     assert!(guest.packets().len() > 256);
     while guest.tx.take_used().is_some() {}
-    assert_eq!(guest.queues[TX].state().next_avail, guest.tx.avail_idx, "it goes on when it has room");
+    assert_eq!(guest.queues[TX].state().next_avail, guest.tx.avail_idx, "the device continues when it has room");
 }
 
 #[test]
@@ -652,7 +652,7 @@ fn connections_are_bounded() {
     let _ = one_more.write_all(b"CONNECT 1\n");
     guest.nothing();
     assert!(one_more.read(&mut [0]).map_or(true, |n| n == 0));
-    // All of them live.
+    // All connections work.
     for (port, stream) in open.iter_mut().enumerate() {
         writeln!(stream, "{port}").unwrap();
     }
@@ -674,7 +674,7 @@ fn connections_survive_a_pause_and_not_a_reset() {
     guest.pause();
     client.write_all(b"one").unwrap();
     assert_eq!(guest.packet().data, b"one");
-    // What comes while it is paused is not lost either, in either direction.
+    // Data sent during a pause is not lost either, in both directions.
     client.write_all(b"two").unwrap();
     guest.put(&Header { op: Op::Data, len: 3, ..header(to.src_port, 1) }, b"ack");
     guest.pause();
@@ -703,8 +703,8 @@ fn a_restored_guest_gets_nothing_before_it_has_reset_its_connections() {
         let head = guest.events.add(&[inn(EVENT_BUFFER, 8)]).unwrap();
         guest.deliver(Event::Kick(EVENTS));
         assert_eq!(guest.events.take_used(), Some((head, 4)));
-        assert!(guest.packets().is_empty(), "it has not been handled");
-        // A driver that does not give its buffers back is not waited for without end.
+        assert!(guest.packets().is_empty(), "the event has not been handled");
+        // A driver that does not give its buffers back is not waited for forever.
         if handles {
             guest.events.add(&[inn(EVENT_BUFFER, 8)]).unwrap();
             guest.deliver(Event::Kick(EVENTS));
@@ -736,7 +736,7 @@ fn a_restored_guest_hears_that_its_connections_are_gone() {
     }
     guest.device.restore(&state).unwrap();
     guest.events.add(&[inn(EVENT_BUFFER, 3)]).unwrap();
-    // The buffer from before is still there.
+    // The buffer from before is still available.
     guest.deliver(Event::Kick(EVENTS));
     guest.device.restore(&state).unwrap();
     assert!(guest.try_deliver(Event::Kick(EVENTS)).unwrap_err().to_string().contains("shorter than an event"));
@@ -753,7 +753,7 @@ fn options_and_paths() {
     assert_eq!(refused("cid=3"), "'path=' is missing");
     assert_eq!(refused("cid=3,path=a,port=1"), "unknown key 'port'; valid keys are cid, path");
     for cid in [0, 1, 2, u64::from(u32::MAX), 1 << 32] {
-        let expected = format!("context id {cid} is not one of a guest: those are 3 to 4294967294");
+        let expected = format!("context id {cid} is not valid for a guest: use 3 to 4294967294");
         assert_eq!(refused(&format!("cid={cid},path=a")), expected);
     }
     assert!(refused(&format!("cid=3,path={}", "x".repeat(97))).contains("is too long for sockets"));
@@ -774,7 +774,7 @@ fn options_and_paths() {
     assert!(!path.exists());
 }
 
-/// What happens next.
+/// A step of a random test.
 #[derive(Clone, Debug)]
 enum Step {
     Connect(u32),
@@ -782,9 +782,10 @@ enum Step {
     Read(usize),
     Hang(usize),
     Close(usize),
-    /// A packet of the guest's on a connection: what it says, which, flags, bytes, and what of it is flipped.
+    /// A packet from the guest on a connection: operation, connection, flags, data length, and a bit to flip in the
+    /// header.
     Packet(u16, usize, u32, usize, Option<(usize, u8)>),
-    /// The guest looks at what it got and offers the buffers again.
+    /// The guest takes its packets and offers the buffers again.
     Look,
     Pause,
 }
@@ -806,8 +807,8 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// Whatever host and guest do: nothing panics, nothing is left in flight, nobody spins, each gets only what the other sent,
-/// and the guest no more than it has room for.
+/// Runs steps of host and guest. Nothing may panic, stay in flight or spin; each side gets only data that the other
+/// sent, and the guest no more than it has room for.
 fn check(steps: &[Step]) {
     let mut guest = Guest::new(4);
     let _listener = UnixListener::bind(format!("{}_80", guest.path.display())).unwrap();
@@ -870,7 +871,7 @@ fn check(steps: &[Step]) {
         let mut rounds = 0;
         while guest.wire.deliver_ready(&mut *guest.handler, &mut guest.queues, Duration::ZERO).unwrap() > 0 {
             rounds += 1;
-            assert!(rounds < 1000, "it spins");
+            assert!(rounds < 1000, "the device spins");
         }
         assert!(guest.queues.iter().all(|queue| queue.in_flight() == 0));
         assert!(guest.connections() <= clients.len() + steps.len());
