@@ -116,7 +116,7 @@ impl Handler for Pair {
                 let sent = match (self.blocked, self.sending, is_set(&self.tx_alarm)) {
                     (false, false, _) | (false, true, true) => Progress::Done,
                     (_, _, false) => self.transmit(port, tx, cx)?,
-                    // The rest of a half-sent packet is not a new packet, which the rate limit would delay.
+                    // The rate limit delays new packets only, not the rest of a half-sent one.
                     (true, _, true) => {
                         self.blocked = would_block(port.flush());
                         Progress::Done
@@ -194,8 +194,8 @@ impl Pair {
         Ok(Progress::More)
     }
 
-    /// Charges the rate limit for a received packet. A packet's size is known only once it is here, so the next one
-    /// waits for it.
+    /// Charges the rate limit for a received packet. A packet's size is known only after it has arrived, so the limit
+    /// delays the next packet instead.
     fn charge_received(&mut self, len: usize) -> io::Result<()> {
         let (Some(limiter), Some(alarm)) = (&self.shared.rx_limiter, &mut self.rx_alarm) else { return Ok(()) };
         match limiter.charge(len.saturating_sub(HEADER) as u64) {
