@@ -553,7 +553,7 @@ fn directories_are_listed_in_pieces() {
     guest.call(op::SYNCFS, ROOT, &[0; 8]).unwrap();
 }
 
-/// The host kernel's own file systems are not served, whatever a driver requests: an empty directory stands in for each.
+/// An empty directory stands in for each of the host kernel's own file systems, whatever a driver requests.
 #[test]
 fn the_kernels_interfaces_are_empty_directories() {
     let config = FsConfig { path: "/".into(), ..FsConfig::default() };

@@ -1,4 +1,5 @@
-//! The event that ends a guest's connections after a restore (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, virtio 1.2, 5.10.6.7).
+//! The event that ends a guest's connections after a restore (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, virtio 1.2,
+//! 5.10.6.7).
 //!
 //! A guest that was saved with connections still has them when it is restored, but their other ends are gone. A driver
 //! ends all its connections when it handles the event, including those created since the restore. Until it has handled
