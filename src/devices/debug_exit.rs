@@ -1,16 +1,17 @@
-//! isa-debug-exit (QEMU's `hw/misc/debugexit.c`): a guest that writes to it ends, and the value decides the exit status.
-//! Test suites without a better way to tell how they went use it; success is 1 to most of them, as it can't be 0.
+//! isa-debug-exit (QEMU's `hw/misc/debugexit.c`): a guest that writes to it ends, and the value decides the exit
+//! status. Test suites without a better way to report their result use it. For most of them status 1 is success,
+//! because status 0 is impossible.
 
 use crate::bus::BusDevice;
 use crate::event::{GuestEvent, GuestEvents};
 
-/// The debug exit, for [`crate::layout::DEBUG_EXIT_LEN`] ports.
+/// Debug exit, for [`crate::layout::DEBUG_EXIT_LEN`] ports.
 pub struct DebugExit {
     events: GuestEvents,
 }
 
 impl DebugExit {
-    /// A device that tells `events` of the end.
+    /// Creates a device that reports the end to `events`.
     pub fn new(events: GuestEvents) -> Self {
         DebugExit { events }
     }
@@ -21,7 +22,8 @@ impl BusDevice for DebugExit {
         data.fill(0);
     }
 
-    /// The status is twice the value and one. Of wider values the lowest byte remains, as the host's `exit` has it.
+    /// Ends the guest; the status is twice the value plus one. Of wider values the lowest byte counts, as in the host's
+    /// `exit`.
     fn write(&self, _offset: u64, data: &[u8]) {
         if let Some(value) = data.first() {
             self.events.post(GuestEvent::DebugExit(value << 1 | 1));

@@ -1,5 +1,6 @@
-//! fw_cfg (QEMU's `docs/specs/fw_cfg`), as much of it as test suites read: a 16-bit write to the first port selects an
-//! item, and each byte read from the second is its next one. There is no DMA, no item can be written, there are no files.
+//! fw_cfg (QEMU's `docs/specs/fw_cfg`), limited to what test suites read: a 16-bit write to the first port selects an
+//! item, and each byte read from the second port is the item's next one. There is no DMA, no item can be written, there
+//! are no files.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -15,7 +16,7 @@ const FILE_DIR: u16 = 0x19;
 const SELECTOR: u64 = 0;
 const DATA: u64 = 1;
 
-/// The device, for [`crate::layout::FW_CFG_LEN`] ports.
+/// fw_cfg device, for [`crate::layout::FW_CFG_LEN`] ports.
 pub struct FwCfg {
     cpus: u16,
     ram_size: u64,
@@ -25,18 +26,18 @@ pub struct FwCfg {
 #[derive(Default)]
 struct Selected {
     item: u16,
-    /// Bytes of it that were read.
+    /// Number of bytes of the item that were read.
     read: usize,
 }
 
 impl FwCfg {
-    /// Tells of a machine with `cpus` vCPUs and `ram_size` bytes of RAM.
+    /// Creates a device that describes a machine with `cpus` vCPUs and `ram_size` bytes of RAM.
     pub fn new(cpus: u16, ram_size: u64) -> Self {
         FwCfg { cpus, ram_size, selected: Mutex::default() }
     }
 
-    /// A byte of an item, 0 behind its end and in those that aren't there. Numbers are little-endian, but for the number
-    /// of files.
+    /// Returns a byte of an item, or 0 past its end and for items that do not exist. Numbers are little-endian, except
+    /// for the number of files.
     fn byte(&self, item: u16, at: usize) -> u8 {
         let bytes: &[u8] = match item {
             SIGNATURE => b"QEMU",

@@ -1,5 +1,5 @@
-//! What is left of the keyboard controller: the reset command. There is no keyboard, and the FADT says so, but `reboot`
-//! by "kbd" tries it anyway and first waits for a free input buffer, so both ports read 0.
+//! The keyboard controller, reduced to its reset command. There is no keyboard, and the FADT says so. `reboot` by "kbd"
+//! tries the command anyway and first waits for a free input buffer, so both ports read 0.
 
 use crate::bus::BusDevice;
 use crate::event::{GuestEvent, GuestEvents};
@@ -7,23 +7,23 @@ use crate::layout;
 
 const DATA: u64 = 0;
 const COMMAND: u64 = (layout::I8042_COMMAND - layout::I8042_DATA) as u64;
-/// Pulse output line 0, which is wired to the processor's reset.
+/// Command that pulses output line 0, which is wired to the processor's reset.
 const RESET: u8 = 0xFE;
 
-/// The i8042, for [`layout::I8042_LEN`] ports from [`layout::I8042_DATA`] on.
+/// i8042, for [`layout::I8042_LEN`] ports from [`layout::I8042_DATA`] on.
 pub struct I8042 {
     events: GuestEvents,
 }
 
 impl I8042 {
-    /// A controller that tells `events` of a reset.
+    /// Creates a controller that reports a reset to `events`.
     pub fn new(events: GuestEvents) -> Self {
         I8042 { events }
     }
 }
 
 impl BusDevice for I8042 {
-    /// The ports between the two are not ours and stay as an empty bus has them.
+    /// Reads both ports as 0. The ports in between are not ours and read as on an empty bus.
     fn read(&self, offset: u64, data: &mut [u8]) {
         for (register, byte) in (offset..=u64::MAX).zip(data) {
             if matches!(register, DATA | COMMAND) {

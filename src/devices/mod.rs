@@ -1,4 +1,4 @@
-//! Legacy devices, one file each. What a guest writes to them becomes a [`crate::event::GuestEvent`].
+//! Legacy devices, one file each. Guest writes to them become [`crate::event::GuestEvent`]s.
 
 pub mod debug_exit;
 pub mod fw_cfg;

@@ -1,20 +1,20 @@
-//! ACPI's PM timer (ACPI 6.5, 4.8.3.3): 32 bits that count 3,579,545 times a second, for guests that do not use kvmclock.
-//! It counts by the host's clock, so it costs nothing until it is read.
+//! ACPI's PM timer (ACPI 6.5, 4.8.3.3): 32 bits that count 3,579,545 times a second, for guests that do not use
+//! kvmclock. It counts by the host's clock, so it costs nothing until it is read.
 
 use std::time::{Duration, Instant};
 
 use crate::bus::BusDevice;
 
-/// Ticks in a second.
+/// Ticks per second.
 const FREQUENCY: u128 = 3_579_545;
 
-/// The timer, for [`crate::layout::PM_TIMER_LEN`] ports.
+/// Timer, for [`crate::layout::PM_TIMER_LEN`] ports.
 pub struct PmTimer {
     start: Instant,
 }
 
 impl PmTimer {
-    /// A timer that is at 0 now.
+    /// Creates a timer that is at 0 now.
     pub fn new() -> Self {
         PmTimer { start: Instant::now() }
     }
@@ -26,7 +26,7 @@ impl Default for PmTimer {
     }
 }
 
-/// The counter after a time. It wraps.
+/// Returns the counter after a time. It wraps.
 fn count(elapsed: Duration) -> u32 {
     (elapsed.as_nanos() * FREQUENCY / 1_000_000_000) as u32
 }
@@ -39,7 +39,7 @@ impl BusDevice for PmTimer {
         }
     }
 
-    /// The counter cannot be written.
+    /// Ignores the write: the counter cannot be written.
     fn write(&self, _offset: u64, _data: &[u8]) {}
 }
 

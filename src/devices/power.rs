@@ -4,7 +4,7 @@
 //! | port | register | |
 //! |---|---|---|
 //! | +0 | sleep control | writing SLP_EN with sleep type 5 powers off |
-//! | +1 | sleep status | bit 7, WAK_STS, is set by any other sleep type: the guest wakes at once |
+//! | +1 | sleep status | bit 7, WAK_STS, is set by any other sleep type: the guest wakes immediately |
 //! | +2 | reset | writing [`layout::RESET_VALUE`] resets |
 //! | +7 | boot timer | init writes [`layout::BOOT_TIMER_INIT_STARTED`] |
 
@@ -32,10 +32,10 @@ const fn offset(port: u16) -> u64 {
     (port - layout::POWER_BLOCK) as u64
 }
 
-/// What the registers remember.
+/// State of the registers.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PowerState {
-    /// The sleep type last written.
+    /// Sleep type last written.
     pub sleep_type: u8,
     /// WAK_STS.
     pub woken: bool,
@@ -48,12 +48,12 @@ pub struct Power {
 }
 
 impl Power {
-    /// A power block that tells `events` what the guest wants.
+    /// Creates a power block that reports the guest's requests to `events`.
     pub fn new(events: GuestEvents) -> Self {
         Power { events, state: Mutex::default() }
     }
 
-    /// What to save.
+    /// Returns the state to save.
     pub fn save(&self) -> PowerState {
         self.lock().clone()
     }
@@ -97,7 +97,7 @@ impl Power {
         if sleep_type == S5_SLEEP_TYPE {
             self.events.post(GuestEvent::PowerOff);
         } else {
-            // No such state was offered. The guest now polls for WAK_STS, so let it wake rather than spin for ever.
+            // No such state was offered. The guest now polls for WAK_STS, so let it wake rather than spin forever.
             state.woken = true;
         }
     }

@@ -2,19 +2,19 @@
 
 use crate::irq::IrqLine;
 
-/// The power button. A guest that listens (Linux: `button`, `evdev` and an init that acts) shuts down when it is
-/// pressed; there is nothing to read back, so whether it listens cannot be known.
+/// Power button. A guest that listens (Linux: `button`, `evdev` and an init that acts) shuts down when it is pressed.
+/// Nothing can be read back, so it is unknown whether the guest listens.
 pub struct PowerButton {
     irq: IrqLine,
 }
 
 impl PowerButton {
-    /// A button on the line that belongs to [`crate::layout::GED_GSI`].
+    /// Creates a button on the line that belongs to [`crate::layout::GED_GSI`].
     pub fn new(irq: IrqLine) -> Self {
         PowerButton { irq }
     }
 
-    /// Presses and releases it.
+    /// Presses and releases the button.
     pub fn press(&self) {
         self.irq.trigger();
     }

@@ -1,22 +1,22 @@
-//! pvpanic: one port on which a guest kernel says that it panicked (QEMU's `docs/specs/pvpanic`).
+//! pvpanic: one port on which a guest kernel reports that it panicked (QEMU's `docs/specs/pvpanic`).
 
 use crate::bus::BusDevice;
 use crate::event::{GuestEvent, GuestEvents, PanicSource};
 
-/// The kernel panicked and will not go on.
+/// The kernel panicked and will not continue.
 const PANICKED: u8 = 1 << 0;
 /// The kernel panicked and a crash kernel takes over.
 const CRASH_LOADED: u8 = 1 << 1;
-/// The events that a driver may send; reads answer this.
+/// Events that a driver may send; also what reads return.
 const SUPPORTED: u8 = PANICKED | CRASH_LOADED;
 
-/// The pvpanic device, one port at [`crate::layout::PVPANIC_PORT`].
+/// pvpanic device, one port at [`crate::layout::PVPANIC_PORT`].
 pub struct Pvpanic {
     events: GuestEvents,
 }
 
 impl Pvpanic {
-    /// A device that tells `events` of a panic.
+    /// Creates a device that reports a panic to `events`.
     pub fn new(events: GuestEvents) -> Self {
         Pvpanic { events }
     }

@@ -1,4 +1,4 @@
-//! The real-time clock of a PC, an MC146818, as far as reading the time: in UTC, by the host's clock.
+//! The real-time clock of a PC, an MC146818, limited to reading the time: in UTC, by the host's clock.
 //!
 //! | port | |
 //! |---|---|
@@ -9,11 +9,11 @@
 //! |---|---|
 //! | 0, 2, 4 | seconds, minutes, hours |
 //! | 6 to 9, 0x32 | day of the week (Sunday is 1), day, month, year, century |
-//! | 0xA | bit 7: the time changes within 244 us (UIP); the rest remembers |
-//! | 0xB | bit 1: 24 hours, otherwise 12 and PM in bit 7; bit 2: binary, otherwise BCD; the rest remembers |
-//! | 0xC | no interrupt is ever pending: there are none |
+//! | 0xA | bit 7: the time changes within 244 us (UIP); the other bits are stored |
+//! | 0xB | bit 1: 24 hours, otherwise 12 and PM in bit 7; bit 2: binary, otherwise BCD; the other bits are stored |
+//! | 0xC | pending interrupts: always 0, because there are no interrupts |
 //! | 0xD | bit 7: the clock is valid |
-//! | others | remember what is written; the time cannot be set |
+//! | others | store what is written; the time cannot be set |
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -44,10 +44,10 @@ const BINARY: u8 = 1 << 2;
 const VALID: u8 = 1 << 7;
 const PM: u8 = 1 << 7;
 
-/// A guest that finds UIP clear has this long to read a time that does not change.
+/// Time that a guest has to read unchanging values after it finds UIP clear.
 const UPDATE: Duration = Duration::from_micros(244);
 
-/// The clock, for [`crate::layout::RTC_LEN`] ports.
+/// Clock, for [`crate::layout::RTC_LEN`] ports.
 pub struct Rtc {
     state: Mutex<State>,
 }
@@ -58,7 +58,7 @@ struct State {
 }
 
 impl Rtc {
-    /// A clock with 24 hours in BCD.
+    /// Creates a clock with 24 hours in BCD.
     pub fn new() -> Self {
         let mut bytes = [0; 128];
         (bytes[usize::from(REGISTER_A)], bytes[usize::from(REGISTER_B)]) = (RATES, HOURS_24);
@@ -77,7 +77,7 @@ impl Default for Rtc {
 }
 
 impl State {
-    /// The value of the chosen register, at a time since 1970.
+    /// Returns the value of the selected register, at a time since 1970.
     fn value(&self, now: Duration) -> u8 {
         let mode = self.bytes[usize::from(REGISTER_B)];
         let date = Date::of(now.as_secs());
@@ -106,27 +106,27 @@ impl State {
     }
 }
 
-/// A day of the Gregorian calendar, and the second in it.
+/// Day of the Gregorian calendar, and the second in it.
 struct Date {
     year: u64,
     month: u64,
     day: u64,
-    /// 1 is Sunday.
+    /// Day of the week; 1 is Sunday.
     weekday: u64,
     seconds: u64,
 }
 
 impl Date {
-    /// The date so many seconds after the beginning of 1970.
+    /// Returns the date this many seconds after the beginning of 1970.
     fn of(seconds: u64) -> Date {
         const DAYS_OF_400_YEARS: u64 = 146_097;
         let days = seconds / 86_400;
-        // Years that begin in March end with the leap day. The first of March of year 0 was 719,468 days before 1970.
+        // Years that begin in March end with the leap day. March 1 of year 0 was 719,468 days before 1970.
         let since = days + 719_468;
         let (era, day) = (since / DAYS_OF_400_YEARS, since % DAYS_OF_400_YEARS);
         let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
         let day_of_year = day - (365 * year + year / 4 - year / 100);
-        // Five months from March on have 153 days, and so have the five that follow.
+        // Five months from March on have 153 days, and so do the five after them.
         let month = (5 * day_of_year + 2) / 153;
         let (months, next) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
         Date {
@@ -180,7 +180,7 @@ mod tests {
             let Date { year, month, day, weekday, seconds } = Date::of(seconds);
             (year, month, day, weekday, seconds)
         };
-        // `date -u -d @N '+%Y %m %d %w'`, and the day of the week plus one.
+        // Results of `date -u -d @N '+%Y %m %d %w'`, with one added to the day of the week.
         assert_eq!(date(0), (1970, 1, 1, 5, 0));
         assert_eq!(date(951_782_399), (2000, 2, 28, 2, 86_399));
         assert_eq!(date(951_782_400), (2000, 2, 29, 3, 0));
@@ -224,7 +224,7 @@ mod tests {
         rtc.write(INDEX, &[0x80 | 0x7F]);
         rtc.write(INDEX + 1, &[77]);
         assert_eq!((read(0x7F), read(0x7E)), (77, 0));
-        // The time goes on.
+        // A write does not change the time.
         let year = read(YEAR);
         rtc.write(INDEX, &[YEAR, 0x99]);
         assert!(read(YEAR) == year || read(YEAR) == year + 1);

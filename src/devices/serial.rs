@@ -1,8 +1,8 @@
-//! The first serial port: a 16550 on IRQ 4 ([`vm_superio::Serial`]), its bytes buffered on the way to the host.
+//! The first serial port: a 16550 on IRQ 4 ([`vm_superio::Serial`]). Bytes are buffered on the way to the host.
 //!
-//! Transmitted bytes go to an [`Output`] that never refuses; what is over its limit holds up the vCPU between two
-//! entries into the guest, not here. Received bytes are taken as far as the FIFO has room; when the guest has read
-//! them, [`GuestEvent::ConsoleInputRoom`] asks for more, so nothing is dropped under a flood.
+//! Transmitted bytes go to an [`Output`] that never refuses. Output over its limit does not wait here; it holds up the
+//! vCPU between two entries into the guest. Received bytes are taken as far as the FIFO has room. When the guest has
+//! read them, [`GuestEvent::ConsoleInputRoom`] asks for more, so nothing is dropped under a flood.
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,11 +18,11 @@ use crate::bus::BusDevice;
 use crate::event::{GuestEvent, GuestEvents};
 use crate::irq::IrqLine;
 
-/// `--serial`: where the first serial port leads.
+/// `--serial`: destination of the first serial port.
 pub use crate::backend::console::ConsoleEnd as SerialConfig;
 
-/// Registers of a 16550 and their bits: interrupt enable; interrupt identification; line control, whose top bit puts the
-/// divisor in the first one's place; line status.
+/// Registers of a 16550 and their bits: interrupt enable; interrupt identification; line control, whose top bit puts
+/// the divisor in the place of interrupt enable; line status.
 const IER: u8 = 1;
 const IER_RECEIVED: u8 = 1;
 const IIR: u8 = 2;
@@ -32,14 +32,14 @@ const LCR_DLAB: u8 = 0x80;
 const LSR: u8 = 5;
 const LSR_DATA_READY: u8 = 1;
 
-/// The serial port as a device.
+/// Serial port as a bus device.
 pub struct SerialPort {
     uart: Mutex<Serial<Irq, InputRoom, Transmitter>>,
     room_wanted: Arc<AtomicBool>,
 }
 
 impl SerialPort {
-    /// A port that raises `irq`, sends to `output` and tells `events` what its text gives away.
+    /// Creates a port that raises `irq`, sends to `output` and reports to `events` what its text reveals.
     pub fn new(irq: IrqLine, output: Output, events: GuestEvents) -> Self {
         let room_wanted = Arc::new(AtomicBool::new(false));
         let room = InputRoom { wanted: room_wanted.clone(), events: events.clone() };
@@ -62,20 +62,21 @@ impl Receiver for SerialPort {
     }
 }
 
-/// Reads a register. Received data is identified as the reason of an interrupt for as long as there is some: a driver that
-/// takes a bounded number of bytes at a time (Linux: 256) and looks for a reason again would leave the rest otherwise.
+/// Reads a register. Received data is identified as the reason of an interrupt for as long as there is any: a driver
+/// that takes a bounded number of bytes at a time (Linux: 256) and then looks for a reason again would otherwise leave
+/// the rest.
 fn read(uart: &mut Serial<Irq, InputRoom, Transmitter>, offset: u8) -> u8 {
     let received = offset == IIR
         && uart.read(LSR) & LSR_DATA_READY != 0
         && uart.read(LCR) & LCR_DLAB == 0
         && uart.read(IER) & IER_RECEIVED != 0;
-    // It goes before an empty transmitter, which is identified when it is gone.
+    // Received data goes before an empty transmitter, which is identified once the data is gone.
     if received { IIR_RECEIVED } else { uart.read(offset) }
 }
 
 impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        // The registers are a byte wide; a wider access reads the first and ones behind it.
+        // The registers are a byte wide: of a wider access, only the first byte is served.
         if let (Some(first), Ok(offset)) = (data.first_mut(), u8::try_from(offset)) {
             *first = read(&mut self.lock(), offset);
         }
@@ -83,7 +84,7 @@ impl BusDevice for SerialPort {
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let (Some(first), Ok(offset)) = (data.first(), u8::try_from(offset)) {
-            // The output takes everything, and an eventfd that is full has an interrupt pending anyway.
+            // The output takes everything, and a full eventfd has an interrupt pending anyway.
             let _ = self.lock().write(offset, *first);
         }
     }

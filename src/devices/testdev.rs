@@ -1,12 +1,12 @@
-//! pc-testdev (QEMU's `hw/misc/pc-testdev.c`): what kvm-unit-tests try KVM's emulation on.
+//! pc-testdev (QEMU's `hw/misc/pc-testdev.c`): a device on which kvm-unit-tests try KVM's emulation.
 //!
-//! | where | what |
+//! | address | effect |
 //! |---|---|
-//! | port 0xE0 to 0xE3 | remembers what is written, by every width |
-//! | port 0xE4 | a 32-bit guest-physical address: its page is taken from the guest's page tables, content kept |
+//! | port 0xE0 to 0xE3 | stores what is written, by every width |
+//! | port 0xE4 | a 32-bit guest-physical address: its page leaves the second-level page tables, content kept |
 //! | port 0xE8 to 0xEB | the same four bytes as at 0xE0 |
-//! | port 0x2000 to 0x2017 | a byte that isn't 0 holds that pin of the interrupt controllers active, 0 lets go |
-//! | memory at 0xFF000000 | 64 KiB that remember, each access an exit |
+//! | port 0x2000 to 0x2017 | a byte other than 0 holds that pin of the interrupt controllers active, 0 releases it |
+//! | memory at 0xFF000000 | 64 KiB of storage; each access is an exit |
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -19,18 +19,18 @@ const FLUSH: u64 = 4;
 const ECHO: Range<u64> = 0..4;
 const ECHO_AGAIN: Range<u64> = 8..12;
 
-/// The ports from [`layout::TESTDEV_PORT`] on.
+/// Ports from [`layout::TESTDEV_PORT`] on.
 pub struct TestPorts {
     echo: Mutex<[u8; 4]>,
     ram: GuestRam,
 }
 
-/// The interrupt lines, [`layout::IOAPIC_PINS`] ports.
+/// Interrupt lines, [`layout::IOAPIC_PINS`] ports.
 pub struct TestLines {
     set: Box<dyn Fn(u32, bool) + Send + Sync>,
 }
 
-/// The memory, [`layout::TESTDEV_MEMORY_LEN`] bytes.
+/// Memory of [`layout::TESTDEV_MEMORY_LEN`] bytes.
 pub struct TestMemory {
     bytes: Mutex<Vec<u8>>,
 }
@@ -40,13 +40,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl TestPorts {
-    /// Ports that flush pages of `ram`.
+    /// Creates ports that flush pages of `ram`.
     pub fn new(ram: GuestRam) -> Self {
         TestPorts { echo: Mutex::default(), ram }
     }
 }
 
-/// Which of the four bytes a port shows.
+/// Returns the index of the stored byte that a port shows.
 fn echo_byte(register: u64) -> Option<usize> {
     (ECHO.contains(&register) || ECHO_AGAIN.contains(&register)).then_some((register & 3) as usize)
 }
@@ -74,7 +74,7 @@ impl BusDevice for TestPorts {
 }
 
 impl TestLines {
-    /// Lines that `set` takes to the interrupt controllers: a GSI, and whether it is active.
+    /// Creates lines. `set` passes a GSI, and whether it is active, to the interrupt controllers.
     pub fn new(set: impl Fn(u32, bool) + Send + Sync + 'static) -> Self {
         TestLines { set: Box::new(set) }
     }
@@ -94,7 +94,7 @@ impl BusDevice for TestLines {
 }
 
 impl TestMemory {
-    /// Zeros.
+    /// Creates memory that is all zeros.
     pub fn new() -> Self {
         TestMemory { bytes: Mutex::new(vec![0; layout::TESTDEV_MEMORY_LEN as usize]) }
     }
@@ -106,7 +106,7 @@ impl Default for TestMemory {
     }
 }
 
-/// The place of an access, if it lies within the memory.
+/// Returns the range of bytes of an access, unless it overflows.
 fn place(offset: u64, len: usize) -> Option<Range<usize>> {
     let start = usize::try_from(offset).ok()?;
     Some(start..start.checked_add(len)?)
