@@ -350,7 +350,7 @@ mod tests {
         let balloon = |text: &str| text.parse::<BalloonConfig>().unwrap().validate(Size::mib(256)).unwrap_err();
         assert_eq!(balloon("257M"), "257M: the guest has only 256M of memory");
         assert!(balloon("5000").starts_with("5000: not a multiple of 4K; a size without a unit is in bytes"));
-        assert!(balloon("stats=1ms").starts_with("stats=1ms: neither less than 100ms"));
+        assert!(balloon("stats=1ms").starts_with("stats=1ms: must be between 100ms and 24h"));
         assert!(check(|c| c.balloon = "1G".parse().ok()).starts_with("--balloon 1G: "));
         assert!(check(|c| c.console = Some(ConsoleEnd::Stdio)).starts_with("only one of the serial port, the console"));
         let port = |c: &mut MachineConfig, text: &str| c.console_ports.push(text.parse().unwrap());
@@ -361,7 +361,7 @@ mod tests {
         ports.console_ports.truncate(1);
         assert_eq!(ports.validate(), Ok(()));
         port(&mut ports, "a/b,to=null");
-        assert!(ports.validate().unwrap_err().to_string().contains("'a/b' is no name"));
+        assert!(ports.validate().unwrap_err().to_string().contains("invalid port name 'a/b'"));
         assert!(check(|c| c.cpu.count = 100_000).contains("at most 254 vCPUs"));
         assert!(check(|c| c.cpu.count = 9).contains("KVM on this host gives a guest at most 8"));
         assert!(check(|c| c.cpu.features = "avx".into()).contains("must begin with + or -"));

@@ -260,7 +260,7 @@ umount /mnt
     guest.wait_for("unmounted");
     on_host(&["touch", "/tmp/kill"]).end();
     guest.wait_for_stderr(
-        "vireo: vhost-user0 is out of order until its driver resets it: the host failed: the vhost-user daemon at \
+        "vireo: vhost-user0 stopped; its driver must reset it: the host failed: the vhost-user daemon at \
          /tmp/fs.sock is gone: it has closed the connection\n",
     );
     guest.wait_for("the daemon is there again\n");

@@ -1,9 +1,9 @@
 //! Memory balloon (5.5): takes memory from the guest and gives it back to the host.
 //!
-//! The size that is wanted stands in configuration space; the driver allocates pages until it has as many, and tells
-//! their numbers on the inflate queue, or on the deflate queue when it takes them back. Free page reporting is
-//! independent of the size: the driver tells what happens to be free, and may use it again at any time. So is free page
-//! hinting, which is for who copies the guest's memory: see [`FreeHints`].
+//! Configuration space holds the target size. The driver allocates pages until it has that many and sends their numbers
+//! on the inflate queue; when it takes pages back, it sends their numbers on the deflate queue. Free page reporting is
+//! independent of the size: the driver reports pages that happen to be free, and may use them again at any time. Free
+//! page hinting is independent of it too, and serves whoever copies the guest's memory: see [`FreeHints`].
 
 mod hints;
 mod stats;
@@ -42,18 +42,18 @@ const F_FREE_PAGE_HINT: u64 = 1 << 3;
 const F_PAGE_POISON: u64 = 1 << 4;
 const F_PAGE_REPORTING: u64 = 1 << 5;
 
-/// The unit of page numbers and sizes, whatever pages guest and host have (5.5.2).
+/// Unit of page numbers and sizes, whatever pages guest and host have (5.5.2).
 const PAGE: u64 = 4096;
 const PAGE_SHIFT: u32 = 12;
-/// Linux reports up to 32 free blocks at a time and wants room for them.
+/// Size of each queue: Linux reports up to 32 free blocks at a time and wants room for them.
 const QUEUE_SIZE: u16 = 128;
-/// Pages that a request may name. Linux names up to 256, Windows 1024.
+/// Maximum number of pages in a request. Linux names up to 256, Windows 1024.
 const MAX_PAGES: u64 = 4096;
-/// Pages after which others get their turn.
+/// Number of pages after which others get their turn.
 const PAGES_PER_EVENT: usize = 8192;
-/// How many of a buffer are looked at.
+/// Maximum number of statistics that are read from a buffer.
 const MAX_STATS: u64 = 64;
-/// Bytes of configuration space (5.5.4).
+/// Size of configuration space in bytes (5.5.4).
 const CONFIG_BYTES: usize = 16;
 const TIMER: u64 = 0;
 
@@ -61,17 +61,17 @@ const TIMER: u64 = 0;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BalloonConfig {
-    /// How much the guest is asked to give up at first: bytes, at most its RAM; a multiple of 4 KiB.
+    /// Memory that the guest is asked to give up at first, in bytes: at most its RAM, a multiple of 4 KiB.
     pub size: Size,
     /// Let the guest take pages back when it would run out of memory.
     pub deflate_on_oom: bool,
-    /// How often the guest is asked for statistics, at least every 100 ms and at most every day; without, only what it
-    /// tells when it starts is known.
+    /// Interval between requests for statistics, 100 ms to one day; by default, only the statistics that the guest
+    /// sends when it starts are known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stats: Option<Span>,
-    /// Have the guest tell which pages are free, and give them back to the host until they are used again.
+    /// Make the guest report free pages, and give them back to the host until they are used again.
     pub free_page_reporting: bool,
-    /// Let the guest be asked which pages are free, so that they need not be copied with the others.
+    /// Allow asking the guest which pages are free, so that they need not be copied with the others.
     pub free_page_hinting: bool,
 }
 
@@ -79,13 +79,13 @@ impl FromStr for BalloonConfig {
     type Err = options::Error;
 
     fn from_str(text: &str) -> Result<Self, options::Error> {
-        // A size begins with a digit, so a switch can stand first, too.
+        // A size begins with a digit, so a switch can come first, too.
         options::from_str(text, text.starts_with(|c: char| c.is_ascii_digit()).then_some("size"))
     }
 }
 
 impl BalloonConfig {
-    /// Checks it against the guest's RAM; the error is a sentence.
+    /// Checks the options against the guest's RAM; the error is a sentence.
     pub fn validate(&self, ram: Size) -> Result<(), String> {
         let Size(size) = self.size;
         if size > ram.0 {
@@ -96,32 +96,32 @@ impl BalloonConfig {
         }
         match self.stats {
             Some(Span(every)) if !(Duration::from_millis(100)..=Duration::from_secs(86400)).contains(&every) => {
-                Err(format!("stats={}: neither less than 100ms nor more than 24h is possible", Span(every)))
+                Err(format!("stats={}: must be between 100ms and 24h", Span(every)))
             }
             _ => Ok(()),
         }
     }
 }
 
-/// What is saved of a balloon. Which pages are in it the guest knows, but not what they are parts of.
+/// Saved state of a balloon. The guest knows which pages are in it, but not which larger pages they are parts of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonState {
     /// Pages that the guest is asked to give up.
     pub target: u32,
-    /// Pages that it says it has given up.
+    /// Pages that the guest says it has given up.
     pub actual: u32,
-    /// What it fills free pages with.
+    /// Value that the guest fills free pages with.
     pub poison: u32,
-    /// What was asked of its free pages, and whether that is over (`free_page_hint_cmd_id`).
+    /// Current command of free page hinting: a request for hints, or its end (`free_page_hint_cmd_id`).
     pub hint_command: u32,
-    /// The last question that had a number.
+    /// Last command that was a request for hints.
     pub last_hint: u32,
-    /// Where the host takes back huge pages only: which pages of each are in the balloon.
+    /// Pages of each huge page that are in the balloon, on hosts that take back only huge pages.
     pub parts: BTreeMap<u64, [u64; 8]>,
 }
 
-/// The device.
+/// Balloon device.
 pub struct Balloon {
     info: DeviceInfo,
     ram: Size,
@@ -132,20 +132,20 @@ pub struct Balloon {
     shared: Arc<Shared>,
 }
 
-/// What outlives the handler.
+/// State that outlives the handler.
 #[derive(Default)]
 struct Shared {
     /// `poison_val` (5.5.4).
     poison: AtomicU32,
     stats: Mutex<Option<(Instant, BTreeMap<&'static str, u64>)>>,
-    /// Where the host takes back huge pages only: which pages of each are in the balloon.
+    /// Pages of each huge page that are in the balloon, on hosts that take back only huge pages.
     parts: Mutex<BTreeMap<u64, [u64; 8]>>,
     hints: Mutex<Hints>,
     warnings: LogLimit,
 }
 
 impl Balloon {
-    /// A balloon for a guest with `ram` bytes of memory.
+    /// Creates a balloon for a guest with `ram` bytes of memory.
     pub fn new(name: impl Into<String>, config: &BalloonConfig, ram: Size) -> Self {
         let mut features = RING_FEATURES | F_MUST_TELL_HOST | F_STATS_VQ;
         let mut queue_sizes = vec![QUEUE_SIZE; 3];
@@ -157,7 +157,7 @@ impl Balloon {
             queue_sizes.push(QUEUE_SIZE);
         }
         if config.free_page_reporting {
-            // A guest that relies on what free pages contain reports none unless it can say so.
+            // A guest that relies on the contents of free pages reports none unless it can announce these contents.
             features |= F_PAGE_REPORTING | F_PAGE_POISON;
             queue_sizes.push(QUEUE_SIZE);
         }
@@ -177,7 +177,7 @@ impl Balloon {
     }
 }
 
-/// Whole pages of so many bytes, as far as the device can count.
+/// Returns the number of whole pages in `bytes`, at most what the device can count.
 fn pages(bytes: u64) -> u32 {
     u32::try_from(bytes >> PAGE_SHIFT).unwrap_or(u32::MAX)
 }
@@ -200,7 +200,7 @@ impl VirtioDevice for Balloon {
         super::read_config_bytes(&config, offset, data);
     }
 
-    /// `actual` and `poison_val` are the driver's.
+    /// Writes `actual` and `poison_val`, the fields that belong to the driver.
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         let Ok(value) = <[u8; 4]>::try_from(data).map(u32::from_le_bytes) else { return };
         match offset {
@@ -211,7 +211,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
-        // 5.5.2 numbers the queues as if all were there; every driver and device skips those of missing features.
+        // 5.5.2 numbers the queues as if all were present; every driver and device skips those of missing features.
         let optional =
             [(F_STATS_VQ, Role::Stats), (F_FREE_PAGE_HINT, Role::Hints), (F_PAGE_REPORTING, Role::Reporting)];
         let mut roles = vec![Role::Inflate, Role::Deflate];
@@ -241,7 +241,7 @@ impl VirtioDevice for Balloon {
             }
             Control::BalloonStats => Ok(Reply::BalloonStats(self.stats())),
             Control::StartHints if self.info.features & F_FREE_PAGE_HINT == 0 => {
-                Err(ControlError::Refused("the balloon is without free_page_hinting".into()))
+                Err(ControlError::Refused("the balloon was configured without free_page_hinting".into()))
             }
             Control::StartHints => {
                 lock(&self.shared.hints).start();
@@ -253,7 +253,7 @@ impl VirtioDevice for Balloon {
         }
     }
 
-    /// The next driver begins with all of its memory.
+    /// Resets the balloon: the next driver begins with all of its memory.
     fn reset(&mut self) {
         self.actual = 0;
         self.shared.poison.store(0, Ordering::Release);
@@ -286,7 +286,7 @@ impl VirtioDevice for Balloon {
     }
 }
 
-/// What a queue is for.
+/// Purpose of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     Inflate,
@@ -296,14 +296,14 @@ enum Role {
     Reporting,
 }
 
-/// Serves all queues.
+/// Handler of all queues.
 struct Pages {
     shared: Arc<Shared>,
-    /// Of each queue, in order.
+    /// Role of each queue, in order.
     roles: Vec<Role>,
-    /// When to ask for statistics.
+    /// Timer of requests for statistics.
     timer: Option<TimerFd>,
-    /// The buffer of the statistics: to give it back is to ask for new ones (5.5.6.3).
+    /// Buffer of the statistics; returning it to the driver requests new ones (5.5.6.3).
     held: Option<Chain>,
     /// Page numbers of a request; memory to reuse.
     numbers: Vec<u32>,
@@ -345,7 +345,7 @@ impl Handler for Pages {
         Ok(Progress::Done)
     }
 
-    /// The buffer of the statistics stays available to whoever serves the queue next.
+    /// Puts the statistics buffer back, so that it is available to the handler that serves the queue next.
     fn drain(&mut self, queues: &mut [Queue], _cx: &Context<'_>) -> Result<Progress, Fault> {
         let stats = self.roles.iter().position(|role| *role == Role::Stats);
         if let (Some(queue), Some(chain)) = (stats.and_then(|i| queues.get_mut(i)), self.held.take()) {
@@ -356,14 +356,14 @@ impl Handler for Pages {
 }
 
 impl Pages {
-    /// Inflating and deflating: arrays of page numbers (5.5.6).
+    /// Serves inflating and deflating: arrays of page numbers (5.5.6).
     fn pages(&mut self, role: Role, queue: &mut Queue, ram: &GuestRam) -> Result<Progress, Fault> {
         let mut left = PAGES_PER_EVENT;
         queue.disable_notifications(ram)?;
         while left > 0 {
             if let Some(chain) = queue.pop(ram)? {
                 self.read_numbers(&chain, ram)?;
-                // A request that names none is work, too.
+                // A request that names no pages is work, too.
                 left = left.saturating_sub(self.numbers.len().max(64));
                 match role {
                     Role::Inflate => self.inflate(ram),
@@ -377,7 +377,7 @@ impl Pages {
         Ok(Progress::More)
     }
 
-    /// Takes the page numbers out of a request, each once and in order. Bytes that make no whole number are ignored.
+    /// Reads the page numbers of a request, each once and in order. Bytes that form no whole number are ignored.
     fn read_numbers(&mut self, chain: &Chain, ram: &GuestRam) -> Result<(), Fault> {
         let mut reader = chain.reader(ram);
         let count = reader.len() / 4;
@@ -394,7 +394,7 @@ impl Pages {
         Ok(())
     }
 
-    /// Gives pages back to the host, neighbours together: one system call for each run of pages.
+    /// Gives pages back to the host, with one system call for each run of adjacent pages.
     fn inflate(&self, ram: &GuestRam) {
         if ram.release_unit() > PAGE {
             return self.inflate_parts(ram);
@@ -406,13 +406,13 @@ impl Pages {
         }
     }
 
-    /// The same where the host takes back larger pieces only: once all pages of one are in the balloon.
+    /// Gives memory to a host that takes back only larger pages: each once all of its parts are in the balloon.
     fn inflate_parts(&self, ram: &GuestRam) {
         let unit = ram.release_unit();
         let mut parts = lock(&self.shared.parts);
         for number in &self.numbers {
             let addr = u64::from(*number) << PAGE_SHIFT;
-            // Only what is RAM is remembered, which bounds the memory for it.
+            // Only RAM is remembered, which bounds the memory for it.
             if !ram.contains(addr, PAGE) {
                 continue;
             }
@@ -425,7 +425,7 @@ impl Pages {
         }
     }
 
-    /// Pages that come back are made when they are touched; only who counts must know.
+    /// Records pages that leave the balloon. They come into existence when they are touched, so only the counts change.
     fn deflate(&self, ram: &GuestRam) {
         let unit = ram.release_unit();
         if unit > PAGE {
@@ -439,21 +439,22 @@ impl Pages {
         }
     }
 
-    /// Free pages (5.5.6.7). Those that must come back with other contents than zeros stay as they are (5.5.6.6).
+    /// Releases reported free pages (5.5.6.7). If they must come back with contents other than zeros, they stay
+    /// (5.5.6.6).
     fn reported(&self, chain: &Chain, ram: &GuestRam) {
         if self.shared.poison.load(Ordering::Acquire) == 0 {
             chain.writable().iter().for_each(|s| self.release(ram, s.addr, s.len.into()));
         }
     }
 
-    /// A host that refuses costs memory, but nobody else anything.
+    /// Gives memory back to the host. A host that refuses loses memory, but nothing else fails.
     fn release(&self, ram: &GuestRam, addr: u64, len: u64) {
         if let Err(e) = ram.release(addr, len) {
             self.shared.warnings.warn(format_args!("the host does not take back memory that the guest gave up: {e}"));
         }
     }
 
-    /// Statistics arrive in a buffer that is kept until new ones are wanted; a driver has only one (5.5.6.3).
+    /// Reads statistics; their buffer is kept until new ones are wanted. A driver has only one buffer (5.5.6.3).
     fn stats(&mut self, queue: &mut Queue, ram: &GuestRam) -> Result<Progress, Fault> {
         for _ in 0..super::queue::BATCH {
             let Some(chain) = queue.pop(ram)? else {
@@ -466,7 +467,7 @@ impl Pages {
             let mut bytes = vec![0; reader.len().min(MAX_STATS * STAT as u64) as usize];
             reader.read(&mut bytes)?;
             *lock(&self.shared.stats) = Some((Instant::now(), stats::parse(&bytes)));
-            // The one popped last is held, because only that can be put back.
+            // The buffer popped last is held, because only that one can be put back.
             if let Some(older) = self.held.replace(chain) {
                 queue.push_used(ram, older, 0)?;
             }
@@ -475,7 +476,7 @@ impl Pages {
     }
 }
 
-/// Marks a page of a huge one as in the balloon or not.
+/// Marks a part of a huge page as inside or outside of the balloon.
 fn set(part: &mut [u64; 8], page: u64, inside: bool) {
     if let Some(word) = part.get_mut((page / 64) as usize) {
         let bit = 1 << (page % 64);
@@ -483,7 +484,7 @@ fn set(part: &mut [u64; 8], page: u64, inside: bool) {
     }
 }
 
-/// Whether all pages of a huge one are in the balloon.
+/// Returns whether all parts of a huge page are in the balloon.
 fn full(part: &[u64; 8], unit: u64) -> bool {
     part.iter().map(|word| u64::from(word.count_ones())).sum::<u64>() == unit / PAGE
 }
@@ -497,7 +498,7 @@ mod tests {
     use proptest::prelude::*;
 
     const RAM: u64 = 16 << 20;
-    /// Where requests are, and from where on pages are given up.
+    /// Address of requests, and address from which pages are given up.
     const NUMBERS: u64 = 0x1_0000;
     const PAGES: u64 = 1 << 20;
     const FILL: u8 = 0xAA;
@@ -547,7 +548,7 @@ mod tests {
             self.request(queue, &[out(NUMBERS, bytes.len() as u32)])
         }
 
-        /// What page `n` has in it.
+        /// Returns the byte that fills page `n`.
         fn page(&self, n: u64) -> u8 {
             let mut page = [0; PAGE as usize];
             self.ram.read(n * PAGE, &mut page).unwrap();
@@ -559,7 +560,7 @@ mod tests {
     #[test]
     fn the_host_gets_what_the_guest_gives_up() {
         let mut s = setup("1M", 0);
-        // Some neighbours in falling order, as Linux has them, one twice, and some on their own.
+        // Some adjacent pages in descending order, as Linux sends them, one of them twice, and some single pages.
         s.numbers(0, &[0x205, 0x204, 0x203, 0x204, 0x300, 0xFFF]).unwrap();
         for (page, content) in
             [(0x202, FILL), (0x203, 0), (0x204, 0), (0x205, 0), (0x206, FILL), (0x300, 0), (0xFFE, FILL), (0xFFF, 0)]
@@ -578,7 +579,7 @@ mod tests {
         s.numbers(1, &[u32::MAX, 0x200, 0x200]).unwrap();
         s.numbers(0, &[]).unwrap();
         s.request(0, &[inn(NUMBERS, 8)]).unwrap();
-        // A page number and a half, across two buffers.
+        // One page number and a half, across two buffers.
         s.ram.write(NUMBERS, &[0, 2, 0, 0, 1, 2]).unwrap();
         s.request(0, &[out(NUMBERS, 3), out(NUMBERS + 3, 3)]).unwrap();
         assert_eq!((s.page(0x200), s.page(0x201)), (0, FILL));
@@ -593,7 +594,7 @@ mod tests {
         for _ in 0..8 {
             s.drivers[0].add(&[out(NUMBERS, 0x4000), out(NUMBERS, 0)]).unwrap();
         }
-        // Repeated numbers count once, so this is only a question of how many requests there are.
+        // Repeated numbers count once, so only the number of requests matters.
         s.deliver(Event::Kick(0)).unwrap();
         assert_eq!(std::iter::from_fn(|| s.drivers[0].take_used()).count(), 8);
     }
@@ -609,7 +610,7 @@ mod tests {
         s.request(3, &report).unwrap();
         assert_eq!([0x1FF, 0x200, 0x201, 0x202].map(|n| s.page(n)), [FILL, 0, 0, FILL]);
         assert_eq!([0x400, 0x401, 0x500, 0x501].map(|n| s.page(n)), [FILL, FILL, 0, FILL]);
-        // Without the queue for statistics it is the third.
+        // Without the statistics queue, the reporting queue is the third.
         let mut s = setup("free_page_reporting=on", F_STATS_VQ);
         s.request(2, &report).unwrap();
         assert_eq!(s.page(0x200), 0);
@@ -635,13 +636,13 @@ mod tests {
             s.device.read_config(8, &mut data);
             u32::from_le_bytes(data)
         };
-        // Nobody asked.
+        // No hints were requested yet.
         free(&mut s, 0x20_0000);
         told(&mut s, 0);
         assert_eq!((command(&s), found(&mut s)), (0, (false, vec![])));
         assert_eq!(s.device.control(&Control::StartHints), Ok(Reply::ConfigChanged));
         assert_eq!(command(&s), 2);
-        // The answer to another question, then that to this one.
+        // An answer to another request, then one to this request.
         told(&mut s, 7);
         free(&mut s, 0x20_0000);
         told(&mut s, 2);
@@ -656,14 +657,14 @@ mod tests {
         assert_eq!(s.device.control(&Control::EndHints), Ok(Reply::ConfigChanged));
         assert_eq!(s.device.control(&Control::EndHints), Ok(Reply::Done));
         assert_eq!((command(&s), found(&mut s)), (1, (false, vec![])));
-        // What is reported is told on the queue behind.
+        // Free page reports come on the queue after the one for hints.
         s.request(4, &[inn(0x30_0000, 0x1000)]).unwrap();
         assert_eq!(s.page(0x300), 0);
         s.device.control(&Control::StartHints).unwrap();
         s.device.reset();
         assert_eq!((command(&s), found(&mut s)), (0, (false, vec![])));
         let without = setup("0", 0).device.control(&Control::StartHints).unwrap_err().to_string();
-        assert_eq!(without, "the balloon is without free_page_hinting");
+        assert_eq!(without, "the balloon was configured without free_page_hinting");
     }
 
     fn stats_bytes(stats: &[(u16, u64)]) -> Vec<u8> {
@@ -685,7 +686,7 @@ mod tests {
         s.deliver(Event::Ready(TIMER)).unwrap();
         assert_eq!(s.drivers[2].take_used(), Some((0, 0)));
         s.deliver(Event::Ready(TIMER)).unwrap();
-        // More than one buffer: all but the last return at once, and that returns to the ring when it is over.
+        // More than one buffer: all but the last return immediately, and that one returns to the ring at the end.
         for _ in 0..3 {
             s.drivers[2].add(&[out(NUMBERS, 10)]).unwrap();
         }
@@ -709,7 +710,7 @@ mod tests {
         assert_ne!(driver.offered() & F_DEFLATE_ON_OOM, 0);
         assert_eq!(driver.offered() & (F_PAGE_REPORTING | F_PAGE_POISON), 0);
         assert_eq!((driver.get(0x100), driver.get(0x104), driver.get(0x110)), (1024, 0, 0));
-        // Before there is a driver nobody is told.
+        // No notification before there is a driver.
         assert_eq!(transport.control(&Control::SetBalloon(8 << 20)), Ok(Reply::Done));
         assert_eq!(line.take_count(), 0);
         driver.start(0, 0x1000, 16);
@@ -781,7 +782,7 @@ mod tests {
         assert!(full(&part, 2 << 20));
         set(&mut part, 77, false);
         assert!(!full(&part, 2 << 20));
-        // Not every machine has a pool.
+        // Not every machine has a pool of huge pages.
         let Ok(ram) = GuestRam::new(&"16M,hugepages=2M".parse().unwrap()) else { return };
         ram.write(2 << 20, &[FILL; 4096]).unwrap();
         let mut pages =
@@ -806,7 +807,7 @@ mod tests {
         assert_eq!(serde_json::from_str::<BalloonConfig>(&json).unwrap(), config);
     }
 
-    /// A request: its queue, page numbers relative to [`PAGES`] or anything, and bytes that are too many.
+    /// Request: its queue, page numbers from [`PAGES`] on or arbitrary, and a number of excess bytes.
     fn request() -> impl Strategy<Value = (usize, Vec<u32>, u32)> {
         let number = prop_oneof![20 => 0x100..0x1000u32, 1 => any::<u32>()];
         (0..4usize, prop::collection::vec(number, 0..20), prop_oneof![4 => Just(0), 1 => 1..4u32])
@@ -815,7 +816,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, cases: 64, ..ProptestConfig::default() })]
 
-        /// Whatever is asked for, only pages that were named lose their contents.
+        /// Checks that only pages that were named lose their contents, whatever is requested.
         #[test]
         fn what_was_not_given_up_stays(
             requests in prop::collection::vec(request(), 1..12),

@@ -1,5 +1,5 @@
-//! One request: a chain of descriptors (2.7.5), walked once, bounded and checked, into two lists of segments. The
-//! device reads the first through a [`Reader`] and writes the second through a [`Writer`]; how the driver cut the
+//! One request: a descriptor chain (2.7.5), walked once, bounded and checked, into two lists of segments. The device
+//! reads the first through a [`Reader`] and writes the second through a [`Writer`]. The driver's division of the
 //! buffers into segments makes no difference (2.7.4).
 
 use std::ops::Range;
@@ -15,56 +15,56 @@ const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 /// Size of a descriptor in bytes.
 const DESC: u32 = 16;
 
-/// The rule that a chain broke.
+/// Rule that a chain broke.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// 2.7.5.3.1: not longer than the queue; this is also how loops end.
+    /// Chain longer than the queue (2.7.5.3.1); this check also ends loops.
     #[error("a descriptor chain is longer than the queue's {max} entries, or loops")]
     TooLong {
-        /// The queue's size.
+        /// Queue size.
         max: u32,
     },
-    /// 2.7.5.2: not more than 2^32 bytes.
+    /// Chain of more than 2^32 bytes (2.7.5.2).
     #[error("a descriptor chain has more than 2^32 bytes")]
     TooManyBytes,
-    /// 2.7.5: `next` is an index into the same table.
+    /// `next` that is not an index into the same table (2.7.5).
     #[error("descriptor {next} does not exist in a table of {len}")]
     Next {
-        /// What the driver wrote.
+        /// Index that the driver wrote.
         next: u16,
-        /// Descriptors there are.
+        /// Number of descriptors in the table.
         len: u32,
     },
-    /// 2.7.4.2: device-writable ones come last.
+    /// Device-readable descriptor after a device-writable one (2.7.4.2).
     #[error("a device-readable descriptor follows a device-writable one")]
     ReadableAfterWritable,
-    /// 2.7.5: buffers are in memory.
+    /// Buffer that is not in memory (2.7.5).
     #[error("a descriptor's buffer is outside of memory: {0}")]
     Buffer(OutOfRam),
-    /// 2.7.5.3.1: only when negotiated.
-    #[error("an indirect descriptor, which was not negotiated")]
+    /// Indirect descriptor that was not negotiated (2.7.5.3.1).
+    #[error("an indirect descriptor, although indirect descriptors were not negotiated")]
     IndirectNotNegotiated,
-    /// 2.7.5.3.1: one level only.
+    /// Indirect descriptor within an indirect table (2.7.5.3.1).
     #[error("an indirect descriptor within an indirect table")]
     IndirectNested,
-    /// 2.7.5.3.1: not both flags.
+    /// Indirect descriptor with the next flag (2.7.5.3.1).
     #[error("an indirect descriptor that has a next one")]
     IndirectWithNext,
-    /// 2.7.5.3: whole descriptors, at least one.
-    #[error("an indirect table of {len} bytes, which is no positive multiple of 16")]
+    /// Indirect table that is empty or not a whole number of descriptors (2.7.5.3).
+    #[error("an indirect table of {len} bytes, which is not a positive multiple of 16")]
     IndirectLength {
-        /// What the driver wrote.
+        /// Length that the driver wrote.
         len: u32,
     },
-    /// The table itself is in memory.
+    /// Indirect table that is not in memory.
     #[error("an indirect table is outside of memory: {0}")]
     IndirectTable(OutOfRam),
-    /// The device needs more than the driver gave.
+    /// Request with fewer bytes than the device needs.
     #[error("a request has {have} bytes where {need} are needed")]
     Short {
-        /// Bytes there are.
+        /// Bytes available.
         have: u64,
-        /// Bytes wanted.
+        /// Bytes needed.
         need: u64,
     },
 }
@@ -78,18 +78,18 @@ pub struct Segment {
     pub len: u32,
 }
 
-/// Where a chain starts.
+/// Descriptor table in which a chain starts.
 #[derive(Clone, Copy, Debug)]
 pub struct Table {
     /// Guest-physical address of the descriptor table.
     pub addr: u64,
-    /// How many descriptors it has; also the bound on the length of a chain.
+    /// Number of descriptors; also the maximum length of a chain.
     pub len: u32,
-    /// Whether indirect descriptors were negotiated.
+    /// Set if indirect descriptors were negotiated.
     pub indirect: bool,
 }
 
-/// A request of the driver. It goes back through [`super::queue::Queue::push_used`].
+/// Request of the driver. It is returned through [`super::queue::Queue::push_used`].
 #[derive(Debug)]
 pub struct Chain {
     head: u16,
@@ -98,7 +98,7 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Follows the chain from descriptor `head`. `segments` is memory to reuse.
+    /// Follows the chain from descriptor `head`. `segments` provides memory to reuse.
     pub fn walk(ram: &GuestRam, table: Table, head: u16, mut segments: Vec<Segment>) -> Result<Self, Error> {
         segments.clear();
         let mut walk = Walk { ram, segments, readable: 0, bytes: 0, left: table.len, max: table.len, known: 0..0 };
@@ -109,32 +109,32 @@ impl Chain {
         Ok(Chain { head, readable, segments })
     }
 
-    /// Index of the first descriptor, by which the driver knows it.
+    /// Returns the index of the first descriptor, by which the driver identifies the chain.
     pub fn head(&self) -> u16 {
         self.head
     }
 
-    /// What the device may read.
+    /// Returns the segments that the device may read.
     pub fn readable(&self) -> &[Segment] {
         self.segments.get(..self.readable).unwrap_or(&[])
     }
 
-    /// What the device may write.
+    /// Returns the segments that the device may write.
     pub fn writable(&self) -> &[Segment] {
         self.segments.get(self.readable..).unwrap_or(&[])
     }
 
-    /// Reads from the readable part's beginning.
+    /// Returns a reader of the readable part, from its beginning.
     pub fn reader<'a>(&'a self, ram: &'a GuestRam) -> Reader<'a> {
         Reader(Span::new(ram, self.readable()))
     }
 
-    /// Writes from the writable part's beginning.
+    /// Returns a writer of the writable part, from its beginning.
     pub fn writer<'a>(&'a self, ram: &'a GuestRam) -> Writer<'a> {
         Writer(Span::new(ram, self.writable()))
     }
 
-    /// Its memory, for [`Chain::walk`] to reuse.
+    /// Returns the segment list, for [`Chain::walk`] to reuse.
     pub fn into_segments(self) -> Vec<Segment> {
         self.segments
     }
@@ -150,7 +150,7 @@ struct Descriptor {
 }
 
 impl Descriptor {
-    /// Reads it once: the guest may change it at any time.
+    /// Reads the descriptor once: the guest may change it at any time.
     fn read(table: &RamSlice<'_>, index: u16) -> Option<Self> {
         let raw = table.get_ref::<u128>(usize::from(index) * DESC as usize).ok()?.load();
         let raw = u128::from_le(raw);
@@ -168,15 +168,15 @@ struct Walk<'a> {
     segments: Vec<Segment>,
     readable: usize,
     bytes: u64,
-    /// How many more descriptors the chain may have.
+    /// Number of further descriptors that the chain may have.
     left: u32,
     max: u32,
-    /// A region of RAM: that of the last buffer, and most likely of the next.
+    /// Region of RAM of the last buffer, and most likely of the next.
     known: Range<u64>,
 }
 
 impl Walk<'_> {
-    // Inlined, with `take`: a fifth of the instructions of a whole request's pop.
+    // Inlined, as is `take`: saves a fifth of the instructions of popping a request.
     #[inline(always)]
     fn check_ram(&mut self, addr: u64, len: u32) -> Result<(), OutOfRam> {
         let out_of_ram = OutOfRam { addr, len: len.into() };
@@ -187,7 +187,7 @@ impl Walk<'_> {
         if end <= self.known.end { Ok(()) } else { Err(out_of_ram) }
     }
 
-    /// Follows descriptors of the queue's own table; returns the indirect one that ends it, if any.
+    /// Follows descriptors of the queue's own table; returns the indirect descriptor that ends the chain, if any.
     fn direct(&mut self, table: Table, head: u16) -> Result<Option<Descriptor>, Error> {
         let view = self.ram.slice(table.addr, u64::from(table.len) * u64::from(DESC)).map_err(Error::Buffer)?;
         let mut next = head;
@@ -207,7 +207,7 @@ impl Walk<'_> {
         }
     }
 
-    /// Follows an indirect table. The write flag of the descriptor that refers to it means nothing (2.7.5.3.2).
+    /// Follows an indirect table. The write flag of the descriptor that refers to it is ignored (2.7.5.3.2).
     fn indirect(&mut self, table: Descriptor) -> Result<(), Error> {
         if table.flags & NEXT != 0 {
             return Err(Error::IndirectWithNext);
@@ -237,12 +237,12 @@ impl Walk<'_> {
         if !writable && self.segments.len() > self.readable {
             return Err(Error::ReadableAfterWritable);
         }
-        // A buffer of no bytes has no address worth checking.
+        // The address of an empty buffer does not matter.
         if desc.len == 0 {
             return Ok(());
         }
         self.check_ram(desc.addr, desc.len).map_err(Error::Buffer)?;
-        // At most 32768 descriptors of less than 2^32 bytes: no overflow.
+        // At most 32768 descriptors of less than 2^32 bytes each: no overflow.
         self.bytes += u64::from(desc.len);
         if self.bytes > 1 << 32 {
             return Err(Error::TooManyBytes);
@@ -255,14 +255,14 @@ impl Walk<'_> {
     }
 }
 
-/// Some consecutive bytes of a list of segments.
+/// Consecutive bytes of a list of segments.
 #[derive(Clone, Copy)]
 struct Span<'a> {
     ram: &'a GuestRam,
     segments: &'a [Segment],
     /// Bytes of the first segment that lie before the span.
     skip: u32,
-    /// Bytes of the span.
+    /// Length of the span in bytes.
     len: u64,
 }
 
@@ -271,7 +271,7 @@ impl<'a> Span<'a> {
         Span { ram, segments, skip: 0, len: segments.iter().map(|s| u64::from(s.len)).sum() }
     }
 
-    /// Takes the first `len` bytes off.
+    /// Splits off the first `len` bytes.
     fn take(&mut self, len: u64) -> Result<Span<'a>, Error> {
         let rest = self.len.checked_sub(len).ok_or(Error::Short { have: self.len, need: len })?;
         let front = Span { len, ..*self };
@@ -290,7 +290,7 @@ impl<'a> Span<'a> {
         Ok(front)
     }
 
-    /// The pieces of memory it consists of.
+    /// Returns the pieces of memory that the span consists of.
     fn slices(self) -> impl Iterator<Item = Result<RamSlice<'a>, OutOfRam>> {
         let Span { ram, segments, mut skip, len: mut left } = self;
         segments.iter().map_while(move |s| {
@@ -301,7 +301,7 @@ impl<'a> Span<'a> {
         })
     }
 
-    /// All of them, in memory that need not grow on the way.
+    /// Collects all pieces, with a single allocation.
     fn buffers(self) -> Result<Vec<RamSlice<'a>>, OutOfRam> {
         let mut buffers = Vec::with_capacity(self.segments.len());
         for slice in self.slices() {
@@ -316,13 +316,13 @@ impl<'a> Span<'a> {
 pub struct Reader<'a>(Span<'a>);
 
 impl<'a> Reader<'a> {
-    /// Bytes left.
+    /// Returns the number of bytes left.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> u64 {
         self.0.len
     }
 
-    /// Fills `data`, or reads nothing if there are not enough bytes.
+    /// Fills `data`, or reads nothing if too few bytes are left.
     pub fn read(&mut self, data: &mut [u8]) -> Result<(), Error> {
         let mut at = 0;
         for slice in self.0.take(data.len() as u64)?.slices() {
@@ -334,17 +334,17 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Takes the next `len` bytes off as a reader of their own.
+    /// Splits off the next `len` bytes as a separate reader.
     pub fn take(&mut self, len: u64) -> Result<Reader<'a>, Error> {
         self.0.take(len).map(Reader)
     }
 
-    /// The memory itself, for system calls.
+    /// Returns the memory itself, piece by piece, for system calls.
     pub fn slices(self) -> impl Iterator<Item = Result<RamSlice<'a>, OutOfRam>> {
         self.0.slices()
     }
 
-    /// The same, all at once.
+    /// Collects all pieces of the memory, for system calls.
     pub fn buffers(self) -> Result<Vec<RamSlice<'a>>, OutOfRam> {
         self.0.buffers()
     }
@@ -355,7 +355,7 @@ impl<'a> Reader<'a> {
 pub struct Writer<'a>(Span<'a>);
 
 impl<'a> Writer<'a> {
-    /// Bytes left.
+    /// Returns the number of bytes left.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> u64 {
         self.0.len
@@ -373,17 +373,17 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// Takes the next `len` bytes off as a writer of their own.
+    /// Splits off the next `len` bytes as a separate writer.
     pub fn take(&mut self, len: u64) -> Result<Writer<'a>, Error> {
         self.0.take(len).map(Writer)
     }
 
-    /// The memory itself, for system calls.
+    /// Returns the memory itself, piece by piece, for system calls.
     pub fn slices(self) -> impl Iterator<Item = Result<RamSlice<'a>, OutOfRam>> {
         self.0.slices()
     }
 
-    /// The same, all at once.
+    /// Collects all pieces of the memory, for system calls.
     pub fn buffers(self) -> Result<Vec<RamSlice<'a>>, OutOfRam> {
         self.0.buffers()
     }
@@ -414,7 +414,7 @@ mod tests {
             Setup { ram, driver, queue }
         }
 
-        /// Descriptors as they are; the chain starts at 0.
+        /// Writes the given descriptors; the chain starts at descriptor 0.
         fn raw(&mut self, table: u64, descs: &[(Buf, u16, u16)]) -> &mut Self {
             for (i, &(buf, flags, next)) in (0u16..).zip(descs) {
                 self.driver.write_desc(table, i, buf, flags, next);

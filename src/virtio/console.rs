@@ -1,12 +1,12 @@
 //! Console device (5.3): a console (`hvc0`) and binary ports, each with a receive and a transmit queue.
 //!
 //! ```text
-//! host ──▶ machine loop ──▶ HostPort (64 KiB) ──▶ receive queue      control queues: which ports there are, what they
-//! host ◀── Output (64 KiB, its own thread) ◀── transmit queue        are called, who has them open
+//! host ──▶ machine loop ──▶ HostPort (64 KiB) ──▶ receive queue      control queues: which ports exist, their
+//! host ◀── Output (64 KiB, its own thread) ◀── transmit queue        names, whether they are open
 //! ```
 //!
-//! Nothing here waits: a port whose buffer is full leaves its queue alone until there is room, and the other ports
-//! don't notice. What the host sends to a port that nobody in the guest has open stays with the host.
+//! Nothing here waits: a port whose buffer is full leaves its queue alone until there is room, and the other ports are
+//! not affected. Input for a port that is not open in the guest stays with the host.
 
 mod config;
 mod host;
@@ -45,8 +45,9 @@ const RESIZE: u16 = 5;
 const PORT_OPEN: u16 = 6;
 const PORT_NAME: u16 = 7;
 
-/// What a port has to be told yet, in the order in which it is; a bit each, so however often a driver asks, it stays
-/// little. The name comes last: who looks for it finds a port of which the rest is known.
+/// Messages that a port may have due, in the order in which they are sent. One bit each, so repeated requests of a
+/// driver need no more memory. The name comes last: a program that finds a port by its name finds everything else
+/// known.
 const DUE: [(u8, u16); 5] = [
     (DUE_ADD, PORT_ADD),
     (DUE_CONSOLE, CONSOLE_PORT),
@@ -61,59 +62,60 @@ const DUE_NAME: u8 = 1 << 3;
 const DUE_OPEN: u8 = 1 << 4;
 
 const QUEUE_SIZE: u16 = 64;
-/// Bytes of a control message's fixed part: port, event, value.
+/// Size of a control message's fixed part in bytes: port, event, value.
 const CONTROL: usize = 8;
-/// Longest thing that is written at once. Linux writes up to 64 KiB.
+/// Maximum length of a single write. Linux writes up to 64 KiB.
 const MAX_WRITE: u64 = 1 << 20;
 /// Bytes of output that may wait for a slow reader once the device stops: 16 MiB, more than Linux has in a ring.
 const DRAIN_LIMIT: usize = 16 << 20;
-/// Most ports of a device, the console among them.
+/// Maximum number of ports of a device, including the console.
 pub const MAX_PORTS: usize = 32;
 const WAKE: u64 = 0;
 const ROOM: u64 = 1;
 
-/// A port about to be made.
+/// Port to be created.
 pub struct NewPort {
-    /// Its name; without one it is the console.
+    /// Name of the port; the console has none.
     pub name: Option<String>,
-    /// Where what the guest writes goes.
+    /// Destination of what the guest writes.
     pub output: Output,
 }
 
-/// What is saved of a console device: what the driver knows of its ports. Bytes on their way are the host's.
+/// Saved state of a console device: what the driver knows of its ports. Bytes in transit are not saved; they are the
+/// host's.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConsoleState {
     ports: Vec<PortState>,
 }
 
-/// What a driver knows of a port.
+/// State of a port that the driver knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct PortState {
-    /// The driver has set it up.
+    /// Set once the driver has set the port up.
     ready: bool,
-    /// Somebody in the guest has it open.
+    /// Set while somebody in the guest has the port open.
     open: bool,
-    /// What it was told last of whether somebody is at the host's side.
+    /// Last connection state of the host's side that the driver was notified of.
     connected: bool,
-    /// See [`DUE`].
+    /// Messages that are due: see [`DUE`].
     due: u8,
 }
 
-/// The device.
+/// Console device.
 pub struct Console {
     info: DeviceInfo,
     shared: Arc<Shared>,
 }
 
 impl Console {
-    /// A device with these ports, at most [`MAX_PORTS`]; the first is that of a driver which knows only one. `events`
-    /// hears of what a console's text gives away, and of room for more input.
+    /// Creates a device with these ports, at most [`MAX_PORTS`]; a driver that knows only one port uses the first.
+    /// `events` receives what the console's text reveals, and news of room for more input.
     pub fn new(name: impl Into<String>, ports: Vec<NewPort>, events: &GuestEvents) -> io::Result<Self> {
         let count = ports.len().clamp(1, MAX_PORTS);
         let features = RING_FEATURES | F_SIZE | F_MULTIPORT;
-        // 5.3.2: two for the first port, two for control messages, two for each other port.
+        // 5.3.2: two queues for the first port, two for control messages, two for each other port.
         let queue_sizes = vec![QUEUE_SIZE; 2 * count + 2];
         let make = |NewPort { name, output }| Port {
             name,
@@ -130,7 +132,7 @@ impl Console {
         Ok(Console { info, shared: Arc::new(shared) })
     }
 
-    /// The host's side of each port, in order.
+    /// Returns the host's side of each port, in order.
     pub fn host_ports(&self) -> Vec<HostPort> {
         (0..self.shared.ports.len()).map(|port| HostPort { shared: self.shared.clone(), port }).collect()
     }
@@ -177,7 +179,7 @@ impl VirtioDevice for Console {
     }
 }
 
-/// What a queue is for.
+/// Purpose of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     Receive(usize),
@@ -187,7 +189,7 @@ enum Role {
 }
 
 impl Role {
-    /// 5.3.2.
+    /// Returns the role of a queue, by its index (5.3.2).
     fn of(queue: usize) -> Role {
         match (queue, queue % 2) {
             (0, _) => Role::Receive(0),
@@ -211,11 +213,11 @@ impl Role {
     }
 }
 
-/// Serves all queues.
+/// Handler of all queues.
 struct Ports {
     shared: Arc<Shared>,
     multiport: bool,
-    /// The window size that a driver without control queues was told.
+    /// Window size that a driver without control queues was last notified of.
     told_size: (u16, u16),
     /// Memory to reuse.
     buffer: Vec<u8>,
@@ -253,11 +255,11 @@ impl Handler for Ports {
         }
     }
 
-    /// What the guest has written is on its way, for it: a guest that ends does not wait until the host has it. So the
-    /// rings are emptied, whether there is room for it or not.
+    /// Empties the transmit rings, even without room for their contents: what the guest has written counts as sent, and
+    /// a guest that ends does not wait until the host has it.
     fn drain(&mut self, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
         for port in 0..self.shared.ports.len() {
-            // Twice what a ring holds: who goes on adding is not waited for.
+            // Twice the size of a ring: a guest that keeps adding is not waited for.
             for _ in 0..2 {
                 if self.transmit(port, DRAIN_LIMIT, queues, cx.ram)? == Progress::Done {
                     break;
@@ -269,7 +271,7 @@ impl Handler for Ports {
 }
 
 impl Ports {
-    /// Whether input may be sent to a port: what comes too early a driver throws away (5.3.6.1).
+    /// Returns whether input may be sent to a port: a driver throws away what comes too early (5.3.6.1).
     fn is_open(&self, port: usize) -> bool {
         if !self.multiport {
             return port == 0;
@@ -279,7 +281,7 @@ impl Ports {
         state.ports.get(port).is_some_and(|port| port.ready && (port.open || is_console))
     }
 
-    /// There is input, somebody came or went, or the window has another size.
+    /// Handles news from the host: input, a connection or disconnection, or another window size.
     fn host_changed(&mut self, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
         let size = *lock(&self.shared.size);
         if !self.multiport && std::mem::replace(&mut self.told_size, size) != size {
@@ -297,7 +299,7 @@ impl Ports {
         }
     }
 
-    /// Moves input to the guest as far as it has buffers for it.
+    /// Moves input to the guest as far as the guest has buffers for it.
     fn feed(&mut self, index: usize, queues: &mut [Queue], ram: &GuestRam) -> Result<Progress, Fault> {
         let queue = queues.get_mut(Role::Receive(index).queue());
         let (Some(port), Some(queue)) = (self.shared.ports.get(index), queue) else { return Ok(Progress::Done) };
@@ -330,7 +332,7 @@ impl Ports {
         Ok(progress)
     }
 
-    /// Who went away is gone when the guest has the last that came from him, which may be now.
+    /// Reports a disconnect once the guest has read all remaining input.
     fn tell_end(&mut self, index: usize, queues: &mut [Queue], ram: &GuestRam) -> Result<(), Fault> {
         let Some(port) = self.shared.ports.get(index) else { return Ok(()) };
         let ended = {
@@ -341,7 +343,7 @@ impl Ports {
         if ended && !told { self.send_control(queues, ram).map(drop) } else { Ok(()) }
     }
 
-    /// Moves output to the host as far as there is room for it: up to `limit` bytes.
+    /// Moves output to the host while no more than `limit` bytes wait there.
     fn transmit(
         &mut self,
         index: usize,
@@ -353,7 +355,7 @@ impl Ports {
         let (Some(port), Some(queue)) = (self.shared.ports.get(index), queue) else { return Ok(Progress::Done) };
         let mut progress = Progress::More;
         for _ in 0..BATCH {
-            // If not, the token of its room comes.
+            // If there is none now, the token of the port's room follows later.
             if !port.output.has_room(limit) {
                 progress = Progress::Done;
                 break;
@@ -379,7 +381,7 @@ impl Ports {
         Ok(progress)
     }
 
-    /// Takes the driver's control messages (5.3.6.2), and answers them.
+    /// Handles the driver's control messages (5.3.6.2) and answers them.
     fn receive_control(&mut self, queues: &mut [Queue], ram: &GuestRam) -> Result<Progress, Fault> {
         let Some(queue) = queues.get_mut(Role::ControlTransmit.queue()) else { return Ok(Progress::Done) };
         let progress = queue.serve(ram, |chain| {
@@ -393,7 +395,8 @@ impl Ports {
         Ok(progress)
     }
 
-    /// One message. What is too short, of a port that does not exist, or of no known kind is ignored.
+    /// Handles one control message. It is ignored if it is too short, of an unknown kind, or for a port that does not
+    /// exist.
     fn hear(&self, chain: &Chain, ram: &GuestRam) {
         let mut message = [0; CONTROL];
         if chain.reader(ram).read(&mut message).is_err() {
@@ -424,14 +427,14 @@ impl Ports {
         }
     }
 
-    /// Tells the driver what it does not know yet, as far as it has buffers for it.
+    /// Sends the driver the messages that are due, as far as it has buffers for them.
     fn send_control(&mut self, queues: &mut [Queue], ram: &GuestRam) -> Result<Progress, Fault> {
         let Some(queue) = queues.get_mut(Role::ControlReceive.queue()) else { return Ok(Progress::Done) };
         let mut state = lock(&self.shared.state);
-        // Each port has a few messages due at the most, so this is bounded.
+        // Each port has at most a few messages due, so this is bounded.
         for (id, (port, known)) in (0u32..).zip(state.ports.iter_mut().zip(&self.shared.ports)) {
             let input = lock(&known.input);
-            // Who went away is gone when the last that came from him is.
+            // A disconnect is reported only after the last byte of input was delivered.
             if port.ready && port.connected != input.connected && (input.connected || input.bytes.is_empty()) {
                 port.connected = input.connected;
                 port.due |= DUE_OPEN;
@@ -467,7 +470,7 @@ impl Ports {
         match (event, &port.name) {
             (PORT_NAME, Some(name)) => message.extend(name.bytes()),
             (RESIZE, _) => {
-                // As 5.3.6.2 has it, and Linux 6.1 of late. Linux before that took the rows to come first.
+                // The order of 5.3.6.2 and of later releases of Linux 6.1. Earlier Linux expects the rows first.
                 let (columns, rows) = *lock(&self.shared.size);
                 message.extend([columns.to_le_bytes(), rows.to_le_bytes()].concat());
             }
@@ -512,7 +515,7 @@ mod tests {
         (reader, output)
     }
 
-    /// A console and two ports, `red` and `blue`.
+    /// Creates a console and two ports, `red` and `blue`.
     fn device(events: &GuestEvents) -> (Console, Vec<PipeReader>) {
         let (readers, outputs): (Vec<_>, Vec<_>) = (0..3).map(|_| output()).unzip();
         let names = [None, Some("red".to_string()), Some("blue".to_string())];
@@ -551,7 +554,7 @@ mod tests {
             self.deliver(Event::Kick(role.queue()))
         }
 
-        /// Has the driver say something.
+        /// Sends a control message from the driver.
         fn say(&mut self, id: u32, event: u16, value: u16) {
             self.ram.write_obj(DATA, u64::from(id) | u64::from(event) << 32 | u64::from(value) << 48).unwrap();
             assert!(self.add(Role::ControlTransmit, &[out(DATA, 8)]));
@@ -559,7 +562,7 @@ mod tests {
             assert_eq!(self.drivers[3].take_used().unwrap().1, 0);
         }
 
-        /// Gives buffers for control messages and returns what came.
+        /// Provides buffers for control messages, and returns the messages that came.
         fn heard(&mut self) -> Vec<(u32, u16, u16, Vec<u8>)> {
             let at = |n: u64| DATA + 0x1000 + 0x100 * n;
             let mut heads = std::collections::HashMap::new();
@@ -575,7 +578,7 @@ mod tests {
                 let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
                 messages.push((u32::from(half(0)), half(4), half(6), bytes[8..].to_vec()));
             }
-            // What is left over goes back, for the next round.
+            // Unused buffers are taken back, for the next round.
             let fresh = FakeQueue::new(&self.ram, 0x3000, SIZE);
             self.share.queues[2] = fresh.device(0);
             self.drivers[2] = fresh;
@@ -591,7 +594,7 @@ mod tests {
             self.heard();
         }
 
-        /// Gives a port's receive queue a buffer of `len` bytes and returns what came in it.
+        /// Gives a port's receive queue a buffer of `len` bytes and returns the bytes that came in it.
         fn receive(&mut self, port: usize, len: u32) -> Option<Vec<u8>> {
             let role = Role::Receive(port);
             let at = DATA + 0x10_0000 * (port as u64 + 1);
@@ -634,7 +637,7 @@ mod tests {
         assert_eq!(s.heard(), console.map(|(event, more)| (0, event, 1, more)));
         s.say(2, PORT_READY, 1);
         assert_eq!(s.heard(), [(2, PORT_NAME, 1, b"blue".to_vec())]);
-        // Whoever comes, goes or changes the window.
+        // Connections, disconnections and changes of the window size.
         s.host[2].connected(true);
         s.host[0].resize(100, 0x123);
         s.host[1].connected(true);
@@ -664,7 +667,7 @@ mod tests {
         (0..2).for_each(|port| s.host[port].connected(true));
         s.deliver(Event::Ready(WAKE)).unwrap();
         assert_eq!(s.heard(), [(1, PORT_OPEN, 0, vec![])]);
-        // What is written all the same goes nowhere.
+        // What is written nevertheless is discarded.
         assert!(s.transmit(1, b"still").unwrap());
     }
 
@@ -710,7 +713,7 @@ mod tests {
         s.host[1].connected(true);
         while got.len() < data.len() {
             sent += s.host[1].receive(&data[sent..]);
-            // Not before the last byte is out does the driver hear that nobody is there any more.
+            // The driver is notified of the disconnect only after the last byte was delivered.
             s.host[1].connected(sent < data.len());
             assert!(sent - got.len() <= INPUT_LIMIT);
             s.deliver(Event::Ready(WAKE)).unwrap();
@@ -723,7 +726,7 @@ mod tests {
         assert!(got == data);
         s.deliver(Event::Ready(WAKE)).unwrap();
         assert_eq!(s.heard().last(), Some(&(1, PORT_OPEN, 0, vec![])));
-        // Closed again: what comes stays here.
+        // Closed again: new input stays in the host's buffer.
         s.say(1, PORT_OPEN, 0);
         s.host[1].receive(b"later");
         s.deliver(Event::Ready(WAKE)).unwrap();
@@ -752,7 +755,7 @@ mod tests {
         s.open_all();
         let chunk: Vec<u8> = (0..30_000u32).map(|n| n as u8).collect();
         let mut written = 0;
-        // The pipe takes some, the buffer takes some, and then no more is taken.
+        // The pipe takes some chunks, the buffer takes some, and then no more are taken.
         while s.transmit(1, &chunk).unwrap() {
             written += 1;
             assert!(written * chunk.len() < 4 * LIMIT);
@@ -770,7 +773,7 @@ mod tests {
             assert!(std::time::Instant::now() < limit);
             s.deliver(Event::Ready(ROOM + 1)).unwrap();
         }
-        // It was written over by then, but its length is right.
+        // The last chunk was overwritten by then, but its length is right.
         s.readers[1].read_exact(tail).unwrap();
         assert!(all.chunks(chunk.len()).take(written).all(|part| part == chunk));
     }
@@ -829,7 +832,7 @@ mod tests {
         s.add(Role::ControlTransmit, &[out(DATA, 0)]);
         s.kick(Role::ControlTransmit).unwrap();
         assert_eq!(s.heard(), []);
-        // However often it is asked for, it is told once.
+        // Each message is sent once, however often it is requested.
         (0..100).for_each(|_| s.say(0, DEVICE_READY, 1));
         assert_eq!(s.heard().len(), 3);
     }
@@ -885,7 +888,7 @@ mod tests {
         let mut got = [0; 5];
         readers[1].read_exact(&mut got).unwrap();
         assert_eq!(&got, b"hello");
-        // Paused and resumed, it knows what it was told.
+        // A device that was paused and resumed remembers what the driver knows.
         ram.write_obj(DATA, u64::from(PORT_READY) << 32 | 1 << 48).unwrap();
         driver.queues[3].add(&[out(DATA, 8)]).unwrap();
         driver.kick(3);
@@ -911,7 +914,7 @@ mod tests {
         assert!(s.device.restore(&serde_json::json!({"ports": 3})).is_err());
     }
 
-    /// What happens: which queue gets a buffer of what length, or which port gets input.
+    /// Step of a test: a buffer of some length for a queue, input for a port, or a control message.
     #[derive(Clone, Debug)]
     enum Step {
         Buffer(usize, u32),
@@ -930,7 +933,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, cases: 64, ..ProptestConfig::default() })]
 
-        /// Whatever a driver does, what it gets of a port's input is its beginning, each byte once and in order.
+        /// Checks that the guest gets input from its beginning, each byte once and in order, whatever its driver does.
         #[test]
         fn input_stays_in_order(
             steps in prop::collection::vec(step(), 1..60),
@@ -970,7 +973,7 @@ mod tests {
                         s.kick(Role::ControlTransmit)
                     }
                 };
-                // The one fault that these drivers can bring about is a short control buffer.
+                // The only fault that these drivers can cause is a short control buffer.
                 if let Err(fault) = result {
                     prop_assert!(!flips.is_empty() || fault.to_string().contains("too short"), "{fault}");
                     return Ok(());

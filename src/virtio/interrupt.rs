@@ -1,4 +1,4 @@
-//! The interrupt of a device: its reasons, as the driver reads and acknowledges them, and its line.
+//! Interrupt of a device: its reasons, which the driver reads and acknowledges, and its line.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -10,18 +10,18 @@ use crate::log_limit::LogLimit;
 
 /// All reasons for an interrupt.
 const REASONS: u32 = VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG;
-/// Where the reasons that the driver has read are in [`Shared::reasons`].
+/// Shift, within [`Shared::reasons`], of the reasons that the driver has read.
 const READ: u32 = 8;
 
-/// How a device interrupts its driver: the reasons, and the line. Cloning shares it.
+/// Interrupt from a device to its driver: reasons and line. Clones share both.
 #[derive(Clone, Debug)]
 pub struct Interrupt(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     line: IrqLine,
-    /// `InterruptStatus` (4.2.2): in the low bits what the driver has not read yet, from [`READ`] on what it has read and
-    /// not acknowledged.
+    /// `InterruptStatus` (4.2.2): the low bits are reasons that the driver has not read yet, the bits from [`READ`] on
+    /// are reasons that it has read and not acknowledged.
     reasons: AtomicU32,
     /// `ConfigGeneration` (4.2.2).
     generation: AtomicU32,
@@ -30,60 +30,61 @@ struct Shared {
 }
 
 impl Interrupt {
-    /// No reason pending yet.
+    /// Creates an interrupt without pending reasons.
     pub fn new(line: IrqLine) -> Self {
         let [reasons, generation] = [0; 2].map(AtomicU32::new);
         let (needs_reset, faults) = (AtomicBool::new(false), LogLimit::default());
         Interrupt(Arc::new(Shared { line, reasons, generation, needs_reset, faults }))
     }
 
-    /// Buffers were used (2.7.7). The reason is set before the line is raised: the driver's first act is to read it.
+    /// Announces used buffers (2.7.7). The reason is set before the line is raised, because the driver reads it first.
     pub fn used_buffers(&self) {
         self.raise(VIRTIO_MMIO_INT_VRING);
     }
 
-    /// Configuration space changed (2.3, 2.5). Whoever changes it where a driver may read it meanwhile holds the lock of
-    /// those reads until this returns: a driver that has seen part of the old bytes then sees a new generation after it.
+    /// Announces a change of configuration space (2.3, 2.5). If a driver may read the space during the change, the
+    /// caller must hold the lock of those reads until this returns: a driver that has seen part of the old bytes then
+    /// sees a new generation afterwards.
     pub fn config_changed(&self) {
         self.new_generation();
         self.raise(VIRTIO_MMIO_INT_CONFIG);
     }
 
-    /// The same for a driver that is not ready to be interrupted: what it has read of configuration space is void.
+    /// Starts a new generation without an interrupt: the configuration that the driver has read so far is void.
     pub(super) fn new_generation(&self) {
         self.0.generation.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// The device is in a state that only a reset gets it out of: tells the driver (2.1.2) and, once per reset and within
-    /// the log's bound, the log.
+    /// Puts the device into a state that only a reset ends: sets `DEVICE_NEEDS_RESET` for the driver (2.1.2) and logs
+    /// `why`, once per reset and within the log's limit.
     pub fn needs_reset(&self, device: &str, why: impl std::fmt::Display) {
         if self.is_reset_needed() {
             return;
         }
-        // The status last: a driver that polls it finds the reason and the generation as they will stay.
+        // The status comes last: a driver that polls it finds the reason and the generation in their final state.
         self.new_generation();
         self.0.reasons.fetch_or(VIRTIO_MMIO_INT_CONFIG, Ordering::SeqCst);
         if self.0.needs_reset.swap(true, Ordering::SeqCst) {
             return;
         }
         self.0.line.trigger();
-        self.0.faults.warn(format_args!("{device} is out of order until its driver resets it: {why}"));
+        self.0.faults.warn(format_args!("{device} stopped; its driver must reset it: {why}"));
     }
 
-    /// The line, whose descriptor vhost back ends signal directly.
+    /// Returns the line; vhost backends signal its descriptor directly.
     pub fn line(&self) -> &IrqLine {
         &self.0.line
     }
 
-    /// Raised always, even when the reason is set already: whether the driver looks at the ring before or after it
-    /// acknowledges is its own business.
+    /// Raises the line even if the reason is already set: the driver may look at the ring before or after it
+    /// acknowledges.
     fn raise(&self, reason: u32) {
         self.0.reasons.fetch_or(reason, Ordering::SeqCst);
         self.0.line.trigger();
     }
 }
 
-/// The registers of the transport.
+/// Registers of the transport.
 impl Interrupt {
     /// Reads `InterruptStatus`: a reason stays until it is acknowledged.
     pub(super) fn read_reasons(&self) -> u32 {
@@ -93,8 +94,8 @@ impl Interrupt {
         (before | before >> READ) & REASONS
     }
 
-    /// Writes `InterruptACK`. Only reasons that the driver has read go: KVM hands this write over with the next exit, when
-    /// the same reason may be there again.
+    /// Writes `InterruptACK`. Clears only reasons that the driver has read: KVM delivers this write with the next exit,
+    /// and by then the same reason may be pending again.
     pub(super) fn acknowledge(&self, reasons: u32) {
         self.0.reasons.fetch_and(!((reasons & REASONS) << READ), Ordering::SeqCst);
     }
@@ -104,7 +105,7 @@ impl Interrupt {
         self.0.reasons.load(Ordering::SeqCst) & REASONS != 0
     }
 
-    /// `ConfigGeneration`.
+    /// Returns `ConfigGeneration`.
     pub(super) fn generation(&self) -> u32 {
         self.0.generation.load(Ordering::SeqCst)
     }
@@ -114,19 +115,19 @@ impl Interrupt {
         self.0.needs_reset.load(Ordering::SeqCst)
     }
 
-    /// A reset of the device; the generation continues.
+    /// Clears the state for a reset of the device; the generation continues.
     pub(super) fn reset(&self) {
         self.0.needs_reset.store(false, Ordering::SeqCst);
         self.0.reasons.store(0, Ordering::SeqCst);
     }
 
-    /// Reasons to save: those that were not acknowledged.
+    /// Returns the reasons to save: those that were not acknowledged.
     pub(super) fn saved_reasons(&self) -> u32 {
         let reasons = self.0.reasons.load(Ordering::SeqCst);
         (reasons | reasons >> READ) & REASONS
     }
 
-    /// Takes over what was saved. A reason that the driver had read before is given to it again.
+    /// Restores saved state. A reason that the driver had read before is reported to it again.
     pub(super) fn restore(&self, reasons: u32, generation: u32, needs_reset: bool) {
         self.0.reasons.store(reasons & REASONS, Ordering::SeqCst);
         self.0.generation.store(generation, Ordering::SeqCst);

@@ -1,12 +1,12 @@
 //! Memory device (5.15): memory that the guest gets and gives back while it runs.
 //!
-//! The device has a region of guest-physical addresses, cut into blocks, none of them plugged at first. How much the guest
-//! shall have stands in configuration space; its driver chooses blocks and asks for them to be plugged and unplugged
-//! until it has as much. Nothing is mapped or unmapped: the whole region is reserved, and an unplugged block is memory
-//! that the host has taken back.
+//! The device has a region of guest-physical addresses, divided into blocks, none of them plugged at first.
+//! Configuration space holds the amount that the guest should have; its driver chooses blocks and requests plugging and
+//! unplugging until it has that much. Nothing is mapped or unmapped: the whole region is reserved, and an unplugged
+//! block is memory that the host has taken back.
 //!
-//! A guest that writes to blocks that are not plugged takes memory that it was not given, at most the region: like RAM,
-//! that is the most it can ever have. Whatever was written there is gone when the block is plugged.
+//! A guest that writes to unplugged blocks takes memory that it was not given, at most the region: as with RAM, that is
+//! the most it can ever have. Anything written there is gone when the block is plugged.
 
 use std::io;
 use std::ops::Range;
@@ -25,8 +25,8 @@ use crate::log_limit::LogLimit;
 use crate::memory::GuestRam;
 use crate::options::{self, Size};
 
-/// Feature bit (5.15.3): the driver stays away from blocks that are not plugged. Even to read one may take memory of the
-/// host; drivers that don't know the feature do it only for a memory dump.
+/// Feature bit (5.15.3): the driver stays away from unplugged blocks. Even reading one may take memory of the host;
+/// drivers that do not know the feature do so only for a memory dump.
 const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
 
 /// Types of requests (5.15.6).
@@ -35,15 +35,15 @@ const UNPLUG: u16 = 1;
 const UNPLUG_ALL: u16 = 2;
 const STATE: u16 = 3;
 
-/// Bytes of a request and of a response (5.15.6).
+/// Sizes of a request and of a response in bytes (5.15.6).
 const REQUEST: usize = 24;
 const RESPONSE: usize = 10;
 
 const QUEUE_SIZE: u16 = 64;
-/// How much more than what is requested the driver may choose from: room to work around blocks that it cannot free. Two
-/// of Linux's own units.
+/// Bytes beyond the requested amount that the driver may choose from: room to work around blocks that it cannot free.
+/// Two of Linux's own units.
 const USABLE_EXTENT: u64 = 256 << 20;
-/// Smallest block: what the largest pages are on most hosts, 2 MiB.
+/// Smallest block: 2 MiB, the size of the largest pages on most hosts.
 const MIN_BLOCK: u64 = 2 << 20;
 /// Largest block: 1 GiB.
 const MAX_BLOCK: u64 = 1 << 30;
@@ -53,7 +53,7 @@ const MAX_BLOCK: u64 = 1 << 30;
 #[repr(u16)]
 enum Response {
     Ack = 0,
-    /// Plugging more than is requested.
+    /// Plugging would exceed the requested amount.
     Nack = 1,
     /// The host cannot do it now.
     Busy = 2,
@@ -61,7 +61,7 @@ enum Response {
     Error = 3,
 }
 
-/// States of some blocks (5.15.6.4).
+/// State of a range of blocks (5.15.6.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 enum State {
@@ -74,9 +74,9 @@ enum State {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemConfig {
-    /// The most that can be added: whole blocks. Linux uses it in units of 128 MiB (2 GiB in large guests).
+    /// Maximum that can be added: whole blocks. Linux uses it in units of 128 MiB (2 GiB in large guests).
     pub size: Size,
-    /// How much the guest shall have at first: whole blocks, at most `size`.
+    /// Amount that the guest should have at first: whole blocks, at most `size`.
     #[serde(default)]
     pub requested: Size,
     /// Size of a block: a power of two, 2 MiB to 1 GiB.
@@ -101,7 +101,7 @@ impl MemConfig {
     pub fn validate(&self) -> Result<(), String> {
         let MemConfig { size, requested, block } = *self;
         if !block.0.is_power_of_two() || !(MIN_BLOCK..=MAX_BLOCK).contains(&block.0) {
-            return Err(format!("block={block}: a power of two from 2M to 1G is needed"));
+            return Err(format!("block={block}: must be a power of two from 2M to 1G"));
         }
         if size.0 == 0 || !size.0.is_multiple_of(block.0) {
             let hint = size.unit_hint();
@@ -111,7 +111,7 @@ impl MemConfig {
     }
 }
 
-/// Whether so much can be requested; the error is the end of a sentence.
+/// Checks that an amount can be requested; the error is the end of a sentence.
 fn check_requested(requested: u64, region: u64, block: u64) -> Result<(), String> {
     if requested > region {
         return Err(format!("there is only {} to add", Size(region)));
@@ -122,36 +122,36 @@ fn check_requested(requested: u64, region: u64, block: u64) -> Result<(), String
     Ok(())
 }
 
-/// How far it is.
+/// Progress of a memory device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MemStatus {
-    /// What the guest shall have, in bytes.
+    /// Bytes that the guest should have.
     pub requested: u64,
-    /// What it has, in bytes.
+    /// Bytes that the guest has.
     pub plugged: u64,
-    /// The most that it could have, in bytes.
+    /// Bytes that the guest could have at most.
     pub size: u64,
 }
 
-/// What is saved: sizes in bytes, and which blocks are plugged.
+/// Saved state: sizes in bytes, and the plugged blocks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemState {
     /// Guest-physical address of the region.
     pub addr: u64,
-    /// Its size.
+    /// Size of the region.
     pub size: u64,
     /// Size of a block.
     pub block: u64,
-    /// What the guest shall have.
+    /// Amount that the guest should have.
     pub requested: u64,
-    /// The part of the region that it can have blocks in.
+    /// Length of the part of the region that the guest may have blocks in.
     pub usable: u64,
-    /// Runs of plugged blocks in order, each by its first block and their number.
+    /// Runs of plugged blocks in order, each with its first block and the number of blocks.
     pub plugged: Vec<(u64, u64)>,
 }
 
-/// What never changes about the region.
+/// Fixed properties of the region.
 #[derive(Clone, Copy, Debug)]
 struct Region {
     addr: u64,
@@ -160,20 +160,20 @@ struct Region {
 }
 
 impl Region {
-    /// The part that the driver may use at first when so much is requested.
+    /// Returns the length of the part that the driver may use at first for a requested amount.
     fn usable(&self, requested: u64) -> u64 {
         if requested == 0 { 0 } else { (requested + USABLE_EXTENT).next_multiple_of(self.block).min(self.len) }
     }
 }
 
-/// What changes, shared by the device and its handler.
+/// Changing state, shared by the device and its handler.
 #[derive(Debug)]
 struct Blocks {
     requested: u64,
     usable: u64,
-    /// How many blocks are plugged.
+    /// Number of plugged blocks.
     count: u64,
-    /// A bit for each block of the region: whether it is plugged.
+    /// One bit for each block of the region, set if it is plugged.
     plugged: Vec<u64>,
 }
 
@@ -183,7 +183,7 @@ impl Blocks {
         word.is_some_and(|word| word >> (block % 64) & 1 == 1)
     }
 
-    /// How many of these are plugged.
+    /// Returns the number of plugged blocks in a range.
     fn count(&self, blocks: &Range<u64>) -> u64 {
         blocks.clone().filter(|block| self.is_plugged(*block)).count() as u64
     }
@@ -220,7 +220,7 @@ impl Blocks {
     }
 }
 
-/// The device.
+/// Memory device.
 pub struct Mem {
     info: DeviceInfo,
     region: Region,
@@ -229,7 +229,7 @@ pub struct Mem {
 }
 
 impl Mem {
-    /// A device whose region is at the guest-physical address `addr`, a multiple of the size of a block.
+    /// Creates a device whose region is at the guest-physical address `addr`, a multiple of the block size.
     pub fn new(name: impl Into<String>, config: &MemConfig, addr: u64) -> Self {
         let info = DeviceInfo {
             id: DeviceId::Mem,
@@ -250,7 +250,7 @@ impl Mem {
         MemStatus { requested: blocks.requested, plugged: blocks.count * self.region.block, size: self.region.len }
     }
 
-    /// 5.15.4: what is requested may change at any time; the usable part only grows with it.
+    /// Changes the requested amount, which is possible at any time; the usable part only grows with it (5.15.4).
     fn request(&self, bytes: u64) -> Result<Reply, String> {
         check_requested(bytes, self.region.len, self.region.block)?;
         let mut blocks = lock(&self.blocks);
@@ -279,7 +279,8 @@ impl Mem {
         let mut behind = 0;
         for (first, count) in runs {
             let end = first.checked_add(*count).filter(|end| *first >= behind && *count > 0 && *end <= usable / block);
-            let end = end.ok_or_else(|| format!("was saved with plugged blocks {first}..+{count}, which cannot be"))?;
+            let end =
+                end.ok_or_else(|| format!("was saved with plugged blocks {first}..+{count}, which is impossible"))?;
             blocks.set(*first..end, true);
             behind = end;
         }
@@ -314,7 +315,7 @@ impl VirtioDevice for Mem {
         }
     }
 
-    /// 5.15.5: a reset changes no block, so there is nothing to do for one.
+    /// Starts the device. It has no `reset`, because a reset changes no block (5.15.5).
     fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
         let handler = Plugger { region: self.region, blocks: self.blocks.clone(), warnings: self.warnings.clone() };
         Ok(Activated::Here(vec![Share { queues: activation.queues, handler: Box::new(handler) }]))
@@ -337,11 +338,11 @@ impl VirtioDevice for Mem {
     }
 }
 
-/// Serves the queue.
+/// Handler of the queue.
 struct Plugger {
     region: Region,
     blocks: Arc<Mutex<Blocks>>,
-    /// That the host refused was told already.
+    /// Limits warnings about refusals of the host.
     warnings: LogLimit,
 }
 
@@ -371,7 +372,7 @@ impl Plugger {
         Ok(RESPONSE as u32)
     }
 
-    /// `struct virtio_mem_req` (5.15.6): a type, an address, a number of blocks, each in eight bytes.
+    /// Answers a `struct virtio_mem_req` (5.15.6): a type, an address, a number of blocks, each in eight bytes.
     fn answer(&mut self, request: &[u8; REQUEST], ram: &GuestRam) -> (Response, Option<State>) {
         let [t0, t1, _, _, _, _, _, _, a0, a1, a2, a3, a4, a5, a6, a7, n0, n1, ..] = *request;
         let addr = u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]);
@@ -388,7 +389,7 @@ impl Plugger {
         }
     }
 
-    /// The blocks of a request: some, and all in the usable part of the region.
+    /// Returns the blocks of a request: at least one, and all in the usable part of the region.
     fn range(&self, addr: u64, count: u16) -> Option<Range<u64>> {
         let Region { addr: base, block, .. } = self.region;
         let offset = addr.checked_sub(base).filter(|offset| offset.is_multiple_of(block))?;
@@ -408,7 +409,7 @@ impl Plugger {
                 return Response::Nack;
             }
         }
-        // What was written while nobody had it is not the guest's.
+        // Anything written while the blocks were unplugged is not the guest's.
         self.release(&range, ram);
         let (addr, len) = self.bytes(&range);
         if let Err(e) = ram.provide(addr, len) {
@@ -431,7 +432,7 @@ impl Plugger {
         Response::Ack
     }
 
-    /// 5.15.6.3: the one request after which the usable part may be smaller.
+    /// Unplugs all blocks; the only request after which the usable part may be smaller (5.15.6.3).
     fn unplug_all(&mut self, ram: &GuestRam) -> Response {
         let all = 0..self.region.len / self.region.block;
         if !self.release(&all, ram) {
@@ -448,7 +449,7 @@ impl Plugger {
         (addr + range.start * block, (range.end - range.start) * block)
     }
 
-    /// Gives blocks back to the host; whether it took them.
+    /// Gives blocks back to the host; returns whether it took them.
     fn release(&mut self, range: &Range<u64>, ram: &GuestRam) -> bool {
         let (addr, len) = self.bytes(range);
         ram.release(addr, len).inspect_err(|e| self.refused(e, "does not take back memory that was removed")).is_ok()
@@ -471,7 +472,7 @@ mod tests {
     const B: u64 = 0x8_0000;
     const START: u64 = 6 << 30;
     const BLOCK: u64 = 2 << 20;
-    /// Blocks of the region.
+    /// Number of blocks in the region.
     const SIZE: u64 = 200;
 
     struct Setup {
@@ -488,7 +489,7 @@ mod tests {
     }
 
     fn request(kind: u16, addr: u64, count: u16) -> [u8; REQUEST] {
-        // What is padding is ignored (5.15.6).
+        // Padding is ignored (5.15.6).
         let mut request = [0xEE; REQUEST];
         request[..2].copy_from_slice(&kind.to_le_bytes());
         request[8..16].copy_from_slice(&addr.to_le_bytes());
@@ -507,7 +508,7 @@ mod tests {
             Ok(driver.take_used().unwrap().1)
         }
 
-        /// The response's type and state.
+        /// Sends a request; returns the response's type and state.
         fn ask(&mut self, kind: u16, addr: u64, count: u16) -> (u16, u16) {
             self.ram.write(B, &request(kind, addr, count)).unwrap();
             self.ram.write(B + 64, &[0xFF; 16]).unwrap();
@@ -532,7 +533,7 @@ mod tests {
             state
         }
 
-        /// `usable_region_size`, `plugged_size` and `requested_size`, in blocks.
+        /// Returns `usable_region_size`, `plugged_size` and `requested_size`, in blocks.
         fn config(&self) -> [u64; 3] {
             [4, 5, 6].map(|field| {
                 let mut data = [0; 8];
@@ -574,7 +575,7 @@ mod tests {
     fn requests_beyond_the_rules() {
         let mut s = setup("400M,requested=20M");
         assert_eq!(s.plug(5, 2), ACK);
-        // Plugged already; not plugged; not all plugged.
+        // Blocks that are already plugged, not plugged, or only partly plugged.
         assert_eq!([s.plug(5, 1), s.plug(4, 2), s.plug(6, 3)], [ERROR; 3]);
         assert_eq!([s.unplug(4, 1), s.unplug(4, 2), s.unplug(6, 2)], [ERROR; 3]);
         for kind in [PLUG, UNPLUG, STATE] {
@@ -598,7 +599,7 @@ mod tests {
         for kind in [4, 0x100, u16::MAX] {
             assert_eq!(s.ask(kind, START, 1), (ERROR, 0));
         }
-        // More than is requested.
+        // More than the requested amount.
         assert_eq!([s.plug(10, 9), s.plug(10, 8), s.plug(20, 1)], [NACK, ACK, NACK]);
         assert_eq!(s.config(), [138, 10, 10]);
     }
@@ -614,7 +615,7 @@ mod tests {
         assert_eq!(s.ram.read_obj::<u8>(B + 64).unwrap(), Response::Error as u8);
         assert!(s.serve(&[out(B, 24), inn(B + 64, 9)]).is_err());
         assert!(s.serve(&[out(B, 24)]).is_err());
-        // Into the region itself, as if it were RAM.
+        // A response into the region itself, as if it were RAM.
         assert_eq!(s.serve(&[out(B, 24), inn(START + BLOCK, 10)]).unwrap(), 10);
     }
 
@@ -670,7 +671,7 @@ mod tests {
             driver.set(virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS, 0);
             assert_eq!(lock(&blocks).count, 4);
         }
-        // The driver is told of a change, once it is ready for it.
+        // The driver is notified of a change once it is ready for that.
         driver.start(0, 0x1000, 8);
         assert_eq!(transport.control(&Control::RequestMemory(0)), Ok(Reply::Done));
         assert_eq!(driver.get(virtio_bindings::virtio_mmio::VIRTIO_MMIO_INTERRUPT_STATUS) & 2, 2);
@@ -714,8 +715,8 @@ mod tests {
         let config: MemConfig = "2G,requested=512M,block=4M".parse().unwrap();
         assert_eq!((config.size, config.requested, config.block), (Size::mib(2048), Size::mib(512), Size::mib(4)));
         let error = |text: &str| text.parse::<MemConfig>().unwrap().validate().unwrap_err();
-        assert_eq!(error("1G,block=1M"), "block=1M: a power of two from 2M to 1G is needed");
-        assert_eq!(error("1G,block=6M"), "block=6M: a power of two from 2M to 1G is needed");
+        assert_eq!(error("1G,block=1M"), "block=1M: must be a power of two from 2M to 1G");
+        assert_eq!(error("1G,block=6M"), "block=6M: must be a power of two from 2M to 1G");
         assert_eq!(error("3M"), "3M: not a positive multiple of 2M, the size of a block");
         assert_eq!(error("0"), "0: not a positive multiple of 2M, the size of a block");
         assert_eq!(error("1G,requested=2G"), "requested=2G: there is only 1G to add");
@@ -731,7 +732,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(100))]
 
-        /// Whatever is asked, the device and a plain model of it agree.
+        /// Checks that the device and a plain model of it agree, whatever is requested.
         #[test]
         fn as_a_set_of_blocks(asked in prop::collection::vec((0..5u16, block(), 0..SIZE), 1..60)) {
             let mut s = setup("400M,requested=100M");

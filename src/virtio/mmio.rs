@@ -1,12 +1,12 @@
-//! The virtio-mmio transport, version 2 (4.2): the registers through which a driver finds a device, agrees on features
+//! The virtio-mmio transport, version 2 (4.2): the registers through which a driver finds a device, negotiates features
 //! with it and sets up its queues.
 //!
-//! The transport owns the queues while the device is stopped, as the [`QueueState`]s in its register file. Everything
-//! that touches queues of a running device (a queue enabled late, disabled or reset; pause; reset) is a stop, a change
-//! of that file and, if the device is still meant to run, a start.
+//! The transport owns the queues while the device is stopped, as [`QueueState`]s in its register file. Everything that
+//! affects the queues of a running device (enabling a queue late, disabling or resetting one, pause, reset) is a stop,
+//! a change of that file and, if the device is still meant to run, a start.
 //!
-//! Registers take only what 4.2.2.2 allows, 32-bit aligned accesses: any other read gives zeros, any other write is
-//! ignored. Configuration space takes every width and alignment; behind its end are zeros.
+//! Registers accept only what 4.2.2.2 allows, aligned 32-bit accesses: any other read returns zeros, any other write is
+//! ignored. Configuration space accepts every width and alignment; past its end are zeros.
 
 mod state;
 
@@ -39,12 +39,12 @@ const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
 /// "vreo".
 const VENDOR: u32 = 0x6F65_7276;
-/// `QueueReset`, new in 1.2; virtio-bindings does not have it.
+/// `QueueReset`, new in 1.2 and missing from virtio-bindings.
 pub const QUEUE_RESET: u32 = 0x0C0;
-/// Where `QueueNotify` is within the window: the machine registers [`MmioTransport::notify_fds`] there.
+/// Offset of `QueueNotify` within the window; the machine registers [`MmioTransport::notify_fds`] there.
 pub const NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
-/// Where `InterruptACK` is within the window: the machine has KVM collect writes to it, for an acknowledgement matters only
-/// to the next read of `InterruptStatus`, and that exits and finds it.
+/// Offset of `InterruptACK` within the window. The machine makes KVM collect writes to it: an acknowledgement matters
+/// only to the next read of `InterruptStatus`, which exits and finds it.
 pub const INTERRUPT_ACK: u64 = VIRTIO_MMIO_INTERRUPT_ACK as u64;
 
 const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
@@ -54,42 +54,42 @@ const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
 const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 
-/// What the transport offers besides the device (6).
+/// Features that the transport adds to the device's (6).
 const TRANSPORT_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_RING_RESET;
 
-/// Why a transport cannot be made.
+/// Reason why a transport cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Out of file descriptors.
-    #[error("cannot make the eventfds of {name}")]
+    #[error("cannot create eventfds for {name}")]
     EventFd {
-        /// The device.
+        /// Name of the device.
         name: String,
-        /// The OS error.
+        /// OS error.
         source: io::Error,
     },
     /// Out of threads.
     #[error("cannot start threads for {name}")]
     Thread {
-        /// The device.
+        /// Name of the device.
         name: String,
-        /// The OS error.
+        /// OS error.
         source: io::Error,
     },
-    /// The saved state does not fit the device.
+    /// Saved state that does not fit the device.
     #[error(transparent)]
     State(#[from] StateError),
 }
 
-/// A device behind virtio-mmio registers. Put it on the MMIO bus, register the notify descriptors and the interrupt
-/// line with KVM, and it runs when its driver says so.
+/// Device behind virtio-mmio registers. Once it is on the MMIO bus and its notify descriptors and its interrupt line
+/// are registered with KVM, it runs as soon as its driver sets `DRIVER_OK`.
 pub struct MmioTransport {
     info: DeviceInfo,
     ram: GuestRam,
-    /// Outside of the lock: its status register is the one exit of every interrupt.
+    /// Outside of the lock: a read of its status register is the only exit of each interrupt.
     interrupt: Interrupt,
     kicks: Arc<[EventFd]>,
-    /// The queues run where nobody sets `InterruptStatus`: it always tells of used buffers then.
+    /// Set while queues run where nobody sets `InterruptStatus`: it then always reports used buffers.
     elsewhere: AtomicBool,
     inner: Mutex<Inner>,
 }
@@ -99,11 +99,11 @@ struct Inner {
     registers: Registers,
     run: Run,
     paused: bool,
-    /// A worker did not stop in time: do not make a vCPU wait that long again.
+    /// Set if a worker did not stop in time, so that no vCPU waits that long again.
     stuck: bool,
 }
 
-/// The register file, as far as it is not in [`Interrupt`].
+/// Register file, except for what is in [`Interrupt`].
 #[derive(Default)]
 struct Registers {
     device_features_sel: u32,
@@ -111,13 +111,13 @@ struct Registers {
     driver_features: u64,
     queue_sel: u32,
     shm_sel: u32,
-    /// Without `DEVICE_NEEDS_RESET`, which [`Interrupt`] knows.
+    /// Status without `DEVICE_NEEDS_RESET`, which [`Interrupt`] keeps.
     status: u32,
     queues: Vec<QueueState>,
 }
 
 impl MmioTransport {
-    /// A freshly reset device. `line` is what it interrupts with.
+    /// Creates a freshly reset device that interrupts through `line`.
     pub fn new(device: Box<dyn VirtioDevice>, ram: GuestRam, line: IrqLine) -> Result<Self, Error> {
         let info = device.info().clone();
         worker::prepare().map_err(|source| Error::Thread { name: info.name.clone(), source })?;
@@ -129,23 +129,24 @@ impl MmioTransport {
         Ok(MmioTransport { info, ram, interrupt, kicks, elsewhere, inner })
     }
 
-    /// What the device is.
+    /// Returns the fixed properties of the device.
     pub fn info(&self) -> &DeviceInfo {
         &self.info
     }
 
-    /// One eventfd per queue: what a write of the queue's index to [`NOTIFY`] shall signal.
+    /// Returns one eventfd per queue, to be signalled by a write of the queue's index to [`NOTIFY`].
     pub fn notify_fds(&self) -> &[EventFd] {
         &self.kicks
     }
 
-    /// The interrupt of the device.
+    /// Returns the interrupt of the device.
     pub fn interrupt(&self) -> &Interrupt {
         &self.interrupt
     }
 
-    /// Stops the device: requests in flight finish, what was written is flushed, the queues come back. The vCPUs must
-    /// not run. Does nothing to a device that is not running. One that needs longer, for a slow disk, goes on stopping.
+    /// Stops the device: requests in flight finish, written data is flushed, the queues come back. The vCPUs must not
+    /// run. Does nothing to a device that is not running. A device that needs longer, with a slow disk for example,
+    /// continues to stop.
     pub fn pause(&self) -> Result<(), Stuck> {
         let mut inner = self.lock();
         inner.paused = true;
@@ -153,12 +154,12 @@ impl MmioTransport {
         self.halt(&mut inner, limit)
     }
 
-    /// Goes on after [`MmioTransport::pause`] or [`MmioTransport::from_state`]. What was due before is done now: kicks
-    /// by looking into every queue, an interrupt by raising it again.
+    /// Continues after [`MmioTransport::pause`] or [`MmioTransport::from_state`]. Catches up on what was due before: on
+    /// kicks by looking into every queue, on an interrupt by raising it again.
     pub fn resume(&self) {
         let mut inner = self.lock();
         inner.paused = false;
-        // A pause that was too short for it: it must have stopped before it can start.
+        // The pause was too short for the device: it must have stopped before it can start.
         if inner.stuck
             && self.status(&inner.registers) & NEEDS_RESET == 0
             && let Err(stuck) = self.halt(&mut inner, DRAIN_DEADLINE)
@@ -171,20 +172,20 @@ impl MmioTransport {
         }
     }
 
-    /// What the guest wrote and the host did not keep: see [`VirtioDevice::unsaved`].
+    /// Describes guest writes that the host did not keep: see [`VirtioDevice::unsaved`].
     pub fn unsaved(&self) -> Option<String> {
         self.lock().device.unsaved()
     }
 
-    /// Asks the device for something, and tells its driver if that changed configuration space.
+    /// Passes a request to the device, and notifies its driver if configuration space changed.
     pub fn control(&self, control: &Control) -> Result<Reply, ControlError> {
         let mut inner = self.lock();
         let reply = inner.device.control(control)?;
         if reply != Reply::ConfigChanged {
             return Ok(reply);
         }
-        // 3.1.2: no interrupt before the driver is ready; until then it reads what it finds, and reads it again when half of
-        // it has changed.
+        // 3.1.2: no interrupt before the driver is ready. Until then it reads the current values, and reads them again
+        // if they changed in between.
         if inner.registers.status & DRIVER_OK != 0 {
             self.interrupt.config_changed();
         } else {
@@ -193,7 +194,7 @@ impl MmioTransport {
         Ok(Reply::Done)
     }
 
-    /// The end: like [`MmioTransport::pause`], and nothing starts it again.
+    /// Stops the device for good: like [`MmioTransport::pause`], but nothing starts it again.
     pub fn stop(&self) -> Result<(), Stuck> {
         self.pause()
     }
@@ -206,7 +207,7 @@ impl MmioTransport {
         self.info.features | TRANSPORT_FEATURES
     }
 
-    /// 2.2, 6.1: nothing that was not offered, and VERSION_1.
+    /// Returns whether a driver may accept `features` (2.2, 6.1): nothing that was not offered, and VERSION_1.
     fn acceptable(&self, features: u64) -> bool {
         features & !self.offered() == 0 && features & 1 << VIRTIO_F_VERSION_1 != 0
     }
@@ -215,8 +216,8 @@ impl MmioTransport {
         registers.status | if self.interrupt.is_reset_needed() { NEEDS_RESET } else { 0 }
     }
 
-    /// Lets the device run, if its driver and the machine want that and it does not yet. What the driver did wrong
-    /// ends in `DEVICE_NEEDS_RESET`.
+    /// Starts the device, if its driver and the machine want it to run and it does not yet. Mistakes of the driver lead
+    /// to `DEVICE_NEEDS_RESET`.
     fn start(&self, inner: &mut Inner) {
         let status = self.status(&inner.registers);
         if inner.paused || status & (DRIVER_OK | NEEDS_RESET) != DRIVER_OK || !inner.run.is_stopped() {
@@ -238,7 +239,7 @@ impl MmioTransport {
         }
         if inner.run.is_elsewhere() {
             self.elsewhere.store(true, Ordering::SeqCst);
-            // One that came before this was known would have been taken for none.
+            // An interrupt from before `elsewhere` was set may have been read as one without a reason.
             self.interrupt.line().trigger();
         }
     }
@@ -254,8 +255,8 @@ impl MmioTransport {
             .collect()
     }
 
-    /// Stops the device and takes its queues back. One that does not stop within `limit` is stuck, and may be stopped
-    /// again.
+    /// Stops the device and takes its queues back. A device that does not stop within `limit` is stuck; stopping it may
+    /// be tried again.
     fn halt(&self, inner: &mut Inner, limit: Duration) -> Result<(), Stuck> {
         let stopped = inner.run.stop(Instant::now() + limit, &mut inner.registers.queues);
         self.elsewhere.store(inner.run.is_elsewhere(), Ordering::SeqCst);
@@ -264,9 +265,9 @@ impl MmioTransport {
                 inner.stuck = false;
                 Ok(())
             }
-            // The other side is gone, and with it what was in flight.
+            // The other side is gone, and with it the requests in flight.
             Err(running::Error::Lost(e)) => {
-                self.interrupt.needs_reset(&self.info.name, format_args!("it did not give its queues back: {e}"));
+                self.interrupt.needs_reset(&self.info.name, format_args!("it did not return its queues: {e}"));
                 Ok(())
             }
             Err(running::Error::Stuck(stuck)) => {
@@ -276,13 +277,13 @@ impl MmioTransport {
         }
     }
 
-    /// The same for the driver, who cannot go on with a device that is stuck.
+    /// Stops the device for its driver, which cannot continue with a stuck device.
     fn halt_for_driver(&self, inner: &mut Inner) -> Result<(), Stuck> {
         let limit = if inner.stuck { Duration::ZERO } else { DRAIN_DEADLINE };
         self.halt(inner, limit).inspect_err(|stuck| self.interrupt.needs_reset(&self.info.name, stuck))
     }
 
-    /// 2.1, 4.2.2: zero resets; otherwise bits are only added, each after those that come before it.
+    /// Writes `Status` (2.1, 4.2.2): zero resets; otherwise bits are only added, each after those that precede it.
     fn write_status(&self, inner: &mut Inner, value: u32) {
         if value == 0 {
             return self.reset(inner);
@@ -306,7 +307,7 @@ impl MmioTransport {
         }
     }
 
-    /// 2.4: back to the beginning. A device that is stuck stays: its status goes on to read as not zero.
+    /// Resets the device (2.4). A stuck device is not reset: its status continues to read as not zero.
     fn reset(&self, inner: &mut Inner) {
         if self.halt_for_driver(inner).is_err() {
             return;
@@ -318,7 +319,7 @@ impl MmioTransport {
         self.interrupt.reset();
     }
 
-    /// Changes a queue's registers; a running device is stopped for that and started again.
+    /// Changes a queue's registers; a running device is stopped for the change and started again.
     fn change_queue(&self, inner: &mut Inner, change: impl FnOnce(&mut QueueState)) {
         if self.halt_for_driver(inner).is_err() {
             return;
@@ -330,7 +331,7 @@ impl MmioTransport {
     }
 
     fn read_register(&self, register: u32) -> u32 {
-        // Lock-free: this is read in the guest's interrupt handler.
+        // Lock-free: the guest's interrupt handler reads this.
         if register == VIRTIO_MMIO_INTERRUPT_STATUS {
             let elsewhere = if self.elsewhere.load(Ordering::SeqCst) { VIRTIO_MMIO_INT_VRING } else { 0 };
             return self.interrupt.read_reasons() | elsewhere;
@@ -353,7 +354,7 @@ impl MmioTransport {
                 self.info.queue_sizes.get(registers.queue_sel as usize).map_or(0, |&size| size.into())
             }
             VIRTIO_MMIO_QUEUE_READY => selected.is_some_and(|q| q.ready).into(),
-            // A queue reset is over when the write returns, unless the device is stuck in it.
+            // A queue reset is complete when the write returns, unless the device is stuck in it.
             QUEUE_RESET => (inner.stuck && selected.is_some_and(|q| q.ready)).into(),
             VIRTIO_MMIO_STATUS => self.status(registers),
             VIRTIO_MMIO_SHM_LEN_LOW => shm.map_or(u32::MAX, |r| r.len as u32),
@@ -366,7 +367,7 @@ impl MmioTransport {
     }
 
     fn write_register(&self, register: u32, value: u32) {
-        // Lock-free: the end of the guest's interrupt handler, and kicks.
+        // Lock-free: written at the end of the guest's interrupt handler, and for kicks.
         if register == VIRTIO_MMIO_INTERRUPT_ACK {
             return self.interrupt.acknowledge(value);
         }
@@ -379,7 +380,7 @@ impl MmioTransport {
         match register {
             VIRTIO_MMIO_DEVICE_FEATURES_SEL => inner.registers.device_features_sel = value,
             VIRTIO_MMIO_DRIVER_FEATURES_SEL => inner.registers.driver_features_sel = value,
-            // 3.1.1: features are settled by FEATURES_OK.
+            // 3.1.1: FEATURES_OK makes the features final.
             VIRTIO_MMIO_DRIVER_FEATURES if status & (DRIVER | FEATURES_OK) == DRIVER => {
                 let Registers { driver_features_sel, driver_features, .. } = &mut inner.registers;
                 match driver_features_sel {
@@ -391,13 +392,13 @@ impl MmioTransport {
             VIRTIO_MMIO_QUEUE_SEL => inner.registers.queue_sel = value,
             VIRTIO_MMIO_SHM_SEL => inner.registers.shm_sel = value,
             VIRTIO_MMIO_STATUS => self.write_status(&mut inner, value),
-            // 3.1.1: queues come after the features.
+            // 3.1.1: queues are set up after the features.
             _ if status & (FEATURES_OK | FAILED) == FEATURES_OK => self.write_queue(&mut inner, register, value),
             _ => {}
         }
     }
 
-    /// Registers of the selected queue; 4.2.2.2: those that describe it are fixed while it is ready.
+    /// Writes a register of the selected queue; those that describe it are fixed while it is ready (4.2.2.2).
     fn write_queue(&self, inner: &mut Inner, register: u32, value: u32) {
         let resettable = inner.registers.driver_features & 1 << VIRTIO_F_RING_RESET != 0;
         let Some(queue) = inner.registers.selected_mut() else { return };
@@ -407,7 +408,7 @@ impl MmioTransport {
             }
             QUEUE_RESET if value == 1 && resettable => self.change_queue(inner, |queue| *queue = QueueState::default()),
             _ if queue.ready => {}
-            // What does not fit is no power of two up to the maximum either, and neither is 0.
+            // A value that does not fit is not a power of two up to the maximum either, and neither is 0.
             VIRTIO_MMIO_QUEUE_NUM => queue.size = u16::try_from(value).unwrap_or(0),
             VIRTIO_MMIO_QUEUE_DESC_LOW => set_low(&mut queue.desc, value),
             VIRTIO_MMIO_QUEUE_DESC_HIGH => set_high(&mut queue.desc, value),
@@ -442,7 +443,7 @@ impl BusDevice for MmioTransport {
             }
             _ => {
                 let mut inner = self.lock();
-                // 3.1.1: only who has announced itself as a driver configures.
+                // 3.1.1: only a driver that has announced itself may configure the device.
                 if inner.registers.status & DRIVER != 0 {
                     inner.device.write_config(offset - u64::from(VIRTIO_MMIO_CONFIG), data);
                 }
@@ -457,9 +458,9 @@ impl Registers {
     }
 }
 
-/// A queue that its driver set up wrongly.
+/// Queue that its driver set up wrongly.
 #[derive(Debug, thiserror::Error)]
-#[error("queue {index} cannot be used, {source}")]
+#[error("queue {index} cannot be used: {source}")]
 struct QueueError {
     index: u16,
     source: SetupError,

@@ -1,8 +1,8 @@
-//! virtio 1.2 devices: what a device is, and how one comes to life and to rest.
+//! virtio 1.2 devices: the device trait, and the life cycle of a device.
 //!
-//! Read on in this order: [`queue`] (the ring), [`chain`] (a request in it), [`worker`] (the loop that serves
-//! queues), [`mmio`] (the registers that the guest's driver sees), then any device; [`rng`] is the shortest.
-//! [`testing`] is the other side: a driver for tests, benches and fuzzers.
+//! Reading order: [`queue`] (the ring), [`chain`] (a request in it), [`worker`] (the loop that serves queues), [`mmio`]
+//! (the registers that the guest's driver sees), then any device; [`rng`] is the shortest. [`testing`] is the driver's
+//! side, for tests, benches and fuzzers.
 //!
 //! Section numbers are those of "Virtual I/O Device (VIRTIO) Version 1.2".
 
@@ -65,30 +65,29 @@ pub enum DeviceId {
     Pmem = virtio_ids::VIRTIO_ID_PMEM,
 }
 
-/// Features of the ring that queues served in this process have (6): indirect descriptors, event indices.
+/// Ring features of queues that this process serves (6): indirect descriptors, event indices.
 pub const RING_FEATURES: u64 =
     1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC | 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
-/// What never changes about a device.
+/// Fixed properties of a device.
 #[derive(Clone, Debug)]
 pub struct DeviceInfo {
     /// The device type.
     pub id: DeviceId,
-    /// Short and unique within the machine, like `blk0`; threads and warnings carry it.
+    /// Short name, unique within the machine, like `blk0`; used in thread names and warnings.
     pub name: String,
-    /// Feature bits that are offered, [`RING_FEATURES`] included where the queues know them; the transport adds its
-    /// own.
+    /// Offered feature bits, including [`RING_FEATURES`] where the queues support them; the transport adds its own.
     pub features: u64,
-    /// Largest size of each queue: powers of two, at most 32768.
+    /// Maximum size of each queue: a power of two, at most 32768.
     pub queue_sizes: Vec<u16>,
-    /// Shared memory regions (2.10) with their ids.
+    /// Shared memory regions (2.10).
     pub shared_memory: Vec<SharedMemory>,
 }
 
-/// A piece of host memory that the device shows the guest (2.10).
+/// Region of host memory that the device exposes to the guest (2.10).
 #[derive(Clone, Copy, Debug)]
 pub struct SharedMemory {
-    /// Its id (`SHMSel`).
+    /// Region id (`SHMSel`).
     pub id: u8,
     /// Guest-physical address.
     pub addr: u64,
@@ -105,46 +104,46 @@ pub struct SharedMemory {
 ///              └───── every handler drained ◄─────┘ reset by the driver, pause, end, a queue reset
 /// ```
 ///
-/// Stopping means giving the queues back: in-flight requests drain, the positions in the rings return to the
-/// transport, the handlers are dropped. So pause and resume are a stop and another `activate`, as are save and
-/// restore, and what must outlive a stop the device shares with its handlers. `reset` comes only between a stop and
-/// the next `activate`. Feature bits, sizes and ids never change.
+/// Stopping gives the queues back: requests in flight drain, the positions in the rings return to the transport, and
+/// the handlers are dropped. Pause and resume are therefore a stop and another `activate`, and so are save and restore.
+/// State that must outlive a stop is shared between the device and its handlers. `reset` is called only between a stop
+/// and the next `activate`. Feature bits, sizes and ids never change.
 ///
-/// A device owns no thread and no loop: it is split into [`Handler`]s, each of which owns some queues and is called
-/// by a [`worker`] for kicks and for the descriptors and timers that it watches.
+/// A device owns no thread and no loop: it is split into [`Handler`]s. Each handler owns some queues, and a [`worker`]
+/// calls it for kicks and for the descriptors and timers that it watches.
 pub trait VirtioDevice: Send {
-    /// What the device is.
+    /// Returns the fixed properties of the device.
     fn info(&self) -> &DeviceInfo;
 
-    /// Reads configuration space (2.5). `data` comes filled with zeros, `offset` counts from its beginning; both come
-    /// from the guest and may lie behind the end.
+    /// Reads configuration space (2.5). `data` is filled with zeros, `offset` is relative to the start of the space.
+    /// Offset and length come from the guest and may lie past the end.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
-    /// Writes configuration space. What is read-only or does not exist is ignored.
+    /// Writes configuration space. Writes to fields that are read-only or do not exist are ignored.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    /// Does what a user asks for while the machine exists, running or not; never waits.
+    /// Carries out a user's request while the machine exists, running or not; never waits.
     fn control(&mut self, _control: &Control) -> Result<Reply, ControlError> {
         Err(ControlError::Unsupported(self.info().name.clone()))
     }
 
-    /// Starts on the given queues with the negotiated features.
+    /// Starts the device on the given queues with the negotiated features.
     fn activate(&mut self, activation: Activation) -> io::Result<Activated>;
 
-    /// Forgets what the driver set up. Called while stopped.
+    /// Discards what the driver set up. Called while stopped.
     fn reset(&mut self) {}
 
-    /// A sentence about what the guest wrote and the host did not keep, which the guest has not heard of.
+    /// Describes, in one sentence, guest writes that the host did not keep and that the guest does not know of.
     fn unsaved(&self) -> Option<String> {
         None
     }
 
-    /// What must be saved besides the queues. Called while stopped.
+    /// Returns the state to save besides the queues. Called while stopped.
     fn save(&self) -> Result<serde_json::Value, StateError> {
         Ok(serde_json::Value::Null)
     }
 
-    /// Takes over what `save` gave; untrusted. Called while stopped.
+    /// Restores what `save` returned; the state is untrusted. Called while stopped.
     fn restore(&mut self, state: &serde_json::Value) -> Result<(), StateError> {
         match state {
             serde_json::Value::Null => Ok(()),
@@ -153,12 +152,12 @@ pub trait VirtioDevice: Send {
     }
 }
 
-/// Saved state that does not fit. Displays as one sentence.
+/// Error of saving or restoring a device. Displays as one sentence.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct StateError(pub String);
 
-/// What a device gets to start with.
+/// Arguments of [`VirtioDevice::activate`].
 pub struct Activation {
     /// Guest memory.
     pub ram: GuestRam,
@@ -166,119 +165,119 @@ pub struct Activation {
     pub features: u64,
     /// All queues in order; those that the driver does not use are disabled ([`Queue::is_enabled`]).
     pub queues: Vec<Queue>,
-    /// The eventfd that the driver kicks, by queue index: for queues that run elsewhere. Workers watch theirs.
+    /// Eventfds that the driver kicks, by queue index, for queues that run elsewhere. Workers watch theirs themselves.
     pub kicks: Arc<[EventFd]>,
-    /// How to interrupt the driver: for queues that run elsewhere and for configuration changes.
+    /// Interrupt to the driver, for queues that run elsewhere and for configuration changes.
     pub interrupt: Interrupt,
 }
 
-/// Who serves the queues.
+/// Queues of an activated device, by the place where they are served.
 pub enum Activated {
     /// Workers of this process, one per share. Every queue belongs to exactly one share.
     Here(Vec<Share>),
-    /// The kernel or another process (vhost, vhost-user), and workers of this process for the queues that it leaves to
+    /// The kernel or another process (vhost, vhost-user); workers of this process serve the queues that it leaves to
     /// them.
     Elsewhere(Box<dyn Remote>, Vec<Share>),
 }
 
-/// Some queues of a device and who handles them.
+/// Some queues of a device and their handler.
 pub struct Share {
-    /// The queues, which `event` gets in this order.
+    /// Queues, in the order in which [`Handler::event`] gets them.
     pub queues: Vec<Queue>,
-    /// Who serves them.
+    /// Handler of these queues.
     pub handler: Box<dyn Handler>,
 }
 
-/// Queues that run outside of this process.
+/// Queues that are served outside of this process.
 pub trait Remote: Send {
-    /// Stops all queues and says where in the rings they are (`GET_VRING_BASE`), by their index within the device. Waits
-    /// for requests in flight, but not for ever.
+    /// Stops all queues and returns their positions in the rings (`GET_VRING_BASE`), by index within the device. Waits
+    /// for requests in flight, but not forever.
     fn stop(&mut self) -> io::Result<Vec<(u16, QueueState)>>;
 }
 
-/// What a worker wakes a handler for.
+/// Reason for which a worker calls a handler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The worker begins: the time to watch descriptors. A [`Event::Kick`] of every queue follows by itself.
+    /// The worker starts: the time to watch descriptors. An [`Event::Kick`] for every queue follows automatically.
     Start,
-    /// There may be new buffers in this queue of the share. May be spurious.
+    /// This queue of the share may have new buffers. Can be spurious.
     Kick(usize),
-    /// A watched descriptor is ready; its token.
+    /// A watched descriptor is ready; carries its token.
     Ready(u64),
 }
 
-/// Whether there is more to do.
+/// Result of an event or a drain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// All done.
+    /// All work is done.
     Done,
-    /// The bound on work per event was reached: deliver the same event again, after others had their turn.
+    /// The bound on work per event was reached: the same event is delivered again after others had their turn.
     More,
 }
 
 /// The part of a device that serves a share of its queues.
 pub trait Handler: Send {
-    /// Handles an event, with bounded work. Used buffers are announced by the worker afterwards. An error is the
-    /// guest's fault and ends the device until it is reset.
+    /// Handles an event, with bounded work. The worker announces used buffers afterwards. An error, usually the guest's
+    /// fault, stops the device until it is reset.
     fn event(&mut self, event: Event, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault>;
 
-    /// The worker is to stop: starts nothing new, finishes what is in flight. Called after every event until it says
-    /// [`Progress::Done`]. By default there is nothing to wait for: every event has finished what it began, or ended in a
-    /// fault that cost a request.
+    /// Finishes requests in flight and starts nothing new, because the worker is to stop. Called after every event
+    /// until it returns [`Progress::Done`]. The default has nothing to wait for: every event has finished what it
+    /// began, or ended in a fault that lost a request.
     fn drain(&mut self, _queues: &mut [Queue], _cx: &Context<'_>) -> Result<Progress, Fault> {
         Ok(Progress::Done)
     }
 }
 
-/// A rule that the guest broke and that no status byte can tell it of.
+/// Error that no status byte can report: a rule that the guest broke, or a failure of the host.
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
-    /// The ring or a chain in it.
+    /// Broken rule of the ring, or of a chain in it.
     #[error(transparent)]
     Queue(#[from] queue::Error),
-    /// A chain.
+    /// Broken rule of a chain.
     #[error(transparent)]
     Chain(#[from] chain::Error),
-    /// Memory that was there a moment ago.
+    /// Access to memory that is no longer RAM.
     #[error(transparent)]
     OutOfRam(#[from] OutOfRam),
-    /// A rule of the device's own.
+    /// Broken rule of the device type.
     #[error("{0}")]
     Device(&'static str),
-    /// The host failed in a way that the device cannot live with.
+    /// Failure of the host that the device cannot survive.
     #[error("the host failed: {0}")]
     Host(#[from] io::Error),
 }
 
-/// What a handler may use while it handles an event.
+/// Facilities that a handler may use while it handles an event.
 pub struct Context<'a> {
     /// Guest memory.
     pub ram: &'a GuestRam,
-    /// For configuration changes; used buffers are announced by the worker.
+    /// Interrupt, for configuration changes only: the worker announces used buffers.
     pub interrupt: &'a Interrupt,
     poller: &'a Poller,
 }
 
-/// Tokens from here on are the worker's own.
+/// First of the tokens that are the worker's own.
 const WORKER_TOKENS: u64 = 1 << 62;
 
 impl<'a> Context<'a> {
-    /// A context for a loop around `poller`.
+    /// Creates a context for a loop around `poller`.
     pub fn new(ram: &'a GuestRam, interrupt: &'a Interrupt, poller: &'a Poller) -> Self {
         Context { ram, interrupt, poller }
     }
 
-    /// Starts waiting for `fd`: [`Event::Ready`] comes with `token` (below 2^62) for as long as it is ready.
+    /// Starts watching `fd`: [`Event::Ready`] is delivered with `token` (below 2^62) for as long as `fd` is ready.
     pub fn watch(&self, fd: RawFd, token: u64, interest: Interest) -> io::Result<()> {
         self.poller.add(fd, Self::checked(token)?, interest)
     }
 
-    /// Waits for something else on `fd`.
+    /// Changes what `fd` is watched for.
     pub fn rewatch(&self, fd: RawFd, token: u64, interest: Interest) -> io::Result<()> {
         self.poller.modify(fd, Self::checked(token)?, interest)
     }
 
-    /// Stops waiting for `fd`.
+    /// Stops watching `fd`.
     pub fn unwatch(&self, fd: RawFd) -> io::Result<()> {
         self.poller.remove(fd)
     }
@@ -288,7 +287,7 @@ impl<'a> Context<'a> {
     }
 }
 
-/// Answers a read of configuration space from its bytes; what lies behind the end stays as it is.
+/// Answers a read of configuration space from `config`; bytes of `data` past its end stay unchanged.
 pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
     let rest = usize::try_from(offset).ok().and_then(|o| config.get(o..)).unwrap_or(&[]);
     for (to, from) in data.iter_mut().zip(rest) {

@@ -1,7 +1,7 @@
-//! Persistent memory (5.19): a file of the host in the guest's memory. Its driver uses that like a disk without a queue,
+//! Persistent memory (5.19): a file of the host in the guest's memory. The driver uses it like a disk without a queue,
 //! or maps it into programs (DAX); the queue only carries flushes.
 //!
-//! What the guest writes is in the host's page cache at once, and on the disk when a flush has returned.
+//! Guest writes are immediately in the host's page cache, and on the disk once a flush has returned.
 
 use std::io;
 use std::path::PathBuf;
@@ -21,7 +21,7 @@ use crate::memory::{Access, GuestRam};
 use crate::options::{self, Size};
 
 const QUEUE_SIZE: u16 = 64;
-/// The one type of request (5.19.6).
+/// Only type of request (5.19.6).
 const FLUSH: u32 = 0;
 /// Results (5.19.7).
 const OK: u32 = 0;
@@ -31,25 +31,25 @@ const EIO: u32 = 1;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PmemConfig {
-    /// The file or block device.
+    /// File or block device.
     pub path: PathBuf,
-    /// The guest cannot write; what it writes nevertheless goes nowhere.
+    /// The guest cannot write; attempted writes are discarded.
     #[serde(default)]
     pub readonly: bool,
-    /// How much memory it is: a multiple of 2 MiB. A shorter file is made larger, unless it is only read: then zeros
-    /// follow. Without, it is the file's size.
+    /// Size of the memory: a multiple of 2 MiB, by default the size of the file. A shorter file is enlarged; one that
+    /// is only read (`readonly`, `overlay=tmp`) is followed by zeros.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<Size>,
-    /// Writes are kept elsewhere, and the file stays as it is.
+    /// Writes are kept elsewhere, and the file stays unchanged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
 }
 
-/// Where writes go instead of to the file.
+/// Destination of writes instead of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Overlay {
-    /// To memory, until the VM ends.
+    /// Memory, until the VM ends.
     Tmp,
 }
 
@@ -62,7 +62,7 @@ impl FromStr for PmemConfig {
 }
 
 impl PmemConfig {
-    /// Checks what can be checked without opening it; the error is a sentence.
+    /// Checks everything that needs no open file; the error is a sentence.
     pub fn validate(&self) -> Result<(), String> {
         let path = self.path.display();
         if self.readonly && self.overlay.is_some() {
@@ -87,7 +87,7 @@ impl PmemConfig {
     }
 }
 
-/// Where the memory was; it must be there again.
+/// Position of the memory, which must be the same after a restore.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PmemState {
@@ -97,7 +97,7 @@ pub struct PmemState {
     pub size: u64,
 }
 
-/// The device.
+/// Persistent memory device.
 pub struct Pmem {
     info: DeviceInfo,
     file: MappedFile,
@@ -106,7 +106,7 @@ pub struct Pmem {
 }
 
 impl Pmem {
-    /// A device on a file that is mapped at the guest-physical address `start`.
+    /// Creates a device for a file that is mapped at the guest-physical address `start`.
     pub fn new(name: impl Into<String>, file: MappedFile, start: u64) -> Self {
         let info = DeviceInfo {
             id: DeviceId::Pmem,
@@ -124,7 +124,7 @@ impl VirtioDevice for Pmem {
         &self.info
     }
 
-    /// `struct virtio_pmem_config` (5.19.4): where it is and how large.
+    /// `struct virtio_pmem_config` (5.19.4): start and size.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = [self.start, self.file.memory_len()].map(u64::to_le_bytes);
         super::read_config_bytes(config.as_flattened(), offset, data);
@@ -154,11 +154,11 @@ impl VirtioDevice for Pmem {
     }
 }
 
-/// Serves the queue.
+/// Handler of the queue.
 struct Flusher {
     name: String,
     file: MappedFile,
-    /// A failure was told already.
+    /// Limits warnings about failed flushes.
     warnings: LogLimit,
 }
 
@@ -172,7 +172,7 @@ impl Handler for Flusher {
         {
             requests.push((is_flush(&chain, cx.ram)?, chain));
         }
-        // One flush for all that were asked for before it begins.
+        // One flush for all requests made before it begins.
         let flushed = if requests.iter().any(|(flush, _)| *flush) { self.flush() } else { EIO };
         let full = requests.len() == BATCH;
         let mut answered = Vec::with_capacity(requests.len());
@@ -186,7 +186,7 @@ impl Handler for Flusher {
     }
 }
 
-/// `struct virtio_pmem_req` (5.19.6): only a type. One that is too short for it is of none.
+/// Returns whether a request is a flush. `struct virtio_pmem_req` (5.19.6) is only a type, which a short request lacks.
 fn is_flush(chain: &Chain, ram: &GuestRam) -> Result<bool, Fault> {
     let mut kind = [0; 4];
     let mut reader = chain.reader(ram);
@@ -238,7 +238,7 @@ mod tests {
         Setup { ram, device: Pmem::new("pmem0", file, START), path, _dir: dir }
     }
 
-    /// Makes requests, all at once, and returns what was used.
+    /// Submits all requests together; returns the number of bytes written for each.
     fn requests(setup: &mut Setup, all: &[&[Buf]]) -> Result<Vec<u32>, Fault> {
         let mut driver = FakeQueue::new(&setup.ram, 0x1000, 64);
         let mut handler =
@@ -282,7 +282,7 @@ mod tests {
     fn requests_that_are_none_are_errors() {
         let mut s = setup("");
         s.ram.write_obj(B, 1u32.to_le()).unwrap();
-        // Another type; too short for one; none at all; larger than need be, in odd pieces.
+        // Another type; a type cut short; no type at all; more buffers than necessary, in odd pieces.
         let [other, short, none] =
             [[out(B, 4), inn(B + 8, 4)], [out(B, 3), inn(B + 12, 4)], [out(B, 0), inn(B + 16, 4)]];
         let large = [out(B + 64, 1), out(B + 65, 700), inn(B + 20, 1), inn(B + 21, 300)];
@@ -372,7 +372,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
 
-        /// Whatever it is asked: an answer for each request, or a fault.
+        /// Checks that every request gets an answer, or the device a fault.
         #[test]
         fn every_request_is_answered(all in prop::collection::vec(prop::collection::vec(buf(), 1..4), 1..16)) {
             let mut s = setup("");

@@ -1,9 +1,9 @@
 //! The split virtqueue (2.7), device side.
 //!
-//! What the driver wrote into the queue registers is a [`QueueState`]; once checked as a whole it becomes a [`Queue`],
-//! and a stopped queue becomes a state again. A queue holds addresses and counters, never host pointers: each access
-//! goes through [`GuestRam`], so pages it writes are seen as dirty. The rings' contents are the guest's, so every
-//! number that comes out of them is checked where it is read.
+//! The driver's settings in the queue registers form a [`QueueState`]. Checked as a whole, it becomes a [`Queue`]; a
+//! stopped queue becomes a state again. A queue holds addresses and counters, never host pointers: every access goes
+//! through [`GuestRam`], so pages that it writes are marked dirty. The guest controls the rings' contents, so every
+//! number in them is checked where it is read.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -16,10 +16,10 @@ use super::Progress;
 use super::chain::{self, Chain, Segment};
 use crate::memory::{GuestRam, OutOfRam};
 
-/// How many chains [`Queue::serve`] takes before others get their turn.
+/// Number of chains that [`Queue::serve`] takes before others get their turn.
 pub const BATCH: usize = 64;
 
-/// A queue as its registers describe it, with its positions: what the driver sets up and what is saved.
+/// Registers and positions of a queue, as the driver sets them up and as they are saved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QueueState {
@@ -39,98 +39,98 @@ pub struct QueueState {
     pub next_used: u16,
 }
 
-/// Why a queue cannot be used as the driver set it up.
+/// Reason why a queue cannot be used as the driver set it up.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SetupError {
-    /// 2.7: a power of two; 4.2.2.2: at most `QueueNumMax`.
+    /// Size that is not a power of two (2.7) or exceeds `QueueNumMax` (4.2.2.2).
     #[error("its size {size} is not a power of two up to {max}")]
     Size {
-        /// What the driver wrote.
+        /// Size that the driver wrote.
         size: u16,
         /// `QueueNumMax`.
         max: u16,
     },
-    /// 2.7: alignment 16, 2 and 4.
+    /// Address that is not a multiple of 16, 2 or 4 (2.7).
     #[error("its {part} at {addr:#x} is not aligned to {align} bytes")]
     Alignment {
-        /// Which of the three parts.
+        /// Name of the part.
         part: &'static str,
-        /// Where the driver put it.
+        /// Address that the driver wrote.
         addr: u64,
-        /// What it must be a multiple of.
+        /// Required alignment in bytes.
         align: u64,
     },
-    /// A part is not wholly in RAM.
+    /// Part that is not wholly in RAM.
     #[error("its {part} is outside of memory: {source}")]
     OutOfRam {
-        /// Which of the three parts.
+        /// Name of the part.
         part: &'static str,
-        /// Where.
+        /// Range that is not in RAM.
         source: OutOfRam,
     },
     /// Saved positions that no queue can have.
     #[error("{in_flight} requests are in flight in a queue of {size}")]
     Positions {
-        /// Entries taken but not used.
+        /// Number of entries taken but not used.
         in_flight: u16,
-        /// Entries there are.
+        /// Queue size.
         size: u16,
     },
 }
 
-/// A rule of the ring that the driver broke.
+/// Rule of the ring that the driver broke.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// 2.7.13.3: there are never more available entries than the queue has.
+    /// More available entries than the queue has (2.7.13.3).
     #[error("the available index jumped from {from} to {to}, and only {room} entries are free")]
     AvailJumped {
-        /// Where we were.
+        /// Next available entry to take.
         from: u16,
-        /// What the driver wrote.
+        /// Index that the driver wrote.
         to: u16,
-        /// How far it could have gone.
+        /// Number of entries by which the index may advance.
         room: u16,
     },
-    /// 2.7.6: an available entry is the index of a descriptor.
-    #[error("available entry {head} is no descriptor of a queue of {size}")]
+    /// Available entry that is not the index of a descriptor (2.7.6).
+    #[error("available entry {head} is not a descriptor of a queue of {size}")]
     Head {
-        /// What the driver wrote.
+        /// Entry that the driver wrote.
         head: u16,
-        /// Entries there are.
+        /// Queue size.
         size: u16,
     },
-    /// A chain is malformed.
+    /// Malformed chain.
     #[error(transparent)]
     Chain(#[from] chain::Error),
-    /// A ring that was in RAM no longer is.
-    #[error("the ring is gone: {0}")]
+    /// Ring that is no longer in RAM.
+    #[error("the ring is no longer in memory: {0}")]
     OutOfRam(#[from] OutOfRam),
 }
 
-/// A queue that was checked and can be served.
+/// Queue that was checked and can be served.
 #[derive(Debug)]
 pub struct Queue {
     index: u16,
     state: QueueState,
     event_idx: bool,
     indirect: bool,
-    /// The driver's index when last read: saves a read per entry while a batch lasts.
+    /// Driver's index when last read; saves a read per entry within a batch.
     avail_idx: u16,
-    /// `next_used` when the driver was last told or found not to care; a queue is only stopped after that.
+    /// `next_used` when the driver was last notified or found not to care. A queue is stopped only after that.
     signalled: u16,
-    /// Segment lists of finished chains, for the next ones.
+    /// Segment lists of finished chains, for reuse.
     spare: Vec<Vec<Segment>>,
 }
 
 impl Queue {
-    /// Checks queue `index` as a whole: size, alignment and the full extent of each part (2.7).
+    /// Checks queue `index` as a whole (2.7): size, alignment and the full extent of each part.
     pub fn new(index: u16, state: QueueState, max: u16, features: u64, ram: &GuestRam) -> Result<Self, SetupError> {
         let QueueState { ready: _, size, desc, avail, used, next_avail, next_used } = state;
         if !size.is_power_of_two() || size > max {
             return Err(SetupError::Size { size, max });
         }
         let n = u64::from(size);
-        // The two last bytes of the available and the used ring only exist with event_idx; Linux always has them.
+        // The last two bytes of the available and the used ring exist only with event_idx; Linux always has them.
         let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let tail = if event_idx { 2 } else { 0 };
         let parts = [
@@ -153,34 +153,34 @@ impl Queue {
         Ok(Queue { index, state, event_idx, indirect, avail_idx, signalled, spare: Vec::new() })
     }
 
-    /// A queue that the driver does not use: always empty.
+    /// Creates a queue that the driver does not use: always empty.
     pub fn disabled(index: u16, state: QueueState) -> Self {
         let state = QueueState { ready: false, size: 0, ..state };
         let (avail_idx, signalled) = (state.next_avail, state.next_used);
         Queue { index, state, event_idx: false, indirect: false, avail_idx, signalled, spare: Vec::new() }
     }
 
-    /// Its number within the device.
+    /// Returns the queue's index within the device.
     pub fn index(&self) -> u16 {
         self.index
     }
 
-    /// Whether the driver uses it.
+    /// Returns whether the driver uses the queue.
     pub fn is_enabled(&self) -> bool {
         self.state.size != 0
     }
 
-    /// Number of entries; 0 when disabled.
+    /// Returns the number of entries; 0 when disabled.
     pub fn size(&self) -> u16 {
         self.state.size
     }
 
-    /// Chains that were popped and neither pushed nor put back.
+    /// Returns the number of chains that were popped and neither pushed nor put back.
     pub fn in_flight(&self) -> u16 {
         self.state.next_avail.wrapping_sub(self.state.next_used)
     }
 
-    /// The registers and positions.
+    /// Returns the registers and positions.
     pub fn state(&self) -> QueueState {
         self.state
     }
@@ -202,18 +202,18 @@ impl Queue {
         Ok(Some(chain))
     }
 
-    /// Puts back the chain that was popped last, as if it had never been.
+    /// Puts back the chain that was popped last, as if it had never been popped.
     pub fn unpop(&mut self, chain: Chain) {
         self.state.next_avail = self.state.next_avail.wrapping_sub(1);
         self.spare.push(chain.into_segments());
     }
 
-    /// Gives a chain back to the driver with the number of bytes written to it (2.7.8), in any order.
+    /// Returns a chain to the driver with the number of bytes written to it (2.7.8). Any order is allowed.
     pub fn push_used(&mut self, ram: &GuestRam, chain: Chain, written: u32) -> Result<(), Error> {
         self.push_used_together(ram, [(chain, written)])
     }
 
-    /// Gives back several chains that the driver must not see one by one.
+    /// Returns several chains to the driver in one step; it never sees only some of them.
     pub fn push_used_together(
         &mut self,
         ram: &GuestRam,
@@ -229,19 +229,19 @@ impl Queue {
             self.state.next_used = self.state.next_used.wrapping_add(1);
             self.spare.push(chain.into_segments());
         }
-        // Release: the elements, and the data before them, are there when the index says so.
+        // Release: the elements, and the data before them, are visible before the index.
         ram.store_u16(self.state.used + 2, self.state.next_used, Ordering::Release)?;
         Ok(())
     }
 
-    /// Whether the driver wants to hear of what was pushed since the last call (2.7.7). Not idempotent.
+    /// Returns whether the driver wants a notification of what was pushed since the last call (2.7.7). Not idempotent.
     pub fn needs_notification(&mut self, ram: &GuestRam) -> Result<bool, Error> {
         let new = self.state.next_used;
         if !self.is_enabled() || self.signalled == new {
             return Ok(false);
         }
         let old = std::mem::replace(&mut self.signalled, new);
-        // The index must be out before we look at what the driver asks for; it does the same the other way round.
+        // The index must be visible before we read what the driver asks for; the driver does the same in reverse.
         fence(Ordering::SeqCst);
         if !self.event_idx {
             let flags = ram.load_u16(self.state.avail, Ordering::Relaxed)?;
@@ -251,8 +251,8 @@ impl Queue {
         Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
     }
 
-    /// Asks the driver to kick for new buffers (2.7.10). Returns whether some came before it could know: then the
-    /// caller goes on, for no kick will come for these.
+    /// Asks the driver to kick for new buffers (2.7.10). Returns whether some arrived before the driver could know: the
+    /// caller must then continue, because no kick will come for these.
     pub fn enable_notifications(&mut self, ram: &GuestRam) -> Result<bool, Error> {
         if !self.is_enabled() {
             return Ok(false);
@@ -267,8 +267,8 @@ impl Queue {
         self.look(ram)
     }
 
-    /// Tells the driver that kicks are not needed for now; only a hint. With event_idx the driver has been told already
-    /// which entry it shall kick for, and that lies behind us.
+    /// Hints to the driver that kicks are not needed for now. Does nothing with event_idx: the entry that the driver
+    /// was asked to kick for is already past.
     pub fn disable_notifications(&mut self, ram: &GuestRam) -> Result<(), Error> {
         if self.is_enabled() && !self.event_idx {
             ram.store_u16(self.state.used, VRING_USED_F_NO_NOTIFY as u16, Ordering::Relaxed)?;
@@ -276,8 +276,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Serves what is available, at most [`BATCH`] chains, with a function that finishes each at once and returns how
-    /// many bytes it wrote.
+    /// Serves available chains, at most [`BATCH`], with a function that finishes each immediately and returns the
+    /// number of bytes it wrote.
     pub fn serve<E: From<Error>>(
         &mut self,
         ram: &GuestRam,
@@ -295,18 +295,18 @@ impl Queue {
         Ok(Progress::More)
     }
 
-    /// The driver's index: it grows with every buffer that the driver makes available.
+    /// Returns the driver's index, which grows with every buffer that the driver makes available.
     pub fn driver_index(&mut self, ram: &GuestRam) -> Result<u16, Error> {
         self.look(ram)?;
         Ok(self.avail_idx)
     }
 
-    /// Reads the driver's index; whether there is something to take.
+    /// Reads the driver's index; returns whether there is a chain to take.
     fn look(&mut self, ram: &GuestRam) -> Result<bool, Error> {
         if !self.is_enabled() {
             return Ok(false);
         }
-        // Acquire: the entries and descriptors behind the index are there when we see it.
+        // Acquire: the entries and descriptors that the index covers are visible once the index is.
         let to = ram.load_u16(self.state.avail + 2, Ordering::Acquire)?;
         let from = self.state.next_avail;
         let room = self.state.size.saturating_sub(self.in_flight());
@@ -392,7 +392,7 @@ mod tests {
         assert!(matches!(misaligned, SetupError::Alignment { part: "available ring", align: 2, .. }));
         let misaligned = check(QueueState { used: good.used + 2, ..good });
         assert!(matches!(misaligned, SetupError::Alignment { part: "used ring", align: 4, .. }));
-        // The first byte is in RAM, the last is not.
+        // In the first case, the first byte is in RAM and the last is not.
         for addr in [RAM - 16, RAM, 0xC000_0000, u64::MAX - 15] {
             for (part, state) in [
                 ("descriptor table", QueueState { desc: addr, ..good }),
@@ -428,7 +428,7 @@ mod tests {
         let _held: Vec<Chain> = (0..4).map(|_| queue.pop(&ram).unwrap().unwrap()).collect();
         driver.publish(head);
         assert_eq!(queue.pop(&ram).unwrap_err(), Error::AvailJumped { from: 4, to: 5, room: 0 });
-        // Nor can buffers be taken back.
+        // The driver cannot take buffers back either.
         driver.set_avail_idx(3);
         assert_eq!(queue.pop(&ram).unwrap_err(), Error::AvailJumped { from: 4, to: 3, room: 0 });
     }
@@ -489,7 +489,7 @@ mod tests {
             let (ram, mut driver, mut queue) = setup(8, features);
             queue.disable_notifications(&ram).unwrap();
             assert!(queue.pop(&ram).unwrap().is_none());
-            // The race: added, not kicked for, and only then enabled.
+            // The race: the driver adds a buffer without a kick, and kicks are enabled only then.
             driver.add(&[out(BUFFERS, 1)]).unwrap();
             assert!(queue.enable_notifications(&ram).unwrap());
             assert!(queue.pop(&ram).unwrap().is_some());

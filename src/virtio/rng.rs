@@ -1,4 +1,4 @@
-//! Entropy device (5.4): fills what the driver offers with random bytes from the host's kernel.
+//! Entropy device (5.4): fills the driver's buffers with random bytes from the host's kernel.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -18,23 +18,24 @@ use crate::memory::RamSlice;
 use crate::options::{self, Size};
 use crate::rate_limiter::{Alarm, Limits, RateLimiter};
 
-/// How many bytes a request gets at most. The driver takes what it gets (5.4.6.1), so this only bounds our work.
+/// Maximum number of bytes per request. The driver accepts fewer than it asked for (5.4.6.1); this only bounds our
+/// work.
 pub const MAX_REQUEST: u64 = 64 << 10;
 
 /// `--rng`: an entropy device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RngConfig {
-    /// Most bytes in a second; no limit without.
+    /// Maximum bytes per second; unlimited by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<Size>,
-    /// How many bytes there may be at once, for `bandwidth`; a second's worth without.
+    /// Burst in bytes, for `bandwidth`; one second's worth by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth_burst: Option<Size>,
 }
 
 impl RngConfig {
-    /// Checks what can be checked; an error is a sentence.
+    /// Checks the options; an error is a sentence.
     pub fn validate(&self) -> Result<(), &'static str> {
         if self.bandwidth.is_none() && self.bandwidth_burst.is_some() {
             return Err("bandwidth_burst needs bandwidth");
@@ -58,14 +59,14 @@ impl FromStr for RngConfig {
     }
 }
 
-/// The device. It has no state of its own.
+/// Entropy device. It has no state of its own.
 pub struct Rng {
     info: DeviceInfo,
     limiter: Option<Arc<RateLimiter>>,
 }
 
 impl Rng {
-    /// A device called `name`.
+    /// Creates a device called `name`.
     pub fn new(name: impl Into<String>, config: &RngConfig) -> Self {
         let limits = config.limits();
         Rng {
@@ -86,7 +87,7 @@ impl VirtioDevice for Rng {
         &self.info
     }
 
-    /// There is no configuration space (5.4.4).
+    /// Reads nothing: there is no configuration space (5.4.4).
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
@@ -101,7 +102,7 @@ const ALARM: u64 = 0;
 #[derive(Default)]
 struct Source {
     limiter: Option<Arc<RateLimiter>>,
-    /// Rings when the limit lets more through.
+    /// Timer for when the rate limit lets more through.
     alarm: Option<Alarm>,
 }
 
@@ -125,7 +126,7 @@ impl Source {
             }
             queue.push_used(cx.ram, chain, len as u32)?;
             if let (Some(limiter), Some(alarm)) = (&self.limiter, &mut self.alarm) {
-                // The next request waits until this one is paid for.
+                // The next request waits until the limit has made up for this one.
                 limiter.charge(len).or_else(|wait| alarm.set(wait))?;
             }
         }
@@ -155,8 +156,8 @@ fn fill(slice: &RamSlice<'_>) -> io::Result<()> {
     let mut done = 0;
     while done < slice.len() {
         let rest = slice.offset(done).map_err(io::Error::other)?;
-        // SAFETY: the kernel writes at most `rest.len()` bytes at the start of `rest`, which is mapped guest memory that
-        // outlives the call and that nothing holds a reference into.
+        // SAFETY: the kernel writes at most `rest.len()` bytes at the start of `rest`, which is mapped guest memory. It
+        // outlives the call, and nothing holds a reference into it.
         let n = unsafe { libc::getrandom(rest.ptr_guard_mut().as_ptr().cast(), rest.len(), 0) };
         match usize::try_from(n) {
             Ok(n) => {
@@ -180,7 +181,7 @@ mod tests {
 
     const B: u64 = 0x8_0000;
 
-    /// Makes one request and returns how many bytes came back.
+    /// Submits one request and returns the number of bytes that came back.
     fn request(ram: &GuestRam, bufs: &[crate::virtio::testing::Buf]) -> Result<u32, Fault> {
         let mut driver = FakeQueue::new(ram, 0x1000, 8);
         let mut queues = [driver.device(RING_FEATURES)];
@@ -239,7 +240,7 @@ mod tests {
                 events += wire.deliver_ready(&mut **handler, queues, std::time::Duration::from_secs(5)).unwrap();
             }
         }
-        // The burst at once; each of the others when the one before it is paid for.
+        // The burst passes immediately; each further request, once the limit has made up for the one before it.
         assert!(start.elapsed().as_millis() >= 300, "{:?}", start.elapsed());
         assert!(events <= 5, "{events}");
     }

@@ -1,4 +1,4 @@
-//! A device that is activated, wherever its queues are served: starting and stopping all of it at once.
+//! An activated device, wherever its queues are served: starts and stops all of it in one step.
 
 use std::io;
 use std::time::Instant;
@@ -7,20 +7,20 @@ use super::queue::QueueState;
 use super::worker::{DRAIN_DEADLINE, Positions, Stuck, Worker};
 use super::{Activated, Activation, Remote, VirtioDevice};
 
-/// Whether and where a device runs.
+/// Run state of a device.
 pub(super) enum Run {
-    /// The transport has the queues.
+    /// Stopped; the transport has the queues.
     Stopped,
-    /// In workers of this process, and in the kernel or another process.
+    /// Running in workers of this process, and in the kernel or another process if there is a remote.
     Running(Vec<Worker>, Option<Box<dyn Remote>>),
 }
 
-/// Why the queues did not come back.
+/// Reason why the queues did not come back.
 #[derive(Debug)]
 pub(super) enum Error {
-    /// Not yet; the device goes on to run.
+    /// A worker has not stopped yet; the device continues to run.
     Stuck(Stuck),
-    /// Never; the device is stopped.
+    /// The queues are lost; the device is stopped.
     Lost(io::Error),
 }
 
@@ -50,10 +50,10 @@ impl Run {
         Ok(Run::Running(workers, remote))
     }
 
-    /// Stops the device and notes in `queues` where it was in the rings.
+    /// Stops the device and records its positions in the rings in `queues`.
     pub(super) fn stop(&mut self, deadline: Instant, queues: &mut [QueueState]) -> Result<(), Error> {
         let Run::Running(workers, remote) = self else { return Ok(()) };
-        // A worker that is stuck still holds its queues, and then all of the device goes on.
+        // A stuck worker still holds its queues: the device, its remote included, then stays `Running`.
         stop(workers, deadline, queues).map_err(Error::Stuck)?;
         let stopped = remote.as_mut().map_or(Ok(vec![]), |remote| remote.stop());
         *self = Run::Stopped;
@@ -78,7 +78,7 @@ fn note(positions: Positions, queues: &mut [QueueState]) {
     }
 }
 
-/// Stops all workers together. Those that stopped leave the list.
+/// Stops all workers simultaneously, and removes those that stopped from the list.
 fn stop(workers: &mut Vec<Worker>, deadline: Instant, queues: &mut [QueueState]) -> Result<(), Stuck> {
     workers.iter().for_each(Worker::request_stop);
     let mut result = Ok(());

@@ -1,7 +1,7 @@
-//! The other side: a driver for unit tests, benches and fuzzers. Not part of the interface.
+//! The driver's side, for unit tests, benches and fuzzers. Not part of the interface.
 //!
-//! [`FakeQueue`] is the guest's half of one queue, with knobs for everything a hostile driver can do. [`FakeDriver`]
-//! brings a device up through its registers as Linux does. Nothing here is hardened: mistakes of a test panic.
+//! [`FakeQueue`] is the driver's half of one queue, with knobs for everything a hostile driver can do. [`FakeDriver`]
+//! initializes a device through its registers as Linux does. Nothing here is hardened: mistakes in a test panic.
 
 use std::collections::HashMap;
 use std::sync::atomic::{Ordering, fence};
@@ -31,23 +31,23 @@ pub const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 /// `VIRTIO_F_VERSION_1` as a mask.
 pub const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 
-/// A buffer of a request: guest address, length, whether the device writes it.
+/// Buffer of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buf {
     /// Guest-physical address.
     pub addr: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub len: u32,
     /// Device-writable.
     pub write: bool,
 }
 
-/// A buffer that the device reads.
+/// Creates a buffer that the device reads.
 pub fn out(addr: u64, len: u32) -> Buf {
     Buf { addr, len, write: false }
 }
 
-/// A buffer that the device writes.
+/// Creates a buffer that the device writes.
 pub fn inn(addr: u64, len: u32) -> Buf {
     Buf { addr, len, write: true }
 }
@@ -56,7 +56,7 @@ pub fn inn(addr: u64, len: u32) -> Buf {
 pub struct FakeQueue {
     /// Guest memory.
     pub ram: GuestRam,
-    /// Entries.
+    /// Number of entries.
     pub size: u16,
     /// Descriptor table.
     pub desc: u64,
@@ -73,7 +73,7 @@ pub struct FakeQueue {
 }
 
 impl FakeQueue {
-    /// A queue at `base`, which is a multiple of 16; [`FakeQueue::footprint`] bytes are zeroed.
+    /// Creates a queue at `base`, a multiple of 16, and zeroes [`FakeQueue::footprint`] bytes there.
     pub fn new(ram: &GuestRam, base: u64, size: u16) -> Self {
         let n = u64::from(size);
         let (avail, used) = (base + 16 * n, (base + 16 * n + 6 + 2 * n).next_multiple_of(4));
@@ -82,23 +82,23 @@ impl FakeQueue {
         FakeQueue { ram: ram.clone(), size, desc: base, avail, used, avail_idx: 0, used_idx: 0, free, chains }
     }
 
-    /// Bytes that a queue takes.
+    /// Returns the number of bytes that a queue takes.
     pub fn footprint(size: u16) -> u64 {
         26 * u64::from(size) + 16
     }
 
-    /// As the device would find it in its registers.
+    /// Returns the state that the device would find in its registers.
     pub fn state(&self) -> QueueState {
         let FakeQueue { size, desc, avail, used, .. } = *self;
         QueueState { ready: true, size, desc, avail, used, next_avail: 0, next_used: 0 }
     }
 
-    /// The device's half.
+    /// Returns the device's half, as queue 0.
     pub fn device(&self, features: u64) -> Queue {
         self.numbered(0, features)
     }
 
-    /// The device's half, as its queue `index`.
+    /// Returns the device's half, as queue `index`.
     pub fn numbered(&self, index: u16, features: u64) -> Queue {
         Queue::new(index, self.state(), self.size, features, &self.ram).unwrap()
     }
@@ -112,7 +112,7 @@ impl FakeQueue {
         self.ram.write_obj(at + 8, rest.to_le()).unwrap();
     }
 
-    /// Makes a chain of descriptors available; returns its head, or nothing if the ring is full.
+    /// Makes a chain of descriptors available; returns its head, or `None` if the ring is full.
     pub fn add(&mut self, bufs: &[Buf]) -> Option<u16> {
         let head = self.link(bufs, 0)?;
         self.publish(head);
@@ -130,36 +130,36 @@ impl FakeQueue {
         Some(head)
     }
 
-    /// Puts any head into the available ring, a descriptor or not.
+    /// Puts `head` into the available ring, even if it is not a descriptor.
     pub fn publish(&mut self, head: u16) {
         let slot = u64::from(self.avail_idx % self.size);
         self.ram.store_u16(self.avail + 4 + 2 * slot, head, Ordering::Relaxed).unwrap();
         self.set_avail_idx(self.avail_idx.wrapping_add(1));
     }
 
-    /// The available index.
+    /// Returns the available index.
     pub fn avail_idx(&self) -> u16 {
         self.avail_idx
     }
 
-    /// Sets the available index to anything.
+    /// Sets the available index to any value.
     pub fn set_avail_idx(&mut self, index: u16) {
         self.avail_idx = index;
         self.ram.store_u16(self.avail + 2, index, Ordering::Release).unwrap();
     }
 
-    /// Without event_idx: whether used buffers shall not interrupt.
+    /// Sets, without event_idx, whether used buffers cause no interrupt.
     pub fn set_no_interrupt(&self, no: bool) {
         self.ram.store_u16(self.avail, no.into(), Ordering::SeqCst).unwrap();
     }
 
-    /// With event_idx: the used index that the driver wants to be interrupted for.
+    /// Sets, with event_idx, the used index that the driver wants an interrupt for.
     pub fn set_used_event(&self, index: u16) {
         self.ram.store_u16(self.avail + 4 + 2 * u64::from(self.size), index, Ordering::SeqCst).unwrap();
     }
 
-    /// Asks for an interrupt when the next chain is used, or for none until this is called again. Whoever asks for one must
-    /// look for used chains once more.
+    /// Asks for an interrupt when the next chain is used, or for none until the next call. A caller that asks for one
+    /// must look for used chains once more.
     pub fn ask_for_interrupt(&self, features: u64, wanted: bool) {
         if features & EVENT_IDX == 0 {
             self.set_no_interrupt(!wanted);
@@ -169,7 +169,7 @@ impl FakeQueue {
         fence(Ordering::SeqCst);
     }
 
-    /// Whether the device wants a kick for what was added since `old`.
+    /// Returns whether the device wants a kick for what was added since `old`.
     pub fn must_kick(&self, old: u16, features: u64) -> bool {
         fence(Ordering::SeqCst);
         if features & EVENT_IDX == 0 {
@@ -179,7 +179,7 @@ impl FakeQueue {
         self.avail_idx.wrapping_sub(event).wrapping_sub(1) < self.avail_idx.wrapping_sub(old)
     }
 
-    /// The next used chain: its head and how many bytes were written.
+    /// Takes the next used chain; returns its head and the number of bytes written.
     pub fn take_used(&mut self) -> Option<(u16, u32)> {
         if self.ram.load_u16(self.used + 2, Ordering::Acquire).unwrap() == self.used_idx {
             return None;
@@ -205,7 +205,7 @@ impl FakeQueue {
             if let Some(used) = self.take_used() {
                 return used;
             }
-            assert!(Instant::now() < deadline, "the device used no buffer in 10 s");
+            assert!(Instant::now() < deadline, "the device used no buffer in 60 s");
             std::thread::yield_now();
         }
     }
@@ -236,13 +236,13 @@ pub struct Loopback {
 }
 
 impl Loopback {
-    /// A loop without descriptors.
+    /// Creates a loop that watches no descriptors.
     pub fn new(ram: &GuestRam) -> Self {
         let interrupt = Interrupt::new(IrqLine::new(5).unwrap());
         Loopback { ram: ram.clone(), interrupt, poller: Poller::new().unwrap() }
     }
 
-    /// Delivers what watched descriptors become ready for within `timeout`; returns how much that was.
+    /// Delivers events for the watched descriptors that become ready within `timeout`; returns their number.
     pub fn deliver_ready(
         &mut self,
         handler: &mut dyn Handler,
@@ -253,7 +253,7 @@ impl Loopback {
         let tokens = loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let tokens: Vec<u64> = self.poller.wait(Some(left))?.collect();
-            // Signals, io_uring's own among them, end a wait before its time.
+            // Signals, io_uring's own among them, end a wait early.
             if !tokens.is_empty() || left.is_zero() {
                 break tokens;
             }
@@ -262,39 +262,39 @@ impl Loopback {
         Ok(tokens.len())
     }
 
-    /// Delivers an event until it is done; a beginning once, as a worker does.
+    /// Delivers an event until it is done; [`Event::Start`] once, as a worker does.
     pub fn deliver(&self, handler: &mut dyn Handler, queues: &mut [Queue], event: Event) -> Result<(), Fault> {
         let cx = Context::new(&self.ram, &self.interrupt, &self.poller);
         while handler.event(event, queues, &cx)? == Progress::More && event != Event::Start {}
         Ok(())
     }
 
-    /// Has the handler finish what is in flight, as before a stop. Panics after ten seconds.
+    /// Makes the handler finish what is in flight, as before a stop. Panics after 60 seconds.
     pub fn drain(&self, handler: &mut dyn Handler, queues: &mut [Queue]) -> Result<(), Fault> {
         let deadline = Instant::now() + Duration::from_secs(60);
         let cx = Context::new(&self.ram, &self.interrupt, &self.poller);
         while handler.drain(queues, &cx)? == Progress::More {
-            assert!(Instant::now() < deadline, "requests are still in flight after ten seconds");
+            assert!(Instant::now() < deadline, "requests are still in flight after 60 s");
             std::thread::yield_now();
         }
         Ok(())
     }
 }
 
-/// A driver that knows only registers.
+/// Driver that knows only registers.
 pub struct FakeDriver<'a> {
-    /// The device's window.
+    /// Register window of the device.
     pub device: &'a dyn BusDevice,
     /// Guest memory.
     pub ram: GuestRam,
-    /// What was negotiated.
+    /// Negotiated features.
     pub features: u64,
-    /// The queues it set up.
+    /// Queues that the driver set up.
     pub queues: Vec<FakeQueue>,
 }
 
 impl<'a> FakeDriver<'a> {
-    /// A driver that has done nothing yet.
+    /// Creates a driver that has done nothing yet.
     pub fn new(device: &'a dyn BusDevice, ram: &GuestRam) -> Self {
         FakeDriver { device, ram: ram.clone(), features: 0, queues: vec![] }
     }
@@ -311,7 +311,7 @@ impl<'a> FakeDriver<'a> {
         self.device.write(register.into(), &value.to_le_bytes());
     }
 
-    /// All features that the device offers.
+    /// Returns all features that the device offers.
     pub fn offered(&self) -> u64 {
         self.set(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 0);
         let low = u64::from(self.get(VIRTIO_MMIO_DEVICE_FEATURES));
@@ -319,8 +319,7 @@ impl<'a> FakeDriver<'a> {
         low | u64::from(self.get(VIRTIO_MMIO_DEVICE_FEATURES)) << 32
     }
 
-    /// Reset, acknowledge, negotiate: up to FEATURES_OK (3.1.1). `features` are those wanted; returns whether the
-    /// device agreed.
+    /// Resets, acknowledges and negotiates `features`, up to FEATURES_OK (3.1.1). Returns whether the device agreed.
     pub fn negotiate(&mut self, features: u64) -> bool {
         assert_eq!(self.get(VIRTIO_MMIO_MAGIC_VALUE), 0x7472_6976);
         assert_eq!(self.get(VIRTIO_MMIO_VERSION), 2);
@@ -353,7 +352,7 @@ impl<'a> FakeDriver<'a> {
         assert_eq!(self.get(VIRTIO_MMIO_QUEUE_READY), 1);
     }
 
-    /// The whole initialisation with all offered features but those in `without`; queues of `size` from `base` on.
+    /// Initializes the device with all offered features except `without`; queues of `size` start at `base`.
     pub fn start(&mut self, without: u64, base: u64, size: u16) {
         assert!(self.negotiate(self.offered() & !without));
         self.queues.clear();
@@ -402,10 +401,10 @@ mod tests {
     const HEADERS: u64 = 0x8000;
     const BUFFERS: u64 = 0x1_0000;
     const SIZE: u16 = 16;
-    /// Bytes of an indirect table: as many descriptors as a chain may have, and some.
+    /// Size of an indirect table in bytes: a few more descriptors than a chain may have.
     const TABLE: u64 = 20 * 16;
 
-    /// A request: block request type and sector, lengths of data to read and to write, in an indirect table or not.
+    /// Block request: type and sector, lengths of data to read and to write, in an indirect table or not.
     #[derive(Clone, Debug)]
     struct Request {
         kind: u32,
@@ -423,20 +422,20 @@ mod tests {
         (kind, sector, lens(), lens(), any::<bool>()).prop_map(|(kind, sector, reads, writes, indirect)| Request {
             kind,
             sector,
-            // A valid one has data for one direction; keep both now and then.
+            // A valid request has data in one direction; sometimes keep both.
             reads: if kind == 0 { vec![] } else { reads },
             writes: if kind == 1 { vec![] } else { writes },
             indirect,
         })
     }
 
-    /// Which bits of rings, tables and headers flip: none, mostly.
+    /// Bits of rings, tables and headers to flip: mostly none.
     fn flips() -> impl Strategy<Value = Vec<(u64, u8)>> {
         let area = prop_oneof![RING..RING + 26 * u64::from(SIZE), TABLES..TABLES + 8 * TABLE, HEADERS..HEADERS + 128];
         prop_oneof![3 => Just(vec![]), 2 => prop::collection::vec((area, 0..8u8), 1..4)]
     }
 
-    /// What descriptors let the device write, flips included.
+    /// Returns the ranges that descriptors let the device write, flips included.
     fn writable(driver: &FakeQueue, before: &[u8]) -> Vec<Range<u64>> {
         let word = |at: u64| {
             let at = at as usize;
@@ -491,7 +490,7 @@ mod tests {
         let result = wire.deliver(&mut *share.handler, &mut share.queues, Event::Kick(0));
         wire.drain(&mut *share.handler, &mut share.queues).unwrap();
 
-        // All of it is used unless a rule was broken.
+        // Every chain is used unless a rule was broken.
         let end = share.queues[0].state();
         assert_eq!(
             end.next_avail,
@@ -504,7 +503,7 @@ mod tests {
             heads.sort_unstable();
             assert_eq!(used, heads);
         }
-        // Nothing was written but what may be. A descriptor that points at the rings may change the rules on the way.
+        // Only allowed ranges were written. A descriptor that points at the rings may change the rules on the way.
         let ranges = writable(&driver, &before);
         if ranges.iter().rev().skip(1).any(|r| r.start < HEADERS && r.end > RING) {
             return;

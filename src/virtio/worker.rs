@@ -1,8 +1,8 @@
-//! The one device loop: a thread that waits for kicks, for what its handler watches and for being told to stop, hands
-//! events to the handler, and tells the driver of used buffers.
+//! The device loop: a thread that waits for kicks, for the descriptors that its handler watches and for a request to
+//! stop. It passes events to the handler and notifies the driver of used buffers.
 //!
-//! A guest that breaks a rule ends the device, not the thread: the driver is told by `DEVICE_NEEDS_RESET`, the log by
-//! one warning, and the worker then only waits to be stopped.
+//! A guest that breaks a rule stops the device, not the thread: `DEVICE_NEEDS_RESET` is set for the driver, the log
+//! gets one warning, and the worker then only waits to be stopped.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -17,24 +17,24 @@ use super::{Context, Event, Fault, Interrupt, Progress, Share, WORKER_TOKENS};
 use crate::event::{Interest, Poller, eventfd};
 use crate::memory::GuestRam;
 
-/// How long requests in flight have to finish before a device counts as stuck.
+/// Time for requests in flight to finish before a device counts as stuck.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 10 });
 
 const CONTROL: u64 = u64::MAX;
-/// How often a handler whose watches are gone is asked whether it has drained.
+/// Interval at which a handler without watches is asked whether it has drained.
 const DRAIN_TICK: Duration = Duration::from_millis(1);
 
-/// A device did not give its queues back.
+/// Device that did not return its queues in time.
 #[derive(Debug, thiserror::Error)]
 #[error("{name} did not finish its requests within {} ms", waited.as_millis())]
 pub struct Stuck {
-    /// The worker's name.
+    /// Name of the worker.
     pub name: String,
-    /// How long it had.
+    /// Time that the worker had.
     pub waited: Duration,
 }
 
-/// Positions of queues, by their index within the device.
+/// Positions of queues, by index within the device.
 pub type Positions = Vec<(u16, QueueState)>;
 
 /// A running thread that serves a share of a device's queues.
@@ -46,8 +46,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts serving. `kicks` are those of all the device's queues. The thread is named after the device, cut to the
-    /// 15 bytes that Linux has room for.
+    /// Starts serving. `kicks` are the eventfds of all queues of the device. The thread is named after the device, cut
+    /// to the 15 bytes that Linux has room for.
     pub fn spawn(
         name: String,
         share: Share,
@@ -61,7 +61,7 @@ impl Worker {
         poller.add(control.as_raw_fd(), CONTROL, Interest::Read)?;
         for (i, queue) in share.queues.iter().enumerate().filter(|(_, q)| q.is_enabled()) {
             let kick = kicks.get(usize::from(queue.index())).ok_or(io::ErrorKind::InvalidInput)?;
-            // The edge: each kick is one, so nobody need take it out of the eventfd, which would be a call for each.
+            // Edge-triggered: each kick is an edge, so the eventfd is never read, which saves a system call per kick.
             poller.add(kick.as_raw_fd(), WORKER_TOKENS + i as u64, Interest::ReadEdge)?;
         }
         let (pending, tokens) = (Vec::new(), Vec::new());
@@ -85,12 +85,12 @@ impl Worker {
         Ok(Worker { name, control, done })
     }
 
-    /// Tells it to drain and stop; returns at once.
+    /// Asks the worker to drain and stop; returns immediately.
     pub fn request_stop(&self) {
         let _ = self.control.write(1);
     }
 
-    /// Waits for the queues after [`Worker::request_stop`]. May be tried again.
+    /// Waits for the queues after [`Worker::request_stop`]. May be called again after a failure.
     pub fn wait_stopped(&self, deadline: Instant) -> Result<Positions, Stuck> {
         let waited = deadline.saturating_duration_since(Instant::now());
         self.done.recv_timeout(waited).map_err(|e| {
@@ -101,7 +101,7 @@ impl Worker {
 }
 
 impl Drop for Worker {
-    /// Nobody waits for it any more, but it must not run for ever.
+    /// Stops the thread: nobody waits for it any more, but it must not run forever.
     fn drop(&mut self) {
         self.request_stop();
     }
@@ -109,15 +109,16 @@ impl Drop for Worker {
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Bytes of a worker's stack. The usual 2 MiB, where they happen to lie so, are one huge page that the first touch fills.
+/// Stack size of a worker in bytes. The default 2 MiB, if aligned by chance, are one huge page that the first touch
+/// fills.
 const STACK: usize = 512 << 10;
 
-/// Where threads are started.
+/// Channel to the thread that starts workers.
 static SPAWNER: Mutex<Option<Sender<Job>>> = Mutex::new(None);
 
-/// Starts the thread that starts workers, if there is none. A thread inherits the CPU affinity, the signal mask and the
-/// system call filter of the one that starts it, and DRIVER_OK arrives on a vCPU's: a worker must not share the one
-/// CPU that its vCPU is pinned to. So this is called early, by a thread that is none.
+/// Starts the thread that starts workers, if there is none yet. A thread inherits the CPU affinity, the signal mask and
+/// the system call filter of the thread that starts it. DRIVER_OK arrives on a vCPU's thread, and a worker must not
+/// share the one CPU that its vCPU is pinned to. This is therefore called early, by a thread that is not a vCPU's.
 pub fn prepare() -> io::Result<()> {
     let mut started = SPAWNER.lock().unwrap_or_else(PoisonError::into_inner);
     if started.is_none() {
@@ -138,7 +139,7 @@ fn spawn(name: String, body: Job) -> io::Result<()> {
     let spawner = SPAWNER.lock().unwrap_or_else(PoisonError::into_inner);
     let sent = spawner.as_ref().is_some_and(|spawner| spawner.send(job).is_ok());
     drop(spawner);
-    let gone = || io::Error::other("the thread that starts threads is gone");
+    let gone = || io::Error::other("the thread that starts workers has ended");
     if sent { spawned.recv().map_err(|_| gone())? } else { Err(gone()) }
 }
 
@@ -151,7 +152,7 @@ struct Loop {
     share: Share,
     ram: GuestRam,
     interrupt: Interrupt,
-    /// Open for as long as they are watched.
+    /// Kept open for as long as they are watched.
     _kicks: Arc<[EventFd]>,
     control: Arc<EventFd>,
     poller: Poller,
@@ -164,7 +165,7 @@ struct Loop {
 
 impl Loop {
     fn run(mut self, done: SyncSender<Positions>) {
-        // Whatever happened before this worker existed (kicks included), the rings tell.
+        // The rings show what happened before this worker existed, kicks included.
         self.pending.push(Event::Start);
         self.pending.extend((0..self.share.queues.len()).map(Event::Kick));
         loop {
@@ -177,12 +178,13 @@ impl Loop {
             }
         }
         let positions = self.share.queues.iter().filter(|q| q.is_enabled()).map(|q| (q.index(), q.state())).collect();
-        // Gone before anybody hears of it: who stops a device and then drops it may open its locked file again.
+        // Dropped before anybody learns of it: whoever stops a device and then drops it may open its locked file again.
         drop(self);
         let _ = done.send(positions);
     }
 
-    /// Delivers each pending event once; what has more to do goes to the end of the queue behind what is ready then.
+    /// Delivers each pending event once. An event with more to do goes to the end of the list, after what is ready by
+    /// then.
     fn round(&mut self) {
         let events = std::mem::take(&mut self.pending);
         for &event in &events {
@@ -191,14 +193,14 @@ impl Loop {
                 continue;
             }
             match self.deliver(event) {
-                // A beginning comes once; what it did not get to, the kicks behind it do.
+                // `Start` comes once; the kicks after it do what it did not get to.
                 Ok(Progress::More) if event != Event::Start => self.pending.push(event),
                 Ok(_) => {}
                 Err(fault) => self.fail(&fault),
             }
         }
         if self.pending.is_empty() {
-            // Keep its memory.
+            // Keep the allocation.
             self.pending = events;
             self.pending.clear();
         }
@@ -207,12 +209,12 @@ impl Loop {
     fn deliver(&mut self, event: Event) -> Result<Progress, Fault> {
         let cx = Context::new(&self.ram, &self.interrupt, &self.poller);
         let progress = self.share.handler.event(event, &mut self.share.queues, &cx);
-        // Also after a fault: what was used before it was used.
+        // Also after a fault: buffers used before it stay used.
         self.announce()?;
         progress
     }
 
-    /// Tells the driver of used buffers, if it wants to know: one interrupt for all queues.
+    /// Notifies the driver of used buffers, if it wants to know: one interrupt for all queues.
     fn announce(&mut self) -> Result<(), Fault> {
         let mut wanted = false;
         for queue in &mut self.share.queues {
@@ -232,13 +234,14 @@ impl Loop {
             Err(fault) => {
                 let again = !self.dead;
                 self.fail(&fault);
-                // A handler that fails to drain after it has failed will not do better the next time.
+                // A handler that fails to drain after an earlier failure will not do better the next time.
                 !again
             }
         }
     }
 
-    /// The guest broke a rule. Nothing is watched from here on: a descriptor that nobody reads would keep us awake.
+    /// Stops the device after a fault. Nothing is watched from here on: an unread descriptor would keep the thread
+    /// awake.
     fn fail(&mut self, fault: &Fault) {
         if self.dead {
             return;
@@ -249,12 +252,12 @@ impl Loop {
         let fresh = Poller::new().and_then(|p| p.add(self.control.as_raw_fd(), CONTROL, Interest::Read).map(|()| p));
         match fresh {
             Ok(poller) => self.poller = poller,
-            // Out of descriptors: do not wait on the old set for ever either.
+            // Out of descriptors: do not wait on the old set forever either.
             Err(_) => self.stopping = true,
         }
     }
 
-    /// Waits for events, unless some are left to deliver: then it only looks what else is ready.
+    /// Waits for events. If some are left to deliver, only polls for what else is ready.
     fn wait(&mut self) -> io::Result<()> {
         let timeout = match (self.pending.is_empty(), self.dead && self.stopping) {
             (true, false) => None,
@@ -326,7 +329,7 @@ mod tests {
         }
     }
 
-    /// Takes a request and finds fault with it.
+    /// Takes a request and reports a fault.
     struct Picky;
 
     impl Handler for Picky {
@@ -407,7 +410,7 @@ mod tests {
         assert_eq!(s.events.load(Ordering::SeqCst), 2, "start and the first look");
     }
 
-    /// Never has enough, and watches something from its beginning on.
+    /// Asks for more again and again, and watches something from the start.
     struct Greedy(Arc<EventFd>, Arc<AtomicUsize>);
 
     impl Handler for Greedy {
@@ -443,10 +446,10 @@ mod tests {
         while s.interrupt.line().take_count() == 0 {
             assert!(Instant::now() < deadline);
         }
-        s.interrupt.needs_reset("slow", "it was told already");
+        s.interrupt.needs_reset("slow", "already reported");
         assert_eq!(s.interrupt.line().take_count(), 0);
         let events = s.events.load(Ordering::SeqCst);
-        // Nothing is served any more, nor does it spin on what it no longer reads.
+        // Nothing is served any more, and the worker does not spin on descriptors that it no longer reads.
         s.completions.write(1).unwrap();
         s.kicks[0].write(1).unwrap();
         std::thread::sleep(Duration::from_millis(20));
@@ -481,8 +484,8 @@ mod tests {
         }
     }
 
-    /// A driver kicks, and a device interrupts, only when the other asked for it; both ask just before they look for the
-    /// last time and sleep. Neither ever sleeps over what the other did in between.
+    /// A driver kicks, and a device interrupts, only when the other side asked for it; both ask just before they look
+    /// for the last time and sleep. Neither ever sleeps through what the other did in between.
     #[test]
     fn no_wake_up_is_lost() {
         for features in [0, EVENT_IDX] {

@@ -1,8 +1,8 @@
-//! Free page hinting (5.5.6.5): which pages are free, asked when the guest's memory is about to be copied.
+//! Free page hinting (5.5.6.5): the guest reports its free pages when its memory is about to be copied.
 //!
 //! ```text
 //! start ──▶ command in configuration space ──▶ driver: the command, free pages..., stop ──▶ complete
-//! end ────▶ DONE there: the driver gives what it told of back to its guest
+//! end ────▶ DONE there: the driver gives the reported pages back to its guest
 //! ```
 
 use std::collections::BTreeMap;
@@ -12,23 +12,24 @@ use crate::memory::GuestRam;
 use crate::virtio::Fault;
 use crate::virtio::chain::{Chain, Segment};
 
-/// Values of the command that are none (5.5.6.5): nothing to tell, and what was told is done with.
+/// Values of the command with a fixed meaning (5.5.6.5): nothing to report, and reports no longer needed.
 const STOP: u32 = 0;
 const DONE: u32 = 1;
 
-/// Ranges that are remembered; of more a guest tells in vain. Linux tells 4 MiB at a time, and neighbours are one.
+/// Maximum number of ranges; further ones are dropped. Linux reports 4 MiB at a time, and adjacent ranges become one.
 const MAX_RANGES: usize = 1 << 16;
 
-/// Memory that the guest had no use for when it told so.
+/// Memory that the guest did not use when it reported it.
 ///
-/// It may have written to it since: a driver that runs short of memory takes back what it told of, and does not wait
-/// until that was heard. So nothing here is given back to the host. A range counts only for who has watched what the
-/// guest writes (KVM's dirty log) from before the question on: what was not written since then need not be copied.
+/// The guest may have written to it since: a driver that runs short of memory takes back what it reported, and does not
+/// wait until the report was read. Nothing here is therefore given back to the host. A range is meaningful only to a
+/// caller that has watched the guest's writes (KVM's dirty log) from before the request on: what was not written since
+/// then need not be copied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FreeHints {
-    /// The driver has told all that it had to.
+    /// Set once the driver has reported everything.
     pub complete: bool,
-    /// Guest-physical addresses, in order, apart from each other.
+    /// Guest-physical ranges, in order and not adjacent.
     pub ranges: Vec<Range<u64>>,
 }
 
@@ -46,10 +47,10 @@ enum Phase {
 pub(super) struct Hints {
     /// `free_page_hint_cmd_id`.
     command: u32,
-    /// The last that was used.
+    /// Last command that was a request.
     last: u32,
     phase: Phase,
-    /// Ends by starts.
+    /// End of each range, by its start.
     ranges: BTreeMap<u64, u64>,
 }
 
@@ -58,13 +59,13 @@ impl Hints {
         self.command
     }
 
-    /// The command that stands in configuration space, and the last that was used.
+    /// Returns the command in configuration space, and the last one that was a request.
     pub(super) fn save(&self) -> (u32, u32) {
         (self.command, self.last)
     }
 
-    /// A question that was saved can only be ended: what was told does not count any more, since whoever copied memory,
-    /// and watched what the guest wrote to it, is gone.
+    /// Restores a saved request, which can only be ended: the reports no longer count, because whoever copied memory,
+    /// and watched the guest's writes to it, is gone.
     pub(super) fn restored(command: u32, last: u32) -> Self {
         let phase = if command > DONE { Phase::Complete } else { Phase::Idle };
         Hints { command, last, phase, ranges: BTreeMap::new() }
@@ -77,7 +78,7 @@ impl Hints {
         self.ranges.clear();
     }
 
-    /// Returns whether there was something to end.
+    /// Ends the request. Returns whether there was one.
     pub(super) fn end(&mut self) -> bool {
         self.ranges = BTreeMap::new();
         let phase = std::mem::take(&mut self.phase);
@@ -92,8 +93,8 @@ impl Hints {
         FreeHints { complete: self.phase == Phase::Complete, ranges }
     }
 
-    /// A buffer of the driver's: four bytes to read are a command, what could be written is free memory. What belongs to
-    /// no question of ours is ignored.
+    /// Handles a buffer of the driver: four bytes to read are a command, the writable part is free memory. Anything
+    /// that belongs to no request of ours is ignored.
     pub(super) fn take(&mut self, chain: &Chain, ram: &GuestRam) -> Result<(), Fault> {
         let mut reader = chain.reader(ram);
         let mut command = [0; 4];
@@ -111,7 +112,7 @@ impl Hints {
         Ok(())
     }
 
-    /// Adds a range that was checked to be memory, together with those that it touches.
+    /// Adds a range that was checked to be memory, merged with those that it touches.
     fn add(&mut self, Segment { addr, len }: &Segment) {
         let (mut start, mut end) = (*addr, addr + u64::from(*len));
         while let Some((&near, &near_end)) = self.ranges.range(..=end).next_back().filter(|(_, e)| **e >= start) {
@@ -152,7 +153,7 @@ mod tests {
         let mut hints = Hints::default();
         (0..MAX_RANGES as u64 + 10).for_each(|n| hints.add(&segment(n * 0x2000, 0x1000)));
         assert_eq!(hints.ranges.len(), MAX_RANGES);
-        // What joins two makes room.
+        // A range that joins two others makes room.
         hints.add(&segment(0x1000, 0x1000));
         assert_eq!((hints.ranges.len(), hints.ranges.get(&0)), (MAX_RANGES - 1, Some(&0x3000)));
     }

@@ -1,13 +1,13 @@
-//! What the guest tells of its memory (5.5.6.3).
+//! Statistics that the guest reports of its memory (5.5.6.3).
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-/// Bytes of a statistic (5.5.6.3): a tag and a value, packed.
+/// Size of a statistic in bytes (5.5.6.3): a tag and a value, packed.
 pub(super) const STAT: usize = 10;
 
-/// Names of statistics by tag: 0 to 9 are those of 5.5.6.4, the others Linux has added since.
+/// Names of statistics by tag: 0 to 9 are those of 5.5.6.4, Linux has added the others since.
 const STAT_NAMES: [&str; 16] = [
     "swap_in",
     "swap_out",
@@ -27,21 +27,21 @@ const STAT_NAMES: [&str; 16] = [
     "direct_reclaims",
 ];
 
-/// What is known of the guest's memory.
+/// Sizes of the balloon, and the guest's memory statistics.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct BalloonStats {
-    /// What the guest is asked to give up, in bytes.
+    /// Bytes that the guest is asked to give up.
     pub target: u64,
-    /// What it says that it has given up, in bytes.
+    /// Bytes that the guest says it has given up.
     pub actual: u64,
-    /// Its statistics by name, as it told them last: bytes, or counts since it started.
+    /// Latest statistics of the guest by name: bytes, or counts since it started.
     pub guest: BTreeMap<&'static str, u64>,
-    /// How old they are, in milliseconds.
+    /// Age of the statistics in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub age_ms: Option<u64>,
 }
 
-/// Statistics by name; tags without one are ignored (5.5.6.3.1), as is the rest of a broken one.
+/// Parses statistics. Tags without a name are ignored (5.5.6.3.1), as is an incomplete statistic at the end.
 pub(super) fn parse(bytes: &[u8]) -> BTreeMap<&'static str, u64> {
     let (stats, _) = bytes.as_chunks::<STAT>();
     let known = stats.iter().filter_map(|[t0, t1, value @ ..]| {

@@ -1,7 +1,7 @@
 //! Block device (5.2).
 //!
-//! [`Blk`] is the device with its configuration; `request` decodes a chain and does what it asks for; `ring` has the
-//! kernel do it meanwhile (io_uring), where the disk is a plain file and the host allows it.
+//! [`Blk`] is the device with its configuration. `request` decodes a chain and executes it. `ring` makes the kernel
+//! execute requests in the meantime (io_uring), if the disk is a plain file and the host allows it.
 
 mod queue_handler;
 mod request;
@@ -32,32 +32,33 @@ use queue_handler::QueueHandler;
 use ring::Ring;
 
 const QUEUE_SIZE: u16 = 256;
-/// The most queues a disk may have: one per vCPU is what a driver uses.
+/// Maximum number of queues of a disk; drivers use one per vCPU.
 const MAX_QUEUES: u16 = 16;
 const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 /// Bytes of configuration space up to and including `write_zeroes_may_unmap` and its padding (5.2.4).
 const CONFIG_BYTES: usize = 60;
-/// Where `writeback` is in configuration space.
+/// Offset of `writeback` in configuration space.
 const WRITEBACK: usize = 32;
-/// Ranges of one discard request.
+/// Maximum number of ranges in a discard request.
 const MAX_RANGES: u32 = 64;
-/// Sectors of one such range, and of all ranges of a write-zeroes request: 1 GiB, which bounds the time it takes.
+/// Maximum sectors in one such range, and in all ranges of a write-zeroes request: 1 GiB, which bounds the time it
+/// takes.
 const MAX_RANGE_SECTORS: u32 = 1 << 21;
-/// Sectors of the one range that a write-zeroes request should have. They may have to be written really, and count for
-/// the bandwidth as if they were: what comes behind 16 MiB has not long to wait.
+/// Maximum sectors that the one range of a write-zeroes request should have. The disk may really have to write them,
+/// and they count for the bandwidth as if it did: a request that follows 16 MiB does not wait long.
 const ZERO_SECTORS: u32 = 1 << 15;
 
-/// How requests are carried out.
+/// Method of carrying out requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Engine {
-    /// io_uring where disk and host have it, but for writes into the host's page cache; else one system call after the
-    /// other.
+    /// io_uring where disk and host support it, except for writes into the host's page cache; otherwise one system call
+    /// after another.
     #[default]
     Auto,
-    /// io_uring, or an error.
+    /// io_uring, or an error if it is unavailable.
     IoUring,
-    /// One system call after the other.
+    /// One system call after another.
     Sync,
 }
 
@@ -67,41 +68,41 @@ pub enum Engine {
 pub struct BlkConfig {
     /// The image: a regular file, a block device or, with `size`, a character device.
     pub path: PathBuf,
-    /// Bytes of a character device, which cannot tell.
+    /// Size in bytes of a character device, which cannot report it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<Size>,
     /// Refuse writes, and share the image with other readers.
     #[serde(default)]
     pub readonly: bool,
-    /// What the guest sees in `/sys/block/vdX/serial`: at most 20 bytes of printable ASCII.
+    /// Text that the guest sees in `/sys/block/vdX/serial`: at most 20 bytes of printable ASCII.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// What is in the image: `raw` or `qcow2`. Found by content and name when not given, but then a qcow2 image may not
+    /// Format of the image: `raw` or `qcow2`. Detected by content and name if not given, but then a qcow2 image may not
     /// refer to other files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
-    /// Where writes go instead of to the image: `tmp`, or a qcow2 file that is made if need be.
+    /// Destination of writes instead of the image: `tmp`, or a qcow2 file, which is created if it does not exist.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Overlay>,
-    /// Go around the host's page cache.
+    /// Bypass the host's page cache.
     #[serde(default)]
     pub direct: bool,
-    /// Request queues, 1 (the default) to 16, each with a thread.
+    /// Number of request queues, 1 (the default) to 16, each with a thread.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
     /// `auto`, `io_uring` or `sync`.
     #[serde(default)]
     pub engine: Engine,
-    /// Bytes per second, read and written.
+    /// Maximum bytes per second, reads and writes together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<Size>,
-    /// Bytes that may be moved at once after a quiet time; a second's worth by default.
+    /// Burst in bytes after a quiet time; one second's worth by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth_burst: Option<Size>,
-    /// Requests per second.
+    /// Maximum requests per second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ops: Option<u64>,
-    /// Requests that may be made at once after a quiet time; a second's worth by default.
+    /// Burst in requests after a quiet time; one second's worth by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ops_burst: Option<u64>,
 }
@@ -114,38 +115,38 @@ impl FromStr for BlkConfig {
     }
 }
 
-/// Why a block device cannot be made.
+/// Reason why a block device cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The image.
+    /// Image that cannot be used.
     #[error(transparent)]
     Disk(#[from] image::Error),
-    /// The id.
+    /// Invalid id.
     #[error("disk id '{0}' is not 1 to 20 printable ASCII characters")]
     Id(String),
-    /// The number of queues.
-    #[error("{0} queues are not 1 to {MAX_QUEUES}, which a disk can have")]
+    /// Invalid number of queues.
+    #[error("queues={0}: a disk can have 1 to {MAX_QUEUES}")]
     Queues(u16),
-    /// A limit of nothing, or a burst without its limit.
+    /// Limit of zero, or a burst without its limit.
     #[error("disk {}: {why}", path.display())]
     Limit {
-        /// The image.
+        /// Path of the image.
         path: PathBuf,
-        /// Which.
+        /// Description of the mistake.
         why: &'static str,
     },
-    /// `engine=io_uring` was asked for.
+    /// `engine=io_uring` that is not possible.
     #[error("disk {} cannot be used by io_uring", path.display())]
     IoUring {
-        /// The image.
+        /// Path of the image.
         path: PathBuf,
-        /// Why.
+        /// OS error.
         source: io::Error,
     },
 }
 
 impl BlkConfig {
-    /// Checks what needs no file to be opened.
+    /// Checks everything that needs no open file.
     pub fn validate(&self) -> Result<(), Error> {
         match &self.id {
             Some(id) if id.is_empty() || id.len() > ID_BYTES || !id.bytes().all(|b| b.is_ascii_graphic()) => {
@@ -175,50 +176,49 @@ impl BlkConfig {
     }
 }
 
-/// What is saved of a block device: its contents are the image's.
+/// Saved state of a block device; its contents are in the image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlkState {
-    /// Capacity in sectors of 512 bytes that the guest was told.
+    /// Capacity in sectors of 512 bytes that the guest knows.
     pub sectors: u64,
-    /// Whether writes may stay in the host's cache until a flush (5.2.6.2).
+    /// Set if writes may stay in the host's cache until a flush (5.2.6.2).
     pub writeback: bool,
 }
 
-/// The device.
+/// Block device.
 pub struct Blk {
     info: DeviceInfo,
     config: [u8; CONFIG_BYTES],
     shared: Arc<Shared>,
 }
 
-/// What all workers of the device use.
+/// State that all workers of the device share.
 struct Shared {
     disk: Box<dyn Disk>,
-    /// For warnings.
+    /// Path of the image, for warnings.
     path: PathBuf,
     sectors: AtomicU64,
     readonly: bool,
     engine: Engine,
-    /// Writes are done by system calls also where the kernel has a ring for the rest. Into the page cache, which is what
-    /// a write without `direct` means, few file systems let io_uring write without handing it to a thread, and that
-    /// costs more than the copy.
+    /// Set if writes are system calls even where the rest uses io_uring. A write without `direct` goes into the page
+    /// cache. Few file systems let io_uring do that without handing it to a thread, which costs more than the copy.
     writes_at_once: bool,
     id: [u8; ID_BYTES],
-    /// How much may be done when; none: as much as there is.
+    /// Rate limit, if any.
     limiter: Option<RateLimiter>,
-    /// Each write is on the disk before it counts as done.
+    /// Set if each write must be on the disk before it completes.
     write_through: AtomicBool,
-    /// Something was written since the last flush.
+    /// Set if something was written since the last flush.
     dirty: AtomicBool,
-    /// Why the last flush, which the guest did not ask for and so does not hear of, failed.
+    /// Failure of a final flush, which the guest did not ask for and therefore does not learn of.
     unsaved: Mutex<Option<String>>,
-    /// An error of the image was told already.
+    /// Limits warnings about the image.
     warnings: LogLimit,
 }
 
 impl Blk {
-    /// Opens the image. `name` is for threads and warnings.
+    /// Opens the image. `name` is used in thread names and warnings.
     pub fn new(name: impl Into<String>, config: &BlkConfig) -> Result<Self, Error> {
         config.validate()?;
         let disk = image::open(&config.image())?;
@@ -228,7 +228,7 @@ impl Blk {
         Ok(Self::with_disk(name, config, disk))
     }
 
-    /// A device on any disk; of `config` the path is only named in warnings.
+    /// Creates a device on any disk; the path in `config` is used only in warnings.
     pub fn with_disk(name: impl Into<String>, config: &BlkConfig, disk: Box<dyn Disk>) -> Self {
         let name = name.into();
         let sectors = disk.size() / SECTOR;
@@ -278,15 +278,15 @@ fn features(readonly: bool, queues: u16) -> u64 {
     bits.into_iter().fold(RING_FEATURES, |all, bit| all | 1 << bit)
 }
 
-/// `struct virtio_blk_config` (5.2.4); what belongs to features that are not offered stays zero.
+/// Returns `struct virtio_blk_config` (5.2.4); fields of features that are not offered stay zero.
 fn config_space(sectors: u64, queues: u16) -> [u8; CONFIG_BYTES] {
     let mut config = [0; CONFIG_BYTES];
     let mut put = |at: usize, bytes: &[u8]| super::read_config_bytes(bytes, 0, &mut config[at..]);
     put(0, &sectors.to_le_bytes());
-    // seg_max: header and status are segments too.
+    // seg_max: header and status take segments too.
     put(12, &u32::from(QUEUE_SIZE - 2).to_le_bytes());
     put(20, &(SECTOR as u32).to_le_bytes());
-    // Topology: physical blocks of 2^3 sectors, as page caches and disks have them; the best size is 64 KiB.
+    // Topology: physical blocks of 2^3 sectors, as page caches and disks have them; the optimal size is 64 KiB.
     put(24, &[3, 0]);
     put(26, &8u16.to_le_bytes());
     put(28, &128u32.to_le_bytes());
@@ -330,7 +330,7 @@ impl VirtioDevice for Blk {
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<Activated> {
-        // Without FLUSH the driver takes us for a write-through cache, and cannot ask for another (5.2.6.2).
+        // Without FLUSH the driver assumes a write-through cache, and cannot ask for another (5.2.6.2).
         let flush = activation.features & 1 << VIRTIO_BLK_F_FLUSH != 0;
         let toggle = activation.features & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0;
         let writeback = if toggle { self.writeback() } else { flush };
@@ -363,13 +363,13 @@ impl VirtioDevice for Blk {
         let refused = |why: String| ControlError::Refused(format!("disk {path} cannot be resized: {why}"));
         let now = self.shared.disk.size();
         if !bytes.is_multiple_of(SECTOR) || bytes < now {
-            return Err(refused(format!("{bytes} bytes are no whole sectors, or less than its {now}")));
+            return Err(refused(format!("{bytes} is not a multiple of 512, or is below the current {now}")));
         }
         if self.shared.readonly {
             return Err(refused("it is read-only".into()));
         }
         self.shared.disk.resize(bytes).map_err(|e| refused(e.to_string()))?;
-        // Requests that go beyond the old end may come as soon as the guest reads the new one.
+        // Requests past the old end may come as soon as the guest reads the new one.
         self.shared.sectors.store(bytes / SECTOR, Ordering::Release);
         super::read_config_bytes(&(bytes / SECTOR).to_le_bytes(), 0, &mut self.config[..8]);
         Ok(Reply::ConfigChanged)
@@ -399,19 +399,19 @@ impl VirtioDevice for Blk {
 }
 
 impl Shared {
-    /// Capacity, which may grow at any time.
+    /// Returns the capacity, which may grow at any time.
     fn sectors(&self) -> u64 {
         self.sectors.load(Ordering::Acquire)
     }
 
-    /// Clears the mark before the flush, so that a write that comes in between sets it again.
+    /// Flushes the disk. The mark is cleared first, so that a write during the flush sets it again.
     fn flush(&self) -> io::Result<()> {
         self.dirty.store(false, Ordering::Release);
         self.disk.flush().inspect_err(|_| self.dirty.store(true, Ordering::Release))
     }
 
-    /// Flushes what was written, when the device stops. A failure is remembered even if the next flush succeeds: the OS
-    /// reports each only once, and what it was about is lost.
+    /// Flushes written data when the device stops. A failure is remembered even if the next flush succeeds: the OS
+    /// reports each failure only once, and the data concerned is lost.
     fn flush_last(&self) {
         if self.dirty.load(Ordering::Acquire)
             && let Err(e) = self.flush()
@@ -422,7 +422,7 @@ impl Shared {
         }
     }
 
-    /// Reports an error to the log, within its bound; the guest sees every one.
+    /// Logs an error, within the log's limit; the guest sees every one.
     fn warn(&self, e: &io::Error) {
         self.warnings.warn(format_args!("disk {}: {e}; the guest sees I/O errors", self.path.display()));
     }

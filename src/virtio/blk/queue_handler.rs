@@ -1,4 +1,4 @@
-//! One request queue: takes requests as fast as the rate limit lets it, and does them or has the kernel do them.
+//! One request queue: takes requests as fast as the rate limit allows, and executes them or passes them to the kernel.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -17,12 +17,13 @@ use crate::virtio::{Context, Event, Fault, Handler, Progress};
 const COMPLETIONS: u64 = 0;
 const ALARM: u64 = 1;
 
-/// Serves one queue.
+/// Handler of one queue.
 pub(super) struct QueueHandler {
-    /// Dropped first: the kernel may still be using the disk's file, and the number of a closed file can be another's.
+    /// Dropped first: the kernel may still use the disk's file, and the number of a closed file may be reused for
+    /// another.
     ring: Option<Ring>,
     shared: Arc<Shared>,
-    /// Rings when the rate limit lets more through.
+    /// Timer for when the rate limit lets more through.
     alarm: Option<Alarm>,
 }
 
@@ -55,7 +56,7 @@ impl QueueHandler {
         Ok(Progress::More)
     }
 
-    /// Whether the rate limit lets a request through now; if not, it sets the alarm.
+    /// Returns whether the rate limit lets a request through now; if not, sets the alarm.
     fn allowed(&mut self, chain: &Chain, cx: &Context<'_>) -> io::Result<bool> {
         let (Some(limiter), Some(alarm)) = (&self.shared.limiter, &mut self.alarm) else { return Ok(true) };
         match limiter.take(request::cost(chain, cx.ram)) {
@@ -64,7 +65,7 @@ impl QueueHandler {
         }
     }
 
-    /// Does a request, or has the kernel do it. Whether others should have their turn now.
+    /// Executes a request, or passes it to the kernel. Returns whether others should have their turn now.
     fn begin(&mut self, chain: Chain, queue: &mut Queue, cx: &Context<'_>) -> Result<bool, Fault> {
         let disk = &*self.shared.disk;
         let mut large = false;
@@ -101,7 +102,7 @@ impl QueueHandler {
         Ok(large)
     }
 
-    /// Has the kernel begin what was collected, and answers what it has finished.
+    /// Submits collected requests to the kernel, and answers those that it has finished.
     fn turn(&mut self, queue: &mut Queue, cx: &Context<'_>) -> Result<(), Fault> {
         let Some(ring) = &mut self.ring else { return Ok(()) };
         ring.submit()?;
@@ -137,13 +138,13 @@ impl Handler for QueueHandler {
             Event::Kick(_) => {}
         }
         let progress = self.serve(queue, cx);
-        // Also when the guest broke a rule: what it asked for before that goes on.
+        // Also if the guest broke a rule: its earlier requests continue.
         self.turn(queue, cx)?;
         progress
     }
 
-    /// What is in flight is finished, and what was written must not get lost with the host when the VM is paused, saved
-    /// or ends.
+    /// Finishes requests in flight and flushes: written data must not be lost with the host once the VM is paused,
+    /// saved or at its end.
     fn drain(&mut self, queues: &mut [Queue], cx: &Context<'_>) -> Result<Progress, Fault> {
         if let [queue] = queues {
             self.turn(queue, cx)?;

@@ -1,4 +1,4 @@
-//! Requests (5.2.6): what a chain asks for, and its answer.
+//! Requests (5.2.6): decoding of a chain, and its answer.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -20,23 +20,23 @@ const HEADER: usize = 16;
 /// Bytes of a range of a discard or write-zeroes request.
 const RANGE: usize = 16;
 
-/// What a chain asks for. Every number in it has been checked against the disk.
+/// Request that a chain contains. Every number in it has been checked against the disk.
 pub(super) enum Request<'a> {
-    /// Fill these buffers from this byte on.
+    /// Fill these buffers from this byte offset on.
     Read(Vec<RamSlice<'a>>, u64),
-    /// Write these buffers from this byte on.
+    /// Write these buffers from this byte offset on.
     Write(Vec<RamSlice<'a>>, u64),
-    /// Have on the disk what was written.
+    /// Flush written data to the disk.
     Flush,
-    /// Give ranges up.
+    /// Discard ranges.
     Discard(Vec<Range>),
-    /// Make ranges zero.
+    /// Set ranges to zero.
     WriteZeroes(Vec<Range>),
-    /// Tell the id.
+    /// Return the id.
     GetId(Writer<'a>),
 }
 
-/// A piece of the disk, in bytes.
+/// Range of the disk, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Range {
     offset: u64,
@@ -44,13 +44,13 @@ pub(super) struct Range {
     unmap: bool,
 }
 
-/// Why a request gets an error status.
+/// Reason for an error status.
 pub(super) enum Failed {
-    /// `VIRTIO_BLK_S_IOERR`; the guest's mistake.
+    /// `VIRTIO_BLK_S_IOERR`; a mistake of the guest.
     Request,
     /// `VIRTIO_BLK_S_UNSUPP`.
     Unsupported,
-    /// `VIRTIO_BLK_S_IOERR`; the image's.
+    /// `VIRTIO_BLK_S_IOERR`; an error of the image.
     Disk(io::Error),
 }
 
@@ -72,7 +72,7 @@ impl From<io::Error> for Failed {
     }
 }
 
-/// The writable part of a chain: the data, and behind it the writer of the status byte.
+/// Splits the writable part of a chain into the data and, after it, the status byte.
 fn parts<'a>(chain: &'a Chain, ram: &'a GuestRam) -> Result<(Writer<'a>, Writer<'a>), Fault> {
     let mut writer = chain.writer(ram);
     let no_status = Fault::Device("a block request has no room for its status byte");
@@ -80,12 +80,12 @@ fn parts<'a>(chain: &'a Chain, ram: &'a GuestRam) -> Result<(Writer<'a>, Writer<
     Ok((data, writer))
 }
 
-/// How many bytes a request moves, for its rate limit; those that it makes zero come on top.
+/// Returns the bytes that a request moves, for its rate limit; those that it sets to zero are charged separately.
 pub(super) fn cost(chain: &Chain, ram: &GuestRam) -> u64 {
     (chain.reader(ram).len() + chain.writer(ram).len()).saturating_sub(HEADER as u64 + 1)
 }
 
-/// Decodes a chain. `Err` of the outer result: not even a status can be written.
+/// Decodes a chain. The outer result is `Err` if not even a status can be written.
 pub(super) fn decode<'a>(
     shared: &Shared,
     chain: &'a Chain,
@@ -95,7 +95,7 @@ pub(super) fn decode<'a>(
     Ok(decode_parts(shared, chain.reader(ram), data))
 }
 
-/// What a file system cannot do is no error of the disk: the driver stops to ask for it.
+/// Maps what a file system cannot do to "unsupported", which is not a disk error: the driver stops asking for it.
 fn lacking(failed: Failed) -> Failed {
     match failed {
         Failed::Disk(e) if is_unsupported(&e) => Failed::Unsupported,
@@ -131,31 +131,31 @@ fn decode_parts<'a>(shared: &Shared, mut reader: Reader<'a>, data: Writer<'a>) -
 }
 
 impl Request<'_> {
-    /// Whether it is about more of the disk than its chain shows, and may take long.
+    /// Returns whether the request covers more of the disk than its chain shows, and may take long.
     pub(super) fn is_large(&self) -> bool {
         matches!(self, Request::Discard(_) | Request::WriteZeroes(_))
     }
 }
 
 impl Shared {
-    /// Where in the image `len` bytes at `sector` are: whole sectors within the capacity.
+    /// Returns the byte offset in the image for `len` bytes at `sector`: whole sectors within the capacity.
     fn offset(&self, sector: u64, len: u64) -> Result<u64, Failed> {
         let free = self.sectors().checked_sub(sector).ok_or(Failed::Request)?;
         if !len.is_multiple_of(SECTOR) || len / SECTOR > free {
             return Err(Failed::Request);
         }
-        // Not beyond the image's end, so no overflow.
+        // Not past the image's end, so no overflow.
         Ok(sector * SECTOR)
     }
 
-    /// `struct virtio_blk_discard_write_zeroes`, one behind the other; other flags than `allowed` are unsupported
+    /// Reads consecutive `struct virtio_blk_discard_write_zeroes`; flags other than `allowed` are unsupported
     /// (5.2.6.2).
     fn ranges(&self, mut reader: Reader<'_>, allowed: u32) -> Result<Vec<Range>, Failed> {
         let len = reader.len();
         if !len.is_multiple_of(RANGE as u64) || len / RANGE as u64 > MAX_RANGES.into() {
             return Err(Failed::Request);
         }
-        // More than a driver may ask for that goes by the configuration, and as much as it could once be told.
+        // More than the configuration lets a driver ask for, and as much as earlier versions let it.
         let mut left = if allowed == 0 { u64::MAX } else { u64::from(MAX_RANGE_SECTORS) * SECTOR };
         let mut ranges = Vec::new();
         for _ in 0..len / RANGE as u64 {
@@ -178,7 +178,7 @@ impl Shared {
         Ok(ranges)
     }
 
-    /// Does a request, here and now.
+    /// Executes a request synchronously.
     pub(super) fn execute(&self, request: Request<'_>) -> Result<(), Failed> {
         match request {
             Request::Read(buffers, offset) => self.disk.read(&buffers, offset)?,
@@ -188,7 +188,7 @@ impl Shared {
                 self.change(|| ranges.iter().try_for_each(|r| self.disk.discard(r.offset, r.len))).map_err(lacking)?;
             }
             Request::WriteZeroes(ranges) => {
-                // Whatever becomes of them: a disk that cannot do better writes them.
+                // Charged regardless of how the disk does it: one that cannot do better writes them.
                 if let Some(limiter) = &self.limiter {
                     limiter.charge_more(ranges.iter().map(|r| r.len).sum());
                 }
@@ -205,7 +205,8 @@ impl Shared {
 
     fn change(&self, change: impl FnOnce() -> io::Result<()>) -> Result<(), Failed> {
         let changed = change();
-        // Not before: a flush meanwhile may have missed it. Also after an error: some of it may be written.
+        // Not before: a flush in the meantime may have missed it. Also after an error: some of it may have been
+        // written.
         self.dirty.store(true, Ordering::Release);
         changed?;
         if self.write_through.load(Ordering::Acquire) {
@@ -214,8 +215,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Writes the status byte of a request: last, when everything else has happened. Returns how much of the writable
-    /// part is valid: all of it, for the status is at its end.
+    /// Writes the status byte of a request, after everything else. Returns the length of the valid writable part: all
+    /// of it, because the status is at its end.
     pub(super) fn answer(&self, chain: &Chain, ram: &GuestRam, result: Result<(), Failed>) -> Result<u32, Fault> {
         let (data, mut status) = parts(chain, ram)?;
         let code = match result {

@@ -1,7 +1,7 @@
-//! Requests that the kernel carries out while the guest goes on (io_uring).
+//! Requests that the kernel carries out while the guest continues (io_uring).
 //!
 //! A request in flight keeps its chain and the vector of pieces of guest memory that the kernel uses. Guest memory is
-//! held until the last one is finished, also when everything else is gone.
+//! kept until the last request has finished, even if everything else is gone.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -21,24 +21,24 @@ pub(super) struct Ring {
     file: RawFd,
     slots: Vec<Option<InFlight>>,
     free: Vec<u16>,
-    /// Entries that wait for [`Ring::submit`].
+    /// Number of entries that wait for [`Ring::submit`].
     collected: usize,
-    /// Vectors of finished requests, for the next ones.
+    /// Vectors of finished requests, for reuse.
     spare: Vec<Vector>,
-    /// What the vectors point into.
+    /// Memory that the vectors point into.
     ram: GuestRam,
 }
 
-// SAFETY: the vectors' pointers are into guest memory, which any thread may use and `ram` keeps.
+// SAFETY: the vectors' pointers lead into guest memory, which any thread may use and which `ram` keeps.
 #[allow(unsafe_code)]
 unsafe impl Send for Ring {}
 
 struct InFlight {
     chain: Chain,
-    /// At this address until the kernel is finished with it: the Vec may move, its contents do not.
+    /// Stays at its address until the kernel is finished with it: the Vec may move, its contents do not.
     vector: Vector,
     kind: Kind,
-    /// Bytes to move, and how many have been.
+    /// Bytes to move, and bytes already moved.
     len: u64,
     done: u64,
     offset: u64,
@@ -51,16 +51,16 @@ enum Kind {
     Flush,
 }
 
-/// A finished request.
+/// Finished request.
 pub(super) struct Done {
     pub(super) chain: Chain,
     pub(super) result: io::Result<()>,
-    /// There may be something that is not on the disk: it was written, which a flush meanwhile may have missed, or the
-    /// flush failed.
+    /// Set if something may not be on the disk: a write that a flush in the meantime may have missed, or a failed
+    /// flush.
     pub(super) dirty: bool,
 }
 
-/// Whether requests to `disk` can be made this way.
+/// Checks that requests to `disk` can use io_uring.
 pub(super) fn probe(disk: &dyn Disk) -> io::Result<()> {
     if disk.fd().is_none() {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "its format is read and written piece by piece"));
@@ -68,9 +68,9 @@ pub(super) fn probe(disk: &dyn Disk) -> io::Result<()> {
     checked(1).map(|_| ())
 }
 
-/// A ring that knows all the operations that are needed.
+/// Creates a ring that supports all operations needed here.
 fn checked(entries: u16) -> io::Result<IoUring> {
-    // Completions are looked for anyway; nobody needs to be interrupted to run them. Linux 5.19, so not insisted on.
+    // Completions are polled for anyway, so no thread is interrupted to run them. Optional: it needs Linux 5.19.
     let uring = IoUring::builder().setup_coop_taskrun().build(entries.into());
     let uring = uring.or_else(|_| IoUring::new(entries.into()))?;
     let mut known = Probe::new();
@@ -83,7 +83,7 @@ fn checked(entries: u16) -> io::Result<IoUring> {
 }
 
 impl Ring {
-    /// A ring for one queue of a device on `disk`.
+    /// Creates a ring for one queue of a device on `disk`.
     pub(super) fn new(disk: &dyn Disk, ram: &GuestRam) -> io::Result<Self> {
         let fd = disk.fd().ok_or(io::ErrorKind::Unsupported)?;
         let uring = checked(QUEUE_SIZE)?;
@@ -98,22 +98,22 @@ impl Ring {
         })
     }
 
-    /// Whether one more request fits.
+    /// Returns whether one more request fits.
     pub(super) fn has_room(&self) -> bool {
         !self.free.is_empty()
     }
 
-    /// Whether a request to `disk` with these buffers can be begun.
+    /// Returns whether a request to `disk` with these buffers can be begun.
     pub(super) fn takes(&self, disk: &dyn Disk, buffers: &[RamSlice<'_>], offset: u64) -> bool {
         self.has_room() && disk.takes(buffers, offset)
     }
 
-    /// Requests that were begun and not yet taken from [`Ring::next_done`].
+    /// Returns the number of requests begun and not yet taken from [`Ring::next_done`].
     pub(super) fn in_flight(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
-    /// The kernel's form of some buffers, and how many bytes they are.
+    /// Returns the kernel's form of some buffers, and their length in bytes.
     pub(super) fn vector(&mut self, buffers: &[RamSlice<'_>]) -> (Vector, u64) {
         let mut vector = self.spare.pop().unwrap_or_default();
         vector.fill(buffers);
@@ -125,12 +125,12 @@ impl Ring {
         self.begin(InFlight { chain, vector, kind: Kind::Read, len, done: 0, offset });
     }
 
-    /// Begins to write the buffers of `vector`, which are those of `chain`; `through` to the disk.
+    /// Begins to write the buffers of `vector`, which are those of `chain`; with `through`, to the disk itself.
     pub(super) fn write(&mut self, chain: Chain, vector: Vector, len: u64, offset: u64, through: bool) {
         self.begin(InFlight { chain, vector, kind: Kind::Write { through }, len, done: 0, offset });
     }
 
-    /// Begins to have on the disk what was finished before.
+    /// Begins to flush everything that was finished before.
     pub(super) fn flush(&mut self, chain: Chain) {
         self.begin(InFlight { chain, vector: Vector::default(), kind: Kind::Flush, len: 0, done: 0, offset: 0 });
     }
@@ -146,11 +146,11 @@ impl Ring {
 
     #[allow(unsafe_code)]
     fn push(&mut self, entry: &squeue::Entry) {
-        // SAFETY: the entry's vector is in `slots` until its completion was taken, and so is its length; it points to
-        // mapped guest memory, which `ram` keeps at least as long; nothing holds a reference into that. The file is the
-        // disk's, which the handler that owns this ring keeps.
+        // SAFETY: the entry's vector stays in `slots` until its completion is taken, and so does its length. It points
+        // to mapped guest memory, which `ram` keeps at least as long; nothing holds a reference into that. The file is
+        // the disk's, which the handler that owns this ring keeps.
         let full = unsafe { self.uring.submission().push(entry) };
-        // There is a place for each slot; but a request that is continued meets others that wait.
+        // There is an entry for each slot, but a request that is continued may find others waiting.
         if full.is_err() {
             let _ = self.submit();
             // SAFETY: as above.
@@ -159,13 +159,13 @@ impl Ring {
         self.collected += 1;
     }
 
-    /// Hands the kernel what was collected.
+    /// Submits the collected entries to the kernel.
     pub(super) fn submit(&mut self) -> io::Result<()> {
         while self.collected > 0 {
             match self.uring.submit() {
                 Ok(n) => self.collected = self.collected.saturating_sub(n.max(1)),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                // The kernel wants something finished and taken first; what is left is submitted then.
+                // The kernel wants completions taken first; the rest is submitted after that.
                 Err(e)
                     if matches!(e.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN))
                         && self.in_flight() > self.collected =>
@@ -178,7 +178,7 @@ impl Ring {
         Ok(())
     }
 
-    /// The next request that is finished, wholly.
+    /// Returns the next request that is completely finished.
     pub(super) fn next_done(&mut self) -> Option<Done> {
         loop {
             let completion = self.uring.completion().next()?;
@@ -198,7 +198,7 @@ impl Ring {
                     };
                     return Some(Done { chain: request.chain, result, dirty });
                 }
-                // Only a part was moved: go on behind it.
+                // Only a part was moved: continue after it.
                 None => {
                     let entry = entry(self.file, &request).user_data(slot as u64);
                     if let Some(place) = self.slots.get_mut(slot) {
@@ -211,7 +211,7 @@ impl Ring {
         }
     }
 
-    /// The kernel wrote to these pages of guest memory, also if it failed in the end.
+    /// Marks the pages of guest memory that the kernel wrote as dirty, even if the request failed in the end.
     fn mark_dirty(&self, chain: &Chain) {
         for slice in chain.writer(&self.ram).slices().flatten() {
             slice.bitmap().mark_dirty(0, slice.len());
@@ -220,15 +220,15 @@ impl Ring {
 }
 
 impl AsRawFd for Ring {
-    /// Readable while something that is finished was not taken yet: what is finished when it is submitted, as most
-    /// requests to a page cache are, wakes nobody up.
+    /// Readable while a finished request has not been taken. Requests that finish while they are submitted, as most to
+    /// a page cache do, are taken right afterwards and wake nobody.
     fn as_raw_fd(&self) -> RawFd {
         self.uring.as_raw_fd()
     }
 }
 
 impl InFlight {
-    /// Notes what the kernel says; `None`: there is more to do.
+    /// Records the kernel's result; returns `None` if there is more to do.
     fn advance(&mut self, result: i32) -> Option<io::Result<()>> {
         let moved = match u64::try_from(result) {
             Err(_) if -result == libc::EINTR => return None,
@@ -262,12 +262,12 @@ fn entry(file: RawFd, request: &InFlight) -> squeue::Entry {
 }
 
 impl Drop for Ring {
-    /// The kernel must be finished with guest memory, and with the vectors, before they go.
+    /// Waits until the kernel is finished with guest memory and the vectors before they are freed.
     fn drop(&mut self) {
         let _ = self.submit();
         while self.in_flight() > 0 {
             if self.uring.submit_and_wait(1).is_err_and(|e| e.kind() != io::ErrorKind::Interrupted) {
-                // Never seen; better lost than freed under the kernel's hands.
+                // Never seen; a leak is better than memory freed while the kernel uses it.
                 std::mem::forget(std::mem::take(&mut self.slots));
                 std::mem::forget(self.ram.clone());
                 return;

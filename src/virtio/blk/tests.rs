@@ -1,4 +1,4 @@
-//! The block device through the fake driver.
+//! Tests of the block device through the fake driver.
 
 use super::queue_handler::QueueHandler;
 use super::*;
@@ -18,15 +18,15 @@ const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
 const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 const UNTOUCHED: u8 = 0xAA;
 
-/// A disk of 8 sectors that keeps a diary and can fail.
+/// Disk of 8 sectors that records its calls and can fail.
 #[derive(Default)]
 struct Diary {
     calls: Mutex<Vec<String>>,
     fail: AtomicBool,
-    /// A write is overtaken by a flush of this device, as another queue may ask for.
+    /// Makes a flush of this device overtake a write, as one from another queue might.
     flush_within: AtomicBool,
     shared: Mutex<Option<Arc<Shared>>>,
-    /// Looks at the status byte while a request is under way.
+    /// Memory whose status byte is checked while a request is executed.
     ram: Option<GuestRam>,
 }
 
@@ -68,7 +68,7 @@ impl Disk for Arc<Diary> {
     }
 }
 
-/// Waits for something that the handler waits for.
+/// Waits until something that the handler watches is ready.
 fn settle(loopback: &mut Loopback, handler: &mut QueueHandler, queues: &mut [Queue]) -> Result<(), Fault> {
     let ready = loopback.deliver_ready(handler, queues, std::time::Duration::from_secs(60))?;
     assert!(ready > 0, "nothing became ready within a minute");
@@ -127,7 +127,7 @@ impl Setup {
         Ok(self.ram.read_obj(STATUS).unwrap())
     }
 
-    /// A request in the usual shape.
+    /// Submits a request in the usual form.
     fn request(&mut self, kind: u32, sector: u64, data: &[Buf]) -> u8 {
         self.header(kind, sector);
         let bufs = [&[out(HDR, 16)], data, &[inn(STATUS, 1)]].concat();
@@ -155,7 +155,7 @@ fn file_is_written_read_and_flushed(engine: Engine) {
     let mut setup = Setup::with(ram.clone(), Blk::new("blk0", &config).unwrap(), Arc::default());
     let data: Vec<u8> = (0..1536u32).map(|i| (i % 253) as u8).collect();
     ram.write(DATA, &data).unwrap();
-    // However it is cut.
+    // Any division into buffers works.
     assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 3, &[out(DATA, 511), out(DATA + 511, 2), out(DATA + 513, 1023)]), OK);
     assert_eq!(setup.request(VIRTIO_BLK_T_FLUSH, 0, &[]), OK);
     let mut back = vec![0; 1536];
@@ -164,7 +164,7 @@ fn file_is_written_read_and_flushed(engine: Engine) {
     assert_eq!(setup.request(VIRTIO_BLK_T_IN, 3, &[inn(DATA + 0x8000, 1000), inn(DATA + 0x8000 + 1000, 536)]), OK);
     ram.read(DATA + 0x8000, &mut back).unwrap();
     assert_eq!(back, data);
-    // The image gets shorter under the guest: an error for it, none for us.
+    // The image becomes shorter under the guest: an error for the guest, not for vireo.
     file.as_file().set_len(512).unwrap();
     assert_eq!(setup.request(VIRTIO_BLK_T_IN, 3, &[inn(DATA, 512)]), IOERR);
 }
@@ -262,7 +262,7 @@ fn flushes_reach_the_disk() {
     assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 0, &[out(DATA, 512)]), OK);
     assert_eq!(setup.request(VIRTIO_BLK_T_FLUSH, 0, &[]), OK);
     assert_eq!(setup.calls(), ["write 512@0", "flush"]);
-    // Clean already: nothing to do at the end.
+    // Already clean: nothing to flush at the end.
     let ram = setup.ram.clone();
     let drain = |setup: &mut Setup| {
         let (line, poller) = (crate::irq::IrqLine::new(5).unwrap(), crate::event::Poller::new().unwrap());
@@ -278,7 +278,7 @@ fn flushes_reach_the_disk() {
     drain(&mut setup);
     assert_eq!(setup.calls(), ["write 512@512", "flush"]);
     assert!(setup.shared.unsaved.lock().unwrap().is_none());
-    // The guest does not hear of this one; the next may succeed though data is lost.
+    // The guest does not learn of this failure; the next flush may succeed although data is lost.
     for fails in [true, false] {
         setup.diary.fail.store(false, Ordering::Relaxed);
         assert_eq!(setup.request(VIRTIO_BLK_T_OUT, 1, &[out(DATA, 512)]), OK);
@@ -367,7 +367,7 @@ fn ranges_are_given_up_and_zeroed() {
     setup.ram.write(DATA, &[range(0, 8, 1), range(8, 0, 0)].concat()).unwrap();
     assert_eq!(setup.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[out(DATA, 32)]), OK);
     assert_eq!(setup.calls(), ["zero 4096@0 true", "zero 0@4096 false"]);
-    // Flags that there are not, for one of two ranges: nothing is done.
+    // Undefined flags in one of two ranges: nothing is done.
     for (kind, flags, status) in [
         (VIRTIO_BLK_T_DISCARD, 1, UNSUPP),
         (VIRTIO_BLK_T_DISCARD, 2, UNSUPP),
@@ -394,7 +394,7 @@ fn ranges_are_given_up_and_zeroed() {
     assert_eq!(readonly.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[out(DATA, 16)]), IOERR);
 }
 
-/// What the driver may write to configuration space is one byte.
+/// Checks that the driver can write only one byte of configuration space.
 #[test]
 fn the_cache_can_be_turned_off() {
     let config: BlkConfig = "a.img".parse().unwrap();
@@ -428,7 +428,7 @@ fn limits_are_kept_and_nothing_is_lost() {
     assert!(start.elapsed() >= std::time::Duration::from_millis(50), "five of six had to wait for 10 ms");
 }
 
-/// A disk of 4 GiB that nothing is written to.
+/// Creates a sparse disk of 4 GiB.
 fn sparse(options: &str) -> (tempfile::NamedTempFile, Setup) {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(4 << 30).unwrap();
@@ -440,14 +440,14 @@ fn sparse(options: &str) -> (tempfile::NamedTempFile, Setup) {
 #[test]
 fn zeros_have_a_bound_and_take_turns() {
     let (_file, mut setup) = sparse("");
-    // What fits into 1 GiB, and what does not. Discarding writes nothing, and has only the bound of each range.
+    // Ranges that fit into 1 GiB, and some that do not. Discarding writes nothing, and bounds only each range.
     for (counts, status) in [([1 << 20, 1 << 20], OK), ([1 << 20, (1 << 20) + 1], IOERR), ([1 << 21, 1], IOERR)] {
         setup.ram.write(DATA, &counts.map(|count| range(1 << 22, count, 1)).concat()).unwrap();
         assert_eq!(setup.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[out(DATA, 32)]), status, "{counts:?}");
         setup.ram.write(DATA, &counts.map(|count| range(1 << 22, count, 0)).concat()).unwrap();
         assert_ne!(setup.request(VIRTIO_BLK_T_DISCARD, 0, &[out(DATA, 32)]), IOERR, "{counts:?}");
     }
-    // Each may take long: a pause is heard between two.
+    // Each request may take long: a pause takes effect between two.
     setup.header(VIRTIO_BLK_T_WRITE_ZEROES, 0);
     setup.ram.write(DATA, &range(0, 8, 1)).unwrap();
     for _ in 0..2 {
@@ -474,8 +474,8 @@ fn zeros_count_for_the_bandwidth() {
 #[test]
 fn keys_that_make_no_sense_are_refused() {
     let refused = |text: &str| text.parse::<BlkConfig>().unwrap().validate().unwrap_err().to_string();
-    assert_eq!(refused("a,queues=0"), "0 queues are not 1 to 16, which a disk can have");
-    assert_eq!(refused("a,queues=17"), "17 queues are not 1 to 16, which a disk can have");
+    assert_eq!(refused("a,queues=0"), "queues=0: a disk can have 1 to 16");
+    assert_eq!(refused("a,queues=17"), "queues=17: a disk can have 1 to 16");
     assert_eq!(refused("a,ops=0"), "disk a: a limit or burst of 0 would let nothing through");
     assert_eq!(refused("a,ops_burst=5"), "disk a: ops_burst needs ops");
     assert_eq!(refused("a,bandwidth_burst=5M"), "disk a: bandwidth_burst needs bandwidth");
@@ -536,7 +536,7 @@ fn a_disk_grows_while_it_is_used() {
         let resize = |blk: &mut Blk, bytes| blk.control(&Control::ResizeDisk(bytes));
         for bytes in [0, 2048, 4097, 8191] {
             let refused = resize(&mut blk, bytes).unwrap_err().to_string();
-            assert!(refused.contains("no whole sectors, or less than its 4096"), "{refused}");
+            assert!(refused.contains("is not a multiple of 512, or is below the current 4096"), "{refused}");
         }
         assert_eq!(resize(&mut blk, 8192), Ok(Reply::ConfigChanged));
         let mut capacity = [0; 8];
@@ -553,7 +553,7 @@ fn a_disk_grows_while_it_is_used() {
     assert!(readonly.control(&Control::BalloonStats).is_err());
 }
 
-/// A flush that comes while a write is under way does not count for it.
+/// Checks that a flush during a write does not count for that write.
 #[test]
 fn what_was_written_during_a_flush_is_flushed_at_the_end() {
     let mut setup = Setup::new(false);
@@ -569,10 +569,10 @@ fn what_was_written_during_a_flush_is_flushed_at_the_end() {
     assert!(shared.dirty.load(Ordering::Acquire));
 }
 
-/// A disk on the reading end of a pipe, where a read waits for bytes.
+/// Disk on the reading end of a pipe, where a read waits for bytes.
 struct Pipe {
     file: std::io::PipeReader,
-    /// The ring, by its descriptor.
+    /// File descriptor of the ring.
     ring: Arc<std::sync::atomic::AtomicI32>,
 }
 
@@ -612,7 +612,8 @@ impl Drop for Pipe {
     }
 }
 
-/// In a process of its own, where no other test opens files: a ring that goes with requests in flight needs the file.
+/// Runs in a separate process, where no other test opens files: a ring that is dropped with requests in flight needs
+/// the file.
 #[test]
 fn a_disk_outlives_its_ring() {
     const CHILD: &str = "VIREO_TEST_RING";

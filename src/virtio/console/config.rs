@@ -1,4 +1,4 @@
-//! The ports that a user asks for.
+//! Ports that a user asks for.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -9,18 +9,18 @@ use super::MAX_PORTS;
 use crate::backend::console::ConsoleEnd;
 use crate::options;
 
-/// Longest name of a port.
+/// Maximum length of a port's name.
 const NAME_MAX: usize = 64;
 
 /// `--console-port`: a port for data.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PortConfig {
-    /// Its name in the guest's `/dev/virtio-ports`: 1 to 64 characters of printable ASCII without `/`.
+    /// Name in the guest's `/dev/virtio-ports`: 1 to 64 characters of printable ASCII without `/`.
     pub name: String,
-    /// Where it leads.
+    /// Destination of the port.
     pub to: ConsoleEnd,
-    /// A file that its input comes from, for ends that have none: `file:` and `null`.
+    /// File that provides the port's input, for destinations that have none: `file:` and `null`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<PathBuf>,
 }
@@ -34,10 +34,10 @@ impl FromStr for PortConfig {
 }
 
 impl PortConfig {
-    /// Checks the ports of a machine together; the error is a sentence.
+    /// Checks all ports of a machine together; the error is a sentence.
     pub fn validate(ports: &[PortConfig]) -> Result<(), String> {
         if ports.len() >= MAX_PORTS {
-            return Err(format!("{} ports are more than the {} there can be", ports.len(), MAX_PORTS - 1));
+            return Err(format!("{} ports are too many: there can be at most {}", ports.len(), MAX_PORTS - 1));
         }
         for (i, PortConfig { name, to, from }) in ports.iter().enumerate() {
             if from.is_some() && !matches!(to, ConsoleEnd::File(_) | ConsoleEnd::Null) {
@@ -45,7 +45,7 @@ impl PortConfig {
             }
             let good = |c: u8| c.is_ascii_graphic() && c != b'/';
             if name.is_empty() || name.len() > NAME_MAX || !name.bytes().all(good) {
-                return Err(format!("'{name}' is no name: 1 to 64 printable ASCII characters without / are"));
+                return Err(format!("invalid port name '{name}': use 1 to 64 printable ASCII characters, no '/'"));
             }
             if ports.iter().skip(i + 1).any(|other| other.name == *name) {
                 return Err(format!("the name '{name}' is given twice"));
@@ -75,6 +75,6 @@ mod tests {
         assert!("name=x".parse::<PortConfig>().unwrap_err().to_string().contains("'to=' is missing"));
         assert!("x,to=nowhere".parse::<PortConfig>().unwrap_err().to_string().contains("none of stdio, stdin"));
         let many = vec![port; 32];
-        assert!(PortConfig::validate(&many).unwrap_err().starts_with("32 ports are more than the 31"));
+        assert!(PortConfig::validate(&many).unwrap_err().starts_with("32 ports are too many: there can be at most 31"));
     }
 }

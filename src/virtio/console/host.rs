@@ -1,4 +1,4 @@
-//! What the host and the device's worker share, and the host's side of a port.
+//! State that the host and the device's worker share, and the host's side of a port.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,15 +12,15 @@ use crate::backend::output::Output;
 use crate::event::GuestEvents;
 use crate::log_limit::LogLimit;
 
-/// Bytes of input that wait here for the guest: 64 KiB.
+/// Maximum bytes of input that wait here for the guest: 64 KiB.
 pub(super) const INPUT_LIMIT: usize = 64 << 10;
 
 pub(super) struct Shared {
     pub(super) ports: Vec<Port>,
-    /// Tells the worker that the host's side of some port has changed.
+    /// Wakes the worker when the host's side of a port has changed.
     pub(super) wake: EventFd,
     pub(super) events: GuestEvents,
-    /// Columns and rows of the console's window; 0 as long as nobody knows.
+    /// Columns and rows of the console's window; 0 while unknown.
     pub(super) size: Mutex<(u16, u16)>,
     pub(super) state: Mutex<ConsoleState>,
     pub(super) log: LogLimit,
@@ -30,14 +30,14 @@ pub(super) struct Port {
     pub(super) name: Option<String>,
     pub(super) output: Output,
     pub(super) input: Mutex<Input>,
-    /// Reads along with the console.
+    /// Watches the console's output.
     pub(super) watch: Mutex<ConsoleWatch>,
 }
 
 #[derive(Default)]
 pub(super) struct Input {
     pub(super) bytes: VecDeque<u8>,
-    /// The host has more.
+    /// Set if the host has more input.
     pub(super) room_wanted: bool,
     pub(super) connected: bool,
 }
@@ -46,14 +46,14 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The host's side of a port.
+/// Host's side of a port.
 pub struct HostPort {
     pub(super) shared: Arc<Shared>,
     pub(super) port: usize,
 }
 
 impl HostPort {
-    /// Changes the input side; the worker is woken if that says so.
+    /// Changes the input side, and wakes the worker if `change` asks for that.
     fn change<T>(&self, change: impl FnOnce(&mut Input) -> (T, bool)) -> Option<T> {
         let (result, wake) = change(&mut lock(&self.shared.ports.get(self.port)?.input));
         if wake {
@@ -74,8 +74,8 @@ impl Receiver for HostPort {
         self.change(receive).unwrap_or(bytes.len())
     }
 
-    /// Nobody is at the other end of a port whose output has failed: a writer in the guest is told so by the port's
-    /// closing (5.3.6.2). The console goes on without a reader.
+    /// Sets whether somebody is connected at the host's side. A port whose output has failed counts as disconnected;
+    /// its closing notifies a writer in the guest (5.3.6.2). The console continues without a reader.
     fn connected(&self, connected: bool) {
         let gone = |port: &Port| port.name.is_some() && port.output.has_failed();
         let connected = connected && !self.shared.ports.get(self.port).is_some_and(gone);

@@ -1,4 +1,4 @@
-//! The transport as it is saved and restored.
+//! Save and restore of the transport.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,7 +8,7 @@ use crate::memory::GuestRam;
 use crate::virtio::queue::QueueState;
 use crate::virtio::{StateError, VirtioDevice};
 
-/// A transport and its device, saved while paused.
+/// State of a transport and its device, saved while paused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MmioState {
@@ -20,7 +20,7 @@ pub struct MmioState {
     pub device_features_sel: u32,
     /// `DriverFeaturesSel`.
     pub driver_features_sel: u32,
-    /// What the driver accepted, both words.
+    /// Features that the driver accepted, both words.
     pub driver_features: u64,
     /// `QueueSel`.
     pub queue_sel: u32,
@@ -30,14 +30,14 @@ pub struct MmioState {
     pub interrupt_status: u32,
     /// `ConfigGeneration`.
     pub config_generation: u32,
-    /// The queues.
+    /// Registers and positions of the queues.
     pub queues: Vec<QueueState>,
-    /// What the device itself keeps.
+    /// State that the device itself keeps.
     pub device: serde_json::Value,
 }
 
 impl MmioTransport {
-    /// A device as it was saved, paused. `device` is new, made from the same configuration.
+    /// Creates a paused device from saved state. `device` is new, and was created from the same configuration.
     pub fn from_state(
         device: Box<dyn VirtioDevice>,
         ram: GuestRam,
@@ -49,7 +49,7 @@ impl MmioTransport {
         Ok(transport)
     }
 
-    /// Everything about a paused device.
+    /// Returns the complete state of a paused device.
     pub fn save(&self) -> Result<MmioState, StateError> {
         let inner = self.lock();
         if !inner.run.is_stopped() {

@@ -26,7 +26,7 @@ fn rng(ram: &GuestRam) -> MmioTransport {
     transport(ram, Rng::new("rng0", &RngConfig::default()))
 }
 
-/// Three queues in two workers: the first two echo the length of what they can read, the third keeps everything.
+/// Three queues in two workers: the first two echo the length of their readable part, the third keeps every request.
 struct Multi {
     info: DeviceInfo,
     config: [u8; 6],
@@ -142,14 +142,14 @@ fn features_that_were_not_offered_are_refused() {
     for features in [0, RING_FEATURES, offered | 1, offered | 1 << 63, u64::MAX, offered & !VERSION_1] {
         assert!(!driver.negotiate(features), "{features:#x}");
         assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 3);
-        // And without FEATURES_OK there is no DRIVER_OK.
+        // Without FEATURES_OK there is no DRIVER_OK either.
         driver.set(VIRTIO_MMIO_STATUS, 7);
         assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 3);
     }
     for features in [VERSION_1, offered] {
         assert!(driver.negotiate(features));
     }
-    // Settled: later writes change nothing, and words that do not exist hold nothing.
+    // The features are final: later writes change nothing, and words that do not exist hold nothing.
     driver.set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 0);
     driver.set(VIRTIO_MMIO_DRIVER_FEATURES, u32::MAX);
     driver.set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 2);
@@ -253,7 +253,7 @@ fn reasons_stay_until_they_are_acknowledged_and_a_late_acknowledgement_takes_no_
     driver.set(VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
     assert_eq!(driver.get(VIRTIO_MMIO_INTERRUPT_STATUS), VIRTIO_MMIO_INT_VRING);
     assert_eq!(transport.interrupt().line().take_count(), 3);
-    // One that was read is saved, and comes again after a restore; a pause alone brings nothing again.
+    // A reason that was read is saved, and is reported again after a restore; a pause alone repeats nothing.
     transport.pause().unwrap();
     let state = transport.save().unwrap();
     assert_eq!(state.interrupt_status, VIRTIO_MMIO_INT_VRING);
@@ -268,7 +268,7 @@ fn reasons_stay_until_they_are_acknowledged_and_a_late_acknowledgement_takes_no_
     assert_eq!(driver.get(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
 }
 
-/// Its two bytes are always the same.
+/// Device whose two configuration bytes are always equal.
 struct Twins {
     info: DeviceInfo,
     byte: u8,
@@ -290,7 +290,7 @@ impl VirtioDevice for Twins {
     }
 }
 
-/// 2.5.1: a generation that has not changed vouches for what was read in between, before the driver is ready, too.
+/// An unchanged generation vouches for what was read in between (2.5.1), also before the driver is ready.
 #[test]
 fn configuration_is_never_torn() {
     let ram = ram();
@@ -363,7 +363,7 @@ fn several_workers_share_a_device() {
         driver.kick(i as u32);
         assert_eq!(driver.queues[i].wait_used().1, len);
     }
-    // The third queue never completes, but gives back what it took.
+    // The third queue never completes a request, but returns what it took.
     driver.queues[2].add(&[out(B, 1)]).unwrap();
     driver.kick(2);
     transport.pause().unwrap();
@@ -385,7 +385,7 @@ fn a_queue_is_reset_alone() {
     driver.set(VIRTIO_MMIO_QUEUE_SEL, 1);
     driver.set(QUEUE_RESET, 1);
     assert_eq!((driver.get(QUEUE_RESET), driver.get(VIRTIO_MMIO_QUEUE_READY)), (0, 0));
-    // The first goes on where it was, the second is silent until it is set up again, elsewhere and smaller.
+    // The first queue continues where it was; the second is silent until it is set up again, elsewhere and smaller.
     driver.queues[0].add(&[out(B, 6)]).unwrap();
     driver.kick(0);
     assert_eq!(driver.queues[0].wait_used().1, 6);
@@ -463,7 +463,7 @@ fn pause_save_restore_and_on() {
     driver.queues[0].wait_used();
     assert!(transport_1.save().is_err(), "it runs");
     transport_1.pause().unwrap();
-    // Pending at the time of the snapshot: a request nobody saw and an interrupt nobody acknowledged.
+    // Pending at the time of the snapshot: a request that was not seen and an interrupt that was not acknowledged.
     driver.queues[0].add(&read).unwrap();
     driver.kick(0);
     transport_1.interrupt().used_buffers();
@@ -514,7 +514,7 @@ fn saved_state_is_not_trusted() {
     assert!(refused(MmioState { queues: vec![], ..good.clone() }).contains("has 0 queues, not 1"));
     assert!(refused(MmioState { driver_features: u64::MAX, ..good.clone() }).contains("does not offer"));
     assert!(refused(MmioState { device: serde_json::json!(1), ..good.clone() }).contains("keeps no state"));
-    // What a driver could have written is met when it starts.
+    // Values that a driver could have written are checked when the device starts.
     let mut outside = good.clone();
     outside.queues[0].desc = RAM;
     outside.status = !NEEDS_RESET;
@@ -528,7 +528,7 @@ fn saved_state_is_not_trusted() {
     assert_eq!(transport.save().unwrap().status, 0x0F | NEEDS_RESET);
 }
 
-/// A device whose queues run elsewhere.
+/// Device whose queues run elsewhere.
 struct Vhost(DeviceInfo);
 
 struct Kernel(Vec<QueueState>);
@@ -590,10 +590,10 @@ fn resets_race_with_requests() {
     assert_eq!(used(), before, "a reset device touches nothing");
 }
 
-/// A device that finishes nothing until it is allowed to.
+/// Device that finishes nothing until it is allowed to.
 struct Slow(DeviceInfo, Arc<AtomicBool>, Arc<AtomicBool>);
 
-/// Told when to finish, and telling when it has taken a request.
+/// Handler with two flags: one allows it to finish, the other reports that it has taken a request.
 struct Waiting(Arc<AtomicBool>, Arc<AtomicBool>, Vec<Chain>);
 
 impl Handler for Waiting {
@@ -602,7 +602,7 @@ impl Handler for Waiting {
             self.2.push(chain);
             self.1.store(true, Ordering::SeqCst);
         }
-        // So that the loop comes by again and asks for draining.
+        // Makes the loop call again and ask for draining.
         Ok(if self.2.is_empty() { Progress::Done } else { Progress::More })
     }
 
@@ -630,14 +630,14 @@ impl VirtioDevice for Slow {
     }
 }
 
-/// One of those, what has it finish, and what tells that it has taken a request.
+/// Creates a slow device, with the flag that lets it finish and the flag that reports a taken request.
 fn slow(ram: &GuestRam) -> (MmioTransport, Arc<AtomicBool>, Arc<AtomicBool>) {
     let info = DeviceInfo { queue_sizes: vec![8], name: "slow".into(), ..Multi::new().info };
     let [finish, taken] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
     (transport(ram, Slow(info, finish.clone(), taken.clone())), finish, taken)
 }
 
-/// Makes a request, and waits until it is taken: there is nothing to be stuck with before.
+/// Adds a request and waits until it is taken: the device cannot be stuck before that.
 fn ask(driver: &mut FakeDriver<'_>, taken: &AtomicBool) {
     driver.queues[0].add(&[inn(B, 1)]).unwrap();
     driver.kick(0);
@@ -674,7 +674,7 @@ fn a_stuck_device_is_named_and_reset_when_it_lets_go() {
     assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15);
 }
 
-/// A disk that takes long to flush is not lost by a pause.
+/// Checks that a pause does not lose a disk that takes long to flush.
 #[test]
 fn a_pause_that_was_too_short_is_survived() {
     let ram = ram();
@@ -682,7 +682,7 @@ fn a_pause_that_was_too_short_is_survived() {
     let mut driver = FakeDriver::new(&transport, &ram);
     driver.start(0, RING, 8);
     ask(&mut driver, &taken);
-    // As if it had been paused once before: nobody waits long.
+    // As if it had been paused once before: the pause does not wait long.
     transport.lock().stuck = true;
     transport.pause().unwrap_err();
     assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 15);
@@ -699,7 +699,7 @@ mod random {
     use super::*;
     use proptest::prelude::*;
 
-    /// Mostly a driver that does what drivers do, sometimes anything.
+    /// Accesses mostly as drivers make them, sometimes arbitrary.
     fn access() -> impl Strategy<Value = (u64, u64, usize, bool)> {
         let register = prop_oneof![
             8 => prop::sample::select(vec![0u64, 0x10, 0x14, 0x20, 0x24, 0x30, 0x34, 0x38, 0x44, 0x50, 0x60, 0x64, 0x70,
