@@ -160,7 +160,7 @@ fn wrong_usage_is_explained_and_exits_with_2() {
         (&["run", "--kernel", "x", "--boot", "efi"], "one of auto, bzimage, direct, pvh, multiboot"),
         (&["run", "--kernel", "x", "--acpi", "maybe"], "possible values: on, off"),
         (&["run", "--kernel", "x", "--uuid", "1"], "a UUID is wanted, like "),
-        (&["run", "--kernel", "x", "--file", "a"], "HOST:GUEST is wanted, with an absolute path for the guest"),
+        (&["run", "--kernel", "x", "--file", "a"], "expected HOST:GUEST, with an absolute path for the guest"),
         (&["run", "--kernel", "x", "--log-level", "loud"], "possible values: off, error"),
         (&["doctor", "--jsno"], "'--json'"),
         (&["completions", "tcsh"], "possible values: bash"),
@@ -264,7 +264,7 @@ fn what_goes_with_the_kernel_is_checked_too() {
     contains(&refused(&["--initrd", "/nowhere"]), "cannot use the initrd /nowhere: cannot open it: No such file");
     contains(&refused(&["--initrd", path_text(&path)]), "this is a directory");
     contains(&refused(&["--initrd", path_text(&empty)]), "this is an empty file");
-    contains(&refused(&["--initrd", path_text(&large)]), "it needs 1028M of memory or more, the machine has 16M");
+    contains(&refused(&["--initrd", path_text(&large)]), "it needs at least 1028M of memory; the machine has 16M");
     contains(&refused(&["--cmdline", &"x".repeat(70_000)]), "has 70000 bytes; this kernel takes at most");
     contains(&refused(&["--disk", "/nowhere"]), "cannot open disk /nowhere: No such file");
     contains(&refused(&["--disk", path_text(&path)]), "is a directory; a regular file or a block device is needed");
@@ -310,11 +310,11 @@ fn what_is_packed_for_the_guest_is_checked_before_it_runs() {
         (&["--file", "/dev/zero:/zero"], "cannot pack /dev/zero: this is a character device, not a file"),
         (
             &["--modules", "virtio_mmio"],
-            "has no virtio_mmio built in, and no modules of it were found; looked in no place",
+            "has no virtio_mmio built in, and its modules were not found; looked in no directory",
         ),
         (
             &["--modules", "a", "--modules-dir", path_text(&path)],
-            "has no a built in, and no modules of it were found; looked in /",
+            "has no a built in, and its modules were not found; looked in /",
         ),
     ] {
         contains(&refused(&[&["--kernel", kernel], args].concat()), says);
@@ -324,7 +324,7 @@ fn what_is_packed_for_the_guest_is_checked_before_it_runs() {
     let large = format!("{}:/large", path_text(&large));
     contains(
         &refused(&["--kernel", kernel, "--file", &large]),
-        "cannot load the initramfs: it needs 1029M of memory or more",
+        "cannot load the initramfs: it needs at least 1029M of memory",
     );
     // Where an initrd may bring the shell, it is believed.
     words(&["run", "--memory", "16M", "--kernel", kernel, "--initrd", plain, "--initrd", plain, "--init", script])

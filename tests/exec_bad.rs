@@ -31,7 +31,7 @@ fn what_is_not_there() {
     let (kernel, modules) = (image("bzImage-cloud"), repo("target/host/kernel-cloud"));
     told(Run::exec_with(&gone, &modules, &["true"]), "cannot open it: No such file");
     told(Run::exec_with(&text, &modules, &["true"]), "this is a text file; vireo boots ");
-    told(Run::exec_with(&kernel, dir.path(), &["true"]), "no modules of it were found; looked in ");
+    told(Run::exec_with(&kernel, dir.path(), &["true"]), "its modules were not found; looked in ");
     let private = "mkdir -m 700 /tmp/private.$$; cd /tmp/private.$$; chmod 666 /dev/kvm; status=0
 setpriv --reuid 4242 --regid 4242 --clear-groups \"$@\" --share . || status=$?; rmdir /tmp/private.$$; exit $status";
     told(exec().through(private), "Permission denied");

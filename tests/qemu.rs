@@ -96,16 +96,16 @@ fn multiboot_headers_that_cannot_be_followed_are_refused() {
         (
             flat(1 << 16 | 8, &[1 << 20, 1 << 20, 0, 0, 1 << 20]),
             &[],
-            "requires what the specification does not define (flags: bit 3)",
+            "requires features that the specification does not define (flags: bit 3)",
         ),
-        (flat(1 << 16, &[1 << 20, 2 << 20, 0, 0, 1 << 20]), &[], "at 0x0 of the file says that it is at 0x100000"),
+        (flat(1 << 16, &[1 << 20, 2 << 20, 0, 0, 1 << 20]), &[], "at file offset 0x0 claims address 0x100000"),
         (
             flat(1 << 16, &[0x9_F000, 0x9_F000, 0, 0, 0x9_F000]),
             &[],
             "bytes at 0x9f000; the RAM that kernels may be loaded to is",
         ),
-        (flat(1 << 16, &[1 << 20, 1 << 20, 0, 1 << 30, 1 << 20]), &[], "it needs 1G of memory or more"),
-        (flat(0, &[]), &[], "this is no kernel that vireo knows"),
+        (flat(1 << 16, &[1 << 20, 1 << 20, 0, 1 << 30, 1 << 20]), &[], "it needs at least 1G of memory"),
+        (flat(0, &[]), &[], "this is an unknown kind of file"),
         (elf(code), &["--boot", "multiboot"], "--boot multiboot needs a multiboot header"),
         (multiboot_elf(code), &["--boot", "pvh"], "neither a PVH note"),
     ] {

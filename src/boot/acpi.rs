@@ -1,16 +1,18 @@
-//! ACPI tables: what a guest can find without probing.
+//! ACPI tables, which describe devices that a guest cannot find by probing.
 //!
 //! ```text
 //! RSDP -> XSDT -> FADT -> DSDT    serial port, virtio slots, power button, pvpanic
 //!              -> MADT            local APICs, IO-APIC
 //! ```
 //!
-//! The machine is hardware-reduced (ACPI 6.5, 4.1): no SCI, no 8259. There are an 8254, a PM timer and a real-time clock
-//! at the ports of a PC, but a Linux that uses kvmclock needs none of them and would lose time with each: 4.5 ms of
-//! waiting while it checks the PM timer, and a dozen exits with reading the clock. So the tables name these two only for
-//! a guest that does not use kvmclock, as far as that can be known. (Linux takes them from the tables of a
-//! hardware-reduced machine, too; Xen does not start without the clock.) Everything here is paid for in boot time, because Linux interprets the DSDT: there is no PCI root, so no PCI scan; processors stand in the
-//! MADT only; and a name that only repeats its default (`_STA` present, `_CCA` coherent on x86: 6.2.17) is left out.
+//! The machine is hardware-reduced (ACPI 6.5, 4.1): no SCI, no 8259. There are an 8254, a PM timer and a real-time
+//! clock at the ports of a PC, but a Linux that uses kvmclock needs none of them and would lose time with each: 4.5 ms
+//! of waiting while it checks the PM timer, and a dozen exits for reading the clock. So the tables announce these two
+//! only to a guest that does not use kvmclock, as far as vireo can know that. (Linux uses them even on a
+//! hardware-reduced machine if the tables announce them; Xen does not start without the clock.) Everything in the
+//! tables costs boot time, because Linux interprets the DSDT. So there is no PCI root, hence no PCI scan; processors
+//! are listed in the MADT only; and names that would repeat their default (`_STA` present, `_CCA` coherent on x86:
+//! 6.2.17) are omitted.
 
 use acpi_tables::aml::{
     self, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, PackageBuilder, Path, ResourceTemplate,
@@ -32,11 +34,12 @@ const OEM_ID: [u8; 6] = *b"VIREO ";
 const OEM_TABLE_ID: [u8; 8] = *b"VIREOVM ";
 const OEM_REVISION: u32 = 1;
 
-/// IAPC_BOOT_ARCH (ACPI 6.5, table 5.11): devices on a legacy bus that need a driver, here the serial port.
+/// IAPC_BOOT_ARCH (ACPI 6.5, table 5.11): there are devices on a legacy bus that need a driver, here the serial port.
 const BOOT_ARCH_LEGACY_DEVICES: u16 = 1 << 0;
-/// IAPC_BOOT_ARCH: probing for VGA is pointless.
+/// IAPC_BOOT_ARCH: probing for VGA is useless.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
-/// IAPC_BOOT_ARCH: there is no CMOS RTC. There is one, but this spares Linux reading it: kvmclock has the time.
+/// IAPC_BOOT_ARCH: there is no CMOS RTC. The machine has one, but with this flag Linux does not read it: kvmclock has
+/// the time.
 const BOOT_ARCH_NO_CMOS_RTC: u16 = 1 << 5;
 
 /// Writes all tables to [`layout::ACPI`] and returns the address of the RSDP.
@@ -46,7 +49,7 @@ pub fn write(ram: &GuestRam, platform: &Platform) -> Result<u64, Error> {
     Ok(layout::ACPI)
 }
 
-/// The tables as they lie in memory from `base` on, the RSDP first.
+/// Returns the tables as they lie in memory from `base` on, the RSDP first.
 fn build(platform: &Platform, base: u64) -> Result<Vec<u8>, Error> {
     let mut tables = Tables { base, bytes: vec![0; Rsdp::len()] };
     let dsdt = tables.append(&dsdt(platform)?);
@@ -62,7 +65,7 @@ fn build(platform: &Platform, base: u64) -> Result<Vec<u8>, Error> {
     Ok(tables.bytes)
 }
 
-/// Tables one behind the other.
+/// A sequence of tables.
 struct Tables {
     base: u64,
     bytes: Vec<u8>,
@@ -78,7 +81,7 @@ impl Tables {
     }
 }
 
-/// A table made of a header and a body that is already bytes.
+/// Creates a table from a header and a body that is already serialized.
 fn sdt(signature: &[u8; 4], revision: u8, body: &[u8]) -> Sdt {
     const HEADER: u32 = 36;
     let mut sdt = Sdt::new(*signature, HEADER, revision, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -94,7 +97,7 @@ fn fadt(platform: &Platform, dsdt: u64) -> impl Aml {
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
         .flag(Flags::Wbinvd)
-        // Set means: not a fixed-hardware button but a device in the DSDT, or none at all.
+        // Set means that the button is not fixed hardware but a device in the DSDT, or does not exist.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     fadt.reset_reg = port(layout::RESET_PORT);
@@ -102,7 +105,7 @@ fn fadt(platform: &Platform, dsdt: u64) -> impl Aml {
     fadt.sleep_control_reg = port(layout::SLEEP_CONTROL_PORT);
     fadt.sleep_status_reg = port(layout::SLEEP_STATUS_PORT);
     let legacy = if platform.serial { BOOT_ARCH_LEGACY_DEVICES } else { 0 };
-    // Bit 1 (8042) stays clear: port 0x64 takes a reset command but there is no keyboard to wait for.
+    // Bit 1 (8042) stays clear: port 0x64 accepts a reset command, but there is no keyboard to wait for.
     let no_clock = if platform.clocks { 0 } else { BOOT_ARCH_NO_CMOS_RTC };
     fadt.iapc_boot_arch = (legacy | BOOT_ARCH_NO_VGA | no_clock).into();
     if platform.clocks {
@@ -110,7 +113,7 @@ fn fadt(platform: &Platform, dsdt: u64) -> impl Aml {
         fadt.pm_tmr_len = layout::PM_TIMER_LEN as u8;
         fadt.x_pm_tmr_blk =
             GAS::new(AddressSpace::SystemIo, 32, 0, AccessSize::DwordAccess, layout::PM_TIMER_PORT.into());
-        // It has 32 bits, not 24.
+        // The timer has 32 bits, not 24.
         fadt = fadt.flag(Flags::TmrValExt);
     }
     fadt.hypervisor_vendor_identity = u64::from_le_bytes(*b"vireo\0\0\0").into();
@@ -125,12 +128,12 @@ fn madt(platform: &Platform) -> Result<Sdt, Error> {
     for id in table::apic_ids(platform)? {
         ProcessorLocalApic::new(id, id, EnabledStatus::Enabled).to_aml_bytes(&mut body);
     }
-    // Id 0 is what KVM's IO-APIC has in its id register after reset.
+    // KVM's IO-APIC has 0 in its id register after reset.
     IoApic::new(0, layout::IOAPIC as u32, 0).to_aml_bytes(&mut body);
     Ok(sdt(b"APIC", 6, &body))
 }
 
-/// Differentiated system description table: the devices that cannot be found by looking.
+/// Differentiated system description table: devices that cannot be found by probing.
 fn dsdt(platform: &Platform) -> Result<Sdt, Error> {
     let mut devices = Vec::new();
     if platform.serial {
@@ -150,7 +153,7 @@ fn dsdt(platform: &Platform) -> Result<Sdt, Error> {
     Ok(sdt(b"DSDT", 2, &body))
 }
 
-/// An edge-triggered, active-high interrupt of its own.
+/// An edge-triggered, active-high, exclusive interrupt.
 fn interrupt(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
@@ -164,7 +167,7 @@ fn serial(devices: &mut Vec<u8>) {
     Device::new(Path::new("COM1"), vec![&hid, &crs]).to_aml_bytes(devices);
 }
 
-/// A virtio-mmio device, by the id that Linux, QEMU and the UEFI forum's registry agreed upon.
+/// A virtio-mmio device, with the id that Linux, QEMU and the UEFI Forum's registry agreed upon.
 fn virtio(devices: &mut Vec<u8>, window: &table::Window) {
     let hid = Name::new(Path::new("_HID"), &"LNRO0005");
     let uid = Name::new(Path::new("_UID"), &window.slot);
@@ -195,7 +198,7 @@ fn power_button(devices: &mut Vec<u8>) {
     let crs = Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&irq]));
     let button = Path::new("PWRB");
     let notify = Notify::new(&button, &PRESSED);
-    // One interrupt, so the argument (which one?) needs no look.
+    // There is only one interrupt, so the method ignores its argument, the interrupt's number.
     let event = Method::new(Path::new("_EVT"), 1, true, vec![&notify]);
     Device::new(Path::new("GED_"), vec![&hid, &crs, &event]).to_aml_bytes(devices);
 }
@@ -213,7 +216,7 @@ mod tests {
         u64::from_le_bytes(data[at..at + 8].try_into().unwrap())
     }
 
-    /// Reads the table at `addr` by the length in its header, with its checksum checked.
+    /// Reads the table at `addr` by the length in its header, and verifies its checksum.
     fn table_at(ram: &GuestRam, addr: u64, signature: &[u8]) -> Vec<u8> {
         let len = u32_at(&bytes(ram, addr, 36), 4) as usize;
         assert!(addr >= layout::ACPI && addr + len as u64 <= layout::ACPI_END && addr.is_multiple_of(16));

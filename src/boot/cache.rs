@@ -1,22 +1,22 @@
-//! Unpacked kernels, kept from one boot to the next.
+//! Cache of unpacked kernels, kept from one boot to the next.
 //!
-//! A directory of ours holds two kinds of file, each of which appears complete or not at all:
+//! The directory belongs to the user and holds two kinds of file, each of which appears complete or not at all:
 //!
-//! - `k-<size>-<hash>`, named by the size of the user's file and its BLAKE3 hash: an unpacked kernel
-//!   (`kernel_file.rs`).
-//! - `s-<device>-<inode>`: which content a file of the user's had when it was last looked at: size, times, key. As in
-//!   git's index, a file changed within the last seconds is not recorded, because it could change again unseen.
+//! - `k-<size>-<hash>`: an unpacked kernel (`kernel_file.rs`), named by size and BLAKE3 hash of the user's file.
+//! - `s-<device>-<inode>`: the state of a user's file when it was last examined: size, times, key of its content. As in
+//!   git's index, a file that changed within the last seconds is not recorded, because it could change again
+//!   undetected.
 //!
-//! So a warm boot neither reads nor hashes the user's file. Neither does a first boot wait for a hash: a file is hashed
-//! before its guest starts only if a kernel of exactly its size is kept, of which it may be a copy. It is kept while its
-//! guest runs ([`super::keep`]), by one process at a time.
+//! So a warm boot neither reads nor hashes the user's file. A first boot does not wait for a hash either: a file is
+//! hashed before its guest starts only if a kernel of exactly the same size is in the cache, because the file may be a
+//! copy of it. A kernel is added to the cache while its guest runs ([`super::keep`]), by one process at a time.
 //!
-//! The directory is held open from the start, and everything in it is reached through its descriptor: a guest that can
-//! write to the directory's parent cannot have a link followed in its place.
+//! The directory is held open from the start, and everything in it is accessed through its descriptor: a guest that can
+//! write to the directory's parent cannot replace the directory by a link that vireo would follow.
 //!
-//! Nothing is synced to disk: a file that a power failure tore is found by its checksum, which is verified once per boot
-//! of the host (`s-` files record that, too). A kernel that a guest has mapped is never changed: eviction and
-//! replacement unlink. Whatever goes wrong here costs time, never a boot.
+//! Nothing is synced to disk: a file that a power failure damaged is detected by its checksum, which is verified once
+//! per boot of the host (`s-` files record that, too). A kernel that a guest has mapped is never changed: eviction and
+//! replacement unlink the file. A failure in the cache costs time, but never makes a boot fail.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -39,33 +39,33 @@ use super::kernel_file::{
 use super::source::{Data, ours, safe_parent};
 use crate::layout::PAGE_SIZE;
 
-/// How much all kernels together may take by default.
+/// Total size of all kernels in the cache, by default.
 const LIMIT: u64 = 1 << 30;
-/// How many `s-` files are kept.
+/// Number of `s-` files that are kept.
 const SOURCES_MAX: usize = 256;
-/// Files outside of these bounds are not worth it, or no kernel.
+/// Sizes of files that are cached: smaller files are not worth it, larger ones are not kernels.
 const SOURCE_SIZES: std::ops::Range<u64> = (64 << 10)..(1 << 30);
-/// A file that changed more recently is not trusted to be told apart by its times. FAT counts in 2 seconds.
+/// Age below which a file's times do not reliably identify its content. FAT has a resolution of 2 seconds.
 const SETTLE: Duration = Duration::from_secs(3);
-/// An unfinished file as old as this was left behind.
+/// Age from which an unfinished file counts as abandoned.
 const ABANDONED: Duration = Duration::from_secs(3600);
-/// How often the time of last use is updated.
+/// Interval in which the time of last use is updated.
 const TOUCH: Duration = Duration::from_secs(600);
 
-/// The cache's directory and its rules.
+/// The cache's directory and limits.
 #[derive(Debug)]
 pub struct Cache {
-    /// The directory, as it was named when it was opened.
+    /// Path by which the directory was opened.
     dir: PathBuf,
     held: File,
     limit: u64,
     settle: Duration,
-    /// In the names of files that are not complete yet: process ids repeat in other pid namespaces that share the
-    /// directory, random numbers don't.
+    /// Part of the names of incomplete files. Process ids would not do: they repeat in other pid namespaces that share
+    /// the directory; random numbers do not.
     token: u64,
 }
 
-/// What tells one state of a file from another without reading it.
+/// Identity of one state of a file, available without reading its content.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct SourceId {
     dev: u64,
@@ -80,7 +80,7 @@ struct SourceId {
 struct Source {
     id: SourceId,
     key: String,
-    /// The host boot in which the kernel file was written or its checksum verified.
+    /// Id of the host boot in which the kernel file was written or its checksum verified.
     verified: String,
 }
 
@@ -91,7 +91,7 @@ impl SourceId {
         Ok(SourceId { dev: m.dev(), ino: m.ino(), size: m.size(), mtime, ctime })
     }
 
-    /// How long until the file's times can be trusted to tell of a later change.
+    /// Returns the time until the file's times reliably reveal any later change.
     fn settles_in(&self, settle: Duration) -> Duration {
         let (secs, nanos) = self.mtime.max(self.ctime);
         let changed = Duration::new(secs.max(0) as u64, nanos.clamp(0, 999_999_999) as u32);
@@ -105,8 +105,8 @@ impl SourceId {
 }
 
 impl Cache {
-    /// The user's own cache: `$XDG_CACHE_HOME/vireo` or `~/.cache/vireo`. None if there is no place for it that nobody
-    /// else can write to.
+    /// Returns the user's own cache: `$XDG_CACHE_HOME/vireo` or `~/.cache/vireo`. Returns None if there is no place for
+    /// it that other users cannot write to.
     pub fn of_user() -> Option<Cache> {
         let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
         let base = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
@@ -119,8 +119,8 @@ impl Cache {
         }
     }
 
-    /// A cache in `dir`, which is made if it does not exist. It must be ours alone, and so must be what it is in:
-    /// another user could exchange a kernel, or exchange the directory for a link.
+    /// Opens the cache in `dir`, which is created if it does not exist. The directory must belong to us alone, and its
+    /// parent must be safe: another user could replace a kernel, or replace the directory by a link.
     pub fn at(dir: PathBuf) -> io::Result<Cache> {
         if !fs::symlink_metadata(&dir).is_ok_and(|m| m.is_dir()) {
             let missing = dir.ancestors().skip(1).find(|parent| parent.exists());
@@ -133,7 +133,7 @@ impl Cache {
         Cache::in_held(dir, held)
     }
 
-    /// A cache in the open directory `held`, which must be ours alone. `dir` is its name, for messages.
+    /// Opens a cache in the open directory `held`, which must belong to us alone. `dir` is its name, for messages.
     pub fn in_held(dir: PathBuf, held: File) -> io::Result<Cache> {
         let metadata = held.metadata()?;
         ours(&metadata)?;
@@ -144,12 +144,12 @@ impl Cache {
         Ok(Cache { dir, held, limit: LIMIT, settle: SETTLE, token })
     }
 
-    /// Its directory: the name that it was opened by, and the descriptor.
+    /// Returns the path by which the directory was opened, and its descriptor.
     pub fn dir(&self) -> (&Path, &File) {
         (&self.dir, &self.held)
     }
 
-    /// A path that leads to the held directory, whatever its name stands for by now.
+    /// Returns a path to the held directory that stays valid if the directory is renamed or replaced.
     fn place(&self) -> PathBuf {
         format!("/proc/self/fd/{}", self.held.as_raw_fd()).into()
     }
@@ -187,19 +187,21 @@ impl Cache {
         }
     }
 
-    /// How long to wait until [`Cache::keep`] can keep `source`.
+    /// Returns the time until [`Cache::keep`] can keep `source`.
     pub fn settles_in(&self, source: &File) -> io::Result<Duration> {
         Ok(SourceId::of(source)?.settles_in(self.settle))
     }
 
-    /// Unpacks `source` and keeps it, unless it is kept already. Waits for others who keep something.
+    /// Unpacks `source` and keeps it, unless it is already in the cache. Waits for other processes that are adding a
+    /// kernel.
     pub fn keep(&self, source: &File) -> io::Result<()> {
         let id = SourceId::of(source)?;
         if !Cache::may_keep(id.size) || !id.settled(self.settle) {
-            return Err(io::Error::other("it changed just now, or its size is not that of a kernel"));
+            return Err(io::Error::other("it has just changed, or its size is not that of a kernel"));
         }
-        // Several first boots of a kernel unpack it once. A file system without locks costs only time. The held descriptor
-        // may be shared with another process, which would share the lock, too.
+        // Several simultaneous first boots of a kernel unpack it only once. On a file system without locks, they only
+        // lose time. The lock needs its own descriptor: the held one may be shared with another process, which would
+        // then share the lock.
         let directory = File::open(self.place())?;
         let _ = rustix::fs::flock(&directory, rustix::fs::FlockOperation::LockExclusive);
         if self.find(source).is_some() {
@@ -214,7 +216,7 @@ impl Cache {
         Ok(())
     }
 
-    /// Removes what this value has not completed, before the process ends in the middle of [`Cache::keep`].
+    /// Removes the files that this `Cache` has not completed, when the process ends in the middle of [`Cache::keep`].
     pub fn abandon(&self) {
         let prefix = self.temporary("");
         for entry in fs::read_dir(self.place()).into_iter().flatten().flatten() {
@@ -228,7 +230,7 @@ impl Cache {
         self.place().join(format!("t-{:x}-{number}", self.token))
     }
 
-    /// Returns whether a kernel is kept that was made from a file of this size.
+    /// Returns whether the cache has a kernel that was made from a file of this size.
     fn has_size(&self, size: u64) -> bool {
         let prefix = format!("k-{size:x}-");
         let mut names = fs::read_dir(self.place()).into_iter().flatten().flatten().map(|entry| entry.file_name());
@@ -248,12 +250,12 @@ impl Cache {
         let mut text = vec![0; len.min(4096) as usize];
         file.read_exact_at(&mut text, 0).ok()?;
         let source: Source = serde_json::from_slice(&text).ok()?;
-        // The key becomes a file name.
+        // The key is used as part of a file name.
         let good_key = source.key.len() < 100 && source.key.bytes().all(|b| b == b'-' || b.is_ascii_hexdigit());
         (source.id == *id && good_key).then_some(source)
     }
 
-    /// Notes that `source` has the content `key`, if its times can be trusted to tell of a later change.
+    /// Records that `source` has the content `key`, if its times reliably reveal a later change.
     fn record(&self, source: &File, id: &SourceId, key: &str, verified: String) {
         if !id.settled(self.settle) || SourceId::of(source).ok().as_ref() != Some(id) {
             return;
@@ -265,7 +267,7 @@ impl Cache {
         }
     }
 
-    /// Opens one of our files: a regular one that nobody else can write to.
+    /// Opens one of the cache's own files: a regular file that no other user can write to.
     fn open_own(&self, path: &Path) -> io::Result<(File, u64)> {
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
@@ -298,7 +300,7 @@ impl Cache {
         Ok(Image { info: header.info, data: Data::File(file, len), mappable: true, relocations, packed: false })
     }
 
-    /// Writes the kernel file of `image`, which was made from `source` while that was in the state `id`.
+    /// Writes the kernel file of `image`, which was unpacked from `source` while `source` was in the state `id`.
     fn write_kernel(&self, key: &str, image: &Image, source: &File, id: &SourceId) -> io::Result<()> {
         let pieces = chunks(&image.info.pieces);
         let relocations_at = pieces.last().map_or(HEADER, |last| last.offset + last.len);
@@ -309,27 +311,27 @@ impl Cache {
         let len = relocations_at + relocations.len() as u64;
         let info = &image.info;
         if image.packed || info.multiboot.is_some() || !info.start.is_multiple_of(PAGE_SIZE) || len > self.limit {
-            return Err(io::Error::other("not worth it or too large"));
+            return Err(io::Error::other("not cacheable or too large"));
         }
         let info = ImageInfo { pieces, ..info.clone() };
         self.write(&self.kernel_path(key), |file| {
             let crc = write_data(file, &info.pieces, image, relocations)?;
             let header = Header { key: key.into(), info, relocations: counts, relocations_at, len, crc };
             write_header(file, &header)?;
-            // The key stands for what was hashed; the image must be of the same bytes.
-            if SourceId::of(source)? == *id { Ok(()) } else { Err(io::Error::other("it has changed meanwhile")) }
+            // The key is the hash of the file that was read before; the image must come from the same bytes.
+            if SourceId::of(source)? == *id { Ok(()) } else { Err(io::Error::other("it changed in the meantime")) }
         })
     }
 
-    /// Writes a new file and gives it the name `path`. Until it is complete it has none, so that it goes with this process,
-    /// however that ends.
+    /// Writes a new file and gives it the name `path`. The file has no name until it is complete, so that it disappears
+    /// with this process, however the process ends.
     fn write(&self, path: &Path, fill: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
         let mut options = OpenOptions::new();
         let nameless = options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE).open(self.place()).ok();
         self.write_to(nameless, path, fill)
     }
 
-    /// The same where the file system has no nameless files: beside its place.
+    /// Writes a new file as [`Cache::write`] does, or under a temporary name if the file system has no nameless files.
     fn write_to(
         &self,
         nameless: Option<File>,
@@ -341,7 +343,7 @@ impl Cache {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create_new(true).mode(0o600);
         let done = match nameless {
-            // A name can be given to it, but not one that exists.
+            // A nameless file can be given a name, but only one that does not exist yet.
             Some(file) => fill(&file).and_then(|()| link(&file, &temporary)),
             None => options.open(&temporary).and_then(|file| fill(&file)),
         };
@@ -352,7 +354,7 @@ impl Cache {
         done
     }
 
-    /// Unlinks what was used longest ago until the rest is within the limit; `keep` stays.
+    /// Removes the least recently used kernels until the rest is within the limit; never removes `keep`.
     fn evict(&self, keep: &str) {
         let Ok(entries) = fs::read_dir(self.place()) else { return };
         let (mut kernels, mut sources) = (Vec::new(), Vec::new());
@@ -387,25 +389,25 @@ impl Cache {
     }
 }
 
-/// The key of a file's content.
+/// Returns the key of a file's content.
 fn key_of(file: &File, size: u64) -> io::Result<String> {
     let mut hasher = blake3::Hasher::new();
     for_each_block(file, 0, size, |block| _ = hasher.update(block))?;
     Ok(format!("{size:x}-{}", hasher.finalize().to_hex()))
 }
 
-/// Gives a name to a file that has none.
+/// Gives a nameless file a name.
 fn link(file: &File, path: &Path) -> io::Result<()> {
     let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
     Ok(rustix::fs::linkat(rustix::fs::CWD, unnamed, rustix::fs::CWD, path, rustix::fs::AtFlags::SYMLINK_FOLLOW)?)
 }
 
-/// Identifies this boot of the host; empty if it doesn't tell.
+/// Returns the id of this boot of the host; empty if the host does not provide it.
 fn host_boot() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_string()).unwrap_or_default()
 }
 
-/// Notes that a kernel was used, for eviction.
+/// Records that a kernel was used, for eviction.
 fn touch(file: &File) {
     let now = SystemTime::now();
     let old = file.metadata().and_then(|m| m.modified());
@@ -425,7 +427,7 @@ mod tests {
 
     const LEN: usize = 96 << 10;
 
-    /// A cache in a directory of its own, and a kernel beside it.
+    /// Returns a cache in a new directory, and a kernel beside it.
     fn set_up() -> (Files, Cache, PathBuf) {
         let files = Files::new();
         let cache = cache_in(&files);
@@ -443,7 +445,7 @@ mod tests {
         super::super::kernel::examine(Data::File(file, len), BootMode::Auto).unwrap()
     }
 
-    /// Boots through the cache; whether it had the kernel.
+    /// Boots through the cache; returns whether the cache had the kernel.
     fn boot(cache: &Cache, kernel: &Path) -> bool {
         let source = File::open(kernel).unwrap();
         let (image, found) = match cache.find(&source) {
@@ -480,7 +482,7 @@ mod tests {
         let (_files, cache, kernel) = set_up();
         assert!(!boot(&cache, &kernel));
         assert!(boot(&cache, &kernel));
-        // A copy is the same content.
+        // A copy has the same content.
         let copy = kernel.with_extension("copy");
         fs::copy(&kernel, &copy).unwrap();
         assert!(boot(&cache, &copy));
@@ -493,7 +495,7 @@ mod tests {
     fn a_warm_boot_does_not_read_the_source() {
         let (_files, cache, kernel) = set_up();
         boot(&cache, &kernel);
-        // A handle that cannot be read, of the same file.
+        // A write-only handle of the same file cannot be read.
         let unreadable = OpenOptions::new().write(true).open(&kernel).unwrap();
         assert!(cache.find(&unreadable).is_some());
     }
@@ -522,7 +524,7 @@ mod tests {
 
     #[test]
     fn every_format_is_kept_as_it_was_unpacked() {
-        // Large enough for pages to be moved into the guest, and not compressible to less than a kernel's size.
+        // Large enough for pages to be moved into the guest, and not compressible below the minimum size of a kernel.
         let mut linux = testing::linux(3 << 20);
         let mut noise = 1u32;
         for byte in &mut linux[0x1_0000..0x4_0000] {
@@ -583,7 +585,7 @@ mod tests {
         }
         let failing = |_: &File| Err(io::Error::other("no"));
         assert!(cache.write(&path, failing).is_err() && cache.write_to(None, &path, failing).is_err());
-        // A process that ends in the middle removes its own.
+        // A process that ends in the middle removes only its own files.
         let other = Cache::at(cache.dir.clone()).unwrap();
         let ended = |file: &File| {
             text(file)?;
@@ -645,7 +647,7 @@ mod tests {
         assert!(boot(&cache, &kernel));
         let mended: Source = serde_json::from_slice(&fs::read(&source).unwrap()).unwrap();
         assert_eq!(mended.verified, host_boot());
-        // The same with a page that never reached the disk.
+        // The same, with a page that never reached the disk.
         fs::write(&source, serde_json::to_vec(&record).unwrap()).unwrap();
         let file = OpenOptions::new().write(true).open(&image).unwrap();
         file.write_all_at(&[0; 4096], HEADER + 4096).unwrap();

@@ -1,7 +1,8 @@
-//! ELF headers as far as booting needs them: loadable segments, entry, Xen notes, and where the file's ELF part ends.
+//! ELF headers as far as booting needs them: loadable segments, entry, Xen notes, and the end of the ELF part of the
+//! file.
 //!
-//! Every number is hostile. What comes out of [`Elf::parse`] holds: segments are sorted by physical address, do not
-//! overlap, do not wrap, and their bytes exist.
+//! Every number in the file is untrusted. The result of [`Elf::parse`] is checked: segments are sorted by physical
+//! address, do not overlap, do not wrap, and their bytes exist.
 
 use super::error::Problem;
 use super::source::Data;
@@ -12,23 +13,23 @@ const PT_NOTE: u32 = 4;
 const SHT_NOBITS: u32 = 8;
 const EM_386: u16 = 3;
 const EM_X86_64: u16 = 62;
-/// More than any kernel has; a limit on what is read for the headers.
+/// Limit on the program headers that are read, more than any kernel has.
 const PROGRAM_HEADERS_MAX: u16 = 256;
-/// Longest path of a loader that is looked at.
+/// Longest path of a loader.
 const PATH_MAX: u64 = 4096;
-/// More than the names or descriptions of any module.
+/// Limit on a section's size, more than the names or descriptions of any module need.
 const SECTION_MAX: u64 = 4 << 20;
-/// More than the notes of any kernel.
+/// Limit on the size of notes, more than any kernel has.
 const NOTES_MAX: u64 = 64 << 10;
 /// Xen's `XEN_ELFNOTE_GUEST_OS`: the name of the kernel (xen/include/public/elfnote.h).
 const XEN_ELFNOTE_GUEST_OS: u32 = 6;
 /// Xen's `XEN_ELFNOTE_PHYS32_ENTRY`: the PVH entry (xen/include/public/elfnote.h).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 
-/// What the headers of an ELF file say.
+/// Contents of an ELF file's headers.
 #[derive(Debug, Default)]
 pub struct Elf {
-    /// 64-bit class; else 32-bit.
+    /// 64-bit class; otherwise 32-bit.
     pub class64: bool,
     /// `e_entry`.
     pub entry: u64,
@@ -36,9 +37,9 @@ pub struct Elf {
     pub segments: Vec<Segment>,
     /// Physical address of the PVH entry.
     pub pvh: Option<u64>,
-    /// Whether a note says that this is Linux.
+    /// True if a note identifies the file as Linux.
     pub linux_note: bool,
-    /// Where the ELF file ends; what follows is no part of it.
+    /// End of the ELF file; bytes after it do not belong to it.
     pub end: u64,
 }
 
@@ -49,11 +50,11 @@ pub struct Segment {
     pub paddr: u64,
     /// Virtual address.
     pub vaddr: u64,
-    /// Offset of its bytes.
+    /// Offset of the segment's bytes in the file.
     pub offset: u64,
-    /// How many bytes there are.
+    /// Number of bytes in the file.
     pub file_len: u64,
-    /// How many bytes of memory it takes; those after its own bytes are zero.
+    /// Number of bytes in memory; those after the file's bytes are zero.
     pub mem_len: u64,
 }
 
@@ -74,18 +75,18 @@ impl Fields<'_> {
     fn u64(&self, offset: usize) -> u64 {
         u64::from_le_bytes(self.get(offset))
     }
-    /// A field as wide as the class of the file, at its two possible places.
+    /// Returns a field that is as wide as the class of the file, from its place in either class.
     fn word(&self, class64: bool, offset64: usize, offset32: usize) -> u64 {
         if class64 { self.u64(offset64) } else { self.u32(offset32).into() }
     }
 }
 
-/// Whether `head` begins an ELF file.
+/// Returns whether `head` begins an ELF file.
 pub fn is_elf(head: &[u8]) -> bool {
     head.starts_with(b"\x7fELF")
 }
 
-/// Whether this is a 64-bit file, and its header.
+/// Returns whether the file is a 64-bit file, and its header.
 fn file_header(data: &Data) -> Result<(bool, Vec<u8>), Problem> {
     let ident = data.bytes(0, 20)?;
     let machine = Fields(&ident).u16(18);
@@ -98,7 +99,7 @@ fn file_header(data: &Data) -> Result<(bool, Vec<u8>), Problem> {
     Ok((class64, data.bytes(0, if class64 { 64 } else { 52 })?))
 }
 
-/// The loader that a program wants to be started by; a static one has none.
+/// Returns the path of the loader that a program needs; a static program has none.
 pub fn interpreter(data: &Data) -> Result<Option<Vec<u8>>, Problem> {
     let (c, header) = file_header(data)?;
     let f = Fields(&header);
@@ -113,12 +114,12 @@ pub fn interpreter(data: &Data) -> Result<Option<Vec<u8>>, Problem> {
     Ok(path.split(|b| *b == 0).next().map(<[u8]>::to_vec))
 }
 
-/// The bytes of a section of a 64-bit file, if it has one of this name.
+/// Returns the bytes of the section `name` of a 64-bit file, if there is one.
 pub fn section(data: &Data, name: &[u8]) -> Result<Option<Vec<u8>>, Problem> {
     let header = data.bytes(0, 64)?;
     let f = Fields(&header);
     if !is_elf(&header) || header[4] != 2 || f.u16(58) != 64 {
-        return Err(Problem::Damaged("it is no 64-bit ELF file".into()));
+        return Err(Problem::Damaged("it is not a 64-bit ELF file".into()));
     }
     let table = data.bytes(f.u64(40), 64 * u64::from(f.u16(60)))?;
     let sections = || table.chunks_exact(64).map(Fields);
@@ -133,7 +134,7 @@ pub fn section(data: &Data, name: &[u8]) -> Result<Option<Vec<u8>>, Problem> {
 }
 
 impl Elf {
-    /// Reads and checks the headers in `data`, which begins with the ELF magic.
+    /// Reads and checks the headers in `data`, which begins with the ELF magic number.
     pub fn parse(data: &Data) -> Result<Elf, Problem> {
         let (class64, header) = file_header(data)?;
         let header_len = header.len() as u64;
@@ -163,7 +164,7 @@ impl Elf {
         Ok(elf)
     }
 
-    /// Whether a note says what this is and how it is entered, so that no other header needs to be believed.
+    /// Returns whether a note identifies the kernel and its entry, so that no other header has to be trusted.
     pub fn tells_its_entry(&self) -> bool {
         self.pvh.is_some() || self.linux_note
     }
@@ -179,7 +180,7 @@ impl Elf {
         if !matches!(kind, PT_LOAD | PT_NOTE) {
             return Ok(());
         }
-        // The offset of a segment without bytes of its own, a bss, means nothing.
+        // The offset of a segment without bytes in the file, a bss, has no meaning.
         if file_len > 0 {
             data.check(offset, file_len)?;
             self.end = self.end.max(offset + file_len);
@@ -207,7 +208,7 @@ impl Elf {
         while bytes.len() >= 12 {
             let f = Fields(bytes);
             let (name_len, len, kind) = (f.u32(0) as usize, f.u32(4) as usize, f.u32(8));
-            // Both are less than 4 GiB, so the sums fit.
+            // Both lengths are less than 4 GiB, so the sums do not overflow.
             let start = 12 + name_len.next_multiple_of(4);
             let start = start.next_multiple_of(align);
             let Some(name) = bytes.get(12..12 + name_len) else { return };
@@ -215,7 +216,7 @@ impl Elf {
             match (name, kind) {
                 (b"Linux\0", _) => self.linux_note = true,
                 (b"Xen\0", XEN_ELFNOTE_GUEST_OS) => self.linux_note |= content.starts_with(b"linux"),
-                // The word is as wide as the kernel's own.
+                // The value is as wide as the kernel's own words.
                 (b"Xen\0", XEN_ELFNOTE_PHYS32_ENTRY) if len == 8 => self.pvh = Some(Fields(content).u64(0)),
                 (b"Xen\0", XEN_ELFNOTE_PHYS32_ENTRY) if len == 4 => self.pvh = Some(Fields(content).u32(0).into()),
                 _ => {}
@@ -224,7 +225,7 @@ impl Elf {
         }
     }
 
-    /// Section headers are only needed to know where the ELF file ends.
+    /// Reads the section headers, which serve only to find the end of the ELF file.
     fn sections(&mut self, data: &Data, offset: u64, size: u16, count: u16) -> Result<(), Problem> {
         let expected: u16 = if self.class64 { 64 } else { 40 };
         if offset == 0 || count == 0 || size != expected {

@@ -1,4 +1,4 @@
-//! What can be wrong with the files that a user names.
+//! Errors in the files that a user names.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,58 +6,58 @@ use std::path::PathBuf;
 use crate::memory::OutOfRam;
 use crate::options::Size;
 
-/// Why a machine cannot be booted.
+/// Reasons why a machine cannot be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The kernel image.
+    /// The kernel image cannot be booted.
     #[error("cannot boot {}", path.display())]
     Kernel {
-        /// The file.
+        /// The kernel's file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem with the file.
         source: Problem,
     },
-    /// The initial RAM disk.
+    /// The initial RAM disk cannot be used.
     #[error("cannot use the initrd {}", path.display())]
     Initrd {
-        /// The file.
+        /// The initrd's file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem with the file.
         source: Problem,
     },
-    /// All that is loaded as the initrd together.
+    /// The initrds and the packed initramfs together cannot be loaded.
     #[error("cannot load the initramfs")]
     Initramfs(#[source] Problem),
-    /// What was to be packed.
+    /// The initramfs cannot be packed.
     #[error(transparent)]
     Pack(#[from] super::pack::Error),
-    /// The command line is longer than the kernel or the memory map allows.
+    /// The command line is longer than the kernel or the memory layout allows.
     #[error("the kernel command line has {length} bytes; this kernel takes at most {limit}")]
     CmdlineTooLong {
-        /// Its length in bytes.
+        /// Length of the command line in bytes.
         length: usize,
-        /// The longest that works.
+        /// Longest length that is possible.
         limit: u64,
     },
-    /// A NUL would cut the command line short.
+    /// The command line contains a NUL, which would cut it short.
     #[error("the kernel command line contains a NUL byte at offset {offset}; remove it")]
     CmdlineNul {
-        /// Where it is.
+        /// Offset of the NUL.
         offset: usize,
     },
-    /// The host has no random numbers.
+    /// The host provides no random numbers.
     #[error("cannot get random numbers from the host")]
     Random(#[source] io::Error),
-    /// Something does not fit where it belongs; placement was checked before, so this machine's RAM is not the one
-    /// that was planned for.
+    /// A boot structure does not fit into RAM. Placement was checked before, so this machine's RAM is not the RAM that
+    /// the placement was planned for.
     #[error("cannot write the boot structures")]
     OutOfRam(#[from] OutOfRam),
-    /// ACPI, SMBIOS or MP tables.
+    /// ACPI, SMBIOS or MP tables cannot be written.
     #[error("cannot write the firmware tables")]
     Table(#[from] super::table::Error),
 }
 
-/// What is wrong with one file.
+/// A problem with one file.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
     /// `open` failed.
@@ -66,40 +66,40 @@ pub enum Problem {
     /// `read` failed.
     #[error("cannot read it")]
     Read(#[source] io::Error),
-    /// Somebody truncated it.
-    #[error("it has become shorter than the {0} bytes that it had")]
+    /// The file was truncated in the meantime.
+    #[error("it has shrunk; it had {0} bytes when it was opened")]
     Shrunk(u64),
     /// Not a regular file.
     #[error("this is {0}, not a file")]
     NotAFile(&'static str),
-    /// Nothing that vireo can boot.
+    /// Not a file that vireo can boot.
     #[error(
         "this is {0}; vireo boots x86-64 bzImage, vmlinux (also gzip, zstd, xz, lz4 or bzip2 compressed), PVH \
          ELF and multiboot files"
     )]
     NotAKernel(String),
-    /// It ends too early.
+    /// The file or a part of it ends too early.
     #[error("truncated: {what} needs {needs} bytes, has {has}")]
     Truncated {
-        /// The file or the part of it that is meant.
+        /// The file, or the part of it that is too short.
         what: &'static str,
-        /// How many bytes it should have.
+        /// Number of bytes that are needed.
         needs: u64,
-        /// How many it has.
+        /// Number of bytes that exist.
         has: u64,
     },
     /// A header contradicts itself.
     #[error("damaged: {0}")]
     Damaged(String),
-    /// A sound file that this machine cannot boot: a sentence that says why.
+    /// A valid file that this machine cannot boot, with a sentence that gives the reason.
     #[error("{0}")]
     Unsuitable(String),
-    /// A boot protocol from before what is needed.
+    /// The kernel's boot protocol is older than vireo needs.
     #[error("boot protocol {}.{:02} is too old; vireo needs {} or newer", version >> 8, version & 0xFF, needs)]
     TooOld {
         /// The kernel's protocol version, as in its setup header.
         version: u16,
-        /// The version that would work and whence it comes.
+        /// Oldest version that works, and the Linux version that introduced it.
         needs: &'static str,
     },
     /// Decompression failed.
@@ -107,55 +107,55 @@ pub enum Problem {
     Unpack {
         /// Name of the compression.
         format: &'static str,
-        /// What the decompressor says.
+        /// Error of the decompressor.
         source: io::Error,
     },
-    /// More data than announced or than any kernel has.
+    /// The data unpacks to more than announced, or to more than any kernel has.
     #[error("its {format} data unpacks to more than {limit}")]
     TooLarge {
         /// Name of the compression.
         format: &'static str,
-        /// How much was expected at most.
+        /// Largest size that was expected.
         limit: Size,
     },
-    /// The entry asked for does not exist.
+    /// The requested entry does not exist.
     #[error("this is {found}; --boot {mode} needs {needs}")]
     NoEntry {
-        /// What the file is.
+        /// Format of the file.
         found: String,
-        /// The mode asked for.
+        /// The requested mode.
         mode: &'static str,
-        /// What would work.
+        /// Kind of file or entry that the mode needs.
         needs: &'static str,
     },
-    /// The machine is too small.
-    #[error("it needs {needs} of memory or more, the machine has {has}")]
+    /// The machine has too little memory.
+    #[error("it needs at least {needs} of memory; the machine has {has}")]
     Memory {
-        /// Total machine memory that would work.
+        /// Total machine memory that would be enough.
         needs: Size,
-        /// What the machine has.
+        /// Memory of the machine.
         has: Size,
     },
-    /// It cannot be placed below the MMIO hole or below the kernel's own limit, whatever the memory size.
+    /// The file cannot be placed below the MMIO hole or below the kernel's own limit, whatever the memory size.
     #[error("it has {size} bytes; at most {limit} fit below the kernel's limit, whatever the memory size")]
     NoPlace {
-        /// Its size.
+        /// Size of the file.
         size: u64,
-        /// The largest that works.
+        /// Largest size that can be placed.
         limit: u64,
     },
-    /// An access outside of RAM.
+    /// An access outside RAM.
     #[error(transparent)]
     OutOfRam(#[from] OutOfRam),
 }
 
 impl Problem {
-    /// Says which kernel file this is about.
+    /// Attributes this problem to the kernel file at `path`.
     pub fn of_kernel(self, path: impl Into<PathBuf>) -> Error {
         Error::Kernel { path: path.into(), source: self }
     }
 
-    /// Says which initrd this is about.
+    /// Attributes this problem to the initrd at `path`.
     pub fn of_initrd(self, path: impl Into<PathBuf>) -> Error {
         Error::Initrd { path: path.into(), source: self }
     }

@@ -10,66 +10,66 @@ use super::source::Data;
 use crate::layout::PAGE_SIZE;
 use crate::memory::GuestRam;
 
-/// What is known of a kernel beside its bytes. The cache keeps it as it is.
+/// Everything known about a kernel except its bytes. The cache stores it unchanged.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageInfo {
     /// The file's format in words, like `bzImage, xz`.
     pub format: String,
-    /// The kernel's own version, if it tells.
+    /// The kernel's own version, if the kernel reports it.
     pub version: Option<String>,
     /// First physical address, as linked.
     pub start: u64,
-    /// First physical address behind it, memory that it wants zeroed or for itself included.
+    /// First physical address past the end, including memory that the kernel wants zeroed or reserved for itself.
     pub end: u64,
     /// Physical address of the 64-bit entry (Documentation/arch/x86/boot.rst, "64-bit boot protocol").
     pub entry64: Option<u64>,
     /// Physical address of the PVH entry.
     pub pvh: Option<u32>,
-    /// Entry by multiboot. The cache keeps no such kernels.
+    /// Multiboot entry. The cache does not keep kernels that have one.
     #[serde(skip)]
     pub multiboot: Option<multiboot::Start>,
-    /// Whether this is Linux.
+    /// True if the kernel is Linux.
     pub linux: bool,
-    /// The setup header of the bzImage that it comes from.
+    /// Setup header of the bzImage that contained the kernel.
     pub setup: Option<SetupHeader>,
-    /// Where which bytes go, sorted by address.
+    /// Pieces of data and their addresses, sorted by address.
     pub pieces: Vec<Piece>,
 }
 
-/// Bytes and where they go.
+/// A range of the image's data and its address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Piece {
     /// Guest-physical address, as linked.
     pub paddr: u64,
     /// Offset in the image's data.
     pub offset: u64,
-    /// How many bytes.
+    /// Length in bytes.
     pub len: u64,
 }
 
 /// A kernel with its bytes.
 #[derive(Debug)]
 pub struct Image {
-    /// What it is.
+    /// Description of the kernel.
     pub info: ImageInfo,
-    /// Its bytes.
+    /// Bytes that the pieces refer to.
     pub data: Data,
-    /// Whether `data` is a file of ours that never shrinks, with whole pages for pieces.
+    /// True if `data` is one of vireo's own files, which never shrink, and the pieces are whole pages.
     pub mappable: bool,
-    /// What to change when it runs at other virtual addresses; without it the kernel does not move.
+    /// Places to change when the kernel runs at other virtual addresses; without them the kernel is not moved.
     pub relocations: Option<Relocations>,
-    /// A bzImage that the guest unpacks itself.
+    /// True if this is a bzImage that the guest unpacks itself.
     pub packed: bool,
 }
 
 impl Image {
-    /// Bytes of memory from start to end.
+    /// Returns the number of bytes of memory from start to end.
     pub fn span(&self) -> u64 {
         self.info.end - self.info.start
     }
 
-    /// Puts the image at `start`. RAM is fresh, so what lies between the pieces is zero. Unpacked bytes may be moved there,
-    /// so that nothing is left of them here.
+    /// Loads the image at `start`. RAM is fresh, so the gaps between the pieces are already zero. Unpacked bytes may be
+    /// moved to the guest, so that vireo keeps no copy.
     pub fn load(&mut self, ram: &GuestRam, start: u64) -> Result<(), Problem> {
         for piece in &self.info.pieces {
             let addr = start + (piece.paddr - self.info.start);
@@ -83,7 +83,7 @@ impl Image {
                 }
                 _ => false,
             };
-            // A file system that can't map files can still be read from.
+            // A file on a file system that cannot map files can still be read.
             if !mapped {
                 self.data.copy_to(piece.offset, &ram.slice(addr, piece.len)?)?;
             }

@@ -1,10 +1,11 @@
-//! Initramfs archives: cpio in its "newc" form (Documentation/driver-api/early-userspace/buffer-format.rst), made in
-//! pieces.
+//! Initramfs archives: cpio in its "newc" form (Documentation/driver-api/early-userspace/buffer-format.rst), built as a
+//! list of pieces.
 //!
-//! An [`Archive`] copies no large file: headers and small contents are bytes, the rest stays an open file until
-//! [`Piece::load`] has the kernel read it straight into guest RAM. Of a path that is added twice the guest keeps the later
-//! one. Where a folder has a symbolic link to a directory (`/bin`, `/lib` of merged systems), what comes later goes through
-//! it; and directories are named with a slash at the end, with which unpacking keeps such links of earlier archives, too.
+//! An [`Archive`] does not copy large files: headers and small contents are bytes in memory, other contents stay open
+//! files until [`Piece::load`] reads them directly into guest RAM. If a path is added twice, the guest keeps the later
+//! one. If a folder contains a symbolic link to a directory (`/bin`, `/lib` of merged systems), later entries are
+//! placed through the link. Directory names end with a slash, so that unpacking also keeps such links of earlier
+//! archives.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -19,62 +20,62 @@ use crate::memory::GuestRam;
 
 const MAGIC: &[u8] = b"070701";
 const HEADER_LEN: usize = 110;
-/// The name that ends an archive.
+/// Name of the entry that ends an archive.
 const TRAILER: &[u8] = b"TRAILER!!!";
-/// Longest name without its NUL and the slash of directories: the kernel skips what exceeds PATH_MAX.
+/// Longest name without its NUL and a directory's slash: the kernel skips names that exceed PATH_MAX.
 const NAME_MAX: usize = libc::PATH_MAX as usize - 2;
-/// A file up to this size is read at once: an open descriptor costs more.
+/// Largest file that is read immediately, because an open descriptor costs more.
 const SMALL: u64 = 16 << 10;
-/// Most entries of an archive, so that a folder like `/` ends as an error.
+/// Largest number of entries of an archive, so that packing a folder like `/` ends as an error.
 const ENTRIES_MAX: u32 = 1 << 20;
-/// More symbolic links on one way than the kernel follows.
+/// Largest number of symbolic links that are followed in one path; the kernel follows no more than these.
 const LINKS_MAX: usize = 40;
 
 const DIRECTORY: u32 = libc::S_IFDIR;
 const REGULAR: u32 = libc::S_IFREG;
 const SYMLINK: u32 = libc::S_IFLNK;
 
-/// A part of what is loaded as the initrd.
+/// A part of the data that is loaded as the initrd.
 #[derive(Debug)]
 pub enum Piece {
     /// Bytes in memory.
     Bytes(Vec<u8>),
-    /// All of a file.
+    /// A whole file.
     File(HostFile),
 }
 
-/// An open regular file of the host, with the length that it had.
+/// An open regular file of the host, with its length when it was opened.
 #[derive(Debug)]
 pub struct HostFile {
-    /// It.
+    /// The open file.
     pub file: File,
     /// Its length when it was opened.
     pub len: u64,
-    /// What the user knows it as.
+    /// Path by which the user knows the file.
     pub path: PathBuf,
 }
 
-/// Something cannot be packed.
+/// Reasons why an archive cannot be packed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file of the host.
+    /// A file of the host cannot be read.
     #[error("cannot pack {}", path.display())]
     Host {
-        /// Which one.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem with the file.
         source: Problem,
     },
-    /// A path in the guest.
+    /// Nothing can be packed at a path in the guest.
     #[error("cannot pack anything at {}: {what}", path.display())]
     Guest {
-        /// Which one.
+        /// The path.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem with the path.
         what: &'static str,
     },
-    /// It would exceed what the format can say.
-    #[error("an initramfs has less than 4G and at most {ENTRIES_MAX} files; this one would have more")]
+    /// The archive would exceed the limits of the format.
+    #[error("an initramfs must be smaller than 4G, with at most {ENTRIES_MAX} files; this one would exceed that")]
     TooLarge,
 }
 
@@ -87,7 +88,7 @@ impl HostFile {
 }
 
 impl Piece {
-    /// Its length in bytes.
+    /// Returns the length in bytes.
     pub fn len(&self) -> u64 {
         match self {
             Piece::Bytes(bytes) => bytes.len() as u64,
@@ -95,12 +96,12 @@ impl Piece {
         }
     }
 
-    /// Whether it has no bytes.
+    /// Returns whether the piece has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Puts it into guest RAM.
+    /// Copies the piece into guest RAM.
     pub fn load(&self, ram: &GuestRam, start: u64) -> Result<(), super::Error> {
         match self {
             _ if self.is_empty() => {}
@@ -121,7 +122,7 @@ fn shrunk(error: io::Error, len: u64) -> Problem {
     }
 }
 
-/// What a path of the archive is.
+/// Kind of a path in the archive.
 #[derive(Debug)]
 enum Seen {
     Directory,
@@ -129,7 +130,7 @@ enum Seen {
     Other,
 }
 
-/// An entry's header, as far as entries differ. Owner and group are root.
+/// The fields of an entry's header that vary. Owner and group are always root.
 #[derive(Default)]
 struct Header<'a> {
     name: &'a [u8],
@@ -141,11 +142,11 @@ struct Header<'a> {
     device: (u32, u32),
 }
 
-/// An archive that is being made.
+/// An archive under construction.
 #[derive(Debug, Default)]
 pub struct Archive {
     pieces: Vec<Piece>,
-    /// What comes behind the pieces.
+    /// Bytes that follow the pieces.
     bytes: Vec<u8>,
     len: u64,
     inodes: u32,
@@ -153,42 +154,42 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// An empty one.
+    /// Creates an empty archive.
     pub fn new() -> Archive {
         Archive::default()
     }
 
-    /// A directory; nothing happens if it is there already.
+    /// Adds a directory; does nothing if it already exists.
     pub fn directory(&mut self, guest: &Path, mode: u32) -> Result<(), Error> {
         let name = clean(guest)?;
         if self.lookup(&name) { Ok(()) } else { self.add_directory(&name, mode, 0) }
     }
 
-    /// A file with these bytes.
+    /// Adds a file with the given content.
     pub fn bytes(&mut self, guest: &Path, mode: u32, content: &[u8]) -> Result<(), Error> {
         let header = Header { mode: REGULAR | mode & 0o7777, size: content.len() as u64, ..Header::default() };
         self.add(&clean(guest)?, header, Seen::Other)?;
         self.content(content)
     }
 
-    /// A file with the content of one of the host.
+    /// Adds a file with the content of a file of the host.
     pub fn file(&mut self, guest: &Path, mode: u32, file: HostFile) -> Result<(), Error> {
         let header = Header { mode: REGULAR | mode & 0o7777, ..Header::default() };
         self.add_file(&clean(guest)?, header, file)
     }
 
-    /// A symbolic link.
+    /// Adds a symbolic link.
     pub fn symlink(&mut self, guest: &Path, target: &Path) -> Result<(), Error> {
         self.add_symlink(&clean(guest)?, target.as_os_str().as_bytes(), 0)
     }
 
-    /// A device node; `kind` is `S_IFCHR` or `S_IFBLK` and goes into the mode.
+    /// Adds a device node; `S_IFCHR` or `S_IFBLK` is part of `mode`.
     pub fn device(&mut self, guest: &Path, mode: u32, device: (u32, u32)) -> Result<(), Error> {
         self.add(&clean(guest)?, Header { mode, device, ..Header::default() }, Seen::Other)
     }
 
-    /// A folder of the host with all that is in it: links, modes, times and devices are kept, owners become root,
-    /// sockets are left out. Nothing is followed out of it.
+    /// Adds a folder of the host with its content: links, modes, times and devices are kept, owners become root,
+    /// sockets are left out. Symbolic links in the folder are not followed.
     pub fn tree(&mut self, host: &Path, guest: &Path) -> Result<(), Error> {
         let failed = |path: &Path, e: io::Error| Error::Host { path: path.into(), source: Problem::Open(e) };
         let mut links = HashMap::new();
@@ -215,7 +216,8 @@ impl Archive {
         Ok(())
     }
 
-    /// Anything in a folder but a folder. `links` has the inode numbers of files that have several names.
+    /// Adds an entry of a folder that is not itself a folder. `links` has the inode numbers of files with several
+    /// names.
     fn tree_entry(
         &mut self,
         path: PathBuf,
@@ -240,7 +242,7 @@ impl Archive {
             return self.add(name, header, Seen::Other);
         }
         if metadata.nlink() > 1 {
-            // The first name brings the content; how many names more there are, only has to be more than one.
+            // The first name has the content. The exact number of names is not important, if it is more than one.
             header.links = u32::try_from(metadata.nlink()).unwrap_or(u32::MAX);
             let identity = (metadata.dev(), metadata.ino());
             if let Some(inode) = links.get(&identity) {
@@ -254,14 +256,14 @@ impl Archive {
         self.add_file(name, header, file)
     }
 
-    /// Ends the archive.
+    /// Ends the archive and returns its pieces.
     pub fn finish(mut self) -> Result<Vec<Piece>, Error> {
         self.header(&Header { name: TRAILER, links: 1, ..Header::default() })?;
         self.pieces.push(Piece::Bytes(self.bytes));
         Ok(self.pieces)
     }
 
-    /// Whether the archive has something at `guest`, by way of the links in it.
+    /// Returns whether the archive has an entry at `guest`, following its symbolic links.
     pub fn contains(&self, guest: &Path) -> bool {
         clean(guest).is_ok_and(|name| self.lookup(&name))
     }
@@ -270,7 +272,7 @@ impl Archive {
         name.is_empty() || self.seen.contains_key(&self.resolve(name, true))
     }
 
-    /// The path without links on the way; `last` says whether one at its end is followed, too.
+    /// Returns the path with symbolic links resolved; `last` says whether a link at its end is followed, too.
     fn resolve(&self, name: &[u8], last: bool) -> Vec<u8> {
         let mut rest: Vec<&[u8]> = components(name).rev().collect();
         let mut at: Vec<u8> = Vec::new();
@@ -315,7 +317,7 @@ impl Archive {
 
     fn add_symlink(&mut self, name: &[u8], target: &[u8], mtime: u32) -> Result<(), Error> {
         if target.is_empty() || target.len() > NAME_MAX || target.contains(&0) {
-            return Err(of_guest(name, "no link can have this target"));
+            return Err(of_guest(name, "a symbolic link cannot have this target"));
         }
         let header = Header { mode: SYMLINK | 0o777, mtime, size: target.len() as u64, ..Header::default() };
         self.add(name, header, Seen::Symlink(target.to_vec()))?;
@@ -337,7 +339,7 @@ impl Archive {
         self.pad()
     }
 
-    /// The header of an entry, and before it the directories that it lies in, unless they are there.
+    /// Adds the header of an entry, and before it the directories that contain it, unless they exist.
     fn add(&mut self, name: &[u8], header: Header<'_>, what: Seen) -> Result<(), Error> {
         let name = &self.resolve(name, false)[..];
         if name.is_empty() {
@@ -347,20 +349,20 @@ impl Archive {
             return Err(of_guest(name, "the path is too long"));
         }
         if name == TRAILER {
-            return Err(of_guest(name, "this name ends an archive"));
+            return Err(of_guest(name, "this name marks the end of an archive"));
         }
         for (at, _) in name.iter().enumerate().filter(|(_, b)| **b == b'/') {
             match self.seen.get(&name[..at]) {
                 Some(Seen::Directory | Seen::Symlink(_)) => {}
-                Some(Seen::Other) => return Err(of_guest(name, "what it lies in is no directory")),
+                Some(Seen::Other) => return Err(of_guest(name, "its parent is not a directory")),
                 None => self.add_directory(&name[..at], 0o755, 0)?,
             }
         }
         let directory = matches!(what, Seen::Directory);
         match self.seen.get(name) {
-            Some(Seen::Directory) if !directory => return Err(of_guest(name, "there is a directory")),
-            Some(Seen::Other) if directory => return Err(of_guest(name, "there is a file")),
-            // A link to a directory stays.
+            Some(Seen::Directory) if !directory => return Err(of_guest(name, "a directory already exists there")),
+            Some(Seen::Other) if directory => return Err(of_guest(name, "a file already exists there")),
+            // A link to a directory is kept.
             Some(Seen::Symlink(_)) if directory => {}
             _ => _ = self.seen.insert(name.to_vec(), what),
         }
@@ -386,7 +388,7 @@ impl Archive {
         self.content(&text)
     }
 
-    /// Bytes and what pads them.
+    /// Adds bytes and their padding.
     fn content(&mut self, bytes: &[u8]) -> Result<(), Error> {
         self.bytes.extend_from_slice(bytes);
         self.len += bytes.len() as u64;
@@ -401,7 +403,7 @@ impl Archive {
     }
 }
 
-/// How many bytes are missing to a multiple of four.
+/// Returns the number of bytes missing to a multiple of four.
 pub fn padding(len: u64) -> usize {
     (len.wrapping_neg() % 4) as usize
 }
@@ -414,7 +416,7 @@ fn components(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
     path.split(|b| *b == b'/').filter(|part| !part.is_empty() && *part != b".")
 }
 
-/// A guest path as archives name it: without `.` and slashes more than needed.
+/// Returns a guest path as archives name it: without `.` and unnecessary slashes.
 fn clean(guest: &Path) -> Result<Vec<u8>, Error> {
     let bytes = guest.as_os_str().as_bytes();
     let parts: Vec<&[u8]> = components(bytes).collect();
@@ -422,7 +424,7 @@ fn clean(guest: &Path) -> Result<Vec<u8>, Error> {
         return Err(of_guest(bytes, "'..' may lead out of the archive"));
     }
     if bytes.contains(&0) {
-        return Err(of_guest(bytes, "there is a NUL byte in it"));
+        return Err(of_guest(bytes, "the path contains a NUL byte"));
     }
     Ok(parts.join(&b'/'))
 }
@@ -442,7 +444,7 @@ mod tests {
 
     use super::*;
 
-    /// The archive's bytes as the guest gets them.
+    /// Returns the archive's bytes as the guest gets them.
     pub fn flat(pieces: &[Piece]) -> Vec<u8> {
         let mut out = Vec::new();
         for piece in pieces {
@@ -460,7 +462,7 @@ mod tests {
 
     type Read1 = (u32, u32, u32, (u32, u32), Vec<u8>);
 
-    /// Name to mode, links, inode, device, content.
+    /// Returns mode, links, inode, device and content of each name.
     fn read_back(pieces: &[Piece]) -> BTreeMap<String, Read1> {
         let bytes = flat(pieces);
         assert_eq!(bytes.len() % 4, 0);
@@ -530,11 +532,11 @@ mod tests {
         archive.directory(Path::new("/dir"), 0o755).unwrap();
         let mut said = |path: &str| archive.bytes(Path::new(path), 0o644, b"").unwrap_err().to_string();
         assert_eq!(said("/a/../b"), "cannot pack anything at /a/../b: '..' may lead out of the archive");
-        assert_eq!(said("/file/x"), "cannot pack anything at /file/x: what it lies in is no directory");
-        assert_eq!(said("/dir"), "cannot pack anything at /dir: there is a directory");
+        assert_eq!(said("/file/x"), "cannot pack anything at /file/x: its parent is not a directory");
+        assert_eq!(said("/dir"), "cannot pack anything at /dir: a directory already exists there");
         assert_eq!(said("./"), "cannot pack anything at /: this is the root directory");
-        assert!(said("TRAILER!!!").ends_with("this name ends an archive"));
-        assert!(said("a\0b").ends_with("there is a NUL byte in it"));
+        assert!(said("TRAILER!!!").ends_with("this name marks the end of an archive"));
+        assert!(said("a\0b").ends_with("the path contains a NUL byte"));
         assert!(said(&"x/".repeat(3000)).ends_with("the path is too long"));
         symlink_loops_end(archive);
     }
@@ -568,7 +570,7 @@ mod tests {
         File::create(&path).unwrap().set_len(1 << 19).unwrap();
         let error = piece.load(&ram, 1 << 20).unwrap_err();
         let cause = std::error::Error::source(&error).unwrap().to_string();
-        assert_eq!(cause, "it has become shorter than the 1048576 bytes that it had");
+        assert_eq!(cause, "it has shrunk; it had 1048576 bytes when it was opened");
     }
 
     proptest! {

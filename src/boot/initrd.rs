@@ -1,8 +1,8 @@
-//! The files that `--initrd` names, as Linux reads them (init/initramfs.c): cpio archives, compressed or not, one after
-//! another with zeros between them.
+//! The files given by `--initrd`, as Linux reads them (init/initramfs.c): cpio archives, compressed or not, in sequence
+//! with zeros between them.
 //!
-//! Each file is looked at only as far as its first bytes: what Linux would ignore, or would stop reading at, is better
-//! said before the guest boots than by a line in its log.
+//! Only the first bytes of each file are examined: if Linux would ignore a file, or would stop reading there, a message
+//! before the guest boots is better than a line in its log.
 
 use std::path::Path;
 
@@ -12,22 +12,22 @@ use super::initramfs::{HostFile, Piece, padding};
 use super::source::Data;
 use super::{BootConfig, kernel, pack};
 
-/// First bytes that are looked at.
+/// Number of a file's first bytes that are examined.
 const HEAD: u64 = 36 << 10;
-/// Zeros between two parts at least: those of lz4 have no end of their own, and the kernel ends them at a block whose
+/// Minimum number of zeros between two parts: lz4 archives have no end mark, so the kernel ends them at a block whose
 /// length, four bytes, is zero (lib/decompress_unlz4.c).
 const GAP: usize = 4;
 
-/// What Linux makes of a file.
+/// Linux's treatment of a file.
 #[derive(Debug, PartialEq, Eq)]
 enum Kind {
-    /// An archive; what follows is read, too.
+    /// An archive; Linux reads the files that follow it, too.
     Archive,
-    /// The image of a file system, for kernels with a RAM disk; nothing can follow.
+    /// The image of a file system, for kernels with a RAM disk; no file can follow.
     FileSystem(String),
-    /// Not an archive; nothing can follow.
+    /// Not an archive; no file can follow.
     Unknown(String),
-    /// Meant as an archive, but no Linux reads it: what to do instead.
+    /// An archive in a format that Linux cannot read, with advice.
     Unreadable(&'static str),
 }
 
@@ -35,15 +35,15 @@ fn kind(head: &[u8]) -> Kind {
     match head {
         [b'0', b'7', b'0', b'7', b'0', b'1' | b'2', ..] => Kind::Archive,
         [b'0', b'7', b'0', b'7', b'0', b'7', ..] => Kind::Unreadable(
-            "this is a cpio archive in the old portable format, which Linux does not read; make it with 'cpio -H newc'",
+            "this is a cpio archive in the old portable format, which Linux does not read; create it with 'cpio -H newc'",
         ),
         [0xC7, 0x71, ..] | [0x71, 0xC7, ..] => Kind::Unreadable(
-            "this is a cpio archive in the old binary format, which Linux does not read; make it with 'cpio -H newc'",
+            "this is a cpio archive in the old binary format, which Linux does not read; create it with 'cpio -H newc'",
         ),
         [0x04, 0x22, 0x4D, 0x18, ..] => Kind::Unreadable(
             "this is an lz4 frame, and Linux reads lz4's legacy format only; compress it with 'lz4 -l'",
         ),
-        // gzip twice, bzip2, lzma, xz, lzo, lz4, zstd: the kernel's own list (lib/decompress.c).
+        // gzip (two magic numbers), bzip2, lzma, xz, lzo, lz4, zstd: the kernel's own list (lib/decompress.c).
         [0x1F, 0x8B | 0x9E, ..]
         | [b'B', b'Z', ..]
         | [0x5D, 0, ..]
@@ -53,7 +53,7 @@ fn kind(head: &[u8]) -> Kind {
         | [0x28, 0xB5, ..] => Kind::Archive,
         _ => match kernel::guess(head) {
             found if found.ends_with("file system") || found == "a squashfs image" => Kind::FileSystem(found),
-            // Zeros may come first.
+            // An archive may begin with zeros.
             found => match head.iter().position(|byte| *byte != 0) {
                 Some(0) => Kind::Unknown(found),
                 Some(start) => kind(head.get(start..).unwrap_or_default()),
@@ -63,7 +63,7 @@ fn kind(head: &[u8]) -> Kind {
     }
 }
 
-/// The initrds and what is packed after them.
+/// Opens the initrds, followed by the packed initramfs.
 pub(super) fn open(config: &BootConfig, image: &Image) -> Result<Vec<Piece>, Error> {
     let mut pieces = Vec::new();
     let mut gap = 0;
@@ -81,7 +81,7 @@ pub(super) fn open(config: &BootConfig, image: &Image) -> Result<Vec<Piece>, Err
     Ok(pieces)
 }
 
-/// Other kernels than Linux take any file as a module of theirs.
+/// Opens and checks one initrd. Kernels other than Linux accept any file as a module.
 fn open_one(path: &Path, linux: bool, is_last: bool) -> Result<HostFile, Problem> {
     let file = HostFile::open(path)?;
     if file.len == 0 {
@@ -105,7 +105,7 @@ fn open_one(path: &Path, linux: bool, is_last: bool) -> Result<HostFile, Problem
             path.display()
         ),
         Kind::Unknown(found) => log::warn!(
-            "the initrd {} is {found}, not a cpio archive, and Linux will ignore it; make one with 'cpio -o -H newc'",
+            "the initrd {} is {found}, not a cpio archive, and Linux will ignore it; create one with 'cpio -o -H newc'",
             path.display()
         ),
     }
@@ -127,7 +127,7 @@ mod tests {
         for format in [Compression::Gzip, Compression::Zstd, Compression::Lz4, Compression::Bzip2] {
             assert_eq!(kind(&testing::compress(format, &[7; 100])), Kind::Archive);
         }
-        assert!(matches!(kind(b"070707"), Kind::Unreadable(what) if what.ends_with("make it with 'cpio -H newc'")));
+        assert!(matches!(kind(b"070707"), Kind::Unreadable(what) if what.ends_with("create it with 'cpio -H newc'")));
         assert!(matches!(kind(b"\x04\x22\x4D\x18"), Kind::Unreadable(what) if what.ends_with("'lz4 -l'")));
         let mut ext4 = vec![0; 2048];
         ext4[0x438..0x43A].copy_from_slice(&[0x53, 0xEF]);

@@ -1,5 +1,5 @@
-//! Interrupt vectors of real mode, with handlers that acknowledge and return, for multiboot kernels: they may go back to
-//! real mode and count upon the timer and the interrupt controllers as a BIOS leaves them.
+//! Real-mode interrupt vectors, with handlers that acknowledge the interrupt and return, for multiboot kernels: they
+//! may return to real mode and rely on the timer and the interrupt controllers as a BIOS leaves them.
 
 use super::table::{self, Error};
 use crate::layout;
@@ -61,7 +61,7 @@ mod tests {
                 0x08..=0x0F => assert_eq!(found[..7], [0x50, 0xB0, 0x20, 0xE6, 0x20, 0x58, 0xCF]),
                 0x70..=0x77 => {
                     assert_eq!(found[..7], [0x50, 0xB0, 0x20, 0xE6, 0xA0, 0xEB, 0x03]);
-                    // Three bytes on: past the other handler's push and its mov.
+                    // The jump skips three bytes: the other handler's push and mov.
                     assert_eq!(found[10..14], [0xE6, 0x20, 0x58, 0xCF]);
                 }
                 _ => assert_eq!(found[0], 0xCF),

@@ -1,13 +1,13 @@
-//! Address space randomisation of an unpacked Linux, done as its own decompressor would (arch/x86/boot/compressed/
-//! misc.c, `handle_relocations`, and kaslr.c).
+//! Address space randomisation of an unpacked Linux, as its own decompressor does it (arch/x86/boot/compressed/misc.c,
+//! `handle_relocations`, and kaslr.c).
 //!
-//! Behind the ELF file in a bzImage's payload stand tables of 32-bit entries, each table begun by a zero:
+//! In a bzImage's payload, tables of 32-bit entries follow the ELF file. Each table begins with a zero:
 //!
 //! ```text
 //! 0, places of 64-bit addresses, 0, places of 32-bit offsets to subtract from, 0, places of 32-bit addresses
 //! ```
 //!
-//! The middle table is gone in newer kernels. An entry is the place's virtual address, sign-extended.
+//! Newer kernels do not have the middle table. An entry is the place's virtual address, sign-extended.
 
 use std::io;
 
@@ -21,21 +21,21 @@ use crate::memory::{OutOfRam, RamSlice};
 pub const START_KERNEL_MAP: u64 = 0xFFFF_FFFF_8000_0000;
 /// `KERNEL_IMAGE_SIZE` with randomisation: the kernel's virtual window.
 const KERNEL_IMAGE_SIZE: u64 = 1 << 30;
-/// More than any kernel has; a limit on what is read and kept.
+/// Limit on the tables that are read and kept, more than any kernel has.
 pub const TABLES_MAX: u64 = 64 << 20;
 
-/// Where a kernel holds its own addresses, as offsets from its start.
+/// Places of a kernel that hold its own addresses, as offsets from its start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Relocations {
-    /// Little-endian `u32` offsets, table after table.
+    /// Little-endian `u32` offsets, one table after another.
     bytes: Vec<u8>,
-    /// How many there are to 64-bit addresses, inverse 32-bit and 32-bit.
+    /// Number of places with 64-bit addresses, inverse 32-bit offsets and 32-bit addresses.
     counts: [u32; 3],
 }
 
 impl Relocations {
-    /// Reads the tables that follow the ELF part of `data`, which ends at `end`. None if something else or nothing
-    /// follows. `virt` is the image's virtual start, `len` its length in memory.
+    /// Reads the tables that follow the ELF part of `data`, which ends at `end`. Returns None if nothing or something
+    /// else follows. `virt` is the image's virtual start, `len` its length in memory.
     pub fn parse(data: &Data, end: u64, virt: u64, len: u64) -> Result<Option<Relocations>, Problem> {
         let tail_len = data.len() - end.min(data.len());
         if tail_len < 12 || !tail_len.is_multiple_of(4) || tail_len > TABLES_MAX {
@@ -78,28 +78,28 @@ impl Relocations {
         Ok(Some(Relocations { bytes, counts }))
     }
 
-    /// Puts together what [`Relocations::raw`] took apart; None if the counts don't fit.
+    /// Restores relocations from the result of [`Relocations::raw`]; None if the counts do not fit.
     pub fn from_raw(bytes: Vec<u8>, counts: [u32; 3]) -> Option<Relocations> {
         let sum: u64 = counts.iter().map(|c| u64::from(*c) * 4).sum();
         (sum == bytes.len() as u64).then_some(Relocations { bytes, counts })
     }
 
-    /// The offsets as bytes, and how many of each kind.
+    /// Returns the offsets as bytes, and the number of each kind.
     pub fn raw(&self) -> (&[u8], [u32; 3]) {
         (&self.bytes, self.counts)
     }
 
-    /// How many there are.
+    /// Returns the total number of places.
     pub fn count(&self) -> usize {
         self.bytes.len() / 4
     }
 
-    /// Moves the kernel in `image`, which is all of it, up by `delta` virtual bytes.
+    /// Moves the kernel in `image`, which is the whole kernel, up by `delta` virtual bytes.
     pub fn apply(&self, image: &RamSlice<'_>, delta: u64) -> Result<(), OutOfRam> {
         let [to64, inverse, _] = self.counts.map(|count| count as usize * 4);
         let (to64, rest) = self.bytes.split_at(to64);
         let (inverse, to32) = rest.split_at(inverse);
-        // 32-bit places hold the low half of a sign-extended address, so they wrap as that does.
+        // 32-bit places hold the low half of a sign-extended address, so wrapping arithmetic is right.
         let delta32 = delta as u32;
         for offset in offsets(to64) {
             let place = image.get_ref::<u64>(offset).map_err(|_| outside(image, offset))?;
@@ -125,22 +125,24 @@ fn outside(image: &RamSlice<'_>, offset: usize) -> OutOfRam {
     OutOfRam { addr: offset as u64, len: image.len() as u64 }
 }
 
-/// Whether the user wants the kernel where it was linked. The kernel's decompressor looks for the same word, wherever
-/// it stands.
+/// Returns whether the user wants the kernel where it was linked. The kernel's decompressor searches for the same word,
+/// at any position.
 pub fn disabled(cmdline: &str) -> bool {
     words(cmdline).any(|word| word == "nokaslr")
 }
 
-/// The same command line for a debugger, whose symbols are where the kernel was linked: unless the user has a word on it.
+/// Adds `nokaslr` for a debugger, whose symbols are at the linked addresses, unless the user chose `kaslr` or
+/// `nokaslr`.
 pub fn settled(cmdline: &str) -> String {
     if words(cmdline).any(|word| word == "kaslr" || word == "nokaslr") {
         return cmdline.into();
     }
-    // In front: what follows "--" is init's.
+    // It goes in front, because everything after "--" is for init.
     format!("nokaslr {cmdline}").trim_end().into()
 }
 
-/// Whether the user limits which memory the kernel may use, so that a random physical address could be outside.
+/// Returns whether the user limits the memory that the kernel may use, so that a random physical address could be
+/// outside.
 pub fn memory_limited(cmdline: &str) -> bool {
     words(cmdline).any(|word| word.starts_with("mem=") || word.starts_with("memmap="))
 }
@@ -149,24 +151,24 @@ fn words(cmdline: &str) -> impl Iterator<Item = &str> {
     cmdline.split(|c: char| c <= ' ')
 }
 
-/// A random address for `len` bytes in `start..end`: `start` or a multiple of `align` above it. None if there is no
-/// room at all.
+/// Returns a random address for `len` bytes in `start..end`: `start` or a multiple of `align` above it. Returns None if
+/// there is no room at all.
 pub fn choose(start: u64, end: u64, len: u64, align: u64) -> Result<Option<u64>, Error> {
     let Some(room) = end.checked_sub(start).and_then(|space| space.checked_sub(len)) else {
         return Ok(None);
     };
     let slots = room / align + 1;
-    // The bias of a remainder of 64 random bits by a few thousand slots is nothing.
+    // Taking 64 random bits modulo a few thousand slots has a negligible bias.
     let slot = u64::from_le_bytes(random()?) % slots;
     Ok(Some(start + slot * align))
 }
 
-/// By how much to move the kernel's virtual addresses, for an image of `len` bytes that is linked at `start`.
+/// Returns a random offset for the virtual addresses of an image of `len` bytes that is linked at `start`.
 pub fn choose_virtual(start: u64, len: u64, align: u64) -> Result<u64, Error> {
     Ok(choose(start, KERNEL_IMAGE_SIZE, len, align)?.map_or(0, |addr| addr - start))
 }
 
-/// Random bytes from the host.
+/// Returns random bytes from the host.
 pub fn random<const N: usize>() -> Result<[u8; N], Error> {
     let mut bytes = [0; N];
     let mut filled = 0;

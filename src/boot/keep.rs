@@ -1,4 +1,4 @@
-//! Keeping a kernel in the cache while its first guest runs already.
+//! Adding a kernel to the cache while its first guest is already running.
 //!
 //! ```text
 //! vireo       unpacks the kernel ── starts the guest ─────── waits for its end ───────▶ ends
@@ -7,14 +7,15 @@
 //! vireo-keep                            └─▶ hashes, unpacks again, writes ──▶ ends ╎ or ends with vireo
 //! ```
 //!
-//! A process of its own does this, with the lowest priority, so that the guest does not become slower even where there
-//! is only one processor. A thread could not have that priority: a process has only ended when its last thread has had
-//! the processor once more, for which it waits for seconds on a busy machine. And neither the memory that unpacking takes
-//! nor a fault of a decompressor concerns the guest.
+//! A separate process does this, with the lowest priority, so that the guest does not become slower even on a host with
+//! only one processor. A thread could not have this priority: vireo only ends once its last thread has run on a
+//! processor again, and on a busy machine a thread of low priority waits seconds for that. In a separate process,
+//! neither the memory that unpacking takes nor a crash of a decompressor affects the guest.
 //!
-//! The directory is handed over as a descriptor: the guest runs by now, and may be able to exchange what has its name.
+//! The directory is passed as a descriptor: the guest is running by now, and may be able to replace the directory at
+//! that path.
 //!
-//! Nothing is ever written to the pipe: when vireo has ended, it has lost its reader, and the keeper ends.
+//! Nothing is ever written to the pipe: once vireo has ended, the pipe has no reader, and the keeper ends.
 
 use std::convert::Infallible;
 use std::fs::{self, File};
@@ -32,12 +33,13 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::cache::Cache;
 use crate::child;
 
-/// Name of the process.
+/// Name of the keeper process.
 const NAME: &str = "vireo-keep";
-/// The longest wait until a file that was just made can be kept. A file from the future is not waited for.
+/// Longest wait until a file that has just changed can be kept. The keeper does not wait for a file with a time in the
+/// future.
 const WAIT_MAX: Duration = Duration::from_secs(10);
 
-/// A kernel that the cache should get.
+/// A kernel that should be added to the cache.
 #[derive(Debug)]
 pub struct Unkept {
     cache: PathBuf,
@@ -46,28 +48,29 @@ pub struct Unkept {
 }
 
 impl Unkept {
-    /// What is still to be kept: the file `kernel`, in `cache`.
+    /// Creates the job that keeps the file `kernel` in `cache`.
     pub fn new(cache: &Cache, kernel: File) -> io::Result<Unkept> {
         let (name, directory) = cache.dir();
         Ok(Unkept { cache: name.into(), directory: directory.try_clone()?, kernel })
     }
 
-    /// Starts the process that keeps it. A failure costs time in the next boot and is only logged.
+    /// Starts the keeper process. A failure is only logged; it makes the next boot slower.
     pub fn start(self) {
-        // The thread waits for the end of the process, so that nothing is left of that while the guest runs.
+        // The thread waits for the process to end, so that no zombie remains while the guest runs.
         let keeper = thread::Builder::new().name("keeper".into()).spawn(|| match self.run() {
             Ok(()) => log::debug!("the kernel is in the cache"),
             Err(e) => log::debug!("the kernel is not in the cache: {e}"),
         });
         if let Err(e) = keeper {
-            log::debug!("cannot start a thread that has the kernel kept: {e}");
+            log::debug!("cannot start the thread that caches the kernel: {e}");
         }
     }
 
     fn run(self) -> io::Result<()> {
         let mut command = Command::new("/proc/self/exe");
         command.arg0(NAME).arg(self.cache).stdin(self.kernel).stdout(Stdio::piped()).stderr(self.directory);
-        // No calls between fork and exec: with them, guest memory would be copied on write for the new process.
+        // No code runs between fork and exec (no `pre_exec`); with it, guest memory would be copied on write for the
+        // new process.
         let status = command.spawn()?.wait()?;
         if status.success() { Ok(()) } else { Err(io::Error::other(status.to_string())) }
     }
@@ -78,12 +81,12 @@ pub fn is_keeper() -> bool {
     env::args_os().next().is_some_and(|name| Path::new(&name).file_name() == Some(NAME.as_ref()))
 }
 
-/// The life of the keeper.
+/// Runs the keeper process.
 pub fn main() -> ! {
-    // Whoever waits for the end of a pipe that vireo has inherited should not have to wait for this process.
+    // A program that waits for the end of a pipe that vireo inherited should not have to wait for this process.
     child::close_inherited();
     child::have_lowest_priority();
-    // Where memory is limited, the guest's is worth more.
+    // If memory runs out, the kernel should end this process before the guest.
     let _ = fs::write("/proc/self/oom_score_adj", "1000");
     process::exit(if keep().is_ok() { 0 } else { 1 })
 }
@@ -105,17 +108,18 @@ fn keep() -> io::Result<()> {
     cache.keep(&kernel)
 }
 
-/// The cache that vireo has opened; started by hand, with stderr elsewhere, the one that has this name.
+/// Returns the cache that vireo has opened; if the keeper was started by hand, with stderr elsewhere, the cache named
+/// `dir`.
 fn cache(dir: PathBuf) -> io::Result<Cache> {
     let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
     if stderr.metadata()?.is_dir() { Cache::in_held(dir, stderr) } else { Cache::at(dir) }
 }
 
-/// Returns only when there is an error on stdout: nobody can read from it any more, or it cannot be watched.
+/// Waits until stdout has an error: its reader has gone, or it cannot be watched.
 fn wait_for_end_of_vireo() -> io::Result<Infallible> {
     let stdout = io::stdout();
     loop {
-        // Errors are reported without being asked for.
+        // Errors are reported without being requested.
         match poll(&mut [PollFd::new(&stdout, PollFlags::empty())], None) {
             Ok(0) | Err(rustix::io::Errno::INTR) => {}
             Ok(_) => return Err(io::ErrorKind::BrokenPipe.into()),

@@ -1,4 +1,4 @@
-//! Which kind of kernel a file is, found by its content alone.
+//! Detection of a kernel file's kind, by its content alone.
 //!
 //! ```text
 //! compressed file ─┐
@@ -18,19 +18,19 @@ use super::unpack::{self, Compression};
 use super::{BootMode, multiboot};
 use crate::layout;
 
-/// How much of a file is looked at to tell what it is. ISO images have their mark at 32 KiB.
+/// Number of a file's first bytes that are examined to detect its kind. ISO images have their mark at 32 KiB.
 const HEAD: u64 = 36 << 10;
-/// How many zeros at the end of a segment are looked for. A bss has some MiB; files can be sparse and huge.
+/// Largest number of trailing zeros of a segment that are trimmed. A bss has some MiB; files can be sparse and huge.
 const TRIM_MAX: u64 = 64 << 20;
 
-/// Finds out what `data` is and prepares it for the way of booting that `mode` asks for.
+/// Detects the kind of `data` and prepares it for the way of booting that `mode` asks for.
 pub fn examine(data: Data, mode: BootMode) -> Result<Image, Problem> {
     let head = data.head(HEAD)?;
     let Some(compression) = Compression::detect(&head) else {
         return examine_plain(data, &head, mode);
     };
     let unpacked = Data::Memory(unpack::unpack(compression, data.reader(0, data.len())?)?);
-    // Nobody compresses a kernel twice; going deeper would only help bombs.
+    // Nobody compresses a kernel twice; unpacking deeper would only help decompression bombs.
     let head = unpacked.head(HEAD)?;
     match examine_plain(unpacked, &head, mode) {
         Ok(mut image) => {
@@ -38,7 +38,7 @@ pub fn examine(data: Data, mode: BootMode) -> Result<Image, Problem> {
             Ok(image)
         }
         Err(Problem::NotAKernel(found)) => {
-            Err(Problem::NotAKernel(format!("{} data, and unpacked {found}", compression.name())))
+            Err(Problem::NotAKernel(format!("{} data that unpacks to {found}", compression.name())))
         }
         Err(e) => Err(e),
     }
@@ -80,25 +80,25 @@ fn examine_bzimage(data: Data, mode: BootMode) -> Result<Image, Problem> {
     let payload = bz.payload()?;
     let head = payload.map(|(offset, len)| data.bytes(offset, len.min(16))).transpose()?;
     let Some((compression, (offset, len))) = head.and_then(|head| Compression::detect(&head)).zip(payload) else {
-        // No payload, lzma, lzo, or something new: the guest knows how to unpack itself, if it has to.
+        // The payload is missing, or packed by lzma, lzo or something new: the guest can unpack itself if necessary.
         if mode == BootMode::Auto && (bz.has_entry64() || payload.is_none()) {
             return packed_image(data, bz);
         }
         let found = match payload {
-            Some(_) => "a bzImage in an unknown compression".to_string(),
+            Some(_) => "a bzImage with an unknown compression".to_string(),
             None => "a bzImage without a compressed kernel in it".to_string(),
         };
-        let (mode, needs) = (mode_name(mode), "gzip, zstd, xz, lz4 or bzip2, try --boot bzimage");
+        let (mode, needs) = (mode_name(mode), "gzip, zstd, xz, lz4 or bzip2; try --boot bzimage");
         return Err(Problem::NoEntry { found, mode, needs });
     };
-    // The size ends a gzip stream by its own format; behind all others the kernel's build puts it.
+    // The unpacked size is the last part of a gzip stream; after all other formats the kernel's build appends it.
     let size = data.bytes(offset + len - 4, 4)?;
     let size = u32::from_le_bytes([size[0], size[1], size[2], size[3]]);
     let stream = if compression == Compression::Gzip { len } else { len - 4 };
     let unpacked = unpack::unpack_to_pages(compression, data.reader(offset, stream)?, size.into())?;
     drop(data);
     if !elf::is_elf(&unpacked) {
-        return Err(Problem::Damaged(format!("its {} payload is no ELF file", compression.name())));
+        return Err(Problem::Damaged(format!("its {} payload is not an ELF file", compression.name())));
     }
     let mut image = elf_image(Data::Pages(unpacked), "bzImage").map_err(|e| match e {
         Problem::NotAKernel(found) => Problem::NotAKernel(format!("a bzImage of {found}")),
@@ -111,7 +111,7 @@ fn examine_bzimage(data: Data, mode: BootMode) -> Result<Image, Problem> {
     Ok(image)
 }
 
-/// A bzImage as it is.
+/// Returns the image of a bzImage that stays packed.
 fn packed_image(data: Data, bz: BzImage) -> Result<Image, Problem> {
     if !bz.has_entry64() {
         return Err(Problem::NotAKernel("a bzImage without a 64-bit entry (a 32-bit kernel?)".into()));
@@ -133,7 +133,7 @@ fn packed_image(data: Data, bz: BzImage) -> Result<Image, Problem> {
     Ok(Image { info, data, mappable: false, relocations: None, packed: true })
 }
 
-/// An ELF file and the relocations that may follow it.
+/// Returns the image of an ELF file with the relocations that may follow it.
 fn elf_image(data: Data, format: &str) -> Result<Image, Problem> {
     let elf = Elf::parse(&data)?;
     let (Some(first), Some(last)) = (elf.segments.first(), elf.segments.last()) else {
@@ -151,7 +151,7 @@ fn elf_image(data: Data, format: &str) -> Result<Image, Problem> {
     let kernel_map = first.vaddr == START_KERNEL_MAP.wrapping_add(start);
     let pvh = elf.pvh.filter(|entry| inside(*entry)).and_then(|entry| u32::try_from(entry).ok());
     let entry64 = Some(elf.entry).filter(|entry| elf.class64 && inside(*entry));
-    // A kernel for PVH alone (no Linux) has an entry of its own that does not follow Linux's boot protocol.
+    // A kernel for PVH only (not Linux) has an ELF entry that does not follow Linux's boot protocol.
     let linux = elf.linux_note || (kernel_map && entry64.is_some());
     if pvh.is_none() && entry64.is_none() {
         return Err(match (elf.pvh, elf.class64) {
@@ -160,7 +160,7 @@ fn elf_image(data: Data, format: &str) -> Result<Image, Problem> {
             }
             (entry, _) => {
                 let entry = entry.unwrap_or(elf.entry);
-                Problem::Damaged(format!("the entry at {entry:#x} lies in no segment"))
+                Problem::Damaged(format!("the entry at {entry:#x} is not in any segment"))
             }
         });
     }
@@ -176,8 +176,8 @@ fn elf_image(data: Data, format: &str) -> Result<Image, Problem> {
     Ok(Image { info, data, mappable: false, relocations, packed: false })
 }
 
-/// Leaves out zeros at the end of a piece, which fresh RAM has anyway: a payload's data segment contains the kernel's
-/// whole bss.
+/// Removes zeros at the end of a piece, because fresh RAM is zero anyway. The data segment of a bzImage's payload
+/// contains the kernel's whole bss.
 pub(super) fn trim_zeros(data: &Data, piece: &mut Piece) -> Result<(), Problem> {
     let floor = piece.len.saturating_sub(TRIM_MAX);
     while piece.len > floor {
@@ -191,7 +191,7 @@ pub(super) fn trim_zeros(data: &Data, piece: &mut Piece) -> Result<(), Problem> 
     Ok(())
 }
 
-/// The entry that `mode` asks for, as a physical address of the image as linked, and which one it is.
+/// Returns the entry that `mode` asks for, as a physical address of the image as linked, and its protocol.
 pub fn entry(info: &ImageInfo, mode: BootMode) -> Result<(u64, Protocol), Problem> {
     let pvh = info.pvh.map(|entry| (u64::from(entry), Protocol::Pvh));
     let entry64 = info.entry64.map(|entry| (entry, Protocol::Linux64));
@@ -216,11 +216,11 @@ fn mode_name(mode: BootMode) -> &'static str {
     }
 }
 
-/// The version in Linux's banner.
+/// Returns the version in Linux's banner.
 pub fn find_version(data: &Data) -> Option<String> {
     const BANNER: &[u8] = b"Linux version ";
     let mut version = None;
-    // The format string "Linux version %s" comes in some kernels, too.
+    // Some kernels also contain the format string "Linux version %s".
     let number = |text: &[u8]| {
         let found = text.first().is_some_and(u8::is_ascii_digit);
         version = found.then(|| bzimage::printable(&text[..text.len().min(256)])).flatten();
@@ -230,7 +230,7 @@ pub fn find_version(data: &Data) -> Option<String> {
     version
 }
 
-/// Name of what a file seems to be that is not a kernel, by its first bytes.
+/// Returns a description of a file that is not a kernel, by its first bytes.
 pub(super) fn guess(head: &[u8]) -> String {
     let at = |offset: usize, magic: &[u8]| head.get(offset..).is_some_and(|b| b.starts_with(magic));
     let name = match head {
@@ -252,7 +252,7 @@ pub(super) fn guess(head: &[u8]) -> String {
         _ if at(0x1FE, &[0x55, 0xAA]) => "a boot sector or disk image",
         _ if head.iter().all(|b| *b == 0) => "nothing but zeros",
         _ if head.iter().take(512).all(|b| b.is_ascii_graphic() || b.is_ascii_whitespace()) => "a text file",
-        _ => "no kernel that vireo knows",
+        _ => "an unknown kind of file",
     };
     name.to_string()
 }

@@ -1,5 +1,5 @@
-//! The file that a kernel is kept in: a page of header (JSON after magic, length and checksum), the kernel's memory image in
-//! whole pages, so that it can be mapped into a guest, and its relocations.
+//! File format of a cached kernel: a header page (JSON after magic number, length and checksum); the kernel's memory
+//! image in whole pages, so that it can be mapped into a guest; and the kernel's relocations.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
@@ -15,7 +15,7 @@ use crate::layout::{MMIO_HOLE, PAGE_SIZE};
 const MAGIC: [u8; 8] = *b"vireo-k2";
 /// Space for the header in a kernel file.
 pub(super) const HEADER: u64 = 16 << 10;
-/// Pieces with less than this between them become one.
+/// Pieces with a gap smaller than this between them are merged.
 const GAP_MAX: u64 = 1 << 20;
 
 /// The header of a kernel file.
@@ -30,7 +30,7 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Returns whether every number in it is one that [`super::cache::Cache::keep`] could have written.
+    /// Returns whether every number in the header is one that [`super::cache::Cache::keep`] could have written.
     pub(super) fn is_sound(&self) -> bool {
         let page = |n: u64| n.is_multiple_of(PAGE_SIZE);
         let info = &self.info;
@@ -57,7 +57,7 @@ impl Header {
     }
 }
 
-/// Pieces as whole pages, neighbours joined, one behind the other in the file.
+/// Rounds pieces to whole pages, merges neighbours, and places them one after another in the file.
 pub(super) fn chunks(pieces: &[Piece]) -> Vec<Piece> {
     let mut chunks: Vec<Piece> = Vec::new();
     for piece in pieces {
@@ -76,7 +76,7 @@ pub(super) fn chunks(pieces: &[Piece]) -> Vec<Piece> {
     chunks
 }
 
-/// Counts and sums up what goes into the file.
+/// Writer that counts the bytes of the file and computes their checksum.
 struct Summing<'a> {
     file: &'a File,
     crc: flate2::Crc,
@@ -96,7 +96,7 @@ impl Write for Summing<'_> {
     }
 }
 
-/// Writes all behind the header and returns its checksum.
+/// Writes everything after the header and returns its checksum.
 pub(super) fn write_data(file: &File, chunks: &[Piece], image: &Image, relocations: &[u8]) -> io::Result<u32> {
     let summing = Summing { file, crc: flate2::Crc::new(), written: 0 };
     let mut out = BufWriter::with_capacity(256 << 10, summing);

@@ -1,9 +1,9 @@
-//! From a kernel file to a machine that is about to execute its first instruction.
+//! Boot: everything from a kernel file to a machine that is about to execute its first instruction.
 //!
-//! [`BootFiles::open`] checks everything that the user named, before a machine exists; [`BootFiles::load`] fills its
-//! memory, step by step. A compressed kernel is unpacked once, by `open`, into pages that `load` moves to the guest and
-//! relocates there. Only when the guest runs, its kernel is kept for later boots ([`keep`]), which take it from the
-//! [`cache`].
+//! [`BootFiles::open`] checks all files that the user named, before a machine exists. [`BootFiles::load`] then fills
+//! the machine's memory, step by step. `open` unpacks a compressed kernel once, into pages that `load` moves to the
+//! guest and relocates there. The kernel is added to the [`cache`] for later boots only after the guest has started
+//! ([`keep`]).
 
 pub mod acpi;
 mod bzimage;
@@ -56,33 +56,34 @@ use self::zero_page::ZeroPage;
 use crate::layout;
 use crate::memory::{self, GuestRam};
 
-/// Longest command line without its NUL of a kernel that does not tell (`COMMAND_LINE_SIZE` of x86 Linux is 2048).
+/// Longest command line, without its NUL, of a kernel that does not report its limit (`COMMAND_LINE_SIZE` of x86 Linux
+/// is 2048).
 const CMDLINE_DEFAULT: u64 = 2047;
 
-/// What the user wants booted.
+/// Boot files and parameters that the user asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BootConfig {
-    /// The kernel image; its format is found by content.
+    /// The kernel image; its format is detected from its content.
     pub kernel: PathBuf,
-    /// Initial RAM disks, one behind the other; a file may name a single one without a list.
+    /// Initial RAM disks, concatenated in order; a configuration file may give a single path instead of a list.
     #[serde(default, deserialize_with = "one_or_several", skip_serializing_if = "Vec::is_empty")]
     pub initrd: Vec<PathBuf>,
-    /// What is packed behind them.
+    /// Initramfs that is packed and appended to the initrds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initramfs: Option<InitramfsConfig>,
     /// Kernel command line, passed as it is.
     #[serde(default)]
     pub cmdline: String,
-    /// A parameter that a kernel gets in front of its command line if it is a Linux.
+    /// Parameter that is put in front of the command line if the kernel is Linux.
     #[serde(skip)]
     pub linux_parameter: Option<String>,
-    /// Which entry is used.
+    /// Entry point to use.
     #[serde(default)]
     pub boot: BootMode,
 }
 
-/// A path, or a list of them.
+/// Deserializes a path or a list of paths.
 fn one_or_several<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<PathBuf>, D::Error> {
     struct Paths;
 
@@ -105,48 +106,48 @@ fn one_or_several<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Path
     deserializer.deserialize_any(Paths)
 }
 
-/// `--boot`: how a kernel is entered.
+/// `--boot`: the way a kernel is entered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BootMode {
-    /// Unpack what can be unpacked, then the 64-bit entry for Linux and PVH or multiboot for the rest.
+    /// Unpacks what can be unpacked; then uses the 64-bit entry for Linux, and PVH or multiboot for other kernels.
     #[default]
     Auto,
-    /// A bzImage as it is: the guest runs its own decompressor.
+    /// The bzImage as it is: the guest runs its own decompressor.
     BzImage,
-    /// The 64-bit entry of the (unpacked) ELF.
+    /// The 64-bit entry of the (unpacked) ELF file.
     Direct,
-    /// The PVH entry of the (unpacked) ELF.
+    /// The PVH entry of the (unpacked) ELF file.
     Pvh,
-    /// By the file's multiboot header.
+    /// The entry that the file's multiboot header describes.
     Multiboot,
 }
 
 impl BootMode {
-    /// Whether kernels that are entered so may come from the cache: it has them unpacked, as ELF files.
+    /// Returns whether a kernel entered this way may come from the cache, which holds kernels unpacked, as ELF files.
     fn is_cached(self) -> bool {
         !matches!(self, BootMode::BzImage | BootMode::Multiboot)
     }
 }
 
-/// What the firmware tables tell the guest about its machine.
+/// The machine as the firmware tables describe it to the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Platform {
     /// Number of vCPUs; vCPU `n` has APIC id `n`.
     pub cpus: u32,
-    /// ACPI tables, or else an MP table.
+    /// True for ACPI tables, false for an MP table.
     pub acpi: bool,
     /// SMBIOS system UUID.
     pub uuid: [u8; 16],
     /// Virtio slots that hold a device ([`crate::layout::VIRTIO_MMIO`]).
     pub virtio_slots: Vec<u32>,
-    /// Whether the serial port exists.
+    /// True if the machine has a serial port.
     pub serial: bool,
-    /// Whether the tables name the PM timer and the real-time clock, for a guest that does not use kvmclock.
+    /// True if the tables announce the PM timer and the real-time clock, for a guest that does not use kvmclock.
     pub clocks: bool,
 }
 
-/// Everything that the user named, open and checked.
+/// All files that the user named, open and checked.
 #[derive(Debug)]
 pub struct BootFiles {
     config: BootConfig,
@@ -158,18 +159,18 @@ pub struct BootFiles {
     plan: Plan,
 }
 
-/// A range of guest-physical memory and what it is.
+/// A range of guest-physical memory and its kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryRange {
     /// First address.
     pub start: u64,
-    /// First address behind it.
+    /// First address past the end.
     pub end: u64,
     /// 1 for RAM, 2 for reserved, as in e820 and in PVH's memory map.
     pub kind: u32,
 }
 
-/// Where the initrd lies.
+/// Location of the initrd in guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Initrd {
     /// Guest-physical address.
@@ -178,20 +179,20 @@ pub struct Initrd {
     pub len: u64,
 }
 
-/// What is about to boot, for logs and the report.
+/// Description of the kernel that is about to boot, for logs and the report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Description {
     /// The file's format in words.
     pub format: String,
-    /// The kernel's own version.
+    /// The kernel's version as the kernel reports it.
     pub version: Option<String>,
-    /// How it is entered.
+    /// Protocol by which the kernel is entered.
     pub protocol: Protocol,
     /// Guest-physical entry address.
     pub entry: u64,
-    /// Whether its addresses were randomised here.
+    /// True if vireo randomised the kernel's addresses.
     pub kaslr: bool,
-    /// Whether it comes from the cache of unpacked kernels.
+    /// True if the kernel comes from the cache of unpacked kernels.
     pub cached: bool,
 }
 
@@ -202,7 +203,7 @@ impl BootFiles {
         BootFiles::open_with(config, ram_size, cache.as_ref())
     }
 
-    /// The same with a cache that the caller has chosen.
+    /// Opens and checks the boot files as [`BootFiles::open`] does, with a cache of the caller's choice.
     pub fn open_with(config: &BootConfig, ram_size: u64, cache: Option<&Cache>) -> Result<BootFiles, Error> {
         let of_kernel = |problem: Problem| problem.of_kernel(&config.kernel);
         let of_initrd = |problem: Problem| match &config.initrd[..] {
@@ -237,7 +238,7 @@ impl BootFiles {
         Ok(BootFiles { config, image, cached, unkept, entry, initrd, plan })
     }
 
-    /// Fills `ram`, which is fresh, with all that the kernel needs to start, and says where it starts.
+    /// Fills `ram`, which is fresh, with everything that the kernel needs to start, and returns the entry.
     pub fn load(self, ram: &GuestRam, platform: &Platform) -> Result<Entry, Error> {
         let BootFiles { config, mut image, entry, initrd, plan, .. } = self;
         let of_kernel = |problem: Problem| problem.of_kernel(&config.kernel);
@@ -250,7 +251,7 @@ impl BootFiles {
         let mut at = plan.initrd.map_or(0, |initrd| initrd.start);
         for piece in initrd {
             piece.load(ram, at)?;
-            at += piece.len(); // they were added up when they were placed
+            at += piece.len(); // no overflow: the sum was checked when they were placed
         }
         let multiboot = image.info.multiboot.filter(|_| entry.protocol == Protocol::Multiboot);
         let cmdline = multiboot.map_or(layout::CMDLINE, |start| start.handed);
@@ -282,18 +283,18 @@ impl BootFiles {
         }
         entry.write_tables(ram)?;
 
-        // What unpacking took is no longer needed and must not stay with us while the guest runs.
+        // Memory that unpacking took is no longer needed; vireo must not keep it while the guest runs.
         drop(image);
         memory::trim_heap();
         Ok(entry)
     }
 
-    /// What the cache should get when the guest runs.
+    /// Takes the kernel that should be added to the cache when the guest runs, if there is one.
     pub fn take_unkept(&mut self) -> Option<Unkept> {
         self.unkept.take()
     }
 
-    /// What was found.
+    /// Describes the kernel that was found.
     pub fn describe(&self) -> Description {
         Description {
             format: self.image.info.format.clone(),
@@ -306,12 +307,12 @@ impl BootFiles {
     }
 }
 
-/// The kernel, unpacked.
+/// An unpacked kernel.
 struct Kernel {
     image: Image,
-    /// Whether it comes from the cache.
+    /// True if it comes from the cache.
     cached: bool,
-    /// What the cache should get, if it does not.
+    /// Job that adds the kernel to the cache, if it did not come from there.
     unkept: Option<Unkept>,
 }
 
@@ -330,7 +331,7 @@ fn open_kernel(config: &BootConfig, cache: Option<&Cache>) -> Result<Kernel, Pro
     Ok(Kernel { image, cached: false, unkept })
 }
 
-/// The memory map that the guest is given, in address order: what [`crate::layout`] reserves, and RAM.
+/// Memory map for the guest, in address order: the ranges that [`crate::layout`] reserves, and RAM.
 pub fn memory_map(ram: &GuestRam) -> Vec<MemoryRange> {
     let range = |start, end, kind| MemoryRange { start, end, kind };
     let mut map = vec![

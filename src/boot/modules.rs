@@ -1,12 +1,13 @@
-//! Which kernel modules a guest needs, and where on the host they are.
+//! Selection of the kernel modules that a guest needs, and their files on the host.
 //!
 //! ```text
 //! names ── modules.dep (or, in an unpacked package, each module's .modinfo) ──> files in load order
 //!   └────── modules.builtin, or else the kernel image itself ──> nothing to pack
 //! ```
 //!
-//! A kernel takes only modules of its own version, so that is what is looked for: beside the kernel's file, then among
-//! this host's. Nothing here trusts the files: texts, modules and the depth of dependencies are bounded.
+//! A kernel only accepts modules of its own version, so modules of that version are searched for: first beside the
+//! kernel's file, then among the host's own. None of the files is trusted: texts, modules and the depth of dependencies
+//! are bounded.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -19,26 +20,26 @@ use super::source::{self, Data};
 use super::unpack::{self, Compression};
 use super::{elf, kernel};
 
-/// Longest text of a modules directory. Distributions' have 2 MiB.
+/// Largest text file of a modules directory. Distributions' files have 2 MiB.
 const TEXT_MAX: u64 = 16 << 20;
-/// Longest module, unpacked.
+/// Largest module, unpacked.
 const MODULE_MAX: u64 = 128 << 20;
-/// Most modules that are packed.
+/// Largest number of modules that are packed.
 const MODULES_MAX: usize = 20_000;
-/// Most files of a directory without modules.dep, which may be a kernel's source.
+/// Largest number of files in a directory without modules.dep, which may be a kernel's source.
 const FILES_MAX: u32 = 1 << 20;
-/// How deep dependencies may go. In real kernels it is less than ten.
+/// Maximum depth of dependencies. Real kernels have less than ten.
 const DEPTH_MAX: u32 = 40;
-/// What is behind `.ko`.
+/// File name suffixes after `.ko`.
 const SUFFIXES: [&str; 4] = ["", ".xz", ".zst", ".gz"];
-/// The module whose driver has another name in the kernel image, and that name.
+/// The only module whose driver has another name in the kernel image, and that name.
 const VIRTIO_MMIO: (&str, &str) = ("virtio_mmio", "virtio-mmio");
 
-/// Kernel modules that are packed.
+/// Kernel modules to pack.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModulesConfig {
-    /// `/lib/modules/VERSION`, or a folder above it; otherwise it is looked for.
+    /// `/lib/modules/VERSION`, or a folder above it; searched for if not given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dir: Option<PathBuf>,
     /// Modules that the guest must have, unless they are built in.
@@ -52,67 +53,68 @@ pub struct ModulesConfig {
 /// A module that is packed.
 #[derive(Debug)]
 pub struct Module {
-    /// Its path in the guest.
+    /// The module's path in the guest.
     pub guest: String,
-    /// Its file here.
+    /// The module's file on the host.
     pub host: PathBuf,
-    /// What is in it, unpacked.
+    /// The module's content, unpacked.
     pub data: Data,
 }
 
-/// Modules cannot be packed.
+/// Reasons why modules cannot be packed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file that has to do with them.
+    /// A file cannot be used.
     #[error("kernel modules: cannot use {}", path.display())]
     File {
-        /// Which one.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem with the file.
         source: Problem,
     },
-    /// The kernel has not what is needed, and nobody else.
-    #[error("kernel {version} has no {name} built in, and no modules of it were found; looked in {places}")]
+    /// The kernel does not have the driver built in, and no directory with its modules was found.
+    #[error("kernel {version} has no {name} built in, and its modules were not found; looked in {places}")]
     NoModules {
         /// The kernel's version.
         version: String,
-        /// What it lacks.
+        /// Name of the missing module.
         name: String,
-        /// Where its modules might have been.
+        /// Directories that were searched.
         places: String,
     },
-    /// A module that does not exist.
+    /// A module exists neither in the kernel nor as a file.
     #[error("kernel {version} has no module {name}: it is neither built in nor in {}", dir.display())]
     NoModule {
         /// The kernel's version.
         version: String,
-        /// What it lacks.
+        /// Name of the missing module.
         name: String,
-        /// Where its modules are.
+        /// Directory of the kernel's modules.
         dir: PathBuf,
     },
-    /// A directory with another kernel's.
+    /// The directory has the modules of another kernel.
     #[error("the modules in {} are for kernel {found}, and this kernel is {version}", dir.display())]
     OtherVersion {
-        /// Where.
+        /// The directory.
         dir: PathBuf,
-        /// For which kernel they were made.
+        /// Version of the kernel that the modules are for.
         found: String,
-        /// Which one boots.
+        /// Version of the kernel that boots.
         version: String,
     },
-    /// Dependencies without an end.
+    /// The dependencies are too deep.
     #[error("the dependencies of module {0} go deeper than {DEPTH_MAX}")]
     TooDeep(String),
 }
 
-/// The modules that `config` asks for and what they need, in load order, for the kernel `image` from the file `kernel`.
+/// Returns the modules that `config` asks for and their dependencies, in load order, for the kernel `image` from the
+/// file `kernel`.
 pub fn find(config: &ModulesConfig, kernel: &Path, image: &Image) -> Result<Vec<Module>, Error> {
     if config.names.is_empty() && config.optional.is_empty() {
         return Ok(Vec::new());
     }
     if let Some(dir) = &config.dir {
-        // What is built in needs no modules, but a folder that was named is expected to exist.
+        // A kernel with everything built in needs no modules, but a directory that the user named must exist.
         source::folder(dir).map_err(|source| Error::File { path: dir.clone(), source })?;
     }
     let version = release(image).unwrap_or_default();
@@ -140,7 +142,7 @@ pub fn find(config: &ModulesConfig, kernel: &Path, image: &Image) -> Result<Vec<
     Ok(search.found)
 }
 
-/// `uname -r`, if it can be part of a path.
+/// Returns the kernel's `uname -r`, if it can be part of a path.
 fn release(image: &Image) -> Option<String> {
     let version = image.info.version.clone().or_else(|| kernel::find_version(&image.data))?;
     let release = version.split(' ').next().unwrap_or_default();
@@ -148,11 +150,11 @@ fn release(image: &Image) -> Option<String> {
     fits.then(|| release.to_string())
 }
 
-/// Where modules may be, best first.
+/// Returns directories that may contain the modules, best first.
 fn places(config: &ModulesConfig, kernel: &Path, version: &str) -> Vec<PathBuf> {
     let roots = |root: &Path| ["lib/modules", "usr/lib/modules"].map(|dir| root.join(dir).join(version));
     if let Some(dir) = &config.dir {
-        // Without a version only the directory itself can be meant.
+        // If the version is unknown, only the directory itself can be meant.
         return if version.is_empty() { vec![dir.clone()] } else { below(dir, version.as_ref()) };
     }
     if version.is_empty() {
@@ -173,13 +175,13 @@ fn places(config: &ModulesConfig, kernel: &Path, version: &str) -> Vec<PathBuf> 
     places
 }
 
-/// Directories named `modules` near this kernel's file, and the host's own, that may have its version; best first. Only
-/// what is there.
+/// Returns the existing directories named `modules` near this kernel's file, and the host's own, that may contain its
+/// version; best first.
 pub fn above(kernel: &Path) -> Vec<PathBuf> {
     let roots = |root: &Path| ["lib/modules", "usr/lib/modules"].map(|dir| root.join(dir));
     let kernel = kernel.canonicalize().unwrap_or_else(|_| kernel.into());
     let beside = kernel.parent().unwrap_or(Path::new("/"));
-    // /usr/lib/modules/VERSION/vmlinuz.
+    // The kernel is /usr/lib/modules/VERSION/vmlinuz.
     let mut places: Vec<PathBuf> =
         beside.parent().filter(|dir| dir.ends_with("lib/modules")).map(Path::to_path_buf).into_iter().collect();
     for place in [beside, beside.parent().unwrap_or(beside), Path::new("/")].into_iter().flat_map(roots) {
@@ -191,49 +193,49 @@ pub fn above(kernel: &Path) -> Vec<PathBuf> {
     places
 }
 
-/// Where the modules of that kernel may be, if `dir` is their directory or one above it; best first.
+/// Returns the directories that may hold modules of `version`, if `dir` is their directory or one above it; best first.
 pub(crate) fn below(dir: &Path, version: &OsStr) -> Vec<PathBuf> {
     let above = [dir.to_path_buf(), dir.join("lib/modules"), dir.join("usr/lib/modules")];
     above.iter().map(|above| above.join(version)).chain([dir.to_path_buf()]).collect()
 }
 
-/// Whether it is a directory of modules.
+/// Returns whether `dir` is a directory of modules.
 pub(crate) fn is_directory(dir: &Path) -> bool {
     ["modules.dep", "modules.builtin", "kernel"].iter().any(|name| dir.join(name).exists())
 }
 
-/// Places in words; and in the directory that the user named, what is there instead.
+/// Describes the searched places, and another version that the directory given by the user contains instead.
 fn describe(places: &[PathBuf], config: &ModulesConfig) -> String {
     let mut text = places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(", ");
     if places.is_empty() {
-        text.push_str("no place, since the kernel does not tell its version");
+        text.push_str("no directory, since the kernel's version is unknown");
     }
     for dir in config.dir.iter().flat_map(|dir| [dir.clone(), dir.join("lib/modules"), dir.join("usr/lib/modules")]) {
         let mut others = source::folder(&dir).unwrap_or_default().into_iter();
         if let Some(version) = others.find(|name| is_directory(&dir.join(name))) {
-            text.push_str(&format!(" (there are those of kernel {})", version.display()));
+            text.push_str(&format!(" (modules of kernel {} are there)", version.display()));
             break;
         }
     }
     text
 }
 
-/// Whether the kernel image has the name that the driver has there. Images that the guest unpacks can't be looked into:
-/// who boots such a kernel knows it.
+/// Returns whether the kernel image contains the name of the driver. Images that the guest unpacks cannot be searched;
+/// for these the answer is yes, and the user is expected to know.
 fn built_in(image: &Image, name: &str) -> bool {
     let name = name.replace('-', "_");
     let name = if name == VIRTIO_MMIO.0 { VIRTIO_MMIO.1 } else { &name };
     let needle = [name.as_bytes(), b"\0"].concat();
-    // Rarer in kernels than most.
+    // The search is fast if it looks for a byte that is rare in kernels.
     let rare = needle.iter().position(|b| b"vxz".contains(b)).unwrap_or(0);
     image.packed || image.data.find(&needle, rare, |_| true).is_ok_and(|found| found)
 }
 
 /// The text files of a modules directory.
 struct Texts {
-    /// modules.dep, or what is like it made from a walk.
+    /// Content of modules.dep, or an equivalent made by walking the directory.
     dep: String,
-    /// Whether it was made so: then dependencies are in the modules.
+    /// True if `dep` was made by walking; then dependencies are read from the modules.
     walked: bool,
     softdep: String,
     builtin: String,
@@ -266,12 +268,12 @@ impl Texts {
 fn read_text(path: &Path) -> Result<String, Problem> {
     let (file, len) = source::open(path)?;
     if len > TEXT_MAX {
-        return Err(Problem::Damaged(format!("it has {len} bytes")));
+        return Err(Problem::Damaged(format!("it is too large ({len} bytes)")));
     }
-    String::from_utf8(Data::File(file, len).bytes(0, len)?).map_err(|_| Problem::Damaged("it is no text".into()))
+    String::from_utf8(Data::File(file, len).bytes(0, len)?).map_err(|_| Problem::Damaged("it is not UTF-8 text".into()))
 }
 
-/// The paths of all modules below `dir`, a line each.
+/// Returns the paths of all modules below `dir`, one per line.
 fn walk(dir: &Path) -> Result<String, Error> {
     let mut text = String::new();
     let mut folders = vec![PathBuf::new()];
@@ -288,7 +290,7 @@ fn walk(dir: &Path) -> Result<String, Error> {
             }
             count += 1;
             if count > FILES_MAX {
-                let source = Problem::Damaged("there are more files than of any kernel".into());
+                let source = Problem::Damaged("it contains more files than any kernel's modules".into());
                 return Err(Error::File { path: dir.into(), source });
             }
         }
@@ -296,14 +298,14 @@ fn walk(dir: &Path) -> Result<String, Error> {
     Ok(text)
 }
 
-/// The name of the module at `path`.
+/// Returns the name of the module at `path`.
 fn stem(path: &str) -> Option<&str> {
     let name = path.rsplit('/').next()?;
     let (stem, suffix) = name.split_once(".ko")?;
     SUFFIXES.contains(&suffix).then_some(stem)
 }
 
-/// In names of modules `-` and `_` are the same.
+/// Returns whether two module names are equal; `-` and `_` are the same in them.
 fn same_name(a: &str, b: &str) -> bool {
     let same = |b: u8| if b == b'-' { b'_' } else { b };
     a.len() == b.len() && a.bytes().map(same).eq(b.bytes().map(same))
@@ -317,15 +319,15 @@ struct Line<'a> {
     depends: &'a str,
 }
 
-/// Dependencies being followed.
+/// State of following dependencies.
 struct Search<'a> {
     dir: &'a Path,
     version: &'a str,
     texts: &'a Texts,
     lines: Vec<Line<'a>>,
-    /// Names that were looked at, so that each is packed once and circles end.
+    /// Names that were visited, so that each module is packed once and circles end.
     seen: Vec<&'a str>,
-    /// In load order.
+    /// Modules in load order.
     found: Vec<Module>,
 }
 
@@ -339,7 +341,7 @@ impl<'a> Search<'a> {
         Search { dir, version, texts, lines, seen: Vec::new(), found: Vec::new() }
     }
 
-    /// Takes the module `name` behind all that it needs. Says whether there is one, built in perhaps.
+    /// Takes the module `name` after everything that it needs. Returns whether it exists, possibly built in.
     fn visit(&mut self, name: &str, depth: u32) -> Result<bool, Error> {
         if let Some(line) = self.lines.iter().find(|line| same_name(line.name, name)) {
             return self.take(*line, depth).map(|()| true);
@@ -349,7 +351,7 @@ impl<'a> Search<'a> {
         }
         let mut any = false;
         for target in self.alias(name)? {
-            // A second alias would be one too many.
+            // Several modules may have the same alias; all of them are taken.
             if let Some(line) = self.lines.iter().find(|line| same_name(line.name, &target)) {
                 self.take(*line, depth)?;
                 any = true;
@@ -380,9 +382,9 @@ impl<'a> Search<'a> {
             false => self.softdeps(line.name),
         };
         for softdep in softdeps {
-            self.visit(softdep, depth + 1)?; // kernels do without, if they must
+            self.visit(softdep, depth + 1)?; // optional: a kernel also works without it
         }
-        // Those of modules.dep stand in reverse; all are files. Those of a module are names.
+        // Dependencies in modules.dep are files, in reverse load order; those in a module are names.
         let depends: Vec<&str> = match self.texts.walked {
             true => {
                 values(&info, "depends").flat_map(|names| names.split(',')).filter(|name| !name.is_empty()).collect()
@@ -401,14 +403,14 @@ impl<'a> Search<'a> {
         Ok(())
     }
 
-    /// What modules.softdep wants loaded before `name`.
+    /// Returns the modules that modules.softdep wants loaded before `name`.
     fn softdeps(&self, name: &str) -> Vec<&'a str> {
         let lines = self.texts.softdep.lines().filter_map(|line| line.strip_prefix("softdep ")?.split_once(' '));
         lines.filter(|(module, _)| same_name(module, name)).flat_map(|(_, rest)| before(rest)).collect()
     }
 
-    /// The modules that say that they are `name`, too. Without modules.alias only ciphers and checksums are asked: those
-    /// are what others name by alias.
+    /// Returns the modules that have the alias `name`. Without modules.alias only ciphers and checksums are searched,
+    /// because these are what other modules name by alias.
     fn alias(&self, name: &str) -> Result<Vec<String>, Error> {
         if !self.texts.walked {
             let lines = self.texts.alias.lines().filter_map(|line| line.strip_prefix("alias ")?.rsplit_once(' '));
@@ -425,7 +427,7 @@ impl<'a> Search<'a> {
         Ok(modules)
     }
 
-    /// A module of another version is refused by the kernel, without saying so aloud.
+    /// Fails if the module is for another version: the guest's kernel would refuse it without a clear message.
     fn check_version(&self, info: &str) -> Result<(), Error> {
         let found = values(info, "vermagic").next().and_then(|magic| magic.split(' ').next());
         match found {
@@ -437,21 +439,21 @@ impl<'a> Search<'a> {
     }
 }
 
-/// A module's content, unpacked if need be.
+/// Returns a module's content, unpacked if necessary.
 fn open(path: &Path) -> Result<Data, Problem> {
     let (file, len) = source::open(path)?;
     let data = Data::File(file, len);
     match Compression::detect(&data.head(16)?) {
         Some(format) => Ok(Data::Memory(unpack::unpack_within(format, data.reader(0, len)?, MODULE_MAX)?)),
-        None if len > MODULE_MAX => Err(Problem::Damaged(format!("it has {len} bytes"))),
+        None if len > MODULE_MAX => Err(Problem::Damaged(format!("it is too large ({len} bytes)"))),
         None => Ok(data),
     }
 }
 
-/// What a module says of itself: `key=value`, each ended by a NUL.
+/// Returns a module's information about itself: `key=value` fields, each ended by a NUL.
 fn modinfo(data: &Data) -> Result<String, Problem> {
     let section = elf::section(data, b".modinfo")?;
-    let section = section.ok_or_else(|| Problem::Damaged("there is no .modinfo in it".into()))?;
+    let section = section.ok_or_else(|| Problem::Damaged("it has no .modinfo section".into()))?;
     Ok(String::from_utf8_lossy(&section).into_owned())
 }
 
@@ -459,7 +461,7 @@ fn values<'a>(info: &'a str, key: &str) -> impl Iterator<Item = &'a str> {
     info.split('\0').filter_map(move |field| field.strip_prefix(key)?.strip_prefix('='))
 }
 
-/// The modules of a soft dependency that come first: `pre: a b post: c`.
+/// Returns the modules of a soft dependency that are loaded first: `a` and `b` in `pre: a b post: c`.
 fn before(text: &str) -> impl Iterator<Item = &str> {
     let words = text.split_ascii_whitespace().skip_while(|word| *word != "pre:").skip(1);
     words.take_while(|word| *word != "post:")
@@ -477,7 +479,7 @@ mod tests {
 
     const VERSION: &str = "6.1.0-test";
 
-    /// A module file that says these things of itself.
+    /// Returns a module file with the given information.
     fn ko(info: &[&str]) -> Vec<u8> {
         let info = info.iter().flat_map(|field| [field, "\0"]).collect::<String>();
         let names = "\0.modinfo\0.shstrtab\0";
@@ -521,7 +523,7 @@ mod tests {
             fs::write(path, bytes).unwrap();
         }
 
-        /// Finds what is needed, with the modules beside the kernel; names as they are in the guest.
+        /// Finds the needed modules, which are beside the kernel; returns their names in the guest.
         fn find(&self, names: &str, optional: &str) -> Result<Vec<String>, Error> {
             fs::create_dir_all(self.0.path("boot")).unwrap();
             self.find_for(&ModulesConfig { dir: None, names: list(names), optional: list(optional) }, &image())
@@ -538,7 +540,7 @@ mod tests {
         names.split_whitespace().map(String::from).collect()
     }
 
-    /// A package of a few modules; with the texts that depmod makes, or without.
+    /// Returns a package of a few modules, with the texts that depmod creates or without.
     fn package(depmod: bool) -> Package {
         let package = Package::new();
         let magic = format!("vermagic={VERSION} SMP mod_unload");
@@ -608,9 +610,9 @@ mod tests {
         fs::rename(&renamed, &dir).unwrap();
         let error = package.find_for(&config(package.0.path("")), &other).unwrap_err().to_string();
         assert!(
-            error.starts_with("kernel 6.2.0 has no virtio_ring built in, and no modules of it were found; looked in ")
+            error.starts_with("kernel 6.2.0 has no virtio_ring built in, and its modules were not found; looked in ")
         );
-        assert!(error.ends_with(" (there are those of kernel 6.1.0-test)"), "{error}");
+        assert!(error.ends_with(" (modules of kernel 6.1.0-test are there)"), "{error}");
     }
 
     #[test]
@@ -637,7 +639,7 @@ mod tests {
             image.info.version = Some(strange.into());
             image.data = Data::Memory(Vec::new());
             let error = package.find_for(&config, &image).unwrap_err().to_string();
-            assert!(error.ends_with("looked in no place, since the kernel does not tell its version"), "{error}");
+            assert!(error.ends_with("looked in no directory, since the kernel's version is unknown"), "{error}");
         }
     }
 

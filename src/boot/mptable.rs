@@ -1,5 +1,5 @@
-//! The MP table (Intel MultiProcessor Specification 1.4): processors and interrupts for a machine without ACPI, and
-//! the command line that stands in for the DSDT.
+//! The MP table (Intel MultiProcessor Specification 1.4): processors and interrupts of a machine without ACPI; and the
+//! kernel parameters that replace the DSDT.
 
 use super::Platform;
 use super::table::{self, Error};
@@ -12,10 +12,10 @@ const POINTER_LEN: u64 = 16;
 const HEADER_LEN: usize = 44;
 /// Specification revision 1.4.
 const SPEC_REVISION: u8 = 4;
-/// Version register of an integrated local APIC, and of KVM's IO-APIC.
+/// Version registers of an integrated local APIC and of KVM's IO-APIC.
 const LAPIC_VERSION: u8 = 0x14;
 const IOAPIC_VERSION: u8 = 0x11;
-/// KVM's IO-APIC has id 0 after reset. Processors have their own name space (Linux), as on every xAPIC system.
+/// Id of KVM's IO-APIC after reset. Processor ids are a separate name space (Linux), as on every xAPIC system.
 const IOAPIC_ID: u8 = 0;
 const ISA_BUS_ID: u8 = 0;
 
@@ -30,7 +30,7 @@ const LOCAL_INTERRUPT: u8 = 4;
 const INT: u8 = 0;
 const NMI: u8 = 1;
 const EXT_INT: u8 = 3;
-/// Local interrupt entries go to the LINTn pin of every processor.
+/// Destination of local interrupt entries: the LINTn pin of every processor.
 const ALL_LAPICS: u8 = 0xFF;
 
 /// Writes the floating pointer and the configuration table to [`layout::MP_TABLE`].
@@ -64,7 +64,7 @@ fn configuration(platform: &Platform) -> Result<Vec<u8>, Error> {
     Ok(table)
 }
 
-/// All entries and how many they are, in the order of their types as the specification demands.
+/// Returns all entries and their number, sorted by type as the specification demands.
 fn entries(platform: &Platform) -> Result<(u16, Vec<u8>), Error> {
     let mut out = Vec::new();
     let mut count = 0u16;
@@ -74,23 +74,23 @@ fn entries(platform: &Platform) -> Result<(u16, Vec<u8>), Error> {
     };
     for id in table::apic_ids(platform)? {
         let flags = if id == 0 { 0b11 } else { 0b01 }; // Enabled; the first one boots.
-        // A family 6 signature and the feature flags FPU and APIC; kernels ask CPUID.
+        // A family 6 signature and the feature flags FPU and APIC; kernels get the real values from CPUID.
         push(&[PROCESSOR, id, LAPIC_VERSION, flags, 0, 6, 0, 0, 0x01, 0x02, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     }
     push(&[BUS, ISA_BUS_ID, b'I', b'S', b'A', b' ', b' ', b' ']);
     let [a, b, c, d] = (layout::IOAPIC as u32).to_le_bytes();
     push(&[IO_APIC, IOAPIC_ID, IOAPIC_VERSION, 1, a, b, c, d]);
-    // Flags 0 conform to the bus: edge-triggered, active high. Pins above 15 are no ISA interrupts in the flesh, but
-    // this is how a virtio slot there gets the number that its command line names.
+    // Flags 0 mean as the bus has it: edge-triggered, active high. Pins above 15 cannot really be ISA interrupts, but
+    // this entry gives a virtio slot on such a pin the number that its kernel parameter names.
     for pin in 0..layout::IOAPIC_PINS as u8 {
         push(&[IO_INTERRUPT, INT, 0, 0, ISA_BUS_ID, pin, IOAPIC_ID, pin]);
     }
-    push(&[LOCAL_INTERRUPT, EXT_INT, 0, 0, ISA_BUS_ID, 0, 0, 0]); // The 8259, to the boot processor.
+    push(&[LOCAL_INTERRUPT, EXT_INT, 0, 0, ISA_BUS_ID, 0, 0, 0]); // From the 8259 to the boot processor.
     push(&[LOCAL_INTERRUPT, NMI, 0, 0, ISA_BUS_ID, 0, ALL_LAPICS, 1]);
     Ok((count, out))
 }
 
-/// The kernel parameters that announce the virtio slots when no DSDT does (Linux
+/// Returns the kernel parameters that announce the virtio slots in place of a DSDT (Linux
 /// `CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES`), separated by spaces; empty without devices.
 pub fn virtio_mmio_cmdline(platform: &Platform) -> Result<String, Error> {
     let size = layout::VIRTIO_MMIO_SIZE / 1024;

@@ -1,8 +1,8 @@
-//! Multiboot, version 1 (the Multiboot Specification 0.6.96): kernels that say in a header how they want to be loaded,
-//! as hobby kernels, Xen and kvm-unit-tests do; and what such a kernel is told.
+//! Multiboot, version 1 (the Multiboot Specification 0.6.96): kernels with a header that says how to load them (hobby
+//! kernels, Xen, kvm-unit-tests), and the information that such a kernel receives.
 //!
-//! As under QEMU, the command line begins with the kernel file's own name, `--initrd` becomes the one module, and
-//! 64-bit ELF files are taken, too: what is entered is 32-bit code in any case.
+//! As under QEMU, the command line begins with the kernel file's own name, `--initrd` becomes the only module, and
+//! 64-bit ELF files are accepted, too: the entry is 32-bit code in any case.
 //!
 //! ```text
 //! layout::CMDLINE           "kernel words of --cmdline"
@@ -10,7 +10,7 @@
 //! layout::MULTIBOOT_STRING  the module's string
 //! ```
 //!
-//! A kernel that is itself loaded there, as GRUB is, has all three moved together to the nearest free place.
+//! For a kernel that is itself loaded there, as GRUB is, all three are moved together to the nearest free place.
 
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
@@ -25,20 +25,21 @@ use super::{BootConfig, Initrd, MemoryRange};
 use crate::layout::{self, PAGE_SIZE};
 use crate::memory::{GuestRam, OutOfRam};
 
-/// What a header begins with.
+/// Magic number at the start of the header.
 const MAGIC: u32 = 0x1BAD_B002;
-/// What the kernel finds in EAX.
+/// Magic number that the kernel finds in EAX.
 pub const BOOTED: u64 = 0x2BAD_B002;
-/// The header lies within so many bytes from the file's beginning, at a multiple of 4.
+/// Number of bytes at the file's beginning in which the header must lie, at a multiple of 4.
 const SEARCH: usize = 8192;
-/// Header flags that a loader must understand: 0 is for modules on pages, which they are; 1 for memory sizes, which are
-/// always told; 2 for a video mode, which a machine without a screen may ignore as QEMU does.
+/// Header flags that a loader must understand. Of these, vireo understands 0 (modules aligned to pages, which they
+/// always are), 1 (memory sizes, which are always passed) and 2 (a video mode, which a machine without a screen may
+/// ignore, as QEMU does).
 const REQUIRED: Range<u32> = 0..16;
 const UNDERSTOOD: u32 = 0b111;
-/// Header flag: the header says where the file goes, whatever else the file is.
+/// Header flag: the header itself says where the file is loaded, even if the file is ELF.
 const HAS_ADDRESSES: u32 = 1 << 16;
 
-/// Which fields of the information are valid: memory sizes, command line, modules, memory map, loader name.
+/// Valid fields of the information: memory sizes, command line, modules, memory map, loader name.
 const INFO_FLAGS: u32 = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 9;
 /// Offsets of the module's description, the memory map and the loader's name from the information.
 const MODULE: u64 = 0x80;
@@ -50,43 +51,43 @@ const STRING: u64 = layout::MULTIBOOT_STRING - layout::CMDLINE;
 /// Length of the command line's space, the information and the string.
 const HANDED_LEN: u64 = layout::MULTIBOOT_END - layout::CMDLINE;
 
-/// Memory that a kernel may be loaded to: RAM in which nothing of vireo's has a fixed place.
+/// Memory that a kernel may be loaded to: RAM without anything of vireo's at a fixed address.
 const LOADABLE: [Range<u64>; 2] = [layout::GDT_END..layout::EBDA, layout::HIGH_RAM..layout::MMIO_HOLE];
 
-/// How a multiboot kernel is started.
+/// Entry and boot information of a multiboot kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Start {
     /// Guest-physical address of the entry.
     pub entry: u32,
-    /// Guest-physical address of the command line, with the information and the module's string after it.
+    /// Guest-physical address of the command line, which the information and the module's string follow.
     pub handed: u64,
 }
 
 impl Start {
-    /// Guest-physical address of the information, which the kernel finds in EBX.
+    /// Returns the guest-physical address of the information, which the kernel finds in EBX.
     pub fn info(self) -> u64 {
         self.handed + INFO
     }
 }
 
-/// The header, found and with a right checksum.
+/// A multiboot header with a valid checksum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// Where in the file it is.
+    /// Offset of the header in the file.
     offset: u64,
     flags: u32,
-    /// `header_addr`, `load_addr`, `load_end_addr`, `bss_end_addr` and `entry_addr`, if the flags say that they are.
+    /// `header_addr`, `load_addr`, `load_end_addr`, `bss_end_addr` and `entry_addr`, if the flags declare them valid.
     addresses: [u32; 5],
 }
 
-/// Part of the file that goes to memory, and how much memory it takes.
+/// A part of the file that is loaded, and the length of the memory that it occupies.
 struct Load {
     piece: Piece,
     mem_len: u64,
 }
 
 impl Header {
-    /// Looks for the header in the beginning of a file. A magic number with a wrong checksum is none.
+    /// Searches for the header at the beginning of a file. A magic number with a wrong checksum does not count.
     pub fn find(head: &[u8]) -> Option<Header> {
         let (words, _) = head.get(..head.len().min(SEARCH))?.as_chunks::<4>();
         let word = |at: usize| words.get(at).map_or(0, |word| u32::from_le_bytes(*word));
@@ -97,24 +98,29 @@ impl Header {
         Some(Header { offset: at as u64 * 4, flags: word(at + 1), addresses })
     }
 
-    /// Whether it says itself where the file goes.
+    /// Returns whether the header itself says where the file is loaded.
     pub fn has_addresses(&self) -> bool {
         self.flags & HAS_ADDRESSES != 0
     }
 
-    /// The one piece that the header's addresses describe.
+    /// Returns the single piece that the header's addresses describe.
     fn load(&self, data: &Data) -> Result<Load, Problem> {
         let [header, start, load_end, bss_end, _] = self.addresses.map(u64::from);
         let bad = |what: String| Problem::Damaged(format!("its multiboot header {what}"));
-        // From the beginning of what is loaded to the header it is as far in the file as in memory.
+        // The distance from the start of the loaded part to the header is the same in the file and in memory.
         let before = header.checked_sub(start).filter(|before| *before <= self.offset);
         let before = before.ok_or_else(|| {
-            bad(format!("at {:#x} of the file says that it is at {header:#x}, loaded from {start:#x} on", self.offset))
+            bad(format!(
+                "at file offset {:#x} claims address {header:#x} in an image loaded at {start:#x}",
+                self.offset
+            ))
         })?;
         let offset = self.offset - before;
         let len = match load_end {
             0 => data.len() - offset,
-            end => end.checked_sub(start).ok_or_else(|| bad(format!("ends at {end:#x}, before {start:#x}")))?,
+            end => end
+                .checked_sub(start)
+                .ok_or_else(|| bad(format!("has load_end_addr {end:#x} below load_addr {start:#x}")))?,
         };
         data.check(offset, len)?;
         let mem_len = match bss_end {
@@ -127,14 +133,14 @@ impl Header {
     }
 }
 
-/// The image that `header` describes, or the ELF headers around it.
+/// Returns the image that `header` describes, or the ELF headers of its file.
 pub fn image(data: Data, header: &Header) -> Result<Image, Problem> {
     let unknown: Vec<String> =
         REQUIRED.filter(|bit| header.flags & !UNDERSTOOD & 1 << bit != 0).map(|bit| bit.to_string()).collect();
     if !unknown.is_empty() {
         let bits = unknown.join(", ");
         return Err(Problem::Unsuitable(format!(
-            "its multiboot header requires what the specification does not define (flags: bit {bits})"
+            "its multiboot header requires features that the specification does not define (flags: bit {bits})"
         )));
     }
     let (loads, entry, format) = if header.has_addresses() {
@@ -148,10 +154,10 @@ pub fn image(data: Data, header: &Header) -> Result<Image, Problem> {
     let entry = u32::try_from(entry)
         .ok()
         .filter(|_| loads.iter().any(inside))
-        .ok_or_else(|| Problem::Damaged(format!("the entry at {entry:#x} lies in no part of it that is loaded")))?;
+        .ok_or_else(|| Problem::Damaged(format!("the entry at {entry:#x} is not in any loaded part of the file")))?;
     let start = loads.iter().map(|load| load.piece.paddr).min().unwrap_or(0);
     let end = loads.iter().map(|load| load.piece.paddr + load.mem_len).max().unwrap_or(0);
-    // No other data may be placed over what lies above the kernel.
+    // Nothing else may be placed over the information above the kernel, so the range that the kernel needs includes it.
     let end = if handed >= layout::HIGH_RAM { handed + HANDED_LEN } else { end };
     let mut pieces: Vec<_> = loads.into_iter().map(|load| load.piece).collect();
     pieces.iter_mut().try_for_each(|piece| trim_zeros(&data, piece))?;
@@ -171,7 +177,8 @@ pub fn image(data: Data, header: &Header) -> Result<Image, Problem> {
     Ok(Image { info, data, mappable: false, relocations: None, packed: false })
 }
 
-/// The segments of an ELF file and the physical address of its entry, which the file gives as a virtual one.
+/// Returns the segments of an ELF file and the physical address of its entry, which the file gives as a virtual
+/// address.
 fn elf_loads(data: &Data) -> Result<(Vec<Load>, u64), Problem> {
     let elf = Elf::parse(data)?;
     let virtual_entry = |s: &&elf::Segment| elf.entry >= s.vaddr && elf.entry - s.vaddr < s.file_len;
@@ -184,8 +191,8 @@ fn elf_loads(data: &Data) -> Result<(Vec<Load>, u64), Problem> {
     Ok((elf.segments.into_iter().map(load).collect(), entry))
 }
 
-/// Finds a place for what the kernel is handed, apart from everything that is loaded. Fails if something is to be loaded
-/// where it cannot be.
+/// Finds a place for the boot information, clear of everything that is loaded. Fails if a piece is to be loaded where
+/// it cannot be.
 fn place_handed(loads: &[Load]) -> Result<u64, Problem> {
     for Load { piece: Piece { paddr: start, .. }, mem_len } in loads {
         let free = |place: &Range<u64>| *start >= place.start && *mem_len <= place.end.saturating_sub(*start);
@@ -196,7 +203,7 @@ fn place_handed(loads: &[Load]) -> Result<u64, Problem> {
             )));
         }
     }
-    // All ends are below the MMIO hole by now.
+    // All ends are known to be below the MMIO hole here.
     let is_free = |start: &u64| {
         loads.iter().all(|Load { piece, mem_len }| start + HANDED_LEN <= piece.paddr || piece.paddr + mem_len <= *start)
     };
@@ -206,13 +213,13 @@ fn place_handed(loads: &[Load]) -> Result<u64, Problem> {
     Ok([layout::CMDLINE].into_iter().chain(low).find(is_free).unwrap_or(above))
 }
 
-/// What the kernel is given as its command line.
+/// Returns the command line that the kernel receives.
 pub fn command_line(config: &BootConfig) -> String {
     format!("{} {}", config.kernel.display(), config.cmdline).trim_end().to_string()
 }
 
-/// Writes the information, the module, the memory map, and the strings that they point to. The command line is at
-/// `handed` already.
+/// Writes the information, the module, the memory map, and the strings that they point to. The command line is already
+/// at `handed`.
 pub fn write(
     ram: &GuestRam,
     handed: u64,
@@ -222,7 +229,7 @@ pub fn write(
     let (at, string) = (handed + INFO, handed + STRING);
     let kib = |range: &MemoryRange| ((range.end - range.start) >> 10) as u32;
     let ram_from = |start: u64| memory.iter().find(|range| range.kind == 1 && range.start == start).map_or(0, kib);
-    // Each entry: the size of the rest, address, length, kind.
+    // Each entry consists of the size of its rest, address, length and kind.
     const ENTRY: usize = 24;
     let mut map = Vec::with_capacity(memory.len() * ENTRY);
     for range in memory {
@@ -234,7 +241,7 @@ pub fn write(
     info[0] = INFO_FLAGS;
     info[1] = ram_from(0);
     info[2] = ram_from(layout::HIGH_RAM);
-    // What the kernel is handed lies below the MMIO hole.
+    // The boot information lies below the MMIO hole.
     info[4] = handed as u32;
     info[5] = module.is_some().into();
     info[6] = (at + MODULE) as u32;
@@ -244,11 +251,12 @@ pub fn write(
     ram.write(at, &info.map(u32::to_le_bytes).concat())?;
     ram.write(at + MEMORY_MAP, &map)?;
     ram.write(at + LOADER_NAME, b"vireo\0")?;
-    // Such kernels come from a BIOS otherwise, and Xen finds room for its real-mode code by what the BIOS left.
+    // Such kernels are otherwise started by a BIOS, and Xen finds room for its real-mode code by the values that the
+    // BIOS left.
     ram.write(layout::BDA_EBDA_SEGMENT, &((layout::EBDA >> 4) as u16).to_le_bytes())?;
     ram.write(layout::BDA_MEMORY_SIZE, &((layout::EBDA >> 10) as u16).to_le_bytes())?;
     if let Some((Initrd { start, len }, path)) = module {
-        // Initrds lie below 4 GiB, and a path that could be opened has room on a page.
+        // Initrds lie below 4 GiB, and a path that could be opened fits on a page.
         ram.write_obj(at + MODULE, [start as u32, (start + len) as u32, string as u32, 0])?;
         let path = path.as_os_str().as_bytes();
         let room = (HANDED_LEN - STRING) as usize - 1;
@@ -261,13 +269,13 @@ pub fn write(
 mod tests {
     use super::*;
 
-    /// A header of the given flags and addresses.
+    /// Returns a header with the given flags and addresses.
     fn header(flags: u32, addresses: [u32; 5]) -> Vec<u8> {
         let checksum = 0u32.wrapping_sub(MAGIC).wrapping_sub(flags);
         [&[MAGIC, flags, checksum][..], &addresses].concat().iter().flat_map(|word| word.to_le_bytes()).collect()
     }
 
-    /// The image of a file of a page with a header at 0x40.
+    /// Returns the image of a one-page file with a header at 0x40.
     fn flat(flags: u32, addresses: [u32; 5]) -> Result<Image, String> {
         let mut file = vec![0x90; 0x1000];
         let bytes = header(flags, addresses);
@@ -314,15 +322,15 @@ mod tests {
     fn headers_that_contradict_themselves_or_us_are_refused() {
         let m = 0x10_0000;
         for (flags, addresses, says) in [
-            (A | 8, [m + 0x40, m, 0, 0, m], "requires what the specification does not define (flags: bit 3)"),
+            (A | 8, [m + 0x40, m, 0, 0, m], "requires features that the specification does not define (flags: bit 3)"),
             (A | 0x8010, [m + 0x40, m, 0, 0, m], "(flags: bit 4, 15)"),
-            (A, [m - 4, m, 0, 0, m], "says that it is at 0xffffc, loaded from 0x100000 on"),
-            (A, [m + 0x44, m, 0, 0, m], "at 0x40 of the file says"),
-            (A, [m + 0x40, m, m - 1, 0, m], "ends at 0xfffff, before 0x100000"),
+            (A, [m - 4, m, 0, 0, m], "claims address 0xffffc in an image loaded at 0x100000"),
+            (A, [m + 0x44, m, 0, 0, m], "at file offset 0x40 claims"),
+            (A, [m + 0x40, m, m - 1, 0, m], "has load_end_addr 0xfffff below load_addr 0x100000"),
             (A, [m + 0x40, m, m + 0x1001, 0, m], " needs 4097 bytes, has 4096"),
             (A, [m + 0x40, m, m + 0x100, m + 0xFF, m], "a bss that ends at 0x1000ff, within 0x100000..0x100100"),
-            (A, [m + 0x40, m, 0, 0, m + 0x1000], "the entry at 0x101000 lies in no part"),
-            (A, [m + 0x40, m, 0, 0, 0], "the entry at 0x0 lies in no part"),
+            (A, [m + 0x40, m, 0, 0, m + 0x1000], "the entry at 0x101000 is not in any loaded part"),
+            (A, [m + 0x40, m, 0, 0, 0], "the entry at 0x0 is not in any loaded part"),
             (
                 A,
                 [0x540, 0x500, 0, 0, 0x500],
@@ -344,13 +352,13 @@ mod tests {
             place_handed(&loads.iter().map(load).collect::<Vec<_>>()).unwrap()
         };
         assert_eq!(handed(&[(0x600, layout::CMDLINE - 0x600), (0x3_2000, 0x1000)]), layout::CMDLINE);
-        // GRUB, as grub-mkimage -O i386-coreboot makes it.
+        // GRUB, as `grub-mkimage -O i386-coreboot` builds it.
         assert_eq!(handed(&[(0x9000, 0x1_8758), (0x10_0000, 0x3_6C24)]), 0x2_2000);
         assert_eq!(handed(&[(0x1000, 0x7_F000)]), 0x8_0000);
         assert_eq!(handed(&[(0x1_8000, 0x7_8000)]), 0x1000);
         assert_eq!(handed(&[(0x600, layout::EBDA - 0x600)]), layout::HIGH_RAM);
         assert_eq!(handed(&[(0x600, layout::EBDA - 0x600), (0x10_0000, 0x1001)]), 0x10_2000);
-        // A kernel that leaves no room below is charged for what lies above it.
+        // For a kernel that leaves no room below, the memory above it counts as its own.
         let image = flat(A, [0x640, 0x600, 0, layout::EBDA as u32, 0x600]).unwrap();
         assert_eq!((image.info.start, image.info.end), (0x600, layout::HIGH_RAM + HANDED_LEN));
     }

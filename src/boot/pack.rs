@@ -1,9 +1,9 @@
-//! The initramfs that is packed for a guest: what `--init`, `--busybox`, `--initramfs-dir`, `--file` and `--module` ask
-//! for, as an [`Archive`].
+//! The initramfs that is packed for a guest as an [`Archive`]: whatever `--init`, `--busybox`, `--initramfs-dir`,
+//! `--file` and `--module` ask for.
 //!
-//! The first program that the guest runs is looked at before it is packed: one that could not start there (made for
-//! another machine, linked with libraries or a script for an interpreter that nobody packed) is refused, since all that
-//! the guest's kernel would say of it is a panic.
+//! The guest's first program is checked before it is packed. A program that could not start in the guest (built for
+//! another machine, dynamically linked without its libraries, or a script whose interpreter was not packed) is refused,
+//! because the guest's kernel would only report it as a panic.
 
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
@@ -21,29 +21,29 @@ use super::source::Data;
 use super::{BootConfig, elf};
 use crate::backend::unix::make_room_for_descriptors;
 
-/// Where the guest finds the paths of its modules, one a line, in the order in which they are loaded.
+/// Path of the guest's list of modules: one path per line, in load order.
 pub const MODULE_LIST: &str = "/vireo/modules";
-/// The applets of a busybox that does not tell them.
+/// Applets of a busybox that does not list them.
 const APPLETS: &str = "ash awk cat chmod chroot cp cut date dd df dmesg echo env false find free grep head hostname \
                        ifconfig insmod ip kill less ln ls lsmod mkdir mknod mktemp modprobe more mount mv nc od ping \
                        poweroff printf ps pwd reboot rm rmdir rmmod route sed seq setsid sh sleep sort stat stty sync \
                        tail tar tee test touch tr true udhcpc umount uname vi wc which xargs yes";
-/// More than `busybox --list` prints.
+/// Limit on the output of `busybox --list`, more than any busybox prints.
 const APPLETS_MAX: u64 = 64 << 10;
-/// How much of a script's first line the kernel reads (BINPRM_BUF_SIZE).
+/// Length of a script's first line that the kernel reads (BINPRM_BUF_SIZE).
 const SCRIPT_HEAD: u64 = 256;
 
-/// What is packed behind the initrds.
+/// Content that is packed after the initrds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct InitramfsConfig {
-    /// The program that becomes `/init`: static, or a script.
+    /// Program that becomes `/init`: a static executable or a script.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<PathBuf>,
-    /// A static busybox for `/bin`, with its applets; a name without a slash is looked for in PATH and `/bin`.
+    /// A static busybox for `/bin`, with its applets; a name without a slash is searched for in PATH and `/bin`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub busybox: Option<PathBuf>,
-    /// Folders whose content becomes the root directory's.
+    /// Folders whose content goes into the root directory.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub dirs: Vec<PathBuf>,
     /// Single files.
@@ -58,9 +58,9 @@ pub struct InitramfsConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileConfig {
-    /// The file here.
+    /// The file on the host.
     pub host: PathBuf,
-    /// Its path in the guest.
+    /// The file's path in the guest.
     pub guest: PathBuf,
 }
 
@@ -72,34 +72,34 @@ impl FromStr for FileConfig {
             Some((host, guest)) if !host.is_empty() && guest.starts_with('/') => {
                 Ok(FileConfig { host: host.into(), guest: guest.into() })
             }
-            _ => Err("HOST:GUEST is wanted, with an absolute path for the guest"),
+            _ => Err("expected HOST:GUEST, with an absolute path for the guest"),
         }
     }
 }
 
-/// An initramfs cannot be packed.
+/// Reasons why an initramfs cannot be packed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Something that goes into it.
+    /// A file cannot be added.
     #[error(transparent)]
     Archive(#[from] initramfs::Error),
-    /// Kernel modules.
+    /// The kernel modules cannot be added.
     #[error(transparent)]
     Modules(#[from] modules::Error),
-    /// The first program.
+    /// The first program could not start in the guest.
     #[error("{} cannot be the guest's init: {what}", path.display())]
     Init {
-        /// Which one.
+        /// Path of the program.
         path: PathBuf,
-        /// Why not.
+        /// Reason why it could not start.
         what: String,
     },
-    /// No busybox, or none that works.
+    /// No busybox was found, or none that works.
     #[error("--busybox: {0}")]
     Busybox(String),
 }
 
-/// Opens all that `config` names for the kernel `image` and packs it.
+/// Opens everything that `config` names for the kernel `image`, and packs it.
 pub fn pack(boot: &BootConfig, config: &InitramfsConfig, image: &Image) -> Result<Vec<Piece>, Error> {
     make_room_for_descriptors(4096);
     let mut archive = Archive::new();
@@ -122,7 +122,7 @@ pub fn pack(boot: &BootConfig, config: &InitramfsConfig, image: &Image) -> Resul
     }
     if let Some(path) = &config.init {
         let file = open(path)?;
-        // What an initrd brings is not looked at.
+        // The content of initrds is not known, so with an initrd any path may exist.
         let has = |path: &Path| !boot.initrd.is_empty() || archive.contains(path);
         check_init(&file, has).map_err(|what| Error::Init { path: path.clone(), what })?;
         archive.file(Path::new("/init"), 0o755, file)?;
@@ -139,7 +139,7 @@ fn mode(file: &HostFile) -> u32 {
     file.file.metadata().map_or(0o644, |metadata| metadata.mode() & 0o777)
 }
 
-/// What every first program needs: a console to write to and places to mount things.
+/// Adds the basics that every first program needs: a console to write to, and mount points.
 fn base(archive: &mut Archive) -> Result<(), Error> {
     for dir in ["/dev", "/proc", "/sys"] {
         archive.directory(Path::new(dir), 0o755)?;
@@ -167,7 +167,7 @@ fn add_modules(archive: &mut Archive, modules: Vec<modules::Module>) -> Result<(
     Ok(archive.bytes(Path::new(MODULE_LIST), 0o644, list.as_bytes())?)
 }
 
-/// The busybox, and a link for each applet whose name is free.
+/// Adds the busybox, and a link for each applet whose name is free.
 fn busybox(archive: &mut Archive, path: &Path) -> Result<(), Error> {
     let path = if path.as_os_str().as_bytes().contains(&b'/') { path.into() } else { look_up(path)? };
     let file = open(&path)?;
@@ -183,7 +183,7 @@ fn busybox(archive: &mut Archive, path: &Path) -> Result<(), Error> {
     archive.file(Path::new("/bin/busybox"), 0o755, file)?;
     let listed = list_applets(&path);
     let applets = listed.as_deref().unwrap_or(APPLETS).split_ascii_whitespace();
-    // They are names that a program printed.
+    // The names are untrusted: a program printed them.
     let plain =
         |name: &&str| name.len() <= 32 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-[".contains(&b));
     for applet in applets.filter(plain).filter(|name| *name != "busybox") {
@@ -192,7 +192,7 @@ fn busybox(archive: &mut Archive, path: &Path) -> Result<(), Error> {
             archive.symlink(&link, Path::new("busybox"))?;
         }
     }
-    // Scripts that begin with it are found everywhere.
+    // Scripts everywhere begin with `#!/usr/bin/env`.
     let env = Path::new("/usr/bin/env");
     if archive.contains(env) { Ok(()) } else { Ok(archive.symlink(env, Path::new("/bin/busybox"))?) }
 }
@@ -206,24 +206,24 @@ fn look_up(name: &Path) -> Result<PathBuf, Error> {
     })
 }
 
-/// What `busybox --list` prints, if it does.
+/// Returns the output of `busybox --list`, if it prints any.
 fn list_applets(path: &Path) -> Option<String> {
     let mut command = Command::new(path);
     command.arg("--list").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().ok()?;
     let mut text = String::new();
     let read = child.stdout.take()?.take(APPLETS_MAX).read_to_string(&mut text);
-    let _ = child.kill(); // it has said what it had to say
+    let _ = child.kill(); // it has printed its list
     let _ = child.wait();
     read.ok().filter(|len| *len > 0).map(|_| text)
 }
 
-/// What kind of program a file is.
+/// Kind of a program.
 enum Program {
     Static,
-    /// The loader that starts it.
+    /// Dynamically linked, with the loader that starts it.
     Dynamic(PathBuf),
-    /// What is behind `#!`.
+    /// A script, with the interpreter after `#!`.
     Script(PathBuf),
 }
 
@@ -249,16 +249,16 @@ fn program(file: &HostFile) -> Result<Program, String> {
     }
 }
 
-/// Fails with what would help unless the guest could start this program. `has` tells what there will be in the guest.
+/// Fails with advice unless the guest could start this program. `has` returns whether a path will exist in the guest.
 fn check_init(file: &HostFile, has: impl Fn(&Path) -> bool) -> Result<(), String> {
     match program(file)? {
         Program::Dynamic(loader) if !has(&loader) => Err(format!(
             "it is linked dynamically and needs {}, which is not in the initramfs; link it statically (cc -static), or \
-             bring its libraries with --initramfs-dir",
+             add its libraries with --initramfs-dir",
             loader.display()
         )),
         Program::Script(interpreter) if !has(&interpreter) => Err(format!(
-            "it is a script for {}, which is not in the initramfs; --busybox brings /bin/sh, --initramfs-dir whatever else",
+            "it is a script for {}, which is not in the initramfs; --busybox adds /bin/sh, --initramfs-dir any other",
             interpreter.display()
         )),
         _ => Ok(()),
@@ -277,11 +277,11 @@ mod tests {
         check_init(&file, |path| archive.contains(path)).err().unwrap_or_default()
     }
 
-    /// A program with a loader, or without.
+    /// Returns a program with a loader, or without.
     fn program(loader: Option<&[u8]>) -> Vec<u8> {
         let mut bytes = testing::elf64(0, &[], &[]);
         if let Some(loader) = loader {
-            // The only program header there is becomes a PT_INTERP.
+            // The file's only program header becomes a PT_INTERP.
             bytes[64..68].copy_from_slice(&3u32.to_le_bytes());
             bytes[72..80].copy_from_slice(&120u64.to_le_bytes());
             bytes[96..104].copy_from_slice(&(loader.len() as u64).to_le_bytes());

@@ -1,4 +1,4 @@
-//! Where kernel and initrd go in a machine of a given size.
+//! Placement of kernel and initrd in the memory of a machine of a given size.
 
 use super::error::{Error, Problem};
 use super::image::{Image, ImageInfo};
@@ -6,19 +6,19 @@ use super::{CMDLINE_DEFAULT, Initrd, Protocol, kaslr};
 use crate::layout::{self, PAGE_SIZE};
 use crate::options::Size;
 
-/// Highest initrd address of a Linux that does not tell: what all its x86-64 headers say.
+/// Highest initrd address of a Linux that does not report its limit: the value in all x86-64 headers of Linux.
 const INITRD_ADDR_MAX: u64 = 0x7FFF_FFFF;
-/// Alignment at which a Linux that does not tell may be loaded.
+/// Load alignment of a Linux that does not report its own.
 const ALIGNMENT: u64 = 2 << 20;
 
-/// What goes where.
+/// Addresses at which the boot files are placed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
     /// Physical address of the kernel's start.
     pub kernel: u64,
-    /// By how much its virtual addresses move, if they are randomised.
+    /// Offset by which the kernel's virtual addresses move, if they are randomised.
     pub kaslr: Option<u64>,
-    /// Where the initrd goes.
+    /// Location of the initrd.
     pub initrd: Option<Initrd>,
 }
 
@@ -26,15 +26,15 @@ pub struct Plan {
 #[derive(Debug)]
 pub struct Space {
     ram_size: u64,
-    /// First address behind the kernel as linked.
+    /// First address past the end of the kernel as linked.
     kernel_end: u64,
-    /// First address that the initrd may not take, whatever the RAM size.
+    /// First address that the initrd may not occupy, whatever the RAM size.
     initrd_limit: u64,
-    /// First address that the kernel may not take.
+    /// First address that the kernel may not occupy.
     end: u64,
 }
 
-/// Fails unless the kernel takes all of `cmdline`.
+/// Fails unless the kernel accepts all of `cmdline`.
 pub fn check_cmdline(info: &ImageInfo, cmdline: &str) -> Result<(), Error> {
     if let Some(offset) = cmdline.bytes().position(|b| b == 0) {
         return Err(Error::CmdlineNul { offset });
@@ -52,7 +52,8 @@ pub fn check_cmdline(info: &ImageInfo, cmdline: &str) -> Result<(), Error> {
 }
 
 impl Space {
-    /// The space that `ram_size` bytes of RAM leave when `image` is loaded. Fails if it can't be.
+    /// Returns the space that `ram_size` bytes of RAM leave when `image` is loaded. Fails if the image cannot be
+    /// loaded.
     pub fn new(ram_size: u64, image: &Image) -> Result<Space, Problem> {
         let end = ram_size.min(layout::MMIO_HOLE) / PAGE_SIZE * PAGE_SIZE;
         let info = &image.info;
@@ -60,7 +61,7 @@ impl Space {
             let (start, end, hole) = (info.start, info.end, layout::MMIO_HOLE);
             return Err(Problem::Unsuitable(format!("it wants memory at {start:#x}..{end:#x}, above {hole:#x}")));
         }
-        // The first MiB is for ours, though a multiboot kernel may lie there, too.
+        // The first MiB is reserved for vireo's data, although a multiboot kernel may lie there, too.
         let kernel_end = info.end.next_multiple_of(PAGE_SIZE).max(layout::HIGH_RAM);
         if kernel_end > end {
             return Err(too_small(kernel_end, ram_size));
@@ -73,7 +74,7 @@ impl Space {
         Ok(Space { ram_size, kernel_end, initrd_limit: initrd_limit.min(layout::MMIO_HOLE), end })
     }
 
-    /// Takes the highest place that the kernel allows.
+    /// Places the initrd at the highest address that the kernel allows.
     pub fn place_initrd(&mut self, len: u64) -> Result<Initrd, Problem> {
         let limit = self.initrd_limit / PAGE_SIZE * PAGE_SIZE;
         let possible = limit.saturating_sub(self.kernel_end);
@@ -87,8 +88,8 @@ impl Space {
         Ok(Initrd { start, len })
     }
 
-    /// Chooses the kernel's addresses: where it was linked, or random ones for a Linux that can be relocated. At its PVH
-    /// entry it expects to be as linked.
+    /// Chooses the kernel's addresses: random ones for a Linux that can be relocated, otherwise those it was linked
+    /// for. A kernel entered at its PVH entry expects to be where it was linked.
     pub fn place_kernel(
         &self,
         image: &Image,
@@ -103,7 +104,7 @@ impl Space {
         }
         let setup = info.setup.as_ref();
         let align = setup.map_or(ALIGNMENT, |setup| setup.kernel_alignment());
-        // Virtually there has to be room for what the kernel allocates right behind itself, too.
+        // The virtual window must also have room for the memory that the kernel allocates directly after itself.
         let virtual_len = setup.map_or(0, |setup| setup.init_size()).max(image.span());
         let delta = kaslr::choose_virtual(info.start, virtual_len, align)?;
         let physical = match kaslr::memory_limited(cmdline) {

@@ -1,4 +1,5 @@
-//! `hvm_start_info`: what a kernel is told at its PVH entry (xen/include/public/arch-x86/hvm/start_info.h).
+//! `hvm_start_info`: the information that a kernel receives at its PVH entry
+//! (xen/include/public/arch-x86/hvm/start_info.h).
 
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 
@@ -7,7 +8,7 @@ use crate::layout;
 use crate::memory::{GuestRam, OutOfRam};
 
 const MAGIC: u32 = 0x336E_C578;
-/// The version with a memory map.
+/// Version of the structure with a memory map.
 const VERSION: u32 = 1;
 const MODULES: u64 = layout::PVH_START_INFO + 0x40;
 const MEMORY_MAP: u64 = layout::PVH_START_INFO + 0x80;

@@ -1,8 +1,8 @@
 //! Registers, descriptors and page tables of the boot processor at its first instruction.
 //!
-//! The 64-bit boot protocol wants long mode with low memory mapped one to one, flat segments with selectors 0x10 and
-//! 0x18, and RSI on the zero page. PVH wants 32-bit protected mode without paging and EBX on the start info; so does
-//! multiboot, with its own information and a magic number in EAX.
+//! The 64-bit boot protocol requires long mode with low memory identity-mapped, flat segments with selectors 0x10 and
+//! 0x18, and RSI pointing to the zero page. PVH requires 32-bit protected mode without paging, and EBX pointing to the
+//! start info. Multiboot requires the same mode, with EBX pointing to its own information and a magic number in EAX.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
@@ -29,7 +29,7 @@ const RFLAGS: u64 = 2;
 const PRESENT_WRITABLE: u64 = 3;
 const LARGE_PAGE: u64 = 1 << 7;
 
-/// Which contract the kernel is entered by.
+/// Protocol by which the kernel is entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
@@ -42,7 +42,7 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    /// Usual guest-physical address of the zero page, the start info or the multiboot information.
+    /// Returns the usual guest-physical address of the zero page, the start info or the multiboot information.
     pub fn usual_info(self) -> u64 {
         match self {
             Protocol::Linux64 => layout::ZERO_PAGE,
@@ -52,12 +52,12 @@ impl Protocol {
     }
 }
 
-/// Where and how the boot processor starts.
+/// Address and state in which the boot processor starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// Guest-physical address of the first instruction.
     pub address: u64,
-    /// The contract.
+    /// Protocol of the entry.
     pub protocol: Protocol,
     /// Guest-physical address of the zero page, the start info or the multiboot information.
     pub info: u64,
@@ -85,7 +85,7 @@ impl Entry {
         Ok(())
     }
 
-    /// The registers, made from those of a vCPU after reset.
+    /// Returns the initial registers, based on those of a vCPU after reset.
     pub fn registers(&self, base: &kvm_sregs) -> (kvm_regs, kvm_sregs) {
         let long = self.protocol == Protocol::Linux64;
         let mut regs = kvm_regs { rip: self.address, rflags: RFLAGS, ..Default::default() };
@@ -97,14 +97,15 @@ impl Entry {
         let mut sregs = *base;
         sregs.gdt.base = layout::GDT;
         sregs.gdt.limit = 4 * 8 - 1;
-        // The interrupt table stays as reset has it. No entry of it is present, so a fault before the kernel has set up
-        // its own still ends the guest, but it does not look like the emptied table of a reboot by triple fault.
+        // The interrupt table stays as it is after reset. None of its entries is present, so a fault before the kernel
+        // has set up its own table still ends the guest, but the table does not look like the emptied one of a reboot
+        // by triple fault.
         // Type 11: code, execute and read, accessed. Type 3: data, read and write, accessed.
         sregs.cs = kvm_segment { selector: CS, type_: 11, db: u8::from(!long), l: u8::from(long), ..flat() };
         let data = kvm_segment { selector: DS, type_: 3, db: 1, ..flat() };
         (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
         (sregs.fs, sregs.gs) = (data, data);
-        // A busy TSS of the mode's own kind, which entering the guest requires; nothing ever loads from it.
+        // Entering the guest requires a busy TSS of the mode's own kind; nothing ever loads from it.
         sregs.tr = kvm_segment { selector: TSS, type_: 11, limit: 0x67, s: 0, g: 0, ..flat() };
         sregs.ldt = kvm_segment { unusable: 1, ..Default::default() };
         sregs.cr0 = CR0_PE | CR0_ET;
@@ -119,7 +120,7 @@ impl Entry {
     }
 }
 
-/// A present segment of ring 0 over all of the first 4 GiB.
+/// Returns a present ring 0 segment that covers the first 4 GiB.
 fn flat() -> kvm_segment {
     kvm_segment { limit: u32::MAX, present: 1, s: 1, g: 1, ..Default::default() }
 }

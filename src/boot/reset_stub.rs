@@ -1,5 +1,5 @@
-//! Sixteen bytes at the real-mode reset vector. On a hardware-reduced machine a plain `reboot` of Linux uses neither
-//! the reset register nor the keyboard controller but jumps to FFFF:0000, where a PC has its firmware.
+//! Stub in the sixteen bytes at the real-mode reset vector. On a hardware-reduced machine, a plain `reboot` of Linux
+//! uses neither the reset register nor the keyboard controller but jumps to FFFF:0000, where a PC has its firmware.
 
 use super::table::{self, Error};
 use crate::layout;

@@ -1,4 +1,4 @@
-//! SMBIOS 3 tables (DMTF DSP0134): who made this machine, and its UUID, as `/sys/class/dmi/id` shows them.
+//! SMBIOS 3 tables (DMTF DSP0134): manufacturer and UUID of the machine, as `/sys/class/dmi/id` shows them.
 
 use super::Platform;
 use super::table::{self, Error};
@@ -9,7 +9,7 @@ use crate::memory::GuestRam;
 const ENTRY_POINT_LEN: usize = 24;
 const STRUCTURES: u64 = layout::SMBIOS + 32;
 
-/// Writes the entry point and its structures to [`layout::SMBIOS`], where a scan for it begins.
+/// Writes the entry point and its structures to [`layout::SMBIOS`], where a kernel's scan for the entry point begins.
 pub fn write(ram: &GuestRam, platform: &Platform) -> Result<(), Error> {
     let mut bytes = entry_point(structures(platform).len() as u32).to_vec();
     bytes.resize((STRUCTURES - layout::SMBIOS) as usize, 0);
@@ -53,8 +53,8 @@ fn structures(platform: &Platform) -> Vec<u8> {
     out
 }
 
-/// Appends one structure: header, formatted area, strings, and a NUL behind the last of them. Without strings there
-/// are two NULs (6.1.3).
+/// Appends one structure: header, formatted area, strings, and a NUL after the last string. A structure without strings
+/// ends with two NULs (6.1.3).
 fn structure(out: &mut Vec<u8>, kind: u8, formatted: &[u8], strings: &[&str]) {
     let handle = u16::from(kind).to_le_bytes();
     out.extend([kind, 4 + formatted.len() as u8, handle[0], handle[1]]);
@@ -69,7 +69,8 @@ fn structure(out: &mut Vec<u8>, kind: u8, formatted: &[u8], strings: &[&str]) {
     out.push(0);
 }
 
-/// A UUID as SMBIOS has it: the first three fields little-endian (7.2.1), where its text form is big-endian.
+/// Returns a UUID in SMBIOS's byte order: the first three fields are little-endian (7.2.1), but big-endian in text
+/// form.
 fn wire_uuid(uuid: [u8; 16]) -> [u8; 16] {
     let mut wire = uuid;
     wire[..4].reverse();

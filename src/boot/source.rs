@@ -1,4 +1,4 @@
-//! Files that a user names, and the bytes behind an image: in a file or unpacked in memory.
+//! Files that a user names, and the bytes of an image, which are in a file or unpacked in memory.
 
 use std::borrow::Cow;
 use std::ffi::OsString;
@@ -11,7 +11,7 @@ use super::error::Problem;
 use crate::backend::held;
 use crate::memory::{Pages, RamSlice};
 
-/// Opens a regular file for reading. A FIFO or a device is refused at once, without waiting for its other end.
+/// Opens a regular file for reading. Refuses a FIFO or a device immediately, without waiting for its other end.
 pub fn open(path: &Path) -> Result<(File, u64), Problem> {
     let mut options = OpenOptions::new();
     let file = options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(held::path(path));
@@ -29,7 +29,7 @@ pub fn open(path: &Path) -> Result<(File, u64), Problem> {
     Err(Problem::NotAFile(found))
 }
 
-/// What is in a folder, in the order of names.
+/// Returns the names of a folder's entries, sorted.
 pub fn folder(path: &Path) -> Result<Vec<OsString>, Problem> {
     let entries = fs::read_dir(path).map_err(Problem::Open)?;
     let mut names =
@@ -45,11 +45,12 @@ pub enum Data {
     Memory(Vec<u8>),
     /// Unpacked, in pages that can become the guest's.
     Pages(Pages),
-    /// In a file of the given length. It is read piece by piece and never mapped: somebody may truncate it.
+    /// In a file of the given length. The file is read piece by piece and never mapped, because somebody may truncate
+    /// it.
     File(File, u64),
 }
 
-/// Where [`Data`] has its bytes.
+/// Storage of the bytes of [`Data`].
 enum Place<'a> {
     Memory(&'a [u8]),
     File(&'a File),
@@ -65,7 +66,7 @@ impl Data {
         }
     }
 
-    /// The file, or the bytes that are in memory.
+    /// Returns the file, or the bytes that are in memory.
     fn place(&self) -> Place<'_> {
         match self {
             Data::Memory(bytes) => Place::Memory(bytes),
@@ -74,7 +75,7 @@ impl Data {
         }
     }
 
-    /// What an error about it talks of.
+    /// Returns the name of this data for error messages.
     pub fn what(&self) -> &'static str {
         match self {
             Data::Memory(_) | Data::Pages(_) => "the unpacked kernel",
@@ -101,7 +102,7 @@ impl Data {
         Ok(())
     }
 
-    /// `len` bytes from `offset`. The caller has bounded `len`.
+    /// Returns `len` bytes from `offset`. The caller has bounded `len`.
     pub fn bytes(&self, offset: u64, len: u64) -> Result<Vec<u8>, Problem> {
         self.check(offset, len)?;
         let mut buffer = vec![0; len as usize];
@@ -109,12 +110,12 @@ impl Data {
         Ok(buffer)
     }
 
-    /// As many bytes as there are from the start, at most `max`.
+    /// Returns the first `max` bytes, or all if there are fewer.
     pub fn head(&self, max: u64) -> Result<Vec<u8>, Problem> {
         self.bytes(0, max.min(self.len()))
     }
 
-    /// Copies into guest RAM without a buffer in between.
+    /// Copies from `offset` into guest RAM without an intermediate buffer.
     pub fn copy_to(&self, offset: u64, ram: &RamSlice<'_>) -> Result<(), Problem> {
         self.check(offset, ram.len() as u64)?;
         match self.place() {
@@ -124,9 +125,10 @@ impl Data {
         Ok(())
     }
 
-    /// Whether there is a `needle`, whose rarest byte is at `rare` in it, where `wanted` agrees with the bytes behind it.
+    /// Returns whether there is a `needle` whose following bytes `wanted` accepts. `rare` is the index of the needle's
+    /// rarest byte.
     pub fn find(&self, needle: &[u8], rare: usize, mut wanted: impl FnMut(&[u8]) -> bool) -> Result<bool, Problem> {
-        // Blocks overlap by more than a needle and what is looked at behind it.
+        // Blocks overlap by more than a needle and the bytes after it that `wanted` looks at.
         const BLOCK: u64 = 256 << 10;
         const OVERLAP: u64 = 512;
         let mut offset = 0;
@@ -150,14 +152,14 @@ impl Data {
         Ok(false)
     }
 
-    /// A reader of `len` bytes from `offset`.
+    /// Returns a reader of `len` bytes from `offset`.
     pub fn reader(&self, offset: u64, len: u64) -> Result<Reader<'_>, Problem> {
         self.check(offset, len)?;
         Ok(Reader { data: self, offset, end: offset + len })
     }
 }
 
-/// Reads a file into guest RAM: `read` takes the addresses of the guest's pages themselves.
+/// Reads a file into guest RAM: the `read` system call writes directly to the guest's pages.
 pub fn read_to_ram(mut file: &File, offset: u64, ram: &RamSlice<'_>) -> io::Result<()> {
     use std::io::Seek;
     use vm_memory::ReadVolatile;
@@ -191,7 +193,7 @@ fn is_our_own(metadata: &Metadata) -> bool {
     metadata.uid() == rustix::process::geteuid().as_raw()
 }
 
-/// Fails unless only we (and root) can change this.
+/// Fails unless only this process's user (and root) can change the file.
 pub fn ours(metadata: &Metadata) -> io::Result<()> {
     if !is_our_own(metadata) || metadata.mode() & 0o022 != 0 {
         let text = "it belongs to another user, or others may write to it";
@@ -200,8 +202,8 @@ pub fn ours(metadata: &Metadata) -> io::Result<()> {
     Ok(())
 }
 
-/// Fails unless what we make in `dir` stays what it is: the directory is ours, or others can't rename our things in it.
-/// So root does not leave its files in a user's home.
+/// Fails unless the things that vireo creates in `dir` are safe from other users: the directory is ours, or others
+/// cannot rename our entries in it. So root does not leave its files in a user's home directory.
 pub fn safe_parent(dir: &Path) -> io::Result<()> {
     let metadata = dir.metadata()?;
     if is_our_own(&metadata) || metadata.mode() & libc::S_ISVTX != 0 {

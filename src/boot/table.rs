@@ -1,33 +1,33 @@
-//! What the firmware tables share: their error, the checksum, and the way into guest memory.
+//! Common parts of the firmware tables: their error, the checksum, and writing to guest memory.
 
 use crate::layout;
 use crate::memory::{GuestRam, OutOfRam};
 
 use super::Platform;
 
-/// Why the firmware tables cannot describe a machine.
+/// Reasons why the firmware tables cannot describe a machine.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// More bytes than [`crate::layout`] keeps for them.
-    #[error("the {table} tables take {len} bytes, but there is room for {room} only")]
+    /// The tables are larger than their space in [`crate::layout`].
+    #[error("the {table} tables take {len} bytes, but there is room for only {room}")]
     TooLarge {
-        /// Which tables.
+        /// Name of the tables.
         table: &'static str,
-        /// What they take.
+        /// Size of the tables in bytes.
         len: usize,
-        /// What there is.
+        /// Size of their space in bytes.
         room: u64,
     },
-    /// A virtio slot that has no address.
+    /// A virtio slot without an address.
     #[error("virtio slot {slot} does not exist; a machine has slots 0 to {}", layout::VIRTIO_SLOTS - 1)]
     Slot {
-        /// The slot.
+        /// Number of the slot.
         slot: u32,
     },
     /// A processor count that the tables cannot express.
     #[error("{cpus} vCPUs cannot be described; a machine has 1 to {MAX_CPUS}")]
     Cpus {
-        /// The count.
+        /// Number of vCPUs.
         cpus: u32,
     },
     /// The machine has less than 1 MiB of RAM.
@@ -35,10 +35,10 @@ pub enum Error {
     OutOfRam(#[from] OutOfRam),
 }
 
-/// vCPUs that a table can list: local APIC ids 0 to 253, as 255 means all of them and 254 is kept free.
+/// Number of vCPUs that a table can list: local APIC ids 0 to 253, because 255 means all of them and 254 is kept free.
 pub const MAX_CPUS: u32 = 254;
 
-/// The local APIC ids of the machine's vCPUs.
+/// Returns the local APIC ids of the machine's vCPUs.
 pub(super) fn apic_ids(platform: &Platform) -> Result<std::ops::Range<u8>, Error> {
     match u8::try_from(platform.cpus) {
         Ok(cpus @ 1..) if platform.cpus <= MAX_CPUS => Ok(0..cpus),
@@ -46,7 +46,7 @@ pub(super) fn apic_ids(platform: &Platform) -> Result<std::ops::Range<u8>, Error
     }
 }
 
-/// The slots that hold a device, each with its register window and its GSI.
+/// Returns the slots that hold a device, each with its register window and its GSI.
 pub(super) fn virtio_windows(platform: &Platform) -> Result<Vec<Window>, Error> {
     let window = |&slot: &u32| {
         if slot >= layout::VIRTIO_SLOTS {
@@ -58,19 +58,19 @@ pub(super) fn virtio_windows(platform: &Platform) -> Result<Vec<Window>, Error> 
     platform.virtio_slots.iter().map(window).collect()
 }
 
-/// Where one virtio-mmio device answers.
+/// Register window and interrupt of one virtio-mmio device.
 pub(super) struct Window {
     pub slot: u32,
     pub base: u64,
     pub gsi: u32,
 }
 
-/// The byte that makes the sum of `bytes` and itself zero, as ACPI, SMBIOS and the MP specification want it.
+/// Returns the byte that makes the sum of `bytes` and itself zero, as ACPI, SMBIOS and the MP specification require.
 pub(super) fn checksum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0u8, |sum, byte| sum.wrapping_sub(*byte))
 }
 
-/// Writes `bytes` at `start`, unless they reach over `end`.
+/// Writes `bytes` at `start`; fails if they extend past `end`.
 pub(super) fn place(ram: &GuestRam, table: &'static str, bytes: &[u8], start: u64, end: u64) -> Result<(), Error> {
     let room = end - start;
     if bytes.len() as u64 > room {
@@ -83,20 +83,20 @@ pub(super) fn place(ram: &GuestRam, table: &'static str, bytes: &[u8], start: u6
 pub(super) mod tests {
     use super::*;
 
-    /// A machine with everything it can have.
+    /// Returns a machine with a serial port, ACPI and the given numbers of vCPUs and virtio slots.
     pub fn platform(cpus: u32, slots: u32) -> Platform {
         let uuid = *b"\x00\x11\x22\x33\x44\x55\x66\x77\x88\x99\xaa\xbb\xcc\xdd\xee\xff";
         Platform { cpus, acpi: true, uuid, virtio_slots: (0..slots).collect(), serial: true, clocks: false }
     }
 
-    /// `len` bytes of guest memory.
+    /// Returns `len` bytes of guest memory.
     pub fn bytes(ram: &GuestRam, addr: u64, len: usize) -> Vec<u8> {
         let mut data = vec![0; len];
         ram.read(addr, &mut data).unwrap();
         data
     }
 
-    /// The sum of all bytes, which a correct checksum makes zero.
+    /// Returns the sum of all bytes, which is zero with a correct checksum.
     pub fn sum(bytes: &[u8]) -> u8 {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
     }

@@ -1,4 +1,4 @@
-//! Small kernel images of every format, made for tests.
+//! Small kernel images of every format, for tests.
 
 use std::fs;
 use std::io::Write;
@@ -6,13 +6,13 @@ use std::path::PathBuf;
 
 use super::unpack::Compression;
 
-/// Where [`linux`] is linked.
+/// Address at which [`linux`] is linked.
 pub const START: u64 = 0x100_0000;
-/// What the places hold that [`linux`] has relocations for: 64-bit at 0x100, 32-bit at 0x200, inverse at 0x300.
+/// Contents of the places that [`linux`] has relocations for: 64-bit at 0x100, 32-bit at 0x200, inverse at 0x300.
 pub const POINTER: u64 = 0xFFFF_FFFF_8100_0800;
 pub const INVERSE: u32 = 0x1234_5678;
 
-/// A segment to be: address, virtual address, bytes, length in memory.
+/// A segment to be built: address, virtual address, bytes, length in memory.
 pub struct Seg(pub u64, pub u64, pub Vec<u8>, pub u64);
 
 /// A note: owner, type, content.
@@ -34,12 +34,12 @@ fn notes(notes: &[Note]) -> Vec<u8> {
     bytes
 }
 
-/// An ELF file for x86-64: headers, notes, segments.
+/// Returns an ELF file for x86-64: headers, notes, segments.
 pub fn elf64(entry: u64, segments: &[Seg], note: &[Note]) -> Vec<u8> {
     elf(true, entry, segments, note)
 }
 
-/// The same for 32-bit x86.
+/// Returns an ELF file for 32-bit x86: headers, notes, segments.
 pub fn elf32(entry: u64, segments: &[Seg], note: &[Note]) -> Vec<u8> {
     elf(false, entry, segments, note)
 }
@@ -95,7 +95,7 @@ fn elf(class64: bool, entry: u64, segments: &[Seg], note: &[Note]) -> Vec<u8> {
     out
 }
 
-/// 256 bytes that begin with a multiboot header: one that places them at `address`, or, for 0, leaves that to ELF.
+/// Returns 256 bytes that begin with a multiboot header, which places them at `address` or, for 0, leaves that to ELF.
 pub fn multiboot(address: u32) -> Vec<u8> {
     let flags = if address == 0 { 3 } else { 1 << 16 };
     let checksum = 0u32.wrapping_sub(0x1BAD_B002).wrapping_sub(flags);
@@ -105,10 +105,10 @@ pub fn multiboot(address: u32) -> Vec<u8> {
     bytes
 }
 
-/// A Linux without relocations: text of `len` bytes at 16 MiB, and data with a bss.
+/// Returns a Linux without relocations: text of `len` bytes at 16 MiB, and data with a bss.
 pub fn plain_linux(len: usize) -> Vec<u8> {
     let len = len.max(0x1000).next_multiple_of(0x1000);
-    // No long runs, so that its compressed forms are not tiny.
+    // Without long runs, so that the compressed forms are not tiny.
     let mut text: Vec<u8> = (0..len as u32).map(|n| (n.wrapping_mul(2654435761) >> 24) as u8 | 1).collect();
     text[0x100..0x108].copy_from_slice(&POINTER.to_le_bytes());
     text[0x200..0x204].copy_from_slice(&(POINTER as u32).to_le_bytes());
@@ -123,7 +123,7 @@ pub fn plain_linux(len: usize) -> Vec<u8> {
     )
 }
 
-/// Relocation tables for [`plain_linux`], with the inverse table or without.
+/// Returns relocation tables for [`plain_linux`], with the inverse table or without.
 pub fn tables(inverse: bool) -> Vec<u8> {
     let entries: &[u32] = match inverse {
         true => &[0, 0x8100_0100, 0, 0x8100_0300, 0, 0x8100_0200],
@@ -132,7 +132,7 @@ pub fn tables(inverse: bool) -> Vec<u8> {
     entries.iter().flat_map(|entry| entry.to_le_bytes()).collect()
 }
 
-/// A Linux with relocations.
+/// Returns a Linux with relocations.
 pub fn linux(len: usize) -> Vec<u8> {
     [plain_linux(len), tables(true)].concat()
 }
@@ -170,7 +170,7 @@ pub fn compress(format: Compression, data: &[u8]) -> Vec<u8> {
     }
 }
 
-/// A bzImage around a compressed payload.
+/// Returns a bzImage with `payload` compressed.
 pub fn bzimage(format: Compression, payload: &[u8]) -> Vec<u8> {
     let mut packed = compress(format, payload);
     if format != Compression::Gzip {
@@ -179,7 +179,7 @@ pub fn bzimage(format: Compression, payload: &[u8]) -> Vec<u8> {
     bzimage_of(&packed)
 }
 
-/// A bzImage around bytes.
+/// Returns a bzImage with the given bytes as its payload.
 pub fn bzimage_of(payload: &[u8]) -> Vec<u8> {
     let mut kernel = vec![0x90; 0x240];
     kernel.extend(payload);

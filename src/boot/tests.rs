@@ -1,4 +1,4 @@
-//! Every format from file to memory, and what is said of files that can't be booted.
+//! Tests of every format from file to memory, and of the messages for files that cannot be booted.
 
 use std::fs::OpenOptions;
 use std::os::fd::AsRawFd;
@@ -17,7 +17,7 @@ fn platform() -> Platform {
     Platform { cpus: 1, acpi: true, uuid: [0; 16], virtio_slots: Vec::new(), serial: true, clocks: false }
 }
 
-/// Boots `bytes` as far as the first instruction.
+/// Boots `bytes` up to the first instruction.
 fn boot(bytes: &[u8], change: impl FnOnce(&mut BootConfig)) -> Result<(Description, GuestRam, Entry), Error> {
     let files = Files::new();
     let mut config = BootConfig { kernel: files.write("kernel", bytes), ..Default::default() };
@@ -28,7 +28,7 @@ fn boot(bytes: &[u8], change: impl FnOnce(&mut BootConfig)) -> Result<(Descripti
     Ok((description, ram, entry))
 }
 
-/// The error for `bytes` as a user sees it, without the file's name.
+/// Returns the error for `bytes` as a user sees it, without the file's name.
 fn refusal(bytes: &[u8], change: impl FnOnce(&mut BootConfig)) -> String {
     let error = boot(bytes, change).expect_err("should be refused");
     let mut error: &dyn std::error::Error = &error;
@@ -161,15 +161,15 @@ fn multiboot_for_files_that_say_nothing_better() {
     let error = refusal(&testing::linux(0), |c| c.boot = BootMode::Multiboot);
     assert_eq!(error, "this is vmlinux; --boot multiboot needs a multiboot header");
     let files = Files::new();
-    // In the first MiB, with an initrd that leaves nothing of the rest.
+    // A kernel in the first MiB, with an initrd that fills the rest of RAM.
     let low = testing::multiboot(0x8000);
     let (_, ram, entry) = boot(&low, |c| c.initrd = vec![files.write("initrd", &vec![7; 63 << 20])]).unwrap();
     assert_eq!(entry.address, 0x8020);
     let module: u32 = ram.read_obj(ram.read_obj::<u32>(layout::MULTIBOOT_INFO + 24).unwrap().into()).unwrap();
     assert_eq!(module, 1 << 20);
     let error = refusal(&low, |c| c.initrd = vec![files.write("large", &vec![7; (63 << 20) + 1])]);
-    assert_eq!(error, "it needs 65M of memory or more, the machine has 64M");
-    // Where vireo's own data is otherwise.
+    assert_eq!(error, "it needs at least 65M of memory; the machine has 64M");
+    // A kernel at the usual place of vireo's own data.
     let (_, ram, entry) = boot(&testing::multiboot(layout::CMDLINE as u32), |c| c.cmdline = "a b".into()).unwrap();
     let text: u32 = ram.read_obj(entry.info + 16).unwrap();
     let mut line = [0; 256];
@@ -187,14 +187,14 @@ fn a_bzimage_may_stay_packed() {
     assert_eq!(description.format, "bzImage, unpacked by the guest");
     assert_eq!(entry.address, START + 0x200);
     assert_eq!(ram.read_obj::<[u8; 2]>(START + 0x240).unwrap(), [0x1F, 0x8B]);
-    // So does one in a compression that only the guest knows.
+    // An image with a compression that only the guest knows also stays packed.
     let unknown = testing::bzimage_of(&[0x5D; 64]);
     assert_eq!(boot(&unknown, |_| ()).unwrap().2.address, START + 0x200);
     let refused = refusal(&unknown, |c| c.boot = BootMode::Direct);
-    assert!(refused.starts_with("this is a bzImage in an unknown compression; --boot direct needs"), "{refused}");
+    assert!(refused.starts_with("this is a bzImage with an unknown compression; --boot direct needs"), "{refused}");
 }
 
-/// memtest86+ has the header of a kernel, but no compressed kernel in it, and ends within its last paragraph.
+/// memtest86+ has a kernel's setup header but contains no compressed kernel, and it ends within its last paragraph.
 #[test]
 fn a_bzimage_need_not_be_linux() {
     let mut memtest = testing::bzimage_of(&[0x90; 64]);
@@ -209,7 +209,7 @@ fn a_bzimage_need_not_be_linux() {
     assert_eq!(ram.read_obj::<[u8; 2]>(0x10_0240).unwrap(), [0x90; 2]);
     let refused = refusal(&memtest, |c| c.boot = BootMode::Pvh);
     assert!(refused.starts_with("this is a bzImage without a compressed kernel in it; --boot pvh needs"), "{refused}");
-    // Fields of 0 are ones that the header's protocol did not have.
+    // A field is 0 if the header's protocol did not have it yet.
     memtest[0x22C..0x230].fill(0);
     memtest[0x238..0x23C].fill(0);
     assert!(boot(&memtest, |c| c.cmdline = "x".repeat(255)).is_ok());
@@ -255,7 +255,7 @@ fn initrds_are_put_together_at_multiples_of_four() {
     let (_, ram, _) = boot(&testing::linux(0), config).unwrap();
     assert_eq!(ram.read_obj::<u32>(layout::ZERO_PAGE + 0x21C).unwrap(), 26);
     let start = u64::from(ram.read_obj::<u32>(layout::ZERO_PAGE + 0x218).unwrap());
-    // Four zeros at least, as the kernel needs after lz4.
+    // At least four zeros follow, as the kernel needs after lz4.
     let bytes = ram.read_obj::<[u8; 26]>(start).unwrap();
     assert_eq!(bytes, *b"\x02\x21\x4C\x18\x01\0\0\0\0\0\0\x00070701\x02\0\0\0\0\0\x1F\x8B");
 
@@ -279,7 +279,7 @@ fn what_does_not_fit_is_told_with_what_would() {
     };
     let linux = testing::linux(0);
     let error = refusal(&linux, |c| c.initrd = sparse("big", 100 << 20));
-    assert_eq!(error, "it needs 117M of memory or more, the machine has 64M");
+    assert_eq!(error, "it needs at least 117M of memory; the machine has 64M");
     let error = refusal(&linux, |c| c.initrd = sparse("huge", 5 << 30));
     assert!(error.ends_with("fit below the kernel's limit, whatever the memory size"), "{error}");
     let error = refusal(&linux, |c| c.initrd = sparse("empty", 0));
@@ -292,7 +292,7 @@ fn what_does_not_fit_is_told_with_what_would() {
     let error = refusal(&linux, |c| c.cmdline = "a\0b".into());
     assert_eq!(error, "the kernel command line contains a NUL byte at offset 1; remove it");
     let big = testing::elf64(START, &[Seg(START, START, vec![1], 100 << 20)], &[LINUX_NOTE]);
-    assert_eq!(refusal(&big, |_| ()), "it needs 116M of memory or more, the machine has 64M");
+    assert_eq!(refusal(&big, |_| ()), "it needs at least 116M of memory; the machine has 64M");
 }
 
 #[test]
@@ -311,10 +311,10 @@ fn other_files_are_named_for_what_they_are() {
         (with(0x8001, b"CD001"), "an ISO 9660 image"),
         (with(0, b"QFI\xfb"), "a qcow2 disk image"),
         (with(0, b"070701"), "a cpio archive (an initramfs?)"),
-        (testing::compress(Compression::Gzip, b"hello hello hello hello"), "gzip data, and unpacked a text file"),
+        (testing::compress(Compression::Gzip, b"hello hello hello hello"), "gzip data that unpacks to a text file"),
         (
             testing::compress(Compression::Gzip, &testing::compress(Compression::Gzip, &testing::linux(0))),
-            "gzip data, and unpacked no kernel that vireo knows",
+            "gzip data that unpacks to an unknown kind of file",
         ),
     ];
     for (bytes, name) in cases {
@@ -347,13 +347,13 @@ fn elf_files_that_contradict_themselves() {
     assert!(outside.contains("are not within 0x100000..0xc0000000"), "{outside}");
     assert!(case(START, &[seg(u64::MAX - 8, 4, 0x1000)]).starts_with("damaged: a segment of 4 bytes"));
     assert!(case(START, &[seg(0x1000, 16, 16)]).contains("are not within"));
-    // The offset of a bss need not lie in the file.
+    // The offset of a bss may lie outside the file.
     let mut with_bss = testing::elf64(START, &[seg(START, 16, 16), seg(START + 0x1000, 0, 0x1000)], &[]);
     let bss = 64 + 2 * 56;
     with_bss[bss + 8..bss + 16].copy_from_slice(&u64::MAX.to_le_bytes());
     assert!(boot(&with_bss, |_| ()).is_ok());
     assert_eq!(case(START, &[]), "damaged: this ELF file has no segments to load");
-    assert_eq!(case(START + 64, &[seg(START, 16, 16)]), "damaged: the entry at 0x1000040 lies in no segment");
+    assert_eq!(case(START + 64, &[seg(START, 16, 16)]), "damaged: the entry at 0x1000040 is not in any segment");
     let mut relocated_outside = testing::linux(0);
     let len = relocated_outside.len();
     relocated_outside[len - 1] = 0x90;
@@ -364,8 +364,8 @@ fn elf_files_that_contradict_themselves() {
 #[test]
 fn files_that_are_none() {
     let files = Files::new();
-    // A pipe that nobody writes to opens like a FIFO, and takes no mkfifo program: while one is started, every
-    // descriptor of this process is open twice, and another test's file stays locked.
+    // A pipe without a writer opens like a FIFO and needs no mkfifo program: while a program is started, every
+    // descriptor of this process is open twice, and another test's file would stay locked.
     let (pipe, _) = std::io::pipe().unwrap();
     let fifo: PathBuf = format!("/proc/self/fd/{}", pipe.as_raw_fd()).into();
     for (path, expected) in [
@@ -398,7 +398,7 @@ fn truncated_anywhere_is_an_error() {
         images.push(testing::compress(format, &linux));
     }
     for image in images {
-        // Byte by byte through the headers and at the end.
+        // Every length within the headers and near the end is tried, and some of the others.
         let step = |len: usize| match len {
             0..0xC0 | 0x1F0..0x298 => 1,
             _ if len + 24 > image.len() => 1,
@@ -421,7 +421,7 @@ fn truncated_anywhere_is_an_error() {
 }
 
 proptest! {
-    /// Whatever is accepted loads into RAM, whatever it says about itself.
+    /// An accepted image can always be loaded into RAM, whatever its headers say.
     #[test]
     fn flipped_bits_never_do_harm(which in 0usize..12, flips in proptest::collection::vec((any::<u16>(), 0u8..8), 1..6),
                                   near_headers in any::<bool>(), mode in 0usize..5) {

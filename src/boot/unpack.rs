@@ -1,6 +1,6 @@
-//! Compressed kernels: which compression it is, told by its magic, and how it is undone within bounds.
+//! Compressed kernels: detecting the compression by its magic number, and unpacking within bounds.
 //!
-//! Nothing here trusts a length: output grows as data really arrives and stops at a limit, so a decompression bomb
+//! No declared length is trusted: the output grows as data really arrives and stops at a limit, so a decompression bomb
 //! ends as an error.
 
 mod lz4;
@@ -11,14 +11,14 @@ use super::error::Problem;
 use crate::memory::Pages;
 use crate::options::Size;
 
-/// The most that a kernel may unpack to. Distributions' kernels have 30-60 MiB.
+/// Largest size that a kernel may unpack to. Distributions' kernels have 30-60 MiB.
 pub const UNPACKED_MAX: u64 = 512 << 20;
-/// Memory that an xz dictionary may take. `xz -9` has 64 MiB, Linux's build 128 MiB.
+/// Largest memory for an xz dictionary. `xz -9` uses 64 MiB, Linux's build 128 MiB.
 const XZ_MEMORY: u64 = 192 << 20;
-/// Logarithm of the largest window of zstd data: `zstd --ultra -22`, with which Linux is built, has 128 MiB.
+/// Logarithm of the largest window of zstd data: `zstd --ultra -22`, which compresses Linux in its build, uses 128 MiB.
 const ZSTD_WINDOW_LOG: u32 = 27;
 
-/// How a kernel or its payload is compressed.
+/// Compression format of a kernel or its payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compression {
     /// RFC 1952.
@@ -27,14 +27,14 @@ pub enum Compression {
     Zstd,
     /// The .xz format, with its BCJ filters.
     Xz,
-    /// An LZ4 frame, the legacy one (`lz4 -l`, what kernels use) included.
+    /// An LZ4 frame, including the legacy frame (`lz4 -l`), which kernels use.
     Lz4,
     /// bzip2.
     Bzip2,
 }
 
 impl Compression {
-    /// Which compression `head`, the first bytes, begins.
+    /// Detects the compression from `head`, the first bytes of the data.
     pub fn detect(head: &[u8]) -> Option<Self> {
         Some(match head {
             [0x1F, 0x8B, 8, ..] => Compression::Gzip,
@@ -46,7 +46,7 @@ impl Compression {
         })
     }
 
-    /// The name of the command that makes it.
+    /// Returns the name of the command that compresses in this format.
     pub fn name(self) -> &'static str {
         match self {
             Compression::Gzip => "gzip",
@@ -65,7 +65,7 @@ pub fn unpack_to_pages(format: Compression, input: impl Read, size: u64) -> Resu
     if size > UNPACKED_MAX {
         return Err(Problem::TooLarge { format: name, limit: Size(UNPACKED_MAX) });
     }
-    // A declared size is only believed as far as memory is available; pages are touched as data arrives.
+    // A declared size is believed only as far as memory is available; pages are touched as data arrives.
     let mut pages = Pages::new(size).map_err(failed)?;
     let mut input = BufReader::with_capacity(64 << 10, input);
     let lz4_blocks = format == Compression::Lz4 && input.fill_buf().map_err(failed)?.starts_with(&lz4::LEGACY);
@@ -90,7 +90,7 @@ pub fn unpack_within(format: Compression, input: impl Read, limit: u64) -> Resul
     let name = format.name();
     let mut output = Vec::new();
     let input = BufReader::with_capacity(64 << 10, input);
-    // One byte more than wanted, to see whether there is more.
+    // One byte more than the limit shows whether there is more.
     with_decoder(format, input, |decoder| decoder.take(limit + 1).read_to_end(&mut output))
         .map_err(|source| Problem::Unpack { format: name, source })?;
     if output.len() as u64 > limit {
@@ -99,16 +99,17 @@ pub fn unpack_within(format: Compression, input: impl Read, limit: u64) -> Resul
     Ok(output)
 }
 
-/// How far a buffer was filled.
+/// Result of filling a buffer.
 #[derive(Debug, PartialEq, Eq)]
 enum Filled {
-    /// This many bytes were all.
+    /// The input ended after this many bytes.
     Bytes(u64),
-    /// There is more than fits.
+    /// The input has more bytes than fit.
     Overflow,
 }
 
-/// Reads all that `decoder` gives into `buffer`. Only after the last byte do decoders check their checksums.
+/// Reads all output of `decoder` into `buffer`, to its very end: decoders check their checksums only after the last
+/// byte.
 fn fill(decoder: &mut dyn Read, buffer: &mut [u8]) -> io::Result<Filled> {
     let mut at = 0;
     loop {
@@ -124,7 +125,7 @@ fn fill(decoder: &mut dyn Read, buffer: &mut [u8]) -> io::Result<Filled> {
     }
 }
 
-/// Calls `take` with a reader of what `input` unpacks to.
+/// Calls `take` with a reader of the unpacked `input`.
 fn with_decoder<T>(
     format: Compression,
     input: impl BufRead,
@@ -152,7 +153,7 @@ mod tests {
 
     use super::*;
 
-    // What the commands make of CONTENT: `xz --check=crc32 --x86 --lzma2=dict=1MiB`, `zstd -19 --no-check`,
+    // Output of these commands for CONTENT: `xz --check=crc32 --x86 --lzma2=dict=1MiB`, `zstd -19 --no-check`,
     // `lz4 -l -9`, `lz4 -9`.
     const CONTENT: &[u8] = b"\xe8\x10\x00\x00\x00vireo";
     const XZ: &[u8] =

@@ -1,5 +1,5 @@
-//! The zero page, `boot_params`: what a Linux kernel is told at its 64-bit entry (Documentation/arch/x86/boot.rst and
-//! zero-page.rst).
+//! The zero page, `boot_params`: the information that a Linux kernel receives at its 64-bit entry
+//! (Documentation/arch/x86/boot.rst and zero-page.rst).
 
 use linux_loader::loader::bootparam::{boot_params, setup_header};
 use vm_memory::ByteValued;
@@ -9,27 +9,27 @@ use super::{Initrd, MemoryRange};
 use crate::layout;
 use crate::memory::{GuestRam, OutOfRam};
 
-/// `type_of_loader`: none of the registered ones.
+/// `type_of_loader`: not one of the registered loaders.
 const LOADER_UNDEFINED: u8 = 0xFF;
 /// `loadflags` bit 0: the kernel was loaded high.
 const LOADED_HIGH: u8 = 1;
-/// `loadflags` bit 1: the kernel's addresses are randomised, and it randomises its memory layout, too.
+/// `loadflags` bit 1: the kernel's addresses are randomised, and the kernel randomises its memory layout, too.
 const KASLR_FLAG: u8 = 2;
 /// `setup_data` type of a seed for the kernel's random number generator.
 const SETUP_RNG_SEED: u32 = 9;
-/// Protocol version that a kernel without a header of its own is given.
+/// Protocol version in the header that is created for a kernel without one.
 const PROTOCOL: u16 = 0x20C;
 
-/// What goes into the zero page.
+/// Contents of the zero page.
 #[derive(Debug)]
 pub struct ZeroPage<'a> {
     /// The kernel file's header, if it is a bzImage.
     pub setup: Option<&'a SetupHeader>,
-    /// Where the kernel was loaded.
+    /// Address at which the kernel was loaded.
     pub kernel: u64,
-    /// Whether its addresses were randomised.
+    /// True if the kernel's addresses were randomised.
     pub kaslr: bool,
-    /// Where the initrd was loaded.
+    /// Location of the initrd.
     pub initrd: Option<Initrd>,
     /// The ACPI root pointer.
     pub rsdp: Option<u64>,
@@ -38,7 +38,7 @@ pub struct ZeroPage<'a> {
 }
 
 impl ZeroPage<'_> {
-    /// Writes it and the `setup_data` that it points at.
+    /// Writes the zero page and the `setup_data` that it points to.
     pub fn write(&self, ram: &GuestRam, memory: &[MemoryRange]) -> Result<(), OutOfRam> {
         ram.write(layout::SETUP_DATA, &self.setup_data())?;
         ram.write_obj(layout::ZERO_PAGE, self.boot_params(memory))
@@ -62,7 +62,7 @@ impl ZeroPage<'_> {
             ext_cmd_line_ptr: (layout::CMDLINE >> 32) as u32,
             ..Default::default()
         };
-        // The map has a handful of entries, the table room for 128.
+        // The map has only a few entries; the table has room for 128.
         for (entry, range) in params.e820_table.iter_mut().zip(memory) {
             (entry.addr, entry.size, entry.r#type) = (range.start, range.end - range.start, range.kind);
             params.e820_entries += 1;
@@ -70,7 +70,8 @@ impl ZeroPage<'_> {
         params
     }
 
-    /// The file's header, or one for a kernel that came without, with what the loader has to fill in.
+    /// Returns the file's header, or one for a kernel without a header, with the fields filled in that are the loader's
+    /// task.
     fn setup_header(&self) -> setup_header {
         let mut header = setup_header::default();
         let initrd = self.initrd.unwrap_or_default();

@@ -1,6 +1,6 @@
-//! The legacy LZ4 frame, which is how kernels are packed: blocks of up to 8 MiB, each with its length before it and
-//! independent of the others. So each is unpacked straight to where it belongs, where a reader of frames would have a
-//! buffer in between. (doc/lz4_Frame_format.md, "Legacy frame")
+//! The legacy LZ4 frame, in which kernels are packed: independent blocks of up to 8 MiB, each preceded by its length.
+//! Each block is unpacked directly to its destination, whereas a frame reader would need a buffer in between.
+//! (doc/lz4_Frame_format.md, "Legacy frame")
 
 use std::io::{self, ErrorKind, Read};
 
@@ -8,11 +8,11 @@ use lz4_flex::block::{DecompressError, decompress_into};
 
 use super::Filled;
 
-/// The magic number.
+/// Magic number of the legacy frame.
 pub const LEGACY: [u8; 4] = 0x184C_2102u32.to_le_bytes();
-/// What each block but the last unpacks to.
+/// Unpacked size of each block but the last.
 const BLOCK: usize = 8 << 20;
-/// The longest that such a block can be: it has a 255th more than its content when that is random.
+/// Largest packed size of a block: random content grows by 1/255.
 const PACKED_MAX: usize = BLOCK + BLOCK / 255 + 16;
 
 /// Unpacks all blocks of `input` into `output`.
@@ -26,13 +26,13 @@ pub fn unpack_blocks(mut input: impl Read, output: &mut [u8]) -> io::Result<Fill
             4 => {}
             _ => return Err(ErrorKind::UnexpectedEof.into()),
         }
-        // Frames may follow each other.
+        // Frames may follow one another.
         if word == LEGACY {
             continue;
         }
         let len = u32::from_le_bytes(word) as usize;
         if len > PACKED_MAX {
-            return Err(io::Error::new(ErrorKind::InvalidData, format!("a block of {len} bytes")));
+            return Err(io::Error::new(ErrorKind::InvalidData, format!("a block claims to have {len} bytes")));
         }
         packed.resize(len, 0);
         input.read_exact(&mut packed)?;
@@ -45,7 +45,7 @@ pub fn unpack_blocks(mut input: impl Read, output: &mut [u8]) -> io::Result<Fill
     }
 }
 
-/// Fills `buffer` as far as there is something to read.
+/// Fills `buffer`, or less if the input ends before.
 fn read_up_to(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut at = 0;
     while at < buffer.len() {
@@ -63,7 +63,7 @@ fn read_up_to(input: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
 mod tests {
     use super::*;
 
-    /// A block of the content, which is a byte that is repeated.
+    /// Returns a packed block of one repeated byte.
     fn block(byte: u8, len: usize) -> Vec<u8> {
         let packed = lz4_flex::block::compress(&vec![byte; len]);
         [&(packed.len() as u32).to_le_bytes()[..], &packed].concat()
@@ -94,6 +94,6 @@ mod tests {
         assert!(unpack(&[&LEGACY, &one, &[1, 0]], 100).is_err());
         assert!(unpack(&[&LEGACY, &block(1, BLOCK + 1)], 2 * BLOCK).is_err(), "no block has more");
         let error = unpack(&[&LEGACY, &u32::MAX.to_le_bytes(), &[0; 99]], 100).unwrap_err();
-        assert_eq!(error, "a block of 4294967295 bytes");
+        assert_eq!(error, "a block claims to have 4294967295 bytes");
     }
 }
