@@ -1,5 +1,6 @@
-//! What a debugger does to a vCPU: its registers as plain values, addresses as its page tables have them, and
-//! KVM_SET_GUEST_DEBUG (Documentation/virt/kvm/api.rst, 4.87), with the decision whose trap it is that made it exit.
+//! A debugger's operations on a vCPU: registers as plain values, address translation by the vCPU's page tables, and
+//! KVM_SET_GUEST_DEBUG (Documentation/virt/kvm/api.rst, 4.87), including the decision whether a trap belongs to the
+//! debugger or to the guest.
 
 use std::io;
 use std::sync::Arc;
@@ -8,52 +9,52 @@ use kvm_bindings as kb;
 use kvm_bindings::{Xsave, kvm_fpu, kvm_guest_debug, kvm_regs, kvm_sregs, kvm_xsave};
 use kvm_ioctls::VcpuFd;
 
-/// Debug registers for addresses (Intel SDM, volume 3, 18.2.1).
+/// Number of debug registers that hold an address (Intel SDM, volume 3, 18.2.1).
 pub const HARDWARE_SLOTS: usize = 4;
 
-/// What can be asked of a vCPU that is paused.
+/// A request to a paused vCPU.
 #[derive(Clone, Debug)]
 pub enum Request {
-    /// All its registers; answered by [`Answer::Registers`].
+    /// Reads all registers; answered by [`Answer::Registers`].
     Read,
-    /// Sets those that differ.
+    /// Sets the registers that differ.
     Write(Box<Registers>),
-    /// The guest-physical address behind a linear one; answered by [`Answer::Address`].
+    /// Translates a linear to a guest-physical address; answered by [`Answer::Address`].
     Translate(u64),
-    /// What makes it stop from now on.
+    /// Sets the conditions that make the vCPU stop from now on.
     Control(Control),
 }
 
-/// What a vCPU says to a [`Request`].
+/// A vCPU's answer to a [`Request`].
 #[derive(Clone, Debug)]
 pub enum Answer {
-    /// It is done.
+    /// The request was carried out.
     Done,
-    /// What [`Request::Read`] wants.
+    /// Answer to [`Request::Read`].
     Registers(Box<Registers>),
-    /// What [`Request::Translate`] wants; `None` where nothing is mapped.
+    /// Answer to [`Request::Translate`]; `None` if nothing is mapped.
     Address(Option<u64>),
 }
 
 /// Registers of a vCPU.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Registers {
-    /// Those of programs.
+    /// General registers, RIP and RFLAGS.
     pub general: kvm_regs,
     /// Segments and control registers.
     pub special: kvm_sregs,
-    /// x87 and SSE.
+    /// x87 and SSE registers.
     pub float: kvm_fpu,
 }
 
-/// What a hardware breakpoint waits for; the number is that of DR7.
+/// Access that triggers a hardware breakpoint; the value is the one in DR7.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// The instruction there is about to be executed.
+    /// The instruction at the address is about to be executed.
     Execute = 0,
-    /// Something was written.
+    /// The memory was written.
     Write = 1,
-    /// Something was written or read.
+    /// The memory was written or read.
     Any = 3,
 }
 
@@ -64,49 +65,50 @@ pub struct Hardware {
     pub addr: u64,
     /// 1, 2, 4 or 8 bytes; 1 for instructions.
     pub len: u8,
-    /// What it waits for.
+    /// Access that triggers the breakpoint.
     pub access: Access,
 }
 
-/// What makes a vCPU stop for the debugger.
+/// Conditions under which a vCPU stops for the debugger.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Control {
-    /// Stop after one instruction, in which no interrupt comes, as far as KVM can hold them off.
+    /// Stop after one instruction, without interrupts during the step as far as KVM can block them.
     pub step: bool,
-    /// Where breakpoint instructions of the debugger's are; others are the guest's own.
+    /// Addresses of the debugger's breakpoint instructions; any others are the guest's own.
     pub breakpoints: Arc<[u64]>,
-    /// The debug registers.
+    /// Contents of the debug registers.
     pub hardware: [Option<Hardware>; HARDWARE_SLOTS],
 }
 
-/// Why a vCPU stopped.
+/// Reason why a vCPU stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
-    /// It made the step.
+    /// The vCPU has executed a single step.
     Step,
-    /// It is at a breakpoint instruction of the debugger's.
+    /// The vCPU is at one of the debugger's breakpoint instructions.
     Breakpoint,
-    /// What a debug register waits for.
+    /// A hardware breakpoint was triggered.
     Hardware(Hardware),
 }
 
 /// A vCPU that stopped for the debugger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Trap {
-    /// Which.
+    /// The vCPU's number.
     pub vcpu: u32,
-    /// Why.
+    /// Reason of the stop.
     pub cause: Cause,
 }
 
-/// #DB and #BP.
+/// Vectors of #DB and #BP.
 const DB_VECTOR: u32 = 1;
 const BP_VECTOR: u32 = 3;
-/// DR7: breakpoints are exact; this bit is always set.
+/// DR7: exact breakpoints, and the bit that is always set.
 const DR7_BASE: u64 = 1 << 9 | 1 << 10;
 
 impl Control {
-    /// Whether a trap is the debugger's; `Err` is the KVM_GUESTDBG_INJECT_* flag that gives it to the guest.
+    /// Returns the cause of a trap that belongs to the debugger; `Err` is the KVM_GUESTDBG_INJECT_* flag that passes
+    /// the trap to the guest.
     pub fn judge(&self, exception: u32, pc: u64, dr6: u64) -> Result<Cause, u32> {
         if exception == BP_VECTOR {
             return if self.breakpoints.contains(&pc) {
@@ -123,12 +125,12 @@ impl Control {
         }
     }
 
-    /// Tells KVM, with a flag of [`Control::judge`] or 0.
+    /// Applies the conditions in KVM. `inject` is a flag returned by [`Control::judge`], or 0.
     pub fn apply(&self, vcpu: &VcpuFd, inject: u32) -> io::Result<()> {
         let mut debug = self.guest_debug();
         debug.control |= inject;
         let result = match vcpu.set_guest_debug(&debug) {
-            // Kernels before 5.16 cannot hold interrupts off.
+            // Kernels before 5.16 cannot block interrupts.
             Err(e) if e.errno() == libc::EINVAL && debug.control & kb::KVM_GUESTDBG_BLOCKIRQ != 0 => {
                 debug.control &= !kb::KVM_GUESTDBG_BLOCKIRQ;
                 vcpu.set_guest_debug(&debug)
@@ -169,27 +171,28 @@ impl Control {
 /// Reads all registers. `xsave_len` is [`super::Vm::xsave_len`].
 pub fn read(vcpu: &VcpuFd, xsave_len: usize) -> io::Result<Registers> {
     let general = vcpu.get_regs().map_err(os)?;
-    // Not KVM_GET_FPU, which leaves MXCSR out.
+    // KVM_GET_FPU does not return MXCSR.
     let float = float(&extended_state(vcpu, xsave_len)?.as_fam_struct_ref().xsave);
     Ok(Registers { general, special: vcpu.get_sregs().map_err(os)?, float })
 }
 
-/// The state that XSAVE saves. It has more than the 4096 bytes of KVM_GET_XSAVE, which then fails, for a guest with AMX.
+/// Reads the state that XSAVE saves. For a guest with AMX, it is larger than the 4096 bytes of KVM_GET_XSAVE, which
+/// then fails.
 #[allow(unsafe_code)]
 fn extended_state(vcpu: &VcpuFd, len: usize) -> io::Result<Xsave> {
     let more = len.saturating_sub(size_of::<kvm_xsave>());
     let mut xsave = Xsave::new(more.div_ceil(size_of::<u32>())).map_err(|_| io::ErrorKind::OutOfMemory)?;
     if more > 0 {
-        // SAFETY: KVM writes no more than the `len` bytes that it said it would, and the buffer has as many.
+        // SAFETY: KVM writes no more than the `len` bytes that it announced, and the buffer is at least as large.
         unsafe { vcpu.get_xsave2(&mut xsave) }.map_err(os)?;
     } else {
-        // SAFETY: only the part of fixed length is replaced, which has no say over the length of the rest.
+        // SAFETY: only the part of fixed length is replaced, which does not affect the length of the rest.
         unsafe { xsave.as_mut_fam_struct() }.xsave = vcpu.get_xsave().map_err(os)?;
     }
     Ok(xsave)
 }
 
-/// The legacy region of XSAVE (Intel SDM, volume 1, 13.4.1).
+/// Returns the x87 and SSE registers from the legacy region of XSAVE (Intel SDM, volume 1, 13.4.1).
 fn float(xsave: &kvm_xsave) -> kvm_fpu {
     let words = &xsave.region;
     let wide = |at: usize| u64::from(words[at]) | u64::from(words[at + 1]) << 32;
@@ -209,7 +212,7 @@ fn float(xsave: &kvm_xsave) -> kvm_fpu {
     float
 }
 
-/// Puts the values into it, and says that they are there (13.4.2).
+/// Stores the values in the legacy region, and marks them as present (13.4.2).
 fn set_float(xsave: &mut kvm_xsave, float: &kvm_fpu) {
     let words = &mut xsave.region;
     let mut put = |at: usize, bytes: &[u8]| {
@@ -227,7 +230,8 @@ fn set_float(xsave: &mut kvm_xsave, float: &kvm_fpu) {
     words[128] |= 0b11;
 }
 
-/// Sets the registers that differ: setting any has effects of its own, such as forgetting an exception that waits.
+/// Sets the registers that differ. The others stay untouched because setting has side effects, such as dropping a
+/// pending exception.
 pub fn write(vcpu: &VcpuFd, wanted: &Registers, xsave_len: usize) -> io::Result<()> {
     let Registers { general, special, float } = read(vcpu, xsave_len)?;
     if wanted.special != special {
@@ -245,13 +249,13 @@ pub fn write(vcpu: &VcpuFd, wanted: &Registers, xsave_len: usize) -> io::Result<
 #[allow(unsafe_code)]
 fn set_extended_state(vcpu: &VcpuFd, float: &kvm_fpu, len: usize) -> io::Result<()> {
     let mut xsave = extended_state(vcpu, len)?;
-    // SAFETY: only the part of fixed length is changed, which has no say over the length of the rest.
+    // SAFETY: only the part of fixed length is changed, which does not affect the length of the rest.
     set_float(&mut unsafe { xsave.as_mut_fam_struct() }.xsave, float);
-    // SAFETY: KVM reads as much as it wrote into this buffer.
+    // SAFETY: KVM reads as many bytes as it wrote into this buffer.
     unsafe { vcpu.set_xsave2(&xsave) }.map_err(os)
 }
 
-/// What is behind a linear address.
+/// Returns the guest-physical address of a linear address, or `None` if nothing is mapped.
 pub fn translate(vcpu: &VcpuFd, addr: u64) -> io::Result<Option<u64>> {
     let found = vcpu.translate_gva(addr).map_err(os)?;
     Ok((found.valid != 0).then_some(found.physical_address))
@@ -283,7 +287,8 @@ mod tests {
         let debug = Control { hardware: all, ..Control::default() }.guest_debug();
         assert_eq!(debug.control, kb::KVM_GUESTDBG_ENABLE | kb::KVM_GUESTDBG_USE_HW_BP);
         assert_eq!(debug.arch.debugreg[..4], [0x1000, 0x2002, 0x3004, 0x4008]);
-        // From the top: LEN and R/W of 3 to 0 (8 bytes are 10, written 01; 4 are 11, any access is 11), then G3 to G0.
+        // From the top: LEN and R/W of slots 3 to 0 (8 bytes are 10, a write is 01; 4 bytes are 11, any access is 11),
+        // then G3 to G0.
         assert_eq!(debug.arch.debugreg[7], 0b1001_1111_0101_0000 << 16 | 0b110_1010_1010);
         assert_eq!(Control::default().guest_debug().control, 0);
         let step = Control { step: true, breakpoints: [1].into(), ..Control::default() };

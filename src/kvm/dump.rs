@@ -1,4 +1,4 @@
-//! What a vCPU was doing when its guest ended, for people and for core files.
+//! State of a vCPU when its guest ended, for people and for core files.
 
 use std::fmt;
 
@@ -10,10 +10,10 @@ use kvm_ioctls::VcpuFd;
 
 use crate::memory::GuestRam;
 
-/// Registers of a vCPU. Displayed, it is all of them and the bytes of the current instruction.
+/// Registers of a vCPU. `Display` prints all of them, and the bytes of the current instruction.
 #[derive(Clone, Debug, Default)]
 pub struct CpuState {
-    /// Which vCPU.
+    /// The vCPU's number.
     pub id: u32,
     /// General registers.
     pub regs: kvm_regs,
@@ -21,12 +21,12 @@ pub struct CpuState {
     pub sregs: kvm_sregs,
     /// KVM_MP_STATE_*.
     mp_state: u32,
-    /// Bytes of the current instruction, or why there are none.
+    /// Bytes of the current instruction, or the reason why they are unavailable.
     code: String,
 }
 
 impl CpuState {
-    /// Reads it from a vCPU that is not in the guest; `None` if KVM refuses.
+    /// Reads the state of a vCPU that is not in the guest; `None` if KVM refuses.
     pub fn read(id: u32, vcpu: &VcpuFd, ram: &GuestRam) -> Option<CpuState> {
         let (regs, sregs) = (vcpu.get_regs().ok()?, vcpu.get_sregs().ok()?);
         let mp_state = vcpu.get_mp_state().map_or(0, |state| state.mp_state);
@@ -43,14 +43,14 @@ impl CpuState {
         Some(CpuState { id, regs, sregs, mp_state, code })
     }
 
-    /// Whether these are the values that a processor is reset to. After a shutdown AMD leaves the processor's state
-    /// undefined, so KVM resets it (svm.c, shutdown_interception).
+    /// Returns whether the registers have their reset values. On AMD processors, a shutdown leaves the processor's
+    /// state undefined, so KVM resets it (svm.c, shutdown_interception).
     pub fn is_reset(&self) -> bool {
         (self.regs.rip, self.sregs.cs.base, self.sregs.cr0 & 1) == (0xFFF0, 0xFFFF_0000, 0)
     }
 }
 
-/// Whether a vCPU in this KVM_MP_STATE_* waits for INIT and SIPI.
+/// Returns whether a vCPU in this KVM_MP_STATE_* waits for INIT and SIPI.
 pub fn is_unstarted(mp_state: u32) -> bool {
     matches!(mp_state, KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED | KVM_MP_STATE_STOPPED)
 }
@@ -84,7 +84,7 @@ impl fmt::Display for CpuState {
         writeln!(f, "cs {cs:04x} base {:x} ss {ss:04x} ds {ds:04x} tr {tr:04x}", s.cs.base)?;
         write!(f, "instruction bytes: {}", self.code)?;
         if self.is_reset() {
-            f.write_str("\nthese are reset values: this processor keeps none of the guest's when it shuts down")?;
+            f.write_str("\nthese are reset values: this processor loses the guest's state on a shutdown")?;
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
-//! Entering the guest and reading why it came back.
+//! Entering the guest and decoding the reason of its exit.
 //!
-//! The exit is decoded from the run page by hand because vireo wants what kvm-ioctls leaves out: the width of string
-//! port accesses and the details of internal errors.
+//! The exit is decoded from the run page by hand because vireo needs details that kvm-ioctls leaves out: the width of
+//! string port accesses, and the data of internal errors.
 
 #![allow(unsafe_code)]
 
@@ -10,7 +10,7 @@ use std::io;
 use kvm_bindings as kb;
 use kvm_ioctls::VcpuFd;
 
-/// Why a vCPU left the guest. Plain values: what to do about it is decided in [`crate::vcpu`].
+/// Reason why a vCPU left the guest. [`crate::vcpu`] decides what to do about it.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Exit<'a> {
     /// `in`: fill `data`, element by element of `size` bytes (more than one for `rep ins`).
@@ -31,31 +31,31 @@ pub enum Exit<'a> {
         /// A multiple of `size`.
         data: &'a [u8],
     },
-    /// A load outside of RAM.
+    /// A load outside RAM.
     MmioRead {
         /// Guest-physical address.
         addr: u64,
         /// 1 to 8 bytes to fill.
         data: &'a mut [u8],
     },
-    /// A store outside of RAM.
+    /// A store outside RAM.
     MmioWrite {
         /// Guest-physical address.
         addr: u64,
         /// 1 to 8 bytes.
         data: &'a [u8],
     },
-    /// A signal or `immediate_exit`.
+    /// A signal, or `immediate_exit`.
     Interrupted,
     /// Halt; only without an in-kernel irqchip.
     Halt,
     /// Triple fault.
     Shutdown,
-    /// KVM gave up on an instruction.
+    /// KVM could not continue at an instruction.
     InternalError {
         /// KVM_INTERNAL_ERROR_*.
         suberror: u32,
-        /// What KVM adds, of which some depends on the suberror.
+        /// Additional data from KVM; the meaning of some depends on the suberror.
         data: Vec<u64>,
     },
     /// The processor refused to enter the guest.
@@ -63,21 +63,21 @@ pub enum Exit<'a> {
         /// Processor-specific reason.
         reason: u64,
     },
-    /// A trap that KVM_SET_GUEST_DEBUG asked for, or a guest's own among them.
+    /// A trap that KVM_SET_GUEST_DEBUG asked for, or one of the guest's own.
     Debug {
         /// Vector.
         exception: u32,
         /// Linear address of the instruction.
         pc: u64,
-        /// As DR6 says.
+        /// Value of DR6.
         dr6: u64,
     },
-    /// An exit that nothing here asked for.
+    /// An exit that vireo did not ask for.
     Other(u32),
 }
 
-/// Runs the guest until it needs something. `EAGAIN` is an error here: a vCPU that waits to be started gives it now and
-/// then, and KVM gives it where the host refused it a thread.
+/// Runs the guest until an exit. `EAGAIN` is an error here: KVM returns it now and then for a vCPU that waits to be
+/// started, and also if the host refused KVM a thread.
 pub fn enter(vcpu: &mut VcpuFd) -> io::Result<Exit<'_>> {
     if let Err(e) = vcpu.run().map(|_| ()) {
         return match e.errno() {
@@ -88,14 +88,14 @@ pub fn enter(vcpu: &mut VcpuFd) -> io::Result<Exit<'_>> {
     Ok(decode(vcpu.get_kvm_run()))
 }
 
-/// The largest `data` that KVM hands over for one string port access: the page behind the run page.
+/// Largest `data` that KVM passes for one string port access: the page after the run page.
 const PIO_DATA_MAX: usize = 4096;
 
 fn decode(run: &mut kb::kvm_run) -> Exit<'_> {
     let base = std::ptr::from_mut(run).cast::<u8>();
     let exit = &mut run.__bindgen_anon_1;
-    // SAFETY: in each arm the exit reason tells which member of the union the kernel filled in. The port data lie at
-    // an offset that the kernel chose inside the mapping of the run page (KVM_GET_VCPU_MMAP_SIZE covers it).
+    // SAFETY: in each arm, the exit reason says which member of the union the kernel filled in. The port data lie at an
+    // offset that the kernel chose inside the mapping of the run page (KVM_GET_VCPU_MMAP_SIZE covers it).
     unsafe {
         match run.exit_reason {
             kb::KVM_EXIT_IO => {

@@ -1,7 +1,7 @@
-//! The kernel's half of a VM: /dev/kvm, VM and vCPU descriptors, memory slots, interrupt and event plumbing.
+//! The in-kernel part of a VM: /dev/kvm, VM and vCPU descriptors, memory slots, interrupts and eventfds.
 //!
-//! Errors name the ioctl that failed and carry its OS error. Everything here is thin: policy is in [`cpuid`], state
-//! in the vCPU, decisions in [`crate::machine`].
+//! Errors contain the name of the ioctl that failed and its OS error. This is a thin layer: policy is in [`cpuid`],
+//! state is in the vCPU, decisions are in [`crate::machine`].
 
 pub mod cpuid;
 pub mod debug;
@@ -22,42 +22,42 @@ use crate::irq::IrqLine;
 use crate::layout;
 use crate::memory::GuestRam;
 
-/// Where KVM is.
+/// Path of the KVM device.
 pub const DEV_KVM: &str = "/dev/kvm";
 
-/// The version that every KVM since Linux 2.6.22 has (Documentation/virt/kvm/api.rst, 4.1).
+/// API version of every KVM since Linux 2.6.22 (Documentation/virt/kvm/api.rst, 4.1).
 const API_VERSION: i32 = 12;
 
-/// What goes wrong with the host's KVM. [`crate::doctor::device::remedy`] knows what mends it.
+/// Problems with the host's KVM. [`crate::doctor::device::remedy`] suggests fixes.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No device node.
+    /// The device node does not exist.
     #[error("{} does not exist", .0.display())]
     Missing(PathBuf),
     /// The user may not open it.
     #[error("no permission to open {}", .0.display())]
     Permission(PathBuf),
-    /// Any other trouble with opening it.
+    /// The device cannot be opened for another reason.
     #[error("cannot open {}", .0.display())]
     Open(PathBuf, #[source] io::Error),
-    /// The text says what it is instead.
+    /// The file is not KVM; the text says what it is.
     #[error("{path} is {1}, not the KVM device", path = .0.display())]
     NotKvm(PathBuf, &'static str),
-    /// KVM of another age.
+    /// KVM has an unknown API version.
     #[error("{path} speaks KVM API version {1}, not {API_VERSION}", path = .0.display())]
     Version(PathBuf, i32),
-    /// Another hypervisor holds the processor.
-    #[error("KVM cannot make a VM: another hypervisor (VirtualBox, VMware) has the processor's virtualization")]
+    /// Another hypervisor is using the processor's virtualization.
+    #[error("KVM cannot create a VM: another hypervisor (VirtualBox, VMware) is using the processor's virtualization")]
     Busy,
-    /// The kernel lacks something vireo cannot do without.
+    /// The kernel lacks something that vireo needs.
     #[error("this host's KVM lacks {0}")]
     Lacks(&'static str),
-    /// KVM_SET_MSRS took fewer than it was given.
-    #[error("this host's KVM does not let a guest's MSR {index:#x} be {value:#x}")]
+    /// KVM_SET_MSRS accepted fewer MSRs than it was given.
+    #[error("this host's KVM refuses to set a guest's MSR {index:#x} to {value:#x}")]
     Msr {
-        /// The first one that it did not take.
+        /// The first MSR that was refused.
         index: u32,
-        /// The value for it.
+        /// The value that was refused.
         value: u64,
     },
     /// An ioctl failed.
@@ -65,12 +65,12 @@ pub enum Error {
     Ioctl(&'static str, #[source] io::Error),
 }
 
-/// For `map_err`: names the ioctl.
+/// Returns a function for `map_err` that adds the ioctl's name.
 pub fn failed(name: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
     move |e| Error::Ioctl(name, io::Error::from_raw_os_error(e.errno()))
 }
 
-/// An open /dev/kvm that speaks API version 12.
+/// An open /dev/kvm with API version 12.
 pub struct Kvm(kvm_ioctls::Kvm);
 
 impl Kvm {
@@ -92,17 +92,18 @@ impl Kvm {
         }
     }
 
-    /// The crate's own handle.
+    /// Returns the handle of the kvm-ioctls crate.
     pub fn inner(&self) -> &kvm_ioctls::Kvm {
         &self.0
     }
 
-    /// How many vCPUs one VM may have.
+    /// Returns the maximum number of vCPUs of a VM.
     pub fn max_vcpus(&self) -> usize {
         self.0.get_max_vcpus().min(self.0.get_max_vcpu_id())
     }
 
-    /// Frequency of a guest's TSC in kHz, if KVM knows it. Only a vCPU has one, so this makes one and lets go of it.
+    /// Returns the frequency of a guest's TSC in kHz, if KVM knows it. Only a vCPU has one, so this creates a temporary
+    /// vCPU.
     pub fn tsc_khz(&self) -> Option<u32> {
         let vm = self.create_vm_fd().ok()?;
         vm.create_vcpu(0).ok()?.get_tsc_khz().ok().filter(|khz| *khz > 0)
@@ -123,7 +124,7 @@ impl Kvm {
             }
         }
         let fd = self.create_vm_fd()?;
-        // The performance counters cost MSR exits at boot and would be host state inside a snapshot.
+        // The performance counters would cost MSR exits at boot and would put host state into a snapshot.
         let mut no_pmu = kvm_enable_cap { cap: kvm_bindings::KVM_CAP_PMU_CAPABILITY, ..Default::default() };
         no_pmu.args[0] = u64::from(KVM_PMU_CAP_DISABLE);
         let _ = fd.enable_cap(&no_pmu);
@@ -134,11 +135,11 @@ impl Kvm {
         Ok(Vm { fd })
     }
 
-    /// Creates a VM with nothing in it.
+    /// Creates an empty VM.
     pub fn create_vm_fd(&self) -> Result<VmFd, Error> {
         loop {
             match self.0.create_vm() {
-                // The kernel gives up on a signal while it sets up its notifiers; ask again.
+                // A signal interrupts the kernel while it sets up its notifiers; try again.
                 Err(e) if e.errno() == libc::EINTR => {}
                 Err(e) if e.errno() == libc::EBUSY => return Err(Error::Busy),
                 result => return result.map_err(failed("KVM_CREATE_VM")),
@@ -147,7 +148,7 @@ impl Kvm {
     }
 }
 
-/// What `path` is, being no KVM device.
+/// Returns the kind of the file at `path`, which is not a KVM device.
 fn kind(path: &Path) -> &'static str {
     match std::fs::metadata(path) {
         Ok(m) if m.is_dir() => "a directory",
@@ -162,12 +163,12 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// The crate's own handle.
+    /// Returns the handle of the kvm-ioctls crate.
     pub fn fd(&self) -> &VmFd {
         &self.fd
     }
 
-    /// Gives the guest its memory, one slot per region.
+    /// Maps the guest's memory, one slot per region.
     #[allow(unsafe_code)]
     pub fn map_ram(&self, ram: &GuestRam) -> Result<(), Error> {
         if ram.regions().any(|region| region.readonly) && !self.fd.check_extension(Cap::ReadonlyMem) {
@@ -179,47 +180,48 @@ impl Vm {
                 guest_phys_addr: region.start,
                 memory_size: region.len,
                 userspace_addr: region.host_addr,
-                // Writes come out as MMIO that no device answers, and go nowhere.
+                // Writes cause MMIO exits that no device answers, so they have no effect.
                 flags: if region.readonly { kvm_bindings::KVM_MEM_READONLY } else { 0 },
             };
             // SAFETY: the range is a mapping that `ram` owns. The machine keeps a clone of `ram` for longer than the
-            // VM, and nothing ever unmaps parts of it.
+            // VM, and no part of the mapping is ever unmapped.
             unsafe { self.fd.set_user_memory_region(slot) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
         }
         Ok(())
     }
 
-    /// Lets writes to the line's eventfd raise its GSI.
+    /// Connects the line to its GSI: a write to the line's eventfd raises the GSI.
     pub fn connect_irq(&self, line: &IrqLine) -> Result<(), Error> {
         self.fd.register_irqfd(line.fd(), line.gsi()).map_err(failed("KVM_IRQFD"))
     }
 
-    /// Holds a GSI active, or lets go of it.
+    /// Sets the level of a GSI.
     pub fn set_irq(&self, gsi: u32, active: bool) -> Result<(), Error> {
         self.fd.set_irq_line(gsi, active).map_err(failed("KVM_IRQ_LINE"))
     }
 
-    /// Lets the guest's 4-byte write of `value` at the MMIO address `addr` signal `fd` without an exit.
+    /// Makes a guest's 4-byte write of `value` to the MMIO address `addr` signal `fd` without an exit.
     pub fn connect_kick(&self, fd: &EventFd, addr: u64, value: u32) -> Result<(), Error> {
         self.fd.register_ioevent(fd, &IoEventAddress::Mmio(addr), value).map_err(failed("KVM_IOEVENTFD"))
     }
 
-    /// Has writes to `len` ports from `port` on collected in the ring rather than exit. Returns whether KVM can.
+    /// Makes KVM collect writes to the `len` ports from `port` on in the ring instead of exiting. Returns whether KVM
+    /// supports it.
     pub fn coalesce_port(&self, port: u16, len: u32) -> bool {
         self.fd.check_extension_raw(u64::from(kvm_bindings::KVM_CAP_COALESCED_PIO)) > 0
             && self.fd.register_coalesced_mmio(IoEventAddress::Pio(u64::from(port)), len).is_ok()
     }
 
-    /// The same for 4-byte writes to the MMIO address `addr`.
+    /// Makes KVM collect 4-byte writes to the MMIO address `addr` in the ring. Returns whether KVM supports it.
     pub fn coalesce_mmio(&self, addr: u64) -> bool {
         self.fd.check_extension_raw(u64::from(kvm_bindings::KVM_CAP_COALESCED_MMIO)) > 0
             && self.fd.register_coalesced_mmio(IoEventAddress::Mmio(addr), 4).is_ok()
     }
 
-    /// Bytes of a vCPU's extended state, as KVM_GET_XSAVE2 writes it.
+    /// Returns the size in bytes of a vCPU's extended state, as KVM_GET_XSAVE2 writes it.
     pub fn xsave_len(&self) -> usize {
         let len = self.fd.check_extension_raw(u64::from(kvm_bindings::KVM_CAP_XSAVE2));
-        // Before Linux 5.17 there was one size, and no such capability.
+        // Before Linux 5.17 the size was fixed, and this capability did not exist.
         usize::try_from(len).unwrap_or(0).max(size_of::<kvm_bindings::kvm_xsave>())
     }
 

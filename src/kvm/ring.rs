@@ -1,5 +1,5 @@
-//! What vireo shares with KVM in memory beyond guest RAM: the ring of coalesced writes, and the flag that makes a
-//! vCPU leave the guest.
+//! Memory that vireo shares with KVM besides guest RAM: the ring of coalesced writes, and the flag that makes a vCPU
+//! leave the guest.
 
 #![allow(unsafe_code)]
 
@@ -14,7 +14,7 @@ use kvm_ioctls::VcpuFd;
 
 const PAGE: usize = 4096;
 
-/// A second mapping of one page of a vCPU descriptor, so that its lifetime is ours to decide.
+/// A second mapping of one page of a vCPU descriptor, with a lifetime of its own.
 struct Page(NonNull<u8>);
 
 // SAFETY: the page is shared with the kernel and only ever accessed through atomics or volatile reads.
@@ -44,7 +44,7 @@ impl Page {
 
 impl Drop for Page {
     fn drop(&mut self) {
-        // SAFETY: exactly the mapping made in `map`, which nothing outlives.
+        // SAFETY: this is exactly the mapping created in `map`, and nothing outlives it.
         unsafe { libc::munmap(self.0.as_ptr().cast(), PAGE) };
     }
 }
@@ -58,7 +58,7 @@ impl ImmediateExit {
         Page::map(vcpu, 0).map(ImmediateExit)
     }
 
-    /// With `true`, KVM_RUN returns `EINTR` at once after it has finished a pending port or MMIO access.
+    /// With `true`, KVM_RUN finishes a pending port or MMIO access and then immediately returns `EINTR`.
     pub fn set(&self, on: bool) {
         // SAFETY: the flag is one byte inside the mapped page, aligned for a byte, and lives as long as `self`.
         let flag = unsafe { AtomicU8::from_ptr(self.0.0.as_ptr().add(std::mem::offset_of!(kvm_run, immediate_exit))) };
@@ -71,16 +71,16 @@ impl ImmediateExit {
 pub struct CoalescedWrite {
     /// Port or MMIO address.
     pub addr: u64,
-    /// Whether `addr` is a port.
+    /// True if `addr` is a port.
     pub pio: bool,
-    /// The bytes, of which `len` count.
+    /// Bytes of the write; only the first `len` are valid.
     pub data: [u8; 8],
-    /// 1 to 8.
+    /// Length of the write, 1 to 8.
     pub len: usize,
 }
 
 /// The ring of writes that KVM collected without leaving the guest (Documentation/virt/kvm/api.rst, 4.116). One ring
-/// serves all vCPUs of a VM, so whoever drains it holds its lock, and the order of writes is kept.
+/// serves all vCPUs of a VM, so draining it takes its lock, which keeps the writes in order.
 pub struct CoalescedRing {
     page: Page,
     drain: Mutex<()>,
@@ -100,7 +100,7 @@ impl CoalescedRing {
         unsafe { AtomicU32::from_ptr(self.page.0.as_ptr().add(offset).cast()) }
     }
 
-    /// Hands every collected write to `take`, oldest first, and returns how many there were.
+    /// Passes every collected write to `take`, oldest first, and returns their number.
     pub fn drain(&self, mut take: impl FnMut(CoalescedWrite)) -> u64 {
         let first = self.index(std::mem::offset_of!(kvm_coalesced_mmio_ring, first));
         let last = self.index(std::mem::offset_of!(kvm_coalesced_mmio_ring, last));

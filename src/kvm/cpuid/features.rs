@@ -1,4 +1,4 @@
-//! CPU features by name: where their bits are, which of them need others, and the list that `--cpu` takes.
+//! CPU features by name: the places of their bits, the features that they need, and the list that `--cpu` takes.
 
 /// A register of a CPUID leaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,7 +13,7 @@ use Reg::{Eax, Ebx, Ecx, Edx};
 /// Place of a feature's bit: leaf, sub-leaf, register, bit.
 pub(super) type Bit = (u32, u32, Reg, u8);
 
-/// Feature names, as in Linux's /proc/cpuinfo where it shows them.
+/// Feature names, as in Linux's /proc/cpuinfo if it shows them.
 #[rustfmt::skip]
 pub(super) const FEATURES: &[(&str, Bit)] = &[
     ("sse3", (1, 0, Ecx, 0)), ("pclmulqdq", (1, 0, Ecx, 1)), ("monitor", (1, 0, Ecx, 3)), ("vmx", (1, 0, Ecx, 5)),
@@ -82,11 +82,11 @@ pub(super) const FEATURES: &[(&str, Bit)] = &[
     ("npt", (0x8000_000A, 0, Edx, 0)),
 ];
 
-/// Pairs of a feature and one that it needs: without the second, software must not use the first, and a kernel that
-/// finds it all the same may fail (Intel SDM, volume 1, chapters 13 to 18; Linux has such a list of its own).
+/// Pairs of a feature and another that it needs. Without the second, software must not use the first, and a kernel that
+/// finds the first anyway may fail (Intel SDM, volume 1, chapters 13 to 18; Linux has a similar list).
 #[rustfmt::skip]
 const NEEDS: &[(&str, &str)] = &[
-    // Instructions and state that only XSAVE saves.
+    // Instructions and state that only XSAVE can save.
     ("xsaveopt", "xsave"), ("xsavec", "xsave"), ("xgetbv1", "xsave"), ("xsaves", "xsave"), ("xsaveerptr", "xsave"),
     ("avx", "xsave"), ("mpx", "xsave"), ("pku", "xsave"), ("apx", "xsave"), ("xfd", "xsaves"), ("xfd", "xgetbv1"),
     ("shstk", "xsaves"), ("ibt", "xsaves"), ("enqcmd", "xsaves"), ("arch_lbr", "xsaves"),
@@ -102,17 +102,17 @@ const NEEDS: &[(&str, &str)] = &[
     ("avx512_4fmaps", "avx512f"), ("avx512_vp2intersect", "avx512f"), ("avx512_vpopcntdq", "avx512f"),
     ("avx512_vnni", "avx512f"), ("avx512vbmi", "avx512bw"), ("avx512_vbmi2", "avx512bw"), ("avx512_bitalg", "avx512bw"),
     ("avx512_bf16", "avx512bw"), ("avx512_fp16", "avx512bw"), ("avx10", "avx512vl"),
-    // Tiles, whose state a kernel switches on for a program at its first use.
+    // Tiles, whose state a kernel enables for a program at its first use.
     ("amx_tile", "xfd"), ("amx_bf16", "amx_tile"), ("amx_int8", "amx_tile"), ("amx_fp16", "amx_tile"),
     ("amx_complex", "amx_tile"),
     ("npt", "svm"), ("skinit", "svm"), ("tsxldtrk", "rtm"), ("fred", "lkgs"), ("pcid", "pge"), ("sgx_lc", "sgx"),
-    // KVM's own; a guest looks at any of the clock's bits.
+    // KVM's own features; a guest may check any of the clock's bits.
     ("kvmclock_v1", "kvmclock"), ("kvmclock_stable", "kvmclock"),
     ("kvm_async_pf_vmexit", "kvm_async_pf"), ("kvm_async_pf_int", "kvm_async_pf"),
     ("kvm_pv_tlb_flush", "kvm_steal_time"), ("kvm_pv_sched_yield", "kvm_steal_time"),
 ];
 
-/// Leaves that describe one feature and mean nothing without it.
+/// Leaves that describe one feature and have no meaning without it.
 pub(super) const LEAVES: &[(&str, u32)] = &[
     ("xsave", 0xD),
     ("sgx", 0x12),
@@ -124,37 +124,37 @@ pub(super) const LEAVES: &[(&str, u32)] = &[
     ("svm", 0x8000_000A),
 ];
 
-/// Hidden unless the user asks for them by `+name`.
+/// Features that are hidden unless the user asks for them with `+name`.
 pub(super) const HIDDEN: &[&str] = &["vmx", "svm", "monitor", "pdcm", "perfctr_core", "sgx", "intel_pt"];
 
-/// Features that KVM may offer but that need a part which no machine of vireo has.
+/// Features that KVM may offer, but that need a part which vireo's machines do not have.
 const LACKING: &[(&str, &str)] =
     &[("pdcm", "performance counters"), ("perfctr_core", "performance counters"), ("sgx", "enclave memory")];
 
-/// A `--cpu` list could not be used.
+/// Reasons why a `--cpu` list cannot be used.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum FeatureError {
-    /// Neither `+` nor `-` in front.
+    /// The item does not begin with `+` or `-`.
     #[error("'{0}' must begin with + or -, like +x2apic,-avx2")]
     Sign(String),
-    /// Not in the list of names.
+    /// The name is unknown.
     #[error("'{0}' is not a CPU feature vireo knows (names are those of /proc/cpuinfo){1}")]
     Unknown(String, String),
-    /// KVM cannot give it to a guest here.
+    /// KVM cannot offer the feature on this host.
     #[error("this host's KVM does not offer '{0}'")]
     Unsupported(String),
-    /// The bit alone is of no use.
+    /// KVM offers the feature's bit without its leaf, which is of no use.
     #[error("this host's KVM offers '{0}' but not CPUID leaf {1:#x}, which describes it")]
     Leaf(String, u32),
-    /// The machine has no such part.
+    /// The machine does not have the part that the feature needs.
     #[error("'{0}' needs {1}, which vireo's machines do not have")]
     Lacking(String, &'static str),
-    /// The list adds a feature and removes one that it needs, or the host lacks that.
+    /// The list adds a feature, but the list removes or the host lacks another that it needs.
     #[error("'+{0}' needs '{1}', which the guest does not have")]
     Needs(String, &'static str),
 }
 
-/// `--cpu`: features switched on and off against the default.
+/// `--cpu`: features switched on and off relative to the default.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Features(pub(super) Vec<(bool, &'static str)>);
 
@@ -178,7 +178,7 @@ impl std::str::FromStr for Features {
             if let Some((_, part)) = LACKING.iter().find(|(lacking, _)| on && lacking == name) {
                 return Err(FeatureError::Lacking((*name).into(), part));
             }
-            // The last word on a feature counts.
+            // The last mention of a feature counts.
             features.retain(|(_, known)| known != name);
             features.push((on, *name));
         }
@@ -186,17 +186,17 @@ impl std::str::FromStr for Features {
     }
 }
 
-/// The bit of a feature in the table.
+/// Returns the bit of a feature in the table.
 pub(super) fn bit(name: &str) -> Option<Bit> {
     FEATURES.iter().find(|(known, _)| *known == name).map(|(_, bit)| *bit)
 }
 
-/// The features that a feature needs directly.
+/// Returns the features that a feature needs directly.
 pub(super) fn needs(name: &str) -> impl Iterator<Item = &'static str> {
     NEEDS.iter().filter(move |(dependent, _)| *dependent == name).map(|(_, needed)| *needed)
 }
 
-/// Pairs of a feature and one that it needs, for a look at all of them.
+/// Returns all pairs of a feature and another that it needs.
 pub(super) fn pairs() -> impl Iterator<Item = (&'static str, &'static str)> {
     NEEDS.iter().copied()
 }

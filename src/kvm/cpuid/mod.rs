@@ -1,15 +1,17 @@
-//! CPUID: what KVM supports on this host, minus what a guest must not see, plus the guest's own topology.
+//! CPUID: the features that KVM supports on this host, without those that a guest must not see, plus the guest's own
+//! topology.
 //!
 //! The rules, in the order in which they apply:
-//! 1. Ask the kernel for AMX, then start from KVM_GET_SUPPORTED_CPUID. What KVM leaves empty but software shows or asks
-//!    for, the name of the processor and the sizes of its caches, comes from the host's processor.
-//! 2. Hide what would mislead: nested virtualisation (state that cannot be saved yet), performance counters (the VM
-//!    has none), MONITOR/MWAIT, SGX and processor trace; and features whose state no guest could enable.
-//! 3. Add what the in-kernel local APIC gives: x2APIC, the TSC deadline timer, the hypervisor bit.
-//! 4. Apply the user's `+feature` and `-feature`; what KVM does not support is refused. A feature that is gone takes
-//!    with it those that need it, its leaves and its state.
+//! 1. Ask the kernel for permission to use AMX, then start from KVM_GET_SUPPORTED_CPUID. KVM leaves the processor's
+//!    name and the sizes of its caches empty; software displays or queries them, so they come from the host's
+//!    processor.
+//! 2. Hide features that would mislead: nested virtualisation (its state cannot be saved yet), performance counters
+//!    (the VM has none), MONITOR/MWAIT, SGX and processor trace; and features whose state no guest could enable.
+//! 3. Add the features of the in-kernel local APIC: x2APIC, the TSC deadline timer, the hypervisor bit.
+//! 4. Apply the user's `+feature` and `-feature`; a feature that KVM does not support is refused. With a removed
+//!    feature, the features that need it, its leaves and its state disappear, too.
 //! 5. Describe one socket whose cores have one thread each; vCPU `n` has APIC id `n`.
-//! 6. Tell the frequency of the TSC, if the host's does not change.
+//! 6. Report the frequency of the TSC, if the host's TSC has a constant frequency.
 
 mod features;
 mod host;
@@ -28,7 +30,7 @@ use super::{Error, Kvm, failed};
 use features::{Bit, FEATURES, HIDDEN, LEAVES, Reg};
 pub use features::{FeatureError, Features};
 
-/// Leaves that only the performance counters use, which KVM was made to switch off.
+/// Leaves for performance counters only, which vireo disables in KVM.
 const COUNTER_LEAVES: [u32; 2] = [0xA, 0x8000_0022];
 
 /// The CPUID entries that all vCPUs of a machine share, before their own ids are filled in.
@@ -52,7 +54,7 @@ impl Template {
         Self::from_supported(supported, host::leaf, deadline, features).map_err(TemplateError::Features)
     }
 
-    /// `host` reads a leaf of the host's processor.
+    /// Applies rules 1 to 4 to `supported`. `host` reads a leaf of the host's processor.
     fn from_supported(
         supported: Vec<kvm_cpuid_entry2>,
         host: impl Fn(u32) -> CpuidResult,
@@ -69,7 +71,7 @@ impl Template {
         Ok(template)
     }
 
-    /// Rule 1: the processor's name and the caches, for what does not read leaf 4 or 0x8000001D.
+    /// Applies rule 1: the processor's name, and the caches for software that does not read leaf 4 or 0x8000001D.
     fn fill_from_host(&mut self, host: impl Fn(u32) -> CpuidResult) {
         for e in &mut self.entries {
             if matches!(e.function, 0x8000_0002..=0x8000_0006) && [e.eax, e.ebx, e.ecx, e.edx] == [0; 4] {
@@ -78,7 +80,7 @@ impl Template {
         }
     }
 
-    /// Rules 2 and 4.
+    /// Applies rules 2 and 4.
     fn apply(&mut self, Features(list): &Features) -> Result<(), FeatureError> {
         let listed = |name: &str| list.iter().find(|(_, known)| *known == name).map(|(on, _)| *on);
         let hidden = HIDDEN.iter().copied().filter(|name| listed(name).is_none());
@@ -97,7 +99,8 @@ impl Template {
                 return Err(FeatureError::Leaf((*name).into(), *leaf));
             }
         }
-        // What needs one that is gone is gone, too, and so on: a name is appended at most once.
+        // A feature that needs a removed one is removed, too, and so on. Each name is appended at most once, so this
+        // ends.
         let mut at = 0;
         while let Some(needed) = gone.get(at).copied() {
             let dependents = features::pairs().filter(|(_, needs)| *needs == needed).map(|(dependent, _)| dependent);
@@ -117,7 +120,7 @@ impl Template {
         Ok(())
     }
 
-    /// Leaves and state of features that the guest does not have.
+    /// Removes leaves and state of features that the guest does not have.
     fn drop_what_features_leave(&mut self) {
         let has: Vec<&str> = FEATURES.iter().map(|(name, _)| *name).filter(|name| self.has(name)).collect();
         self.entries.retain(|e| !LEAVES.iter().any(|(name, leaf)| *leaf == e.function && !has.contains(name)));
@@ -152,7 +155,7 @@ impl Template {
         })
     }
 
-    /// Bits of a guest-physical address, as the guest is told.
+    /// Returns the number of bits of a guest-physical address, as the guest sees it.
     pub fn phys_bits(&self) -> u32 {
         self.entries.iter().find(|e| e.function == 0x8000_0008).map_or(36, |e| e.eax & 0xFF)
     }
@@ -162,7 +165,7 @@ impl Template {
         self.has("kvmclock")
     }
 
-    /// The vendor, as leaf 0 spells it.
+    /// Returns the vendor, as leaf 0 spells it.
     fn vendor(&self) -> [u8; 12] {
         let mut name = [0; 12];
         if let Some(e) = self.entries.iter().find(|e| e.function == 0) {
@@ -172,11 +175,12 @@ impl Template {
         name
     }
 
-    /// Rules 5 and 6: the entries of vCPU `id` among `count`, whose TSC has `tsc_khz` (0 if KVM does not know).
+    /// Applies rules 5 and 6: returns the entries of vCPU `id` of `count`, with a TSC of `tsc_khz` (0 if KVM does not
+    /// know).
     pub fn for_vcpu(&self, id: u32, count: u32, tsc_khz: u32) -> Result<CpuId, Error> {
         let mut entries = self.entries.clone();
         let amd = matches!(&self.vendor(), b"AuthenticAMD" | b"HygonGenuine");
-        // How many bits of an APIC id tell the cores of the one socket apart.
+        // Number of APIC id bits that distinguish the cores of the only socket.
         let core_bits = count.next_power_of_two().trailing_zeros();
         for e in &mut entries {
             match (e.function, e.index) {
@@ -190,7 +194,7 @@ impl Template {
                     e.eax = e.eax & 0x3FFF | shared << 14 | ((1u32 << core_bits).min(64) - 1) << 26;
                 }
                 (0xB | 0x1F, _) => topology(e, id, count, core_bits),
-                // AMD's CMP_LEGACY, number of cores, and ids. Elsewhere these bits are reserved.
+                // AMD's CMP_LEGACY, number of cores, and ids. Other vendors reserve these bits.
                 (0x8000_0001, _) if amd => e.ecx = e.ecx & !(1 << 1) | u32::from(count > 1) << 1,
                 (0x8000_0008, _) if amd => e.ecx = core_bits << 12 | (count - 1).min(255),
                 (0x8000_0008, _) => e.ecx = 0,
@@ -212,7 +216,7 @@ impl Template {
     }
 }
 
-/// The extended topology leaves: level 0 is the thread, level 1 the core (Intel SDM, CPUID leaf 0BH).
+/// Fills in an extended topology leaf: level 0 is the thread, level 1 the core (Intel SDM, CPUID leaf 0BH).
 fn topology(e: &mut kvm_cpuid_entry2, id: u32, count: u32, core_bits: u32) {
     (e.eax, e.ebx, e.ecx) = match e.index {
         0 => (0, 1, 1 << 8),
@@ -222,7 +226,7 @@ fn topology(e: &mut kvm_cpuid_entry2, id: u32, count: u32, core_bits: u32) {
     e.edx = id;
 }
 
-/// KVM reports only as many sub-leaves as the host has; a guest needs the first three.
+/// Adds missing sub-leaves: KVM reports only as many as the host has, and a guest needs the first three.
 fn add_topology_levels(entries: &mut Vec<kvm_cpuid_entry2>, id: u32, count: u32, core_bits: u32) {
     for leaf in [0xB, 0x1F] {
         let Some(first) = entries.iter().find(|e| e.function == leaf).copied() else { continue };
@@ -236,7 +240,7 @@ fn add_topology_levels(entries: &mut Vec<kvm_cpuid_entry2>, id: u32, count: u32,
     }
 }
 
-/// The CPUID template could not be made.
+/// Reasons why the CPUID template could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum TemplateError {
     /// KVM failed.

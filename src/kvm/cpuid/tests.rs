@@ -1,4 +1,4 @@
-//! Made-up processors: what KVM says of each, and what a guest is told.
+//! Tests with invented processors: what KVM supports on each of them, and the CPUID that a guest gets.
 
 use super::*;
 use kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX as INDEXED;
@@ -17,7 +17,7 @@ fn empty(_: u32) -> CpuidResult {
     CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 }
 }
 
-/// A processor of Intel's, as its SDM numbers the leaves; every feature bit of the basic leaves is set.
+/// Returns the leaves of an Intel processor, numbered as in the SDM; every feature bit of the basic leaves is set.
 fn supported() -> Vec<kvm_cpuid_entry2> {
     vec![
         vendor(b"GenuineIntel", 0x10),
@@ -53,8 +53,8 @@ fn amd() -> Vec<kvm_cpuid_entry2> {
     entries
 }
 
-/// Leaves of a Xeon with AMX (Sapphire Rapids), with the state components and sizes of its own leaf 0xD. `xcr0` is what KVM
-/// lets guests enable.
+/// Returns the leaves of a Xeon with AMX (Sapphire Rapids), with the state components and sizes of its own leaf 0xD.
+/// `xcr0` has the bits that KVM lets guests enable.
 fn sapphire_rapids(xcr0: u32) -> Vec<kvm_cpuid_entry2> {
     let mut entries = supported();
     entries[0].eax = 0x20;
@@ -85,7 +85,7 @@ fn sapphire_rapids(xcr0: u32) -> Vec<kvm_cpuid_entry2> {
     all.entries
 }
 
-/// All of XCR0 that such a processor has: x87, SSE, AVX, AVX-512, PKRU, and AMX.
+/// All XCR0 bits of such a processor: x87, SSE, AVX, AVX-512, PKRU, and AMX.
 const WITH_AMX: u32 = 0x602E7;
 
 fn made(supported: Vec<kvm_cpuid_entry2>, features: &str) -> Result<Template, FeatureError> {
@@ -126,7 +126,7 @@ fn the_user_decides_within_what_kvm_offers() {
     assert!(error("+sse4.1").ends_with("did you mean sse4_1?"));
     assert!(error("-nosuch").contains("'nosuch' is not a CPU feature"));
     assert_eq!(error("-avx,+avx2"), "'+avx2' needs 'avx', which the guest does not have");
-    // Through two others that were not named.
+    // Through two other features, which were not named.
     let no_xsave = made(sapphire_rapids(WITH_AMX), "-xsave,+avx512_bf16").err().unwrap().to_string();
     assert_eq!(no_xsave, "'+avx512_bf16' needs 'avx512bw', which the guest does not have");
     assert!(error("+perfctr_core").ends_with("needs performance counters, which vireo's machines do not have"));
@@ -136,7 +136,7 @@ fn the_user_decides_within_what_kvm_offers() {
 fn an_addition_brings_its_leaf_or_is_refused() {
     assert!(made(amd(), "").unwrap().leaf(0x8000_000A, 0).is_none());
     assert_eq!(made(amd(), "+svm").unwrap().leaf(0x8000_000A, 0), Some([1, 8, 0, 0]));
-    // The bit alone.
+    // Only the feature bit is offered, without its leaf.
     let error = template("+svm").err().unwrap().to_string();
     assert_eq!(error, "this host's KVM offers 'svm' but not CPUID leaf 0x8000000a, which describes it");
 }
@@ -164,10 +164,10 @@ fn a_feature_takes_with_it_what_needs_it() {
         assert!(!name.starts_with("avx") && !["fma", "f16c", "vaes", "vpclmulqdq"].contains(&name), "{name}");
     }
     assert!(t.has("aes") && t.has("xsave") && t.has("pku") && t.has("amx_tile"));
-    // x87, SSE, PKRU and AMX are left, at the places that they have.
+    // x87, SSE, PKRU and AMX remain, at their old offsets.
     assert_eq!(t.leaf(0xD, 0), Some([0x60203, 0x2B00, 0x2B00, 0]));
     assert_eq!((t.leaf(0xD, 2), t.leaf(0xD, 5), t.leaf(0xD, 9)), (None, None, Some([8, 0xA80, 0, 0])));
-    // 576, PKRU 8, CET 16 and 24, then from the next multiples of 64 on 64 and 8192.
+    // 576, PKRU 8, CET 16 and 24; then 64 and 8192, each starting at a multiple of 64.
     assert_eq!(t.leaf(0xD, 1), Some([0x1F, 640 + 64 + 8192, 0x1800, 0]));
 }
 
@@ -189,14 +189,14 @@ fn amx_is_whole_or_gone() {
     assert_eq!(t.leaf(0xD, 0), Some([WITH_AMX, 0x2B00, 0x2B00, 0]));
     assert_eq!(t.leaf(0x1D, 1), Some([0x0400_2000, 0x0008_0040, 0x10, 0]));
     assert!(t.has("amx_tile") && t.has("amx_fp16"));
-    // As host kernels from 5.17 to 6.3 offer it without permission, as newer ones do, and half of it the other way.
+    // XCR0 without permission for AMX: on host kernels from 5.17 to 6.3, on newer ones, and with the other half of AMX.
     for xcr0 in [0x202E7, 0x2E7, 0x402E7] {
         let t = made(sapphire_rapids(xcr0), "").unwrap();
         assert!(t.names().iter().all(|name| !name.starts_with("amx")), "{:?}", t.names());
         assert_eq!(t.leaf(0xD, 0), Some([0x2E7, 0xA88, 0xA88, 0]), "{xcr0:#x}");
         let leaves = [(0xD, 17), (0xD, 18), (0x1D, 0), (0x1D, 1), (0x1E, 0), (0x1E, 1)];
         assert!(leaves.iter().all(|(leaf, index)| t.leaf(*leaf, *index).is_none()));
-        // The Intel SDM: 576, AVX 256, AVX-512 64 + 512 + 1024, PKRU 8, CET 16 + 24.
+        // By the Intel SDM: 576, AVX 256, AVX-512 64 + 512 + 1024, PKRU 8, CET 16 + 24.
         assert_eq!(t.leaf(0xD, 1).unwrap()[1], 576 + 256 + 64 + 512 + 1024 + 8 + 16 + 24);
         assert!(t.has("avx512_fp16") && t.has("xfd"));
         let error = made(sapphire_rapids(xcr0), "+amx_int8").err().unwrap().to_string();

@@ -1,14 +1,14 @@
-//! The frequency of the guest's TSC, for guests without kvmclock: they need not measure it against a timer, which takes
-//! them 50 ms and goes wrong on a busy host.
+//! The frequency of the guest's TSC, for guests without kvmclock: otherwise they would measure it against a timer,
+//! which takes 50 ms and goes wrong on a busy host.
 //!
 //! | leaf | readers |
 //! |---|---|
-//! | 0x15, 0x16 | any system on an Intel processor; AMD's have no such leaves, and Linux does not look there |
+//! | 0x15, 0x16 | any system on an Intel processor; AMD's lack these leaves, and Linux does not read them there |
 //! | 0x40000010 | FreeBSD and others under a hypervisor: kHz of the TSC, kHz of the local APIC's timer |
 //!
-//! Linux takes the crystal of leaf 0x15 for the clock of the local APIC's timer and then does not measure that either.
-//! In KVM this timer counts nanoseconds, so the crystal is one of 1 GHz, whatever the host's is. (A crystal of 0 would
-//! make Linux compute it from leaf 0x16 and the ratio, and use the result in the same way.)
+//! Linux takes leaf 0x15's crystal frequency as the frequency of the local APIC's timer, and then does not measure that
+//! either. In KVM this timer counts nanoseconds, so the crystal frequency is 1 GHz, whatever the host's is. (With a
+//! crystal frequency of 0, Linux would compute it from leaf 0x16 and the ratio, and use the result in the same way.)
 
 use std::arch::x86_64::CpuidResult;
 
@@ -16,12 +16,12 @@ use kvm_bindings::kvm_cpuid_entry2;
 
 /// Frequency of the local APIC's timer in KVM, in kHz.
 const APIC_KHZ: u32 = 1_000_000;
-/// The largest numerator of leaf 0x15: Linux multiplies it by the crystal's kHz in 32 bits.
+/// Largest numerator of leaf 0x15: Linux multiplies it by the crystal's kHz in 32 bits.
 const NUMERATOR_MAX: u32 = u32::MAX / APIC_KHZ;
-/// The highest leaf of a hypervisor with timing information.
+/// Hypervisor leaf with timing information.
 const HYPERVISOR_TIMING: u32 = 0x4000_0010;
 
-/// Adds the leaves for a TSC of `khz`. `host` is the host's leaf 0x16.
+/// Adds the leaves for a TSC of `khz` kHz. `host` is the host's leaf 0x16.
 pub(super) fn add(entries: &mut Vec<kvm_cpuid_entry2>, intel: bool, khz: u32, host: CpuidResult) {
     if khz == 0 {
         return;
@@ -37,7 +37,8 @@ pub(super) fn add(entries: &mut Vec<kvm_cpuid_entry2>, intel: bool, khz: u32, ho
     }
 }
 
-/// Leaf 0x16 in MHz: base, maximum, bus. The host's, unless that speaks of another base than the guest's TSC has.
+/// Returns leaf 0x16 in MHz: base, maximum, bus. These are the host's values, unless the host's base differs from the
+/// frequency of the guest's TSC.
 fn megahertz(khz: u32, host: CpuidResult) -> CpuidResult {
     let base = khz.saturating_add(500) / 1000;
     let near = (host.eax & 0xFFFF).abs_diff(base) <= base / 100;
@@ -45,8 +46,8 @@ fn megahertz(khz: u32, host: CpuidResult) -> CpuidResult {
     CpuidResult { eax: base & 0xFFFF, ebx: maximum.max(base & 0xFFFF), ecx: bus, edx: 0 }
 }
 
-/// The TSC's kHz as a fraction of [`APIC_KHZ`]: the best one among its continued fraction's with a numerator that fits,
-/// which is off by 120 in a million at worst, and by less than one for most frequencies.
+/// Returns the TSC's kHz as a fraction of [`APIC_KHZ`]: the best one of its continued fraction with a numerator that
+/// fits. The error is at most 120 ppm, and less than 1 ppm for most frequencies.
 fn ratio(khz: u32) -> (u32, u32) {
     let (mut n, mut d) = (khz, APIC_KHZ);
     let (mut before, mut last) = ((0u32, 1u32), (1u32, 0u32));
@@ -63,7 +64,7 @@ fn ratio(khz: u32) -> (u32, u32) {
     if last.1 == 0 { (NUMERATOR_MAX, 1) } else { last }
 }
 
-/// Makes `wanted` the highest leaf of its range, if it is not yet. False if there is no such range.
+/// Raises the highest leaf of a range to `wanted`, if it is lower. Returns false if the range does not exist.
 fn raise_highest(entries: &mut [kvm_cpuid_entry2], base: u32, wanted: u32) -> bool {
     let Some(first) = entries.iter_mut().find(|e| e.function == base) else { return false };
     first.eax = first.eax.max(wanted);
@@ -79,7 +80,7 @@ fn put(entries: &mut Vec<kvm_cpuid_entry2>, function: u32, CpuidResult { eax, eb
 mod tests {
     use super::*;
 
-    /// What Linux makes of leaf 0x15 (`native_calibrate_tsc`), in its 32 bits.
+    /// Computes the frequency from leaf 0x15 as Linux does (`native_calibrate_tsc`), in 32 bits.
     fn linux_khz((numerator, denominator): (u32, u32)) -> u32 {
         APIC_KHZ.checked_mul(numerator).expect("Linux overflows") / denominator
     }

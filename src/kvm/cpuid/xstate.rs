@@ -1,8 +1,8 @@
-//! CPUID leaf 0xD: which state components XSAVE saves, and the sizes that follow from them (Intel SDM, volume 1, 13.2).
+//! CPUID leaf 0xD: the state components that XSAVE saves, and the resulting sizes (Intel SDM, volume 1, 13.2).
 
 use kvm_bindings::kvm_cpuid_entry2;
 
-/// Components that a guest enables in XCR0, each with a feature that needs it.
+/// Components that a guest enables in XCR0, each with a feature that needs the component.
 const USER: [(u32, &str); 10] = [
     (2, "avx"),
     (3, "mpx"),
@@ -15,25 +15,25 @@ const USER: [(u32, &str); 10] = [
     (18, "amx_tile"),
     (19, "apx"),
 ];
-/// Components that a guest enables in IA32_XSS, each with the features of which one is enough.
+/// Components that a guest enables in IA32_XSS, each with the features of which one suffices to keep it.
 const SUPERVISOR: [(u32, &[&str]); 5] =
     [(8, &["intel_pt"]), (10, &["enqcmd"]), (11, &["shstk", "ibt"]), (12, &["shstk", "ibt"]), (15, &["arch_lbr"])];
 
-/// Bytes of the legacy region and of the header, which are always there.
+/// Size in bytes of the legacy region and the header, which are always present.
 const BASE: u32 = 512 + 64;
 
 fn entry(entries: &mut [kvm_cpuid_entry2], index: u32) -> Option<&mut kvm_cpuid_entry2> {
     entries.iter_mut().find(|e| e.function == 0xD && e.index == index)
 }
 
-/// Features whose state no guest could enable: AMX where permission for it was refused (host kernels before 6.4 offer
-/// its instructions, its leaves and half of its state all the same, and a guest dies when it enables that half).
+/// Returns features whose state no guest could enable: AMX if permission for it was refused. (Host kernels before 6.4
+/// still offer AMX's instructions, its leaves and half of its state, and a guest dies when it enables that half.)
 pub(super) fn unusable(entries: &[kvm_cpuid_entry2]) -> impl Iterator<Item = &'static str> {
     let offered = entries.iter().find(|e| e.function == 0xD && e.index == 0).map_or(0, |e| e.eax);
     USER.into_iter().filter(move |(component, _)| offered >> component & 1 == 0).map(|(_, feature)| feature)
 }
 
-/// Takes out the state of features that the guest does not have.
+/// Removes the state of features that the guest does not have.
 pub(super) fn trim(entries: &mut Vec<kvm_cpuid_entry2>, has: impl Fn(&str) -> bool) {
     let gone =
         USER.into_iter().filter(|(_, feature)| !has(feature)).fold(0, |mask, (component, _)| mask | 1u32 << component);
@@ -50,12 +50,13 @@ pub(super) fn trim(entries: &mut Vec<kvm_cpuid_entry2>, has: impl Fn(&str) -> bo
         e.ecx = if e.eax & 1 << 3 == 0 { 0 } else { e.ecx & !gone_supervisor };
         xss = e.ecx;
     }
-    // What describes components beyond bit 31 or ones that have no name here stays as KVM has it.
+    // Sub-leaves of components beyond bit 31, or without a name in these tables, stay as KVM reports them.
     entries.retain(|e| e.function != 0xD || !(2..32).contains(&e.index) || (xcr0 | xss) >> e.index & 1 == 1);
     set_sizes(entries, xcr0, xss);
 }
 
-/// Makes the sizes those of the components that are left. KVM replaces the sizes of what is enabled as the guest runs.
+/// Sets the sizes to those of the remaining components. KVM replaces the sizes of enabled components while the guest
+/// runs.
 fn set_sizes(entries: &mut [kvm_cpuid_entry2], xcr0: u32, xss: u32) {
     let (mut standard, mut compacted) = (BASE, BASE);
     let mut components: Vec<_> = entries.iter().filter(|e| e.function == 0xD && (2..32).contains(&e.index)).collect();
@@ -65,7 +66,7 @@ fn set_sizes(entries: &mut [kvm_cpuid_entry2], xcr0: u32, xss: u32) {
             standard = standard.max(e.ebx.saturating_add(e.eax));
         }
         if (xcr0 | xss) >> e.index & 1 == 1 {
-            // Bit 1 of ECX: begins at a multiple of 64.
+            // Bit 1 of ECX: the component begins at a multiple of 64.
             let start = if e.ecx & 2 != 0 { compacted.next_multiple_of(64) } else { compacted };
             compacted = start.saturating_add(e.eax);
         }
