@@ -1,27 +1,27 @@
-//! The address map: which device answers a port or an MMIO address.
+//! The address map: the device that answers a port or an MMIO address.
 //!
 //! Two buses exist, one for PIO and one for MMIO. They are built once, before the vCPUs start, and only read
 //! afterwards, so a look-up is a binary search without a lock; each device locks itself.
 
 use std::sync::Arc;
 
-/// A device that answers accesses. `offset` counts from the start of the range it was inserted at; `data` is as
-/// wide as the guest's access (1 to 8 bytes) and never runs past the range. A device must take every width and
-/// every offset: what it does not know it ignores or answers with zeros, as its specification says.
+/// A device that answers accesses. `offset` counts from the start of the range at which the device was inserted; `data`
+/// is as wide as the guest's access (1 to 8 bytes) and never extends past the range. A device must accept every width
+/// and every offset: it ignores unknown accesses or answers them with zeros, as its specification says.
 pub trait BusDevice: Send + Sync {
-    /// Answers a read; `data` comes filled with ones, which is what an untouched bus reads as.
+    /// Answers a read; `data` is initially filled with ones, the value of a bus that nobody drives.
     fn read(&self, offset: u64, data: &mut [u8]);
-    /// Takes a write.
+    /// Handles a write.
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// Two devices want the same addresses.
+/// An address range that is empty or overlaps another device's.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("address range {start:#x}..+{len:#x} is empty or overlaps another device")]
 pub struct Overlap {
     /// First address of the refused range.
     pub start: u64,
-    /// Its length.
+    /// Length of the refused range.
     pub len: u64,
 }
 
@@ -39,12 +39,12 @@ struct Range {
 }
 
 impl Bus {
-    /// An empty bus.
+    /// Creates an empty bus.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Puts a device at `start..start + len`.
+    /// Inserts a device at `start..start + len`.
     pub fn insert(&mut self, start: u64, len: u64, device: Arc<dyn BusDevice>) -> Result<(), Overlap> {
         let overlap = Overlap { start, len };
         let end = start.checked_add(len).filter(|_| len > 0).ok_or(Overlap { start, len })?;
@@ -59,14 +59,15 @@ impl Bus {
         Ok(())
     }
 
-    /// Answers a guest's read; where no device is, or where the access runs out of its range, all ones.
+    /// Answers a guest's read. If there is no device, or the access extends past its range, the result is all ones.
     /// Returns whether a device answered.
     pub fn read(&self, addr: u64, data: &mut [u8]) -> bool {
         data.fill(0xFF);
         self.find(addr, data.len()).map(|(range, offset)| range.device.read(offset, data)).is_some()
     }
 
-    /// Passes a guest's write on; where no device is it goes nowhere. Returns whether a device took it.
+    /// Passes a guest's write to its device; a write without a device has no effect. Returns whether a device accepted
+    /// it.
     pub fn write(&self, addr: u64, data: &[u8]) -> bool {
         self.find(addr, data.len()).map(|(range, offset)| range.device.write(offset, data)).is_some()
     }

@@ -1,5 +1,5 @@
-//! Interrupt lines: an eventfd that KVM turns into an edge on a GSI (irqfd), so raising one is a single `write`
-//! from any thread and no vCPU leaves the guest for it.
+//! Interrupt lines: eventfds that KVM turns into an edge on a GSI (irqfd). Raising an interrupt is a single `write`
+//! from any thread, and no vCPU leaves the guest for it.
 
 use std::io;
 use std::sync::Arc;
@@ -14,27 +14,27 @@ pub struct IrqLine {
 }
 
 impl IrqLine {
-    /// A line for `gsi`, not yet known to KVM: the machine registers [`IrqLine::fd`] as an irqfd.
+    /// Creates a line for `gsi`. KVM does not know it yet: the machine registers [`IrqLine::fd`] as an irqfd.
     pub fn new(gsi: u32) -> io::Result<Self> {
         Ok(IrqLine { gsi, fd: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?) })
     }
 
-    /// The global system interrupt it raises.
+    /// Returns the global system interrupt that the line raises.
     pub fn gsi(&self) -> u32 {
         self.gsi
     }
 
-    /// The eventfd behind it.
+    /// Returns the line's eventfd.
     pub fn fd(&self) -> &EventFd {
         &self.fd
     }
 
-    /// Raises the interrupt once. Cannot fail in a way that matters: a full counter means that one is pending.
+    /// Raises the interrupt once. A failure does not matter: a full counter means that an interrupt is already pending.
     pub fn trigger(&self) {
         let _ = self.fd.write(1);
     }
 
-    /// How often it was raised since the last call; for tests, where no KVM consumes the eventfd.
+    /// Returns the number of interrupts since the last call; for tests, where no KVM consumes the eventfd.
     pub fn take_count(&self) -> u64 {
         self.fd.read().unwrap_or(0)
     }

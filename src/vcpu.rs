@@ -1,6 +1,6 @@
 //! One thread per vCPU: enter the guest, decode the exit, dispatch it to a bus, enter again.
 //!
-//! Between two entries the thread looks at its commands, so it is a small state machine driven by messages:
+//! Between two entries, the thread checks its commands, so it is a small state machine driven by messages:
 //!
 //! ```text
 //!             Resume                      the guest ended, Stop, a crash
@@ -10,11 +10,11 @@
 //!        Pause, a trap
 //! ```
 //!
-//! A trap of the debugger's pauses the vCPU that ran into it, and is told as a [`crate::event::GuestEvent`]: that all stop is for who
-//! listens to see to.
+//! A debugger's trap pauses the vCPU that hit it, and is reported as a [`crate::event::GuestEvent`]; stopping the other
+//! vCPUs is the listener's task.
 //!
-//! [`VcpuThread::send`] queues a command, sets `immediate_exit` and sends a signal; the thread clears
-//! `immediate_exit` before it looks at its queue, so no command is ever slept over.
+//! [`VcpuThread::send`] queues a command, sets `immediate_exit` and sends a signal. The thread clears `immediate_exit`
+//! before it checks its queue, so it never enters the guest with a command unseen.
 
 mod answers;
 mod firmware;
@@ -43,24 +43,24 @@ use crate::memory::GuestRam;
 use crate::outcome::Exits;
 use crate::thread_time::ThreadTime;
 
-/// What all vCPUs of a machine share.
+/// Parts that all vCPUs of a machine share.
 pub struct Board {
-    /// Devices on ports.
+    /// Devices on I/O ports.
     pub pio: Bus,
-    /// Devices in memory.
+    /// Devices at MMIO addresses.
     pub mmio: Bus,
-    /// Writes that KVM collected, if it does.
+    /// Ring of writes that KVM collected, if KVM supports it.
     pub ring: Option<CoalescedRing>,
-    /// Tells when the guest is over.
+    /// Knows when the guest has ended.
     pub events: GuestEvents,
-    /// The output that vCPUs wait for when it is full.
+    /// Output; vCPUs wait while it is full.
     pub output: Output,
-    /// For the instruction bytes in crash reports.
+    /// Guest memory, read for the instruction bytes in crash reports.
     pub ram: GuestRam,
 }
 
 impl Board {
-    /// Takes the collected writes to their devices; returns how many there were.
+    /// Passes the collected writes to their devices; returns their number.
     pub fn drain(&self) -> u64 {
         let Some(ring) = &self.ring else { return 0 };
         ring.drain(|write| {
@@ -69,11 +69,11 @@ impl Board {
         })
     }
 
-    /// Dispatches one exit. `Err` is the reason why the vCPU cannot go on.
+    /// Dispatches one exit. `Err` is the reason why the vCPU cannot continue.
     pub fn dispatch(&self, exit: Exit<'_>, exits: &mut Exits) -> Result<(), End> {
         exits.total += 1;
         match exit {
-            // String accesses come as one exit; the device sees them one by one.
+            // A string access is a single exit; the device gets its elements one by one.
             Exit::PioIn { port, size, data } => {
                 exits.pio_in += 1;
                 data.chunks_mut(size).for_each(|item| _ = self.pio.read(u64::from(port), item));
@@ -100,19 +100,19 @@ impl Board {
     }
 }
 
-/// Why a vCPU thread ended.
+/// Reason why a vCPU thread ended.
 #[derive(Debug)]
 pub enum End {
-    /// A device said that the guest is over.
+    /// A device reported that the guest has ended.
     GuestEnded,
-    /// [`Command::Stop`].
+    /// The thread received [`Command::Stop`].
     Stopped,
-    /// Triple fault; whether that was a reboot is for the machine to judge.
+    /// Triple fault; the machine decides whether it was a reboot.
     TripleFault {
-        /// Whether the interrupt table had been emptied, as a reboot by triple fault does.
+        /// True if the interrupt table had been emptied, as in a reboot by triple fault.
         idt_emptied: bool,
     },
-    /// The guest cannot go on: why, in one sentence.
+    /// The guest cannot continue; the text gives the reason in one sentence.
     Crash(String),
     /// KVM_RUN failed.
     Kvm(io::Error),
@@ -127,15 +127,15 @@ impl End {
                 "the processor refused to enter the guest (hardware reason {reason:#x}): the guest's processor state is \
                  invalid"
             ),
-            Exit::Halt => "the vCPU halted, which this KVM leaves to vireo".into(),
+            Exit::Halt => "the vCPU halted, but this KVM did not handle the halt itself".into(),
             Exit::Other(reason) => format!("KVM left the guest for reason {reason}, which vireo does not handle"),
-            _ => "an access to a device was taken for a crash".into(),
+            _ => "internal error: a device access reached the crash path".into(),
         };
         End::Crash(what)
     }
 }
 
-/// KVM_INTERNAL_ERROR_* in words (Documentation/virt/kvm/api.rst, KVM_EXIT_INTERNAL_ERROR).
+/// Describes a KVM_INTERNAL_ERROR_* (Documentation/virt/kvm/api.rst, KVM_EXIT_INTERNAL_ERROR).
 fn internal_error(suberror: u32, data: &[u64]) -> String {
     let meaning = match suberror {
         1 => "KVM could not emulate the guest's instruction",
@@ -147,29 +147,29 @@ fn internal_error(suberror: u32, data: &[u64]) -> String {
     format!("KVM internal error, suberror {suberror}: {meaning} (data {data:x?})")
 }
 
-/// What a vCPU thread can be told.
+/// A command to a vCPU thread.
 #[derive(Clone, Debug)]
 pub enum Command {
-    /// Leave the guest with nothing pending and wait; answered by [`Reply::Paused`].
+    /// Leaves the guest with nothing pending and waits; answered by [`Reply::Paused`].
     Pause,
-    /// Enter the guest again.
+    /// Enters the guest again.
     Resume,
-    /// Say whether this vCPU sleeps for good; answered by [`Reply::Asleep`].
+    /// Asks whether this vCPU sleeps forever; answered by [`Reply::Asleep`].
     LookAsleep,
-    /// Do this for the debugger; answered by [`Reply::Debug`].
+    /// Carries out a debugger's request; answered by [`Reply::Debug`].
     Debug(Box<Request>),
-    /// End the thread.
+    /// Ends the thread.
     Stop,
 }
 
-/// What a vCPU thread answers.
+/// A vCPU thread's answer.
 #[derive(Debug)]
 pub enum Reply {
-    /// It left the guest, and no access is half done.
+    /// The vCPU left the guest, and no access is unfinished.
     Paused,
-    /// Whether it is halted with interrupts off, or was never started.
+    /// True if the vCPU is halted with interrupts off, or was never started.
     Asleep(bool),
-    /// What came of a debugger's request.
+    /// Result of a debugger's request.
     Debug(io::Result<Answer>),
 }
 
@@ -178,7 +178,7 @@ pub struct Vcpu {
     id: u32,
     fd: VcpuFd,
     immediate_exit: Arc<ImmediateExit>,
-    /// Bytes of its extended state, which a debugger reads.
+    /// Size in bytes of the extended state, which a debugger reads.
     xsave_len: usize,
     exits: Exits,
 }
@@ -187,7 +187,7 @@ impl Vcpu {
     /// Creates vCPU `id` of `count` with its CPUID and the MSRs that firmware would have set.
     pub fn new(vm: &Vm, id: u32, count: u32, cpuid: &Template) -> Result<Self, Error> {
         let fd = vm.create_vcpu(id)?;
-        // Where KVM cannot say it, the guest is not told either.
+        // If KVM does not know the frequency, the guest does not get it either.
         let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
         fd.set_cpuid2(&cpuid.for_vcpu(id, count, tsc_khz)?).map_err(failed("KVM_SET_CPUID2"))?;
         firmware::set_msrs(&fd)?;
@@ -196,12 +196,13 @@ impl Vcpu {
         Ok(Vcpu { id, fd, immediate_exit, xsave_len: vm.xsave_len(), exits: Exits::default() })
     }
 
-    /// The crate's own handle.
+    /// Returns the handle of the kvm-ioctls crate.
     pub fn fd(&self) -> &VcpuFd {
         &self.fd
     }
 
-    /// Gives the boot processor the registers that the boot protocol wants, computed from its reset state.
+    /// Sets the boot processor's registers to the values that the boot protocol requires, computed from its reset
+    /// state.
     pub fn set_registers(&self, from_reset: impl FnOnce(&kvm_sregs) -> (kvm_regs, kvm_sregs)) -> Result<(), Error> {
         let reset = self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
         let (regs, sregs) = from_reset(&reset);
@@ -209,8 +210,8 @@ impl Vcpu {
         self.fd.set_regs(&regs).map_err(failed("KVM_SET_REGS"))
     }
 
-    /// Starts the thread, in the guest or paused. `pin` is the host processor that it stays on; `ended` is called on
-    /// the thread when it ends by anything but [`Command::Stop`].
+    /// Starts the thread, in the guest or paused. `pin` is the host processor that the thread stays on. The thread
+    /// calls `ended` when it ends, except by [`Command::Stop`].
     pub fn spawn(
         self,
         board: Arc<Board>,
@@ -248,18 +249,18 @@ impl Vcpu {
     }
 }
 
-/// The inside of a vCPU thread.
+/// State inside a vCPU thread.
 struct Running {
     vcpu: Vcpu,
     board: Arc<Board>,
     commands: Receiver<Command>,
     replies: Sender<Reply>,
     kicked: Arc<AtomicBool>,
-    /// How often in a row KVM wanted to be entered again.
+    /// Number of consecutive times that KVM asked to be entered again.
     refusals: u32,
-    /// What makes it stop for the debugger.
+    /// Conditions under which the vCPU stops for the debugger.
     control: Control,
-    /// Whether it has stopped so.
+    /// True if the vCPU has stopped for the debugger.
     trapped: bool,
 }
 
@@ -270,7 +271,7 @@ impl Running {
         self.vcpu.exits.coalesced += self.board.drain();
         let exits = self.vcpu.exits;
         if matches!(end, End::Stopped | End::GuestEnded) {
-            // For the registers; what the guest did is counted.
+            // Makes the registers final. The guest's exits were already counted above.
             let _ = self.finish_access();
         }
         let state = CpuState::read(self.vcpu.id, &self.vcpu.fd, &self.board.ram);
@@ -282,7 +283,7 @@ impl Running {
 
     fn run_guest(&mut self) -> End {
         loop {
-            // In this order, or a command that comes in between would be slept over.
+            // This order is essential; otherwise, a command that arrives in between would be missed.
             self.vcpu.immediate_exit.set(false);
             self.kicked.store(false, Ordering::SeqCst);
             while let Ok(command) = self.commands.try_recv() {
@@ -318,14 +319,14 @@ impl Running {
         }
     }
 
-    /// Into the guest and back, with the exit dispatched.
+    /// Enters the guest once and dispatches the exit.
     fn enter(&mut self) -> Result<(), End> {
         let exit = match exit::enter(&mut self.vcpu.fd) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.enter_again(e),
             result => result.map_err(End::Kvm)?,
         };
         self.refusals = 0;
-        // What the guest wrote before the access that made it exit comes first.
+        // The guest's collected writes came before the access that caused the exit.
         self.vcpu.exits.coalesced += self.board.drain();
         match exit {
             Exit::Debug { exception, pc, dr6 } => {
@@ -337,7 +338,8 @@ impl Running {
         }
     }
 
-    /// KVM wants to be entered again: once when the vCPU was started, for ever if the host refuses it a thread.
+    /// Handles KVM's request to be entered again, which happens once when the vCPU is started, and forever if the host
+    /// refuses KVM a thread.
     fn enter_again(&mut self, refusal: io::Error) -> Result<(), End> {
         const LIMIT: u32 = 3;
         self.refusals = if answers::is_unstarted(&self.vcpu.fd) { 0 } else { self.refusals + 1 };
@@ -347,7 +349,7 @@ impl Running {
         self.board.dispatch(Exit::Interrupted, &mut self.vcpu.exits)
     }
 
-    /// Completes a port or MMIO access that KVM has handed out: the registers are not final before.
+    /// Completes a port or MMIO access that KVM has passed out: only then are the registers final.
     fn finish_access(&mut self) -> Result<(), End> {
         loop {
             self.vcpu.immediate_exit.set(true);
@@ -359,7 +361,7 @@ impl Running {
         }
     }
 
-    /// Waits for the end of a pause, which somebody has asked for, or not.
+    /// Waits for the end of a pause. `asked` means that somebody asked for it and waits for the answer.
     fn pause(&mut self, asked: bool) -> Result<(), End> {
         if asked {
             self.answer(Command::Pause);
@@ -368,8 +370,8 @@ impl Running {
             match self.commands.recv() {
                 Ok(Command::Resume) => {
                     self.trapped = false;
-                    // Tells a guest with kvmclock that it was stopped, so that its watchdogs don't bark. Fails when
-                    // the guest does not use it.
+                    // Informs a guest with kvmclock that it was stopped, so that its watchdogs do not trigger. Fails if
+                    // the guest does not use kvmclock.
                     let _ = self.vcpu.fd.kvmclock_ctrl();
                     return Ok(());
                 }
@@ -379,7 +381,7 @@ impl Running {
         }
     }
 
-    /// Tells a triple fault that is a reboot from others.
+    /// Distinguishes a triple fault that is a reboot from others.
     fn look_at_idt(&self, end: End) -> End {
         match end {
             End::TripleFault { .. } => {
@@ -390,19 +392,19 @@ impl Running {
     }
 }
 
-/// What is left of a vCPU when its thread has ended.
+/// Results of a vCPU whose thread has ended.
 #[derive(Default)]
 pub struct Final {
-    /// What it counted.
+    /// The exits that it counted.
     pub exits: Exits,
-    /// Its registers, with no access half done, if they could be read.
+    /// The vCPU's registers, with no access unfinished, if they could be read.
     pub state: Option<CpuState>,
 }
 
 /// A running vCPU, as the machine sees it.
 pub struct VcpuThread {
     thread: JoinHandle<Final>,
-    /// Set by the thread when it starts; `None` on a host that keeps no such totals.
+    /// Set by the thread when it starts; `None` on a host that does not keep these totals.
     time: Arc<OnceLock<Option<ThreadTime>>>,
     commands: Sender<Command>,
     replies: Receiver<Reply>,
@@ -411,11 +413,11 @@ pub struct VcpuThread {
     output: Output,
 }
 
-/// How long a vCPU may take to answer: KVM_RUN returns within microseconds, so this only bounds a broken host.
+/// Time limit for a vCPU's answer: KVM_RUN returns within microseconds, so this only matters on a broken host.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
 impl VcpuThread {
-    /// Tells the thread something and gets it out of the guest to hear it.
+    /// Sends a command to the thread and makes it leave the guest to receive it.
     pub fn send(&self, command: Command) {
         if self.commands.send(command).is_ok() {
             self.kicked.store(true, Ordering::SeqCst);
@@ -425,16 +427,16 @@ impl VcpuThread {
         }
     }
 
-    /// The next answer; `None` when the thread has ended, or does not answer in reasonable time.
+    /// Returns the next answer; `None` if the thread has ended, or does not answer in reasonable time.
     pub fn reply(&self) -> Option<Reply> {
         self.replies.recv_timeout(ANSWER_LIMIT).ok()
     }
 
-    /// Processor time that the thread has used.
+    /// Returns the processor time that the thread has used.
     #[allow(unsafe_code)]
     pub fn cpu_time(&self) -> Duration {
         let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: the handle has not been joined, so its pthread_t is valid; both pointers are good for their calls.
+        // SAFETY: the handle has not been joined, so its pthread_t is valid; both pointers are valid for their calls.
         unsafe {
             let mut clock = 0;
             if libc::pthread_getcpuclockid(self.thread.as_pthread_t(), &mut clock) == 0 {
@@ -444,26 +446,27 @@ impl VcpuThread {
         Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
     }
 
-    /// Time that the thread had to wait for a processor, as far as the host knows.
+    /// Returns the time that the thread had to wait for a processor, as far as the host knows.
     pub fn waited_time(&self) -> Duration {
         self.time.get().and_then(Option::as_ref).map_or(Duration::ZERO, ThreadTime::waited)
     }
 
-    /// Ends the thread and returns what is left.
+    /// Ends the thread and returns its results.
     pub fn join(self) -> Final {
         self.send(Command::Stop);
         self.thread.join().unwrap_or_default()
     }
 }
 
-/// The signal that gets a vCPU out of KVM_RUN.
+/// Returns the signal that makes a vCPU leave KVM_RUN.
 fn kick_signal() -> i32 {
     libc::SIGRTMIN()
 }
 
 extern "C" fn ignore_kick(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
-/// Installs the handler of the signal that gets a vCPU out of the guest. Once per process, before the first vCPU.
+/// Installs the handler of the signal that makes a vCPU leave the guest. To be called once per process, before the
+/// first vCPU.
 pub fn install_kick_handler() -> io::Result<()> {
     vmm_sys_util::signal::register_signal_handler(kick_signal(), ignore_kick)
         .map_err(|e| io::Error::from_raw_os_error(e.errno()))

@@ -1,5 +1,5 @@
-//! What a vCPU thread does for others between two entries of the guest, paused or not; and for a debugger when the guest
-//! runs into what that has set.
+//! Answers of a vCPU thread to commands between two entries of the guest, paused or not; and its reaction to a
+//! debugger's trap.
 
 use std::io;
 
@@ -12,7 +12,7 @@ use crate::kvm::debug::{self, Answer, Request, Trap};
 use crate::kvm::dump;
 
 impl Running {
-    /// Stops for the debugger, or gives the guest what is its own.
+    /// Stops for the debugger if the trap is the debugger's, or passes the trap to the guest.
     pub(super) fn on_trap(&mut self, exception: u32, pc: u64, dr6: u64) -> io::Result<()> {
         match self.control.judge(exception, pc, dr6) {
             Ok(cause) => {
@@ -24,7 +24,7 @@ impl Running {
         }
     }
 
-    /// Does what is the same whether the vCPU is paused or not.
+    /// Answers a command whose treatment does not depend on whether the vCPU is paused.
     pub(super) fn answer(&mut self, command: Command) {
         let reply = match command {
             Command::Pause => Reply::Paused,
@@ -57,7 +57,7 @@ impl Running {
     }
 }
 
-/// Whether a vCPU waits for INIT and SIPI.
+/// Returns whether a vCPU waits for INIT and SIPI.
 pub(super) fn is_unstarted(vcpu: &VcpuFd) -> bool {
     vcpu.get_mp_state().is_ok_and(|state| dump::is_unstarted(state.mp_state))
 }

@@ -1,4 +1,4 @@
-//! The state of a processor after its firmware, where that differs from a reset.
+//! State of a processor after its firmware, where it differs from a reset.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -6,18 +6,18 @@ use kvm_ioctls::VcpuFd;
 use super::Vcpu;
 use crate::kvm::{Error, failed};
 
-/// MSRs as firmware leaves them: fast string operations on; memory types write-back by default, because a guest that
-/// finds them undefined maps its memory uncached.
+/// MSRs as firmware leaves them: fast string operations are on, and the default memory type is write-back, because a
+/// guest that finds memory types undefined maps its memory uncached.
 const MSRS: [(u32, u64); 2] = [(0x1A0, 1), (0x2FF, 1 << 11 | 6)];
 
-/// Sets [`MSRS`]. KVM stops at the first one that it does not take, and returns how many it took.
+/// Sets [`MSRS`]. KVM stops at the first MSR that it refuses, and returns the number of MSRs that it set.
 pub(super) fn set_msrs(fd: &VcpuFd) -> Result<(), Error> {
     let entries = MSRS.map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() });
     let list = Msrs::from_entries(&entries).map_err(|_| Error::Lacks("room for MSRs"))?;
     all_taken(fd.set_msrs(&list).map_err(failed("KVM_SET_MSRS"))?)
 }
 
-/// Checks how many of [`MSRS`] KVM took.
+/// Fails with the first refused MSR unless KVM set all of [`MSRS`].
 fn all_taken(taken: usize) -> Result<(), Error> {
     match MSRS.get(taken) {
         Some((index, value)) => Err(Error::Msr { index: *index, value: *value }),
@@ -27,7 +27,7 @@ fn all_taken(taken: usize) -> Result<(), Error> {
 
 impl Vcpu {
     /// Routes the local interrupt pins as firmware does for a guest that may use the 8259 (`--acpi off`): LINT0
-    /// takes its interrupts, LINT1 is the NMI (Intel SDM, 11.5.1).
+    /// receives its interrupts, LINT1 is the NMI (Intel SDM, 11.5.1).
     pub fn connect_pic(&self) -> Result<(), Error> {
         const LVT_LINT0: usize = 0x350;
         const LVT_LINT1: usize = 0x360;
@@ -49,6 +49,6 @@ mod tests {
     fn an_msr_that_kvm_does_not_take_is_named() {
         assert!(all_taken(2).is_ok());
         let error = all_taken(1).unwrap_err().to_string();
-        assert_eq!(error, "this host's KVM does not let a guest's MSR 0x2ff be 0x806");
+        assert_eq!(error, "this host's KVM refuses to set a guest's MSR 0x2ff to 0x806");
     }
 }
