@@ -69,7 +69,7 @@ impl Debugged {
         says(&gdb(&[&self.target, "set $rsi = 1", "continue"]), &["exited normally"]);
         let ended = self.vireo.end().expect(0).says("vireo: the guest powered off");
         // A client before may have been cut off, with a sentence; or it was sent away, as the one before it still counted.
-        let lines = ended.stderr.lines().filter(|line| !line.contains("the debugger is cut off")).count();
+        let lines = ended.stderr.lines().filter(|line| !line.contains("the debugger was disconnected")).count();
         assert_eq!(lines, 2, "{}", ended.stderr);
         assert!(!self.socket.exists());
     }

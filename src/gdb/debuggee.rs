@@ -1,4 +1,5 @@
-//! The machine while a client is attached: which vCPUs shall do what when it goes on, what stops them, and why it stopped.
+//! The machine while a client is attached: the action of each vCPU when the machine continues, the conditions that stop
+//! it, and the reason why it stopped.
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,42 +15,42 @@ use super::memory::Breakpoints;
 use crate::kvm::debug::{Access, Answer, Cause, Control, HARDWARE_SLOTS, Hardware, Registers, Request, Trap};
 use crate::machine::mailbox::Traps;
 
-/// Why the machine stopped, for gdb.
+/// Reason for gdb why the machine stopped.
 pub type Stop = MultiThreadStopReason<u64>;
 
-/// What a vCPU does when the machine goes on.
+/// Action of a vCPU when the machine continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Runs.
+    /// The vCPU runs.
     Continue,
-    /// Executes one instruction.
+    /// The vCPU executes one instruction.
     Step,
 }
 
-/// The machine, stopped, in a client's hands.
+/// The stopped machine, under the control of a client.
 pub struct Debuggee<'a> {
     pub(super) guest: &'a dyn Guest,
     pub(super) traps: Arc<Traps>,
     pub(super) breakpoints: Breakpoints,
     pub(super) hardware: [Option<Hardware>; HARDWARE_SLOTS],
-    /// What the vCPUs were told last.
+    /// Last settings sent to each vCPU.
     told: Vec<Control>,
-    /// What the client wants of each vCPU; those it does not name continue, unless they are locked.
+    /// Action that the client wants of each vCPU; vCPUs that the client does not name continue, unless they are locked.
     actions: Vec<Option<Action>>,
     pub(super) locked: bool,
-    /// Traps that the client has not heard of: while it was told of one, others came.
+    /// Traps not yet reported to the client; they came while another one was being reported.
     pending: VecDeque<Trap>,
-    /// The vCPU that the client is looking at.
+    /// The vCPU that the client is inspecting.
     pub(super) current: u32,
 }
 
-/// Threads of gdb's are vCPUs, counted from 1.
+/// Returns gdb's thread id of a vCPU: gdb's threads are vCPUs, counted from 1.
 pub fn tid(vcpu: u32) -> Tid {
     NonZeroUsize::MIN.saturating_add(vcpu as usize)
 }
 
 impl<'a> Debuggee<'a> {
-    /// Stops the machine. `None` if it has ended.
+    /// Stops the machine. Returns `None` if it has ended.
     pub fn attach(guest: &'a dyn Guest) -> io::Result<Option<Self>> {
         let traps = Arc::new(Traps::new()?);
         guest.attach(&traps);
@@ -66,13 +67,13 @@ impl<'a> Debuggee<'a> {
         }))
     }
 
-    /// The vCPU behind a thread.
+    /// Returns the vCPU of a thread.
     pub fn vcpu(&self, tid: Tid) -> io::Result<u32> {
         let vcpu = u32::try_from(tid.get() - 1).ok().filter(|vcpu| *vcpu < self.guest.vcpus());
         vcpu.ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))
     }
 
-    /// All registers of a vCPU.
+    /// Returns all registers of a vCPU.
     pub fn registers(&self, vcpu: u32) -> io::Result<Box<Registers>> {
         match self.guest.debug(vcpu, Request::Read)? {
             Answer::Registers(registers) => Ok(registers),
@@ -80,7 +81,8 @@ impl<'a> Debuggee<'a> {
         }
     }
 
-    /// Puts a hardware breakpoint into a free debug register; false if there is none, or the processor cannot do it.
+    /// Puts a hardware breakpoint into a free debug register; returns false if there is none, or the processor does not
+    /// support it.
     pub fn insert_hardware(&mut self, addr: u64, len: u64, access: Access) -> bool {
         let Some(hardware) = hardware(addr, len, access) else { return false };
         if self.hardware.contains(&Some(hardware)) {
@@ -93,20 +95,20 @@ impl<'a> Debuggee<'a> {
         true
     }
 
-    /// Takes it out again; false if there is none.
+    /// Removes a hardware breakpoint; returns false if it does not exist.
     pub fn remove_hardware(&mut self, addr: u64, len: u64, access: Access) -> bool {
         let Some(hardware) = hardware(addr, len, access) else { return false };
         let slot = self.hardware.iter_mut().find(|slot| **slot == Some(hardware));
         slot.map(|slot| *slot = None).is_some()
     }
 
-    /// Forgets what the client wanted before.
+    /// Clears the actions of the client's previous request.
     pub fn forget_actions(&mut self) {
         self.actions.fill(None);
         self.locked = false;
     }
 
-    /// Notes what the client wants of a thread. The first it says counts.
+    /// Records the action that the client wants of a thread. The first action for a thread counts.
     pub fn set_action(&mut self, tid: Tid, action: Action) -> io::Result<()> {
         let vcpu = self.vcpu(tid)?;
         if let Some(place) = self.actions.get_mut(vcpu as usize) {
@@ -115,11 +117,12 @@ impl<'a> Debuggee<'a> {
         Ok(())
     }
 
-    /// Lets the machine go on as the actions have it, unless there is something to tell that came with the last stop.
+    /// Continues the machine according to the actions, unless there are still traps to report from the last stop.
     pub fn go_on(&mut self) -> io::Result<()> {
         self.collect();
         let hardware = self.hardware;
-        // Whoever is at an instruction that stops it will be there again; a step is of no interest any more.
+        // A vCPU that is at a stopping instruction will stop there again, and a step no longer matters, so these are
+        // dropped.
         self.pending.retain(
             |trap| matches!(trap.cause, Cause::Hardware(h) if h.access != Access::Execute && hardware.contains(&Some(h))),
         );
@@ -147,14 +150,14 @@ impl<'a> Debuggee<'a> {
         Ok(())
     }
 
-    /// Takes what vCPUs have to tell.
+    /// Collects the traps that vCPUs reported.
     pub fn collect(&mut self) {
         while let Some(trap) = self.traps.take() {
             self.pending.push_back(trap);
         }
     }
 
-    /// Whether a vCPU stopped, and then all are.
+    /// Returns the reason of the stop if a vCPU has stopped, and stops all others.
     pub fn trapped(&mut self) -> Option<Stop> {
         self.collect();
         let trap = self.pending.pop_front()?;
@@ -164,14 +167,14 @@ impl<'a> Debuggee<'a> {
         Some(reason(trap))
     }
 
-    /// Stops all vCPUs because the client wants it.
+    /// Stops all vCPUs at the client's request.
     pub fn interrupt(&mut self) -> Stop {
         self.guest.pause();
         self.collect();
         Stop::SignalWithThread { tid: tid(self.current), signal: Signal::SIGINT }
     }
 
-    /// Leaves nothing behind in the guest and lets it go on.
+    /// Removes everything from the guest that was inserted for the client, and continues the guest.
     pub fn detach(mut self) {
         if !self.guest.pause() {
             return;
@@ -179,7 +182,7 @@ impl<'a> Debuggee<'a> {
         self.breakpoints.clear(self.guest.ram());
         for vcpu in 0..self.guest.vcpus() {
             if let Err(e) = self.tell(vcpu, Control::default()) {
-                log::warn!("gdb: vCPU {vcpu} keeps breakpoints: {e}");
+                log::warn!("gdb: cannot remove the breakpoints of vCPU {vcpu}: {e}");
             }
         }
         drop(self.traps);
@@ -187,7 +190,7 @@ impl<'a> Debuggee<'a> {
     }
 }
 
-/// What a debug register can hold.
+/// Returns the contents of a debug register for these parameters, if it can hold them.
 fn hardware(addr: u64, len: u64, access: Access) -> Option<Hardware> {
     let len = if access == Access::Execute { 1 } else { len };
     (matches!(len, 1 | 2 | 4 | 8) && addr.is_multiple_of(len)).then_some(Hardware { addr, len: len as u8, access })

@@ -1,5 +1,5 @@
-//! The guest's memory by the addresses of a vCPU, and the breakpoint instructions in it: who reads sees what they stand
-//! for, who writes changes that.
+//! The guest's memory at a vCPU's linear addresses, and the breakpoint instructions in it: reads return the original
+//! bytes in their place, and writes change the original bytes.
 
 use std::io;
 use std::sync::Arc;
@@ -9,9 +9,9 @@ use crate::kvm::debug::{Answer, Request};
 use crate::layout::PAGE_SIZE;
 use crate::memory::{GuestRam, OutOfRam};
 
-/// `int3`.
+/// The `int3` instruction.
 const BREAKPOINT: u8 = 0xCC;
-/// More than anybody needs.
+/// Largest number of breakpoints, more than anybody needs.
 const BREAKPOINTS_MAX: usize = 1024;
 
 /// A breakpoint instruction in the guest's memory.
@@ -22,11 +22,11 @@ struct Planted {
     original: u8,
 }
 
-/// The breakpoint instructions: few.
+/// All breakpoint instructions; there are only a few.
 #[derive(Default)]
 pub struct Breakpoints(Vec<Planted>);
 
-/// Where a vCPU's page tables lead.
+/// Translates a linear address by a vCPU's page tables.
 pub fn translate(guest: &dyn Guest, vcpu: u32, addr: u64) -> io::Result<u64> {
     match guest.debug(vcpu, Request::Translate(addr))? {
         Answer::Address(Some(phys)) => Ok(phys),
@@ -38,7 +38,7 @@ fn no_ram(_: OutOfRam) -> io::Error {
     io::Error::from_raw_os_error(libc::EFAULT)
 }
 
-/// The parts of `addr..addr + len`, one for each page: linear address and length. It ends where addresses end.
+/// Splits `addr..addr + len` into one part per page: linear address and length. Stops at the end of the address space.
 fn pages(addr: u64, len: usize) -> impl Iterator<Item = (u64, usize)> {
     let (mut at, mut left) = (Some(addr), len);
     std::iter::from_fn(move || {
@@ -51,12 +51,12 @@ fn pages(addr: u64, len: usize) -> impl Iterator<Item = (u64, usize)> {
 }
 
 impl Breakpoints {
-    /// Their linear addresses.
+    /// Returns the linear addresses.
     pub fn addresses(&self) -> Arc<[u64]> {
         self.0.iter().map(|planted| planted.addr).collect()
     }
 
-    /// Reads as much as can be read, at least a byte.
+    /// Reads as many bytes as possible, at least one.
     pub fn read(&self, guest: &dyn Guest, vcpu: u32, addr: u64, data: &mut [u8]) -> io::Result<usize> {
         let mut done = 0;
         for (start, len) in pages(addr, data.len()) {
@@ -82,7 +82,7 @@ impl Breakpoints {
         Ok(())
     }
 
-    /// Writes all, or, if some of it is nowhere, nothing.
+    /// Writes everything; or nothing, if a part of it is not mapped.
     pub fn write(&mut self, guest: &dyn Guest, vcpu: u32, addr: u64, mut data: &[u8]) -> io::Result<()> {
         let parts = pages(addr, data.len()).map(|(start, len)| Ok((translate(guest, vcpu, start)?, len)));
         let parts: Vec<(u64, usize)> = parts.collect::<io::Result<_>>()?;
@@ -108,7 +108,7 @@ impl Breakpoints {
         Ok(())
     }
 
-    /// Plants one. Doing so twice is doing it once.
+    /// Inserts a breakpoint instruction. Inserting it twice has no further effect.
     pub fn insert(&mut self, guest: &dyn Guest, vcpu: u32, addr: u64) -> io::Result<()> {
         if self.0.iter().any(|planted| planted.addr == addr) {
             return Ok(());
@@ -124,7 +124,7 @@ impl Breakpoints {
         Ok(())
     }
 
-    /// Takes one away, unless the guest has put something else there; false if there is none.
+    /// Removes a breakpoint, unless the guest has overwritten it; returns false if it does not exist.
     pub fn remove(&mut self, ram: &GuestRam, addr: u64) -> bool {
         let Some(at) = self.0.iter().position(|planted| planted.addr == addr) else { return false };
         let planted = self.0.swap_remove(at);
@@ -136,7 +136,7 @@ impl Breakpoints {
         true
     }
 
-    /// Takes all away.
+    /// Removes all breakpoints.
     pub fn clear(&mut self, ram: &GuestRam) {
         while let Some(Planted { addr, .. }) = self.0.first().copied() {
             self.remove(ram, addr);
@@ -144,7 +144,7 @@ impl Breakpoints {
     }
 }
 
-/// Where `phys` is in `start..start + len`.
+/// Returns the position of `phys` in `start..start + len`.
 fn place(phys: u64, start: u64, len: usize) -> Option<usize> {
     let at = usize::try_from(phys.checked_sub(start)?).ok()?;
     (at < len).then_some(at)

@@ -1,13 +1,13 @@
-//! The gdb stub: lets a gdb stop the machine, look at it, change it and let it go on.
+//! The gdb stub: lets gdb stop the machine, inspect it, change it, and continue it.
 //!
 //! ```text
 //! Server ─▶ Session: one client at a time ─▶ gdbstub (the protocol) ─▶ Debuggee ─▶ Guest: Controller and RAM
 //! ```
 //!
-//! One thread of its own does all that, with messages to the machine ([`crate::control`]). While a client is attached
-//! all vCPUs stop and go on together, except that one may step alone. When it detaches, or vanishes, nothing of it stays
-//! in the guest, which goes on. Clients are not trusted: packets and answers are bounded, and whatever breaks the
-//! protocol ends the session.
+//! All of this happens on one separate thread, with messages to the machine ([`crate::control`]). While a client is
+//! attached, all vCPUs stop and continue together, except that one may step alone. When the client detaches or
+//! vanishes, its breakpoints are removed from the guest, and the guest continues. Clients are not trusted: packets and
+//! answers are bounded, and a violation of the protocol ends the session.
 
 mod debuggee;
 mod memory;
@@ -40,7 +40,7 @@ use crate::machine::mailbox::Traps;
 use crate::memory::GuestRam;
 use crate::outcome::Outcome;
 
-/// The debugger cannot be served.
+/// Reasons why the debugger cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The port is taken.
@@ -54,12 +54,12 @@ pub enum Error {
     Host(&'static str, #[source] io::Error),
 }
 
-/// `--gdb`: where a client connects.
+/// `--gdb`: address at which a client connects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
-    /// A port of 127.0.0.1; 0 is any that is free.
+    /// A port of 127.0.0.1; 0 means any free port.
     Port(u16),
-    /// A unix socket, for its owner only.
+    /// A unix socket, accessible only to its owner.
     Unix(PathBuf),
 }
 
@@ -70,27 +70,27 @@ impl std::str::FromStr for Address {
         match text.strip_prefix("unix:") {
             Some("") => Err("unix: needs a path"),
             Some(path) => Ok(Address::Unix(path.into())),
-            None => text.parse().map(Address::Port).map_err(|_| "a port or unix:PATH is wanted"),
+            None => text.parse().map(Address::Port).map_err(|_| "expected a port or unix:PATH"),
         }
     }
 }
 
-/// The machine, as the stub sees it. Tests and fuzzers have another one.
+/// The machine, as the stub sees it. Tests and fuzzers implement it, too.
 #[doc(hidden)]
 pub trait Guest: Send + Sync {
-    /// How many vCPUs it has.
+    /// Returns the number of vCPUs.
     fn vcpus(&self) -> u32;
-    /// Its memory.
+    /// Returns the guest's memory.
     fn ram(&self) -> &GuestRam;
-    /// Has traps told.
+    /// Makes the machine report traps to `traps`.
     fn attach(&self, traps: &Arc<Traps>);
-    /// Stops it; false if there is nothing left to stop.
+    /// Stops the machine; returns false if there is nothing left to stop.
     fn pause(&self) -> bool;
-    /// Lets all vCPUs go on, or these.
+    /// Continues all vCPUs, or only the given ones.
     fn resume(&self, only: Option<Vec<u32>>) -> bool;
-    /// Asks a vCPU, while all are stopped.
+    /// Sends a request to a vCPU, while all vCPUs are stopped.
     fn debug(&self, vcpu: u32, request: Request) -> io::Result<Answer>;
-    /// Ends it.
+    /// Ends the machine.
     fn kill(&self);
 }
 
@@ -135,11 +135,11 @@ enum Listener {
     Unix(unix::Listener),
 }
 
-/// How long a client may take to read an answer, in which the guest stands still and vireo may wait to end.
+/// Time limit for a client to read an answer. Meanwhile, the guest stands still, and the end of vireo may have to wait.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Listener {
-    /// The next client, if there is one. Reads and writes wait, writes no longer than [`PATIENCE`].
+    /// Returns the next client, if there is one. Its reads and writes block, writes for at most [`PATIENCE`].
     fn accept(&self) -> io::Result<Option<File>> {
         let stream: OwnedFd = match self {
             Listener::Tcp(listener) => match listener.accept() {
@@ -172,7 +172,7 @@ impl AsRawFd for Listener {
     }
 }
 
-/// A stub that listens; clients wait until it is started.
+/// A listening stub; clients wait until it is started.
 pub struct Server {
     listener: Listener,
     target: String,
@@ -196,12 +196,12 @@ impl Server {
         })
     }
 
-    /// What gdb's `target remote` wants to have.
+    /// Returns the argument for gdb's `target remote`.
     pub fn target(&self) -> &str {
         &self.target
     }
 
-    /// Serves clients that debug the machine behind `controller`, which has this memory and so many vCPUs.
+    /// Serves clients that debug the machine of `controller`, which has the given memory and number of vCPUs.
     pub fn start(self, controller: Controller, ram: GuestRam, vcpus: u32) -> Result<Serving, Error> {
         self.serve(Box::new(Live { controller, ram, vcpus }))
     }
@@ -215,7 +215,7 @@ impl Server {
         let serve = move || {
             let Err(error) = session::serve(&self.listener, &*guest, &theirs);
             if let Some(error) = error {
-                log::warn!("gdb: no debugger is served any more: {error}");
+                log::warn!("gdb: no longer accepting debuggers: {error}");
             }
         };
         let thread = thread::Builder::new().name("gdb".into()).stack_size(256 << 10).spawn(serve);
@@ -223,24 +223,24 @@ impl Server {
     }
 }
 
-/// The machine's end, told to the stub's thread.
+/// Notifies the stub's thread of the machine's end.
 struct End {
     fd: EventFd,
     code: AtomicU8,
 }
 
-/// A stub that serves.
+/// A stub that is serving.
 pub struct Serving {
     end: Arc<End>,
     thread: JoinHandle<()>,
 }
 
 impl Serving {
-    /// Tells a client that waits for the guest that vireo will end with `code`, and ends the stub.
+    /// Reports the exit code of vireo, `code`, to a client that waits for the guest, and ends the stub.
     pub fn finish(self, code: u8) {
         self.end.code.store(code, Ordering::Release);
         let _ = self.end.fd.write(1);
-        // A client that reads a byte now and then could hold it up for long.
+        // A client that reads only one byte now and then could delay this for long.
         let deadline = Instant::now() + 2 * PATIENCE;
         while !self.thread.is_finished() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
@@ -248,5 +248,5 @@ impl Serving {
     }
 }
 
-/// Never: serving only ends by the machine's end, or by an error.
+/// Result of serving, which never succeeds: it ends with the machine, or with an error.
 type Served = Result<Infallible, Option<io::Error>>;

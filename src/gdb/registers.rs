@@ -1,5 +1,5 @@
-//! Registers as gdb knows them: one table says their order, names and types, and from it come the description that gdb
-//! is sent, the bytes of a `g` packet and what a `G` packet sets.
+//! Registers as gdb knows them: one table defines their order, names and types. The description for gdb, the bytes of a
+//! `g` packet, and the effect of a `G` packet follow from it.
 
 use std::fmt::Write;
 use std::sync::LazyLock;
@@ -8,7 +8,7 @@ use gdbstub::arch::Arch;
 
 use crate::kvm::debug::Registers;
 
-/// x86-64 as a whole machine: what a program has, the bases of FS and GS, control registers.
+/// x86-64 as a whole machine: the registers of programs, the bases of FS and GS, control registers.
 pub enum X86 {}
 
 impl Arch for X86 {
@@ -23,7 +23,7 @@ impl Arch for X86 {
     }
 }
 
-/// All registers as a `g` packet has them.
+/// All registers, in the format of a `g` packet.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Block(Vec<u8>);
 
@@ -45,14 +45,15 @@ impl gdbstub::arch::Registers for Block {
 }
 
 impl Block {
-    /// The values of `registers`.
+    /// Creates a block with the values of `registers`.
     pub fn new(registers: &Registers) -> Self {
         let mut bytes = Vec::new();
         each(&mut registers.clone(), &mut |_, _, _, value| bytes.extend_from_slice(value));
         Block(bytes)
     }
 
-    /// Sets them. Refuses a block of another size, and other segments: loading one takes more than a selector.
+    /// Sets `registers` from the block. Refuses a block of another size, and changed segment selectors: loading a
+    /// segment needs more than a selector.
     pub fn store(&self, registers: &mut Registers) -> Option<()> {
         let mut wanted = registers.clone();
         let mut rest = &self.0[..];
@@ -76,7 +77,8 @@ impl Block {
     }
 }
 
-/// What is called for each register: with its feature, name and type, and its value, which it may change.
+/// Function that is called for each register: with its feature, name and type, and its value, which the function may
+/// change.
 type Visitor<'a> = dyn FnMut(&'static str, &str, &str, &mut [u8]) + 'a;
 
 const CORE: &str = "org.gnu.gdb.i386.core";
@@ -84,7 +86,8 @@ const SSE: &str = "org.gnu.gdb.i386.sse";
 const SEGMENTS: &str = "org.gnu.gdb.i386.segments";
 const CONTROL: &str = "org.vireo.control";
 
-/// The table, in gdb's order (gdb/features/i386/64bit-*.xml): its numbers are places in it.
+/// Calls `visit` for all registers in gdb's order (gdb/features/i386/64bit-*.xml); gdb's register numbers are positions
+/// in it.
 #[inline(never)]
 fn each(r: &mut Registers, visit: &mut Visitor) {
     let (g, s, x) = (&mut r.general, &mut r.special, &mut r.float);
@@ -166,7 +169,7 @@ fn wide(visit: &mut Visitor, (feature, name, kind): (&'static str, &str, &str), 
     *value = u64::from_le_bytes(bytes);
 }
 
-/// 32 bits of `value`, from bit `shift` on.
+/// Visits 32 bits of `value`, from bit `shift` on.
 #[inline(never)]
 fn half(visit: &mut Visitor, name: &str, kind: &str, value: &mut u64, shift: u32) {
     let mut bytes = ((*value >> shift) as u32).to_le_bytes();
@@ -174,7 +177,7 @@ fn half(visit: &mut Visitor, name: &str, kind: &str, value: &mut u64, shift: u32
     *value = *value & !(u64::from(u32::MAX) << shift) | u64::from(u32::from_le_bytes(bytes)) << shift;
 }
 
-/// 16 bits that gdb has in 32.
+/// Visits a 16-bit register, which gdb stores in 32 bits.
 #[inline(never)]
 fn short(visit: &mut Visitor, name: &str, value: &mut u16) {
     let mut bytes = u32::from(*value).to_le_bytes();
@@ -182,7 +185,8 @@ fn short(visit: &mut Visitor, name: &str, value: &mut u16) {
     *value = u32::from_le_bytes(bytes) as u16;
 }
 
-/// The tag word has two bits for each register, 3 for an empty one; FXSAVE keeps one, 0 for an empty one.
+/// Converts the tags of FXSAVE to the full tag word, which has two bits for each register, 3 for an empty one; FXSAVE
+/// stores one bit, 0 for an empty register.
 fn full_tags(short: u8) -> u16 {
     (0..8).filter(|i| short >> i & 1 == 0).map(|i| 3 << (2 * i)).sum()
 }
@@ -191,7 +195,7 @@ fn short_tags(full: u16) -> u8 {
     (0..8).filter(|i| full >> (2 * i) & 3 != 3).map(|i| 1 << i).sum()
 }
 
-/// What gdb wants to know of some types before they are used.
+/// Definitions of types that gdb needs before their use.
 const TYPES: [(&str, &str); 2] = [
     (
         CORE,
@@ -228,7 +232,7 @@ mod tests {
     fn every_register_makes_the_round_trip() {
         let mut registers = Registers::default();
         let mut next = 0u8;
-        // Not over 127, so that what is 16 bits wide and gdb has in 32 is no more than it can be.
+        // At most 127 per byte, so that 16-bit registers, which gdb stores in 32 bits, do not overflow.
         each(&mut registers, &mut |_, _, _, value| {
             for byte in value.iter_mut().take(2) {
                 *byte = next & 0x7F;
@@ -246,7 +250,7 @@ mod tests {
         for wrong in [&block.0[1..], &[&block.0[..], &[0]].concat(), &[]] {
             assert_eq!(Block(wrong.to_vec()).store(&mut copy), None);
         }
-        // 17 of 8 bytes, 7 of 4; 8 of 10, 8 of 4; 16 of 16 and one of 4; 2 and 6 of 8.
+        // 17 registers of 8 bytes, 7 of 4; 8 of 10, 8 of 4; 16 of 16 and one of 4; 2 and 6 of 8.
         assert_eq!(block.0.len(), 17 * 8 + 7 * 4 + 8 * 10 + 8 * 4 + 16 * 16 + 4 + 8 * 8);
     }
 

@@ -1,5 +1,5 @@
-//! Clients, one after the other: what comes from the socket goes to gdbstub byte by byte, and its answers back; while the
-//! machine runs, its traps and its end are waited for beside that.
+//! Clients, one after another: bytes from the socket go to gdbstub, and its answers go back. While the machine runs,
+//! its traps and its end are awaited as well.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -18,12 +18,12 @@ use super::{End, Guest, Listener, Served};
 use crate::event::{Interest, Poller};
 use crate::log_limit::LogLimit;
 
-/// The longest packet: all registers, or the memory that gdb writes at once.
+/// Longest packet: all registers, or the memory that gdb writes in one packet.
 const PACKET_MAX: usize = 4096;
-/// The longest answer. A client may ask for as much memory as it likes, but not get it.
+/// Longest answer. A client that asks for more memory does not get it.
 const ANSWER_MAX: usize = 64 << 10;
 
-/// How long the stub waits before it tries again to take a client.
+/// Delay before the stub tries again to accept a client.
 const RETRY: Duration = Duration::from_millis(100);
 
 const LISTEN: u64 = 0;
@@ -31,7 +31,7 @@ const CLIENT: u64 = 1;
 const TRAP: u64 = 2;
 const END: u64 = 3;
 
-/// Serves until the machine ends (`None`), or nothing can be waited for any more.
+/// Serves until the machine ends (`None`), or until waiting for events fails.
 pub(super) fn serve(listener: &Listener, guest: &dyn Guest, end: &End) -> Served {
     let mut poller = Poller::new()?;
     poller.add(listener.as_raw_fd(), LISTEN, Interest::Read)?;
@@ -51,13 +51,15 @@ pub(super) fn serve(listener: &Listener, guest: &dyn Guest, end: &End) -> Served
                 sessions.log(Level::Info, "gdb: a debugger is attached");
                 match debug(stream, listener, guest, end) {
                     Ok(what) => sessions.log(Level::Info, format_args!("gdb: {what}")),
-                    Err(e) => failures.warn(format_args!("gdb: the debugger is cut off, the guest goes on: {e}")),
+                    Err(e) => {
+                        failures.warn(format_args!("gdb: the debugger was disconnected, the guest continues: {e}"))
+                    }
                 }
             }
             Ok(None) => {}
             Err(e) => {
-                failures.warn(format_args!("gdb: cannot take a debugger: {e}"));
-                // A client that cannot be taken, for want of descriptors, stays ready.
+                failures.warn(format_args!("gdb: cannot accept a debugger: {e}"));
+                // The listener stays ready if a client cannot be accepted, for example for lack of descriptors.
                 poller.modify(listener.as_raw_fd(), LISTEN, Interest::None)?;
                 retry = Some(RETRY);
             }
@@ -88,7 +90,7 @@ fn debug(stream: File, listener: &Listener, guest: &dyn Guest, end: &End) -> io:
     }
 }
 
-/// The protocol, from the first packet to the last.
+/// Speaks the protocol, from the first packet to the last.
 fn converse(stream: File, mut events: Events, debuggee: &mut Debuggee) -> io::Result<DisconnectReason> {
     let wire = Wire { stream, answer: Vec::new() };
     let stub = GdbStubBuilder::new(wire).packet_buffer_size(PACKET_MAX).build().map_err(io::Error::other)?;
@@ -99,7 +101,7 @@ fn converse(stream: File, mut events: Events, debuggee: &mut Debuggee) -> io::Re
             Stub::Idle(idle) => match events.next(debuggee)? {
                 Event::Byte(byte) => idle.incoming_data(debuggee, byte),
                 Event::Gone => return Ok(DisconnectReason::Disconnect),
-                // There is no way to tell a client that does not wait for it.
+                // A client that is not waiting cannot be notified of the end.
                 Event::Ended(code) => return Ok(DisconnectReason::TargetExited(code)),
                 Event::Trapped => Ok(idle.into()),
             },
@@ -119,7 +121,7 @@ fn converse(stream: File, mut events: Events, debuggee: &mut Debuggee) -> io::Re
             Stub::Disconnected(disconnected) => {
                 let reason = disconnected.get_reason();
                 if reason == DisconnectReason::Kill {
-                    // gdbstub leaves it out; who wants none does not look.
+                    // gdbstub leaves out this answer; a client that does not expect it ignores it.
                     let _ = events.stream.write_all(b"$OK#9a");
                 }
                 return Ok(reason);
@@ -129,7 +131,7 @@ fn converse(stream: File, mut events: Events, debuggee: &mut Debuggee) -> io::Re
     }
 }
 
-/// The way back to the client.
+/// The connection back to the client.
 struct Wire {
     stream: File,
     answer: Vec<u8>,
@@ -138,7 +140,7 @@ struct Wire {
 impl Connection for Wire {
     type Error = io::Error;
 
-    // gdbstub calls these in hundreds of places.
+    // gdbstub calls these functions in hundreds of places.
     #[inline(never)]
     fn write(&mut self, byte: u8) -> io::Result<()> {
         self.write_all(&[byte])
@@ -147,7 +149,7 @@ impl Connection for Wire {
     #[inline(never)]
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.answer.len() + bytes.len() > ANSWER_MAX {
-            return Err(io::Error::other("it asks for too much at once"));
+            return Err(io::Error::other("it asked for too much at once"));
         }
         self.answer.extend_from_slice(bytes);
         Ok(())
@@ -161,15 +163,15 @@ impl Connection for Wire {
     }
 }
 
-/// What a session waits for.
+/// Events that a session waits for.
 enum Event {
-    /// From the client.
+    /// A byte from the client.
     Byte(u8),
     /// The client closed the connection.
     Gone,
     /// A vCPU may have stopped.
     Trapped,
-    /// vireo is about to end with this code.
+    /// vireo is about to end with this exit code.
     Ended(u8),
 }
 
@@ -201,10 +203,10 @@ impl<'a> Events<'a> {
                 return Ok(Event::Ended(self.end.code.load(Ordering::Acquire)));
             }
             if ready.contains(&LISTEN) {
-                // Closed at once: better than a second gdb that waits in vain.
+                // The connection is closed immediately: that is better than a second gdb that waits in vain.
                 if let Err(e) = self.listener.accept() {
-                    log::debug!("gdb: cannot send another debugger away: {e}");
-                    // It stays ready, and waits for the end of this session then.
+                    log::debug!("gdb: cannot turn away another debugger: {e}");
+                    // The listener stays ready, so the other debugger waits for the end of this session.
                     self.poller.modify(self.listener.as_raw_fd(), LISTEN, Interest::None)?;
                 }
             }

@@ -1,4 +1,4 @@
-//! A machine that only pretends, for the stub's tests, and a client that speaks the protocol.
+//! A simulated machine for the stub's tests, and a client that speaks the protocol.
 
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
@@ -12,26 +12,26 @@ use crate::layout::PAGE_SIZE;
 use crate::machine::mailbox::Traps;
 use crate::memory::GuestRam;
 
-/// Where the pretended page tables map RAM.
+/// Address at which the simulated page tables map RAM.
 pub const VIRTUAL: u64 = 0xFFFF_8000_0000_0000;
 const RAM: u64 = 1 << 20;
-/// What no wait takes.
+/// Time limit that no wait reaches.
 const DEADLINE: Duration = Duration::from_secs(60);
 
 #[derive(Default)]
 pub struct State {
-    /// The vCPUs that run; starts with all.
+    /// The running vCPUs; initially all.
     pub running: BTreeSet<u32>,
     pub registers: Vec<Registers>,
     pub controls: Vec<Control>,
     pub killed: bool,
-    /// How often it was stopped.
+    /// Number of times that the machine was stopped.
     pub pauses: u32,
     pub ended: bool,
     traps: Weak<Traps>,
 }
 
-/// Shared by the stub and its test.
+/// A simulated machine, shared by the stub and its test.
 #[derive(Clone)]
 pub struct Fake(Arc<(GuestRam, Mutex<State>, Condvar)>);
 
@@ -55,7 +55,7 @@ impl Fake {
         look(&mut self.0.1.lock().unwrap())
     }
 
-    /// Waits until the state is as `wanted` has it.
+    /// Waits until `wanted` holds for the state.
     #[track_caller]
     pub fn wait(&self, what: &str, wanted: impl Fn(&State) -> bool) {
         let state = self.0.1.lock().unwrap();
@@ -63,7 +63,7 @@ impl Fake {
         assert!(!late.timed_out(), "{what} does not come");
     }
 
-    /// Running vCPUs run into something at the same time.
+    /// Makes running vCPUs trap simultaneously.
     pub fn traps(&self, hits: &[(u32, Cause)]) {
         self.look(|state| {
             let traps = state.traps.upgrade().expect("nobody debugs");
@@ -74,7 +74,7 @@ impl Fake {
         });
     }
 
-    /// One does.
+    /// Makes one running vCPU trap.
     pub fn trap(&self, vcpu: u32, cause: Cause) {
         self.traps(&[(vcpu, cause)]);
     }
@@ -123,7 +123,7 @@ impl Guest for Fake {
                     state.registers[vcpu] = *registers;
                     Answer::Done
                 }
-                // The second page is not there.
+                // The second page is not mapped.
                 Request::Translate(addr) => {
                     let phys = addr.checked_sub(VIRTUAL).filter(|phys| *phys < RAM && phys / PAGE_SIZE != 1);
                     Answer::Address(phys)
@@ -171,7 +171,7 @@ impl Stub {
         loop {
             let mut client = self.connect();
             match client.ask("?").as_str() {
-                // The one before is still there.
+                // The previous client is still attached.
                 "" => std::thread::yield_now(),
                 answer => {
                     assert_eq!(answer, "T05thread:01;");
@@ -193,7 +193,7 @@ impl Drop for Stub {
     }
 }
 
-/// A client.
+/// A client of the stub.
 pub struct Client(UnixStream);
 
 impl Client {
@@ -206,7 +206,7 @@ impl Client {
         self.raw(format!("${packet}#{sum:02x}").as_bytes());
     }
 
-    /// The next packet; `None` at the end of the connection.
+    /// Returns the next packet; `None` at the end of the connection.
     pub fn packet(&mut self) -> Option<String> {
         let mut byte = || {
             let mut byte = [0];
@@ -221,7 +221,7 @@ impl Client {
         loop {
             match byte()? {
                 b'#' => break,
-                // A run of the last one.
+                // A repetition of the last character.
                 b'*' => {
                     let last = *text.last().unwrap();
                     let n = byte()? - 29;

@@ -1,4 +1,4 @@
-//! The stub with a machine that only pretends.
+//! Tests of the stub with a simulated machine.
 
 use std::fmt::Write;
 
@@ -6,7 +6,7 @@ use super::testing::{Client, Stub, VIRTUAL};
 use super::{Address, Guest, Server};
 use crate::kvm::debug::{Access, Cause, Hardware};
 
-/// The bytes at a guest-virtual address as the client sees them.
+/// Returns the bytes at a guest-virtual address as the client sees them.
 fn memory(client: &mut Client, addr: u64, len: u64) -> String {
     client.ask(&format!("m{addr:x},{len:x}"))
 }
@@ -23,7 +23,7 @@ fn breakpoints_are_planted_hidden_and_taken_away() {
     assert_eq!(memory(&mut client, addr - 1, 3), "102030");
     assert_eq!(client.ask(&format!("M{addr:x},1:99")), "OK");
     assert_eq!((stub.fake.byte(0x2001), memory(&mut client, addr, 1)), (0xCC, "99".into()));
-    // Where nothing is mapped, and what was never set.
+    // An unmapped address, and a breakpoint that was never set.
     assert_eq!(client.ask(&format!("Z0,{:x},1", VIRTUAL + 0x1000)), "E0e");
     assert_eq!(client.ask(&format!("z0,{:x},1", addr + 1)), "E16");
 
@@ -37,7 +37,7 @@ fn breakpoints_are_planted_hidden_and_taken_away() {
     assert_eq!(client.ask(&format!("z0,{addr:x},1")), "OK");
     assert_eq!(stub.fake.byte(0x2001), 0x99);
     assert_eq!(client.ask(&format!("Z0,{addr:x},1")), "OK");
-    // The guest itself has put something else there.
+    // The guest itself has overwritten the breakpoint.
     stub.fake.ram().write(0x2001, &[0x77]).unwrap();
     assert_eq!(client.ask(&format!("z0,{addr:x},1")), "OK");
     assert_eq!(stub.fake.byte(0x2001), 0x77);
@@ -63,7 +63,7 @@ fn whoever_leaves_leaves_nothing_behind() {
         let clean = |state: &super::testing::State| state.controls.iter().all(|c| *c == Default::default());
         stub.fake.wait("a guest that goes on", |state| state.running.len() == 2 && clean(state));
         assert_eq!(stub.fake.byte(0x2000), 0);
-        // And the next one is welcome.
+        // The next client can attach.
         stub.attach();
     }
 }
@@ -90,7 +90,7 @@ fn debug_registers_are_four_and_take_what_the_processor_takes() {
     let any = Hardware { addr: 0x3000, len: 4, access: Access::Any };
     let write = Hardware { addr: 0x2000, len: 8, access: Access::Write };
     assert_eq!(stub.fake.look(|state| state.controls[1].hardware[0]), Some(any));
-    // The second hit, which came while all were about to stop, is told when the guest should go on.
+    // The second hit came while all vCPUs were about to stop, and is reported when the client continues the guest.
     stub.fake.traps(&[(0, Cause::Hardware(write)), (1, Cause::Hardware(any))]);
     let mut told = vec![client.packet().unwrap(), client.ask("vCont;c")];
     told.sort();
@@ -149,12 +149,12 @@ fn memory_that_is_not_there_is_an_error_and_the_rest_is_read() {
     let stub = Stub::new(1);
     let mut client = stub.attach();
     stub.fake.ram().write(0xFFE, &[1, 2]).unwrap();
-    // The page behind is not mapped.
+    // The next page is not mapped.
     assert_eq!(memory(&mut client, VIRTUAL + 0xFFE, 4), "0102");
     assert_eq!(memory(&mut client, VIRTUAL + 0x1000, 4), "E0e");
     assert_eq!(memory(&mut client, u64::MAX, 1), "E0e");
     assert_eq!(memory(&mut client, u64::MAX - 1, 0x100), "E0e");
-    // All or nothing.
+    // A write is done completely or not at all.
     assert_eq!(client.ask(&format!("M{:x},4:09090909", VIRTUAL + 0xFFE)), "E0e");
     assert_eq!(memory(&mut client, VIRTUAL + 0xFFE, 2), "0102");
     let monitor = |client: &mut Client, command: &str| {
@@ -217,16 +217,16 @@ fn clients_that_break_the_protocol_are_cut_off_and_the_guest_goes_on() {
         stub.fake.wait("a guest that goes on", |state| state.pauses > 0 && state.running.len() == 2);
         stub.attach();
     }
-    // All memory at once.
+    // A request for all memory in one packet.
     let stub = Stub::new(1);
-    // Of which no two bytes in a row are the same, for those would be sent as one and a number.
+    // No two consecutive bytes are equal, because a run would be sent as one byte and a count.
     let data: Vec<u8> = (0..0xFE000u32).map(|n| (n * 37) as u8).collect();
     stub.fake.ram().write(0x2000, &data).unwrap();
     let mut client = stub.attach();
     client.send(&format!("m{:x},fe000", VIRTUAL + 0x2000));
     while client.packet().is_some() {}
     stub.fake.wait("a guest that goes on", |state| state.running.len() == 1);
-    // And random packets.
+    // Random packets.
     let mut seed = 1u64;
     let mut random = || {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

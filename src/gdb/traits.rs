@@ -1,4 +1,4 @@
-//! [`Debuggee`] in gdbstub's words: nothing but translation, and the `monitor` commands.
+//! [`Debuggee`] in terms of gdbstub: pure translation, and the `monitor` commands.
 
 use std::io;
 
@@ -21,7 +21,8 @@ use super::memory::translate;
 use super::registers::{Block, X86};
 use crate::kvm::debug::Access;
 
-/// An error for the client rather than the session's end: its number is told, and a number is all that gdb takes.
+/// Converts an error into an answer for the client, instead of ending the session. gdb only accepts a number, so it
+/// gets the errno.
 fn refused(error: io::Error) -> TargetError<io::Error> {
     let errno = error.raw_os_error().and_then(|errno| u8::try_from(errno).ok());
     TargetError::Errno(errno.unwrap_or(libc::EIO as u8))
@@ -106,7 +107,7 @@ impl MultiThreadResume for Debuggee<'_> {
         Ok(())
     }
 
-    // Signals are gdb's idea; a machine has none.
+    // A machine does not have gdb's signals.
     fn set_resume_action_continue(&mut self, tid: Tid, _signal: Option<Signal>) -> Result<(), io::Error> {
         self.set_action(tid, Action::Continue)
     }
@@ -177,7 +178,7 @@ impl HwBreakpoint for Debuggee<'_> {
     }
 }
 
-/// x86 watches writes, or reads and writes.
+/// Returns the access that a debug register can watch: writes, or reads and writes; x86 cannot watch reads alone.
 fn access(kind: WatchKind) -> Option<Access> {
     match kind {
         WatchKind::Write => Some(Access::Write),
@@ -197,7 +198,7 @@ impl HwWatchpoint for Debuggee<'_> {
 }
 
 const MONITOR_HELP: &str = "\
-monitor translate ADDR   the guest-physical address behind a virtual one
+monitor translate ADDR   guest-physical address of a virtual address
 monitor phys ADDR [LEN]  guest-physical memory, 16 bytes or up to 1024";
 
 impl MonitorCmd for Debuggee<'_> {
@@ -214,7 +215,7 @@ impl Debuggee<'_> {
         self.guest.debug(vcpu, crate::kvm::debug::Request::Write(registers)).map(drop)
     }
 
-    /// What `monitor COMMAND` prints.
+    /// Returns the output of `monitor COMMAND`.
     pub(super) fn monitor(&self, command: &str) -> String {
         let mut words = command.split_whitespace();
         let (command, addr, len) = (words.next(), words.next().and_then(number), words.next().and_then(number));
@@ -235,7 +236,7 @@ impl Debuggee<'_> {
     }
 }
 
-/// As gdb writes it: decimal, or hexadecimal behind 0x.
+/// Parses a number as gdb writes it: decimal, or hexadecimal after 0x.
 fn number(text: &str) -> Option<u64> {
     match text.strip_prefix("0x") {
         Some(digits) => u64::from_str_radix(digits, 16).ok(),
