@@ -37,7 +37,7 @@ boot() {
     export XDG_CACHE_HOME=$PWD
     case $1 in
         qemu) set -- qemu-system-x86_64 -enable-kvm -M microvm,rtc=on,x-option-roms=off,auto-kernel-cmdline=on \
-            -cpu host -m 256 -smp 1 -nodefaults -no-user-config -display none -serial stdio -no-reboot \
+            -bios qboot.rom -cpu host -m 256 -smp 1 -nodefaults -no-user-config -display none -serial stdio -no-reboot \
             -kernel "$2" -initrd initrd-min.cpio -append "$cmdline" ;;
         cold)
             rm -rf cold

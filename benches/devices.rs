@@ -73,7 +73,8 @@ begin() {
 }
 boot() {
     case $monitor in
-        qemu) qemu-system-x86_64 -enable-kvm -M microvm,rtc=on,x-option-roms=off,auto-kernel-cmdline=on -cpu host \
+        qemu) qemu-system-x86_64 -enable-kvm -M microvm,rtc=on,x-option-roms=off,auto-kernel-cmdline=on -bios qboot.rom \
+            -cpu host \
             -m $memory -smp 1 -nodefaults -no-user-config -display none -serial stdio -no-reboot -kernel bzImage-cloud \
             -initrd initrd -append 'console=ttyS0 reboot=t panic=-1 quiet' $options <&3 >&4 2>&1 & ;;
         vireo) vireo run --kernel bzImage-cloud --initrd initrd --memory ${memory}M \

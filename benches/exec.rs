@@ -1,9 +1,10 @@
 //! `vireo exec` beside `vireo run` and QEMU, in instructions.
 //!
 //! `cargo build --release && cargo bench --bench exec` measures, in the emulated host that counts instructions (see
-//! `boot.rs`), from exec of the monitor to its exit: `vireo run` of a stock kernel to an init that ends at once, and
-//! `vireo exec -- true` with the host's files as its root, also cold: with an empty cache, as in the first run of a kernel. Then what a MiB of a command's output costs on its way to a
-//! pipe, by the difference of a long and a short run: through exec, and through QEMU's virtio-serial.
+//! `boot.rs`), from exec of the monitor to its exit: `vireo run` of a stock kernel to an init that ends immediately, and
+//! `vireo exec -- true` with the host's files as its root, also cold: with an empty cache, as in the first run of a
+//! kernel. Then the cost of a MiB of a command's output on its way to a pipe, as the difference of a long and a short
+//! run: through exec, and through QEMU's virtio-serial.
 //!
 //! With `VNG=/path/to/vng` (virtme-ng: `python3 -m venv V && V/bin/pip install virtme-ng`; it wants the package `udev`),
 //! `true` under the full kernel by both, with this machine's files as the root. These come over the network there, and
@@ -46,7 +47,8 @@ vireo_exec() { vireo exec --kernel bzImage-cloud --modules modules --memory 256M
 one_run() { vireo run --kernel bzImage-cloud --initrd initrd-min.cpio --memory 256M --cmdline "$cmdline"; }
 # QEMU ends with its guest, whose init is the test's; vsock and such are not there, the port is
 qemu_output() {
-    qemu-system-x86_64 -enable-kvm -M microvm,rtc=on,x-option-roms=off,auto-kernel-cmdline=on -cpu host -m 256 -smp 1 \
+    qemu-system-x86_64 -enable-kvm -M microvm,rtc=on,x-option-roms=off,auto-kernel-cmdline=on -bios qboot.rom \
+        -cpu host -m 256 -smp 1 \
         -nodefaults -no-user-config -display none -serial file:console -no-reboot -kernel bzImage-cloud -initrd initrd \
         -append "$cmdline vireo.modules=virtio_mmio,virtio_console bytes=$1" \
         -device virtio-serial-device -chardev file,id=out,path=/proc/self/fd/1 -device virtserialport,chardev=out,name=out

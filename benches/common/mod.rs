@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 
 pub const REPO: &str = env!("CARGO_MANIFEST_DIR");
 
-/// Shell: makes `$dir` in memory, with QEMU, vireo (`$1`, also as the process that keeps a kernel in the cache) and what is
-/// needed to measure them in it, and `inside`, which runs a program in there; after it, `$dir/work` wants to be filled. Waiting for a file of the machine outside would
-/// leap the clock of a host that counts instructions, and QEMU with its hundred libraries opens many. So everything, the
-/// shell too, is first copied to memory.
+/// Shell: fills the folder `$dir`, in memory, with QEMU, vireo (`$1`; also as the process that keeps a kernel in the cache)
+/// and the programs that measure them. Defines `inside`, which runs a program in there, in `$dir/work`. A host that counts
+/// instructions leaps its clock while it waits for a file of the machine outside, and QEMU opens a hundred libraries; so
+/// everything, the shell too, is copied to memory first.
 pub const STAGE: &str = r#"
 dir=$(mktemp -d /tmp/bench.XXXXXX) || exit
 trap 'cd /; umount -l "$dir"/dev "$dir"/proc "$dir"/sys "$dir"/disks; rm -rf "$dir"' EXIT
