@@ -63,16 +63,20 @@ fn each_way_to_end_has_its_code_and_sentence() {
         (by(layout::RESET_PORT, layout::RESET_VALUE), 0, "the guest rebooted (ACPI reset register)"),
         (by(layout::I8042_COMMAND, 0xFE), 0, "the guest rebooted (keyboard controller)"),
         (pvh(crate::guests::jump_to_reset_vector()), 0, "the guest rebooted (ACPI reset register)"),
-        (writes(&[(layout::PVPANIC_PORT, 1), POWER_OFF]), 70, "the guest kernel panicked (told by its pvpanic driver)"),
+        (
+            writes(&[(layout::PVPANIC_PORT, 1), POWER_OFF]),
+            70,
+            "the guest kernel panicked (reported by its pvpanic driver)",
+        ),
         (
             writes(&[&text("Kernel panic - not syncing: VFS\n")[..], &[POWER_OFF]].concat()),
             70,
-            "the guest kernel panicked (judged by the panic message on its console)",
+            "the guest kernel panicked (judging by the panic message on its console)",
         ),
         (
             writes(&text("Kernel panic - not syncing: VFS\n---[ end Kernel panic - not syncing: VFS ]---\n")),
             70,
-            "the guest kernel panicked (judged",
+            "the guest kernel panicked (judging",
         ),
         (
             writes(&[&text("reboot: Restarting system\n")[..], &[CRASH]].concat()),
@@ -471,7 +475,7 @@ fn a_console_that_nobody_reads_holds_up_the_guest_and_costs_no_memory() {
     // As long as it takes another guest to send as much.
     run(&with_words(crate::guests::flood_blocks(), &[8, 0]), &[]).expect(0);
     running.signal(libc::SIGTERM);
-    in_order(running.end()).expect(143).says("nobody reads the console's output");
+    in_order(running.end()).expect(143).says("the console's reader has stopped");
 }
 
 /// Fails the test unless `bytes` count up from 0, over and over.

@@ -170,6 +170,6 @@ echo it went on"
     assert_eq!(ended.fact("tail"), "0", "{ended}");
     assert_eq!(ended.code(), 125, "{ended}");
     let told =
-        format!("the guest used memory that the host cannot give it ({first} was made shorter while it was mapped)");
+        format!("the host could not provide memory that the guest used ({first} was truncated while it was mapped)");
     assert!(ended.stderr.contains(&told), "{ended}");
 }

@@ -1,6 +1,6 @@
-//! Consoles and ports of a machine: opening their host's side, and input on its way to the guest. That
-//! waits for readiness, filters the terminal's escapes, and keeps what the
-//! UART has no room for. Input that is not typed is read only as far as the guest takes it, so nothing is dropped.
+//! Consoles and ports of a machine: opening their host end, and moving input to the guest. Moving input means waiting
+//! for readiness, filtering the terminal's escapes, and keeping what the UART has no room for. Input that is not typed
+//! is read only as far as the guest takes it, so nothing is dropped.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -15,21 +15,21 @@ use crate::event::{GuestEvents, Interest, Poller};
 use crate::terminal::{self, Command, Escapes};
 use crate::virtio::console::{Console, NewPort};
 
-/// What somebody typed ahead of the guest beyond this is dropped, because Ctrl-A X must be heard whatever the guest
-/// does: 64 KiB.
+/// Largest amount of typed input that the guest has not taken yet: 64 KiB. More is dropped, because Ctrl-A X must be
+/// noticed whatever the guest does.
 const TYPE_AHEAD: usize = 64 << 10;
 
-/// A console or port: both halves of its host's side, and what in the machine takes its input.
+/// A console or port: both halves of its host end, and the receiver of its input in the machine.
 pub struct Line {
-    /// Where input comes from.
+    /// Source of the input.
     pub input: Input,
-    /// Where it goes.
+    /// Receiver of the input.
     pub receiver: Arc<dyn Receiver>,
-    /// Where output goes.
+    /// Destination of the output.
     pub output: Output,
 }
 
-/// Opens one; `what` is for messages. A `transcript` reads along.
+/// Opens the host end of a console or port; `what` names it in messages. A `transcript` records the output.
 pub(super) fn open(end: &ConsoleEnd, what: &str, transcript: Option<&Transcript>) -> Result<(Input, Output), Error> {
     let opened = match end {
         ConsoleEnd::Stdio => console::stdio(),
@@ -43,7 +43,7 @@ pub(super) fn open(end: &ConsoleEnd, what: &str, transcript: Option<&Transcript>
         ConsoleEnd::Socket(path) => console::socket(path)?,
         ConsoleEnd::Pty => {
             let (console, path) = console::pty()?;
-            // Unlike `eprintln!` this takes it if stderr is gone; and in one piece.
+            // Unlike `eprintln!`, this ignores a closed stderr and writes the line in one piece.
             let _ = io::stderr().write_all(format!("vireo: {what} is on {}\n", path.display()).as_bytes());
             console
         }
@@ -56,7 +56,7 @@ pub(super) fn open(end: &ConsoleEnd, what: &str, transcript: Option<&Transcript>
     Ok((opened.input, output))
 }
 
-/// The virtio console device with what its ports lead to, if there are any.
+/// Creates the virtio console device and opens the host ends of its ports, if there are any.
 pub(super) fn open_virtio(
     config: &MachineConfig,
     events: &GuestEvents,
@@ -86,17 +86,17 @@ pub(super) fn open_virtio(
     Ok(Some((device, lines)))
 }
 
-/// A line while the guest runs.
+/// A line of a running guest.
 pub(super) struct RunningLine {
     pub(super) input: ConsoleInput,
     receiver: Arc<dyn Receiver>,
     pub(super) output: Output,
-    /// Its terminal, if it has one.
+    /// Descriptor of the line's terminal, if it has one.
     terminal: Option<i32>,
 }
 
 impl RunningLine {
-    /// The readiness of its input will be `token`; with `escapes` Ctrl-A commands are looked for.
+    /// Creates a running line whose input is polled as `token`; with `escapes`, Ctrl-A commands are recognized.
     pub(super) fn new(line: Line, token: u64, escapes: bool) -> Self {
         let Line { input, receiver, output } = line;
         let terminal = input.fd().filter(|_| input.is_terminal());
@@ -110,7 +110,7 @@ impl RunningLine {
         self.input.pump(readable, poller, &*self.receiver)
     }
 
-    /// Tells the guest how large the terminal is.
+    /// Informs the guest of the terminal's size.
     pub(super) fn resize(&self) {
         if let Some((columns, rows)) = self.terminal.and_then(terminal::window_size) {
             self.receiver.resize(columns, rows);
@@ -118,23 +118,23 @@ impl RunningLine {
     }
 }
 
-/// The input half of a console while the guest runs.
+/// Input half of a console of a running guest.
 pub struct ConsoleInput {
     input: Input,
     token: u64,
-    /// What epoll waits for, if anything.
+    /// Descriptor that epoll watches, if any.
     registered: Option<i32>,
-    /// Regular files are always readable, and epoll refuses them.
+    /// Set for regular files: they are always readable, and epoll refuses them.
     always_ready: bool,
     escapes: Option<Escapes>,
     pending: Vec<u8>,
-    /// Nobody has the pseudo-terminal open, which epoll would report without end.
+    /// Set while nobody has the pseudo-terminal open; epoll would report that state endlessly.
     absent: bool,
     ended: bool,
 }
 
 impl ConsoleInput {
-    /// Takes over `input`; with `escapes` Ctrl-A commands are looked for. Its readiness will be `token`.
+    /// Takes over `input`, which is polled as `token`; with `escapes`, Ctrl-A commands are recognized.
     pub fn new(input: Input, token: u64, escapes: bool) -> Self {
         let escapes = escapes.then(Escapes::default);
         ConsoleInput {
@@ -149,8 +149,8 @@ impl ConsoleInput {
         }
     }
 
-    /// Moves input towards the guest: first what is pending, then, if `readable`, what is new. Call it when `token`
-    /// is ready (`readable`), when the guest has room, and now and then.
+    /// Moves input to the guest: first the pending bytes, then, if `readable`, new ones. Must be called when `token` is
+    /// ready (`readable`), when the guest has room, and periodically.
     pub fn pump(&mut self, readable: bool, poller: &Poller, receiver: &dyn Receiver) -> io::Result<Option<Command>> {
         self.feed(receiver);
         let mut command = None;
@@ -166,7 +166,7 @@ impl ConsoleInput {
             readable = false;
             self.feed(receiver);
         }
-        // Who went away is gone when the last that came from him is.
+        // A disconnect is reported only after the last byte of input was delivered.
         let connected = self.input.connected() && !(self.ended && self.input.ends());
         if connected || self.pending.is_empty() {
             receiver.connected(connected);
@@ -196,7 +196,7 @@ impl ConsoleInput {
         }
     }
 
-    /// Has epoll wait for the input exactly when there is room for it.
+    /// Makes epoll watch the input exactly while there is room for it.
     fn register(&mut self, poller: &Poller) -> io::Result<()> {
         if self.always_ready {
             return Ok(());
@@ -206,7 +206,7 @@ impl ConsoleInput {
             return Ok(());
         }
         if let Some(old) = self.registered.take() {
-            // Its descriptor may be closed already, which removed it.
+            // The descriptor may already be closed, which has removed it.
             let _ = poller.remove(old);
         }
         match wanted.map(|fd| poller.add(fd, self.token, Interest::Read)) {

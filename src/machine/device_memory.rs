@@ -1,5 +1,4 @@
-//! Where the memory of devices lies in the guest: above all RAM, each from a multiple of
-//! [`layout::DEVICE_MEMORY_ALIGN`] on.
+//! Placement of device memory in the guest: above all RAM, each area aligned to [`layout::DEVICE_MEMORY_ALIGN`].
 
 use super::Error;
 use crate::config::SLOT_MAX;
@@ -7,24 +6,24 @@ use crate::layout;
 use crate::memory::{Area, Backing, split};
 use crate::options::Size;
 
-/// Hands out addresses.
+/// Allocator of guest-physical addresses for device memory.
 pub(super) struct DeviceMemory {
-    /// The next free one.
+    /// Next free address.
     next: u64,
-    /// The first that the guest cannot address.
+    /// First address that the guest cannot use.
     limit: u64,
     areas: Vec<Area>,
 }
 
 impl DeviceMemory {
-    /// Behind so many bytes of RAM, for processors with so many bits of an address.
+    /// Places devices above `ram`, within `phys_bits` of address space.
     pub(super) fn new(ram: Size, phys_bits: u32) -> Self {
         let ram_end = split(ram.0).into_iter().map(|(start, len)| start.saturating_add(len)).max().unwrap_or(0);
         let limit = 1u64.checked_shl(phys_bits).unwrap_or(u64::MAX);
         DeviceMemory { next: ram_end.max(layout::MMIO_HOLE_END), limit, areas: Vec::new() }
     }
 
-    /// Takes a place for `len` bytes; `what` needs it, for the message if there is none.
+    /// Reserves `len` bytes; `what` names the user in the error message.
     pub(super) fn place(&mut self, what: &str, len: u64, backing: Backing) -> Result<u64, Error> {
         let fits = |start: &u64| len <= SLOT_MAX && start.checked_add(len).is_some_and(|end| end <= self.limit);
         let start = self.next.checked_next_multiple_of(layout::DEVICE_MEMORY_ALIGN).filter(fits);
@@ -35,7 +34,7 @@ impl DeviceMemory {
         Ok(start)
     }
 
-    /// What was placed, in address order.
+    /// Returns the placed areas in address order.
     pub(super) fn into_areas(self) -> Vec<Area> {
         self.areas
     }
@@ -63,7 +62,7 @@ mod tests {
         let mut memory = DeviceMemory::new(Size(GIB), 36);
         assert_eq!(memory.place("a", 60 * GIB, Backing::Pluggable).unwrap(), 4 * GIB);
         let error = memory.place("pmem b", 2 << 20, Backing::Pluggable).unwrap_err();
-        assert_eq!(error.to_string(), "pmem b: the guest has no addresses for 2M on this host");
+        assert_eq!(error.to_string(), "pmem b: no guest address space left for 2M on this host");
         let mut memory = DeviceMemory::new(Size(GIB), 64);
         for len in [SLOT_MAX + 1, u64::MAX] {
             assert!(memory.place("c", len, Backing::Pluggable).is_err());

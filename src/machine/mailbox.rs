@@ -1,4 +1,4 @@
-//! Where a running machine hears from other threads: what it is asked for, and which vCPUs have ended.
+//! Messages from other threads to a running machine: requests, and the ends of vCPUs.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,17 +13,17 @@ use crate::outcome::Outcome;
 use crate::vcpu::{End, Reply as VcpuReply};
 use crate::virtio::control::{Control, ControlError, Reply};
 
-/// What a running machine can be asked for, through its [`Mailbox`].
+/// Request to a running machine, sent through its [`Mailbox`].
 pub enum Request {
-    /// Stop the vCPUs and devices with nothing half done; answered when it is so.
+    /// Pause the vCPUs and devices with no operation half done; answered when that is done.
     Pause(Sender<()>),
-    /// Go on: all vCPUs, or only these.
+    /// Resume all vCPUs, or only the given ones.
     Resume(Option<Vec<u32>>, Sender<()>),
-    /// Tell these of vCPUs that stop for the debugger, as long as somebody has them.
+    /// Report vCPUs that stop for the debugger to these traps, as long as they exist.
     Attach(Weak<Traps>),
-    /// Have a vCPU do something for a debugger while the machine is paused.
+    /// Make a vCPU handle a debugger's request while the machine is paused.
     Debug(u32, Box<debug::Request>, Sender<VcpuReply>),
-    /// Ask the device of that name for something; answered with what it says.
+    /// Send a control to the device with that name; answered with the device's reply.
     Device(String, Control, Sender<Result<Reply, ControlError>>),
     /// Note that the guest's init runs ([`Mark::InitStarted`](crate::outcome::Mark::InitStarted)).
     InitStarted,
@@ -33,16 +33,16 @@ pub enum Request {
     Stop(Outcome),
 }
 
-/// Where requests and the ends of vCPUs arrive.
+/// Queue of requests and of ended vCPUs.
 pub struct Mailbox {
     pub(super) fd: EventFd,
-    /// `None` once the machine has ended: what is asked then is dropped, which whoever waits for an answer notices.
+    /// `None` once the machine has ended. Requests are then dropped, which a sender that waits for an answer notices.
     requests: Mutex<Option<VecDeque<Request>>>,
     ends: Mutex<VecDeque<(u32, End)>>,
 }
 
 impl Mailbox {
-    /// An empty mailbox.
+    /// Creates an empty mailbox.
     pub fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(Mailbox {
             fd: event::eventfd()?,
@@ -51,7 +51,7 @@ impl Mailbox {
         }))
     }
 
-    /// Asks for something.
+    /// Sends a request.
     pub fn send(&self, request: Request) {
         if let Some(requests) = self.requests.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             requests.push_back(request);
@@ -77,37 +77,37 @@ impl Mailbox {
     }
 }
 
-/// Where a debugger hears of the vCPUs that stopped for it.
+/// Queue of vCPUs that stopped for a debugger.
 pub struct Traps {
     queue: Mutex<VecDeque<Trap>>,
     fd: EventFd,
 }
 
 impl Traps {
-    /// None yet.
+    /// Creates an empty queue.
     pub fn new() -> io::Result<Self> {
         Ok(Traps { queue: Mutex::default(), fd: event::eventfd()? })
     }
 
-    /// Adds one. A vCPU that stopped stops again only after it went on, so there are no more than the debugger lets be.
+    /// Adds a trap. A stopped vCPU stops again only after it was resumed, so at most one trap per vCPU is queued.
     pub fn push(&self, trap: Trap) {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).push_back(trap);
         let _ = self.fd.write(1);
     }
 
-    /// The oldest one.
+    /// Takes the oldest trap.
     pub fn take(&self) -> Option<Trap> {
         let _ = self.fd.read();
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
     }
 
-    /// Becomes readable when one comes.
+    /// Returns a descriptor that becomes readable when a trap arrives.
     pub fn fd(&self) -> &EventFd {
         &self.fd
     }
 }
 
-/// A one-shot answer channel for [`Request`]s.
+/// Creates a one-shot answer channel for a [`Request`].
 pub fn answer<T>() -> (Sender<T>, Receiver<T>) {
     channel()
 }

@@ -1,6 +1,6 @@
 //! The machine: [`Machine::new`] opens and checks everything, [`Machine::load`] fills guest memory, and
-//! [`Machine::run`] starts the vCPUs and waits for the end. Each step stands here from top to bottom; what happens
-//! while the guest runs is in [`run`].
+//! [`Machine::run`] starts the vCPUs and waits until the guest ends. Each step is written here from top to bottom; the
+//! code that handles events of the running guest is in [`run`].
 
 pub mod console;
 mod device_memory;
@@ -52,107 +52,107 @@ use crate::virtio::vsock::{self, Vsock};
 use crate::virtio::{self, VirtioDevice, vhost_user};
 use device_memory::DeviceMemory;
 
-/// A machine could not be put together.
+/// Error while assembling a machine.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The configuration asks for what cannot be.
+    /// The configuration asks for something impossible.
     #[error(transparent)]
     Config(#[from] config::Error),
-    /// KVM.
+    /// KVM failed.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
-    /// `--cpu`.
+    /// `--cpu` cannot be satisfied.
     #[error(transparent)]
     Cpuid(#[from] TemplateError),
-    /// Kernel, initrd or command line.
+    /// Kernel, initrd or command line cannot be used.
     #[error(transparent)]
     Boot(#[from] boot::Error),
-    /// The firmware tables.
+    /// The firmware tables cannot be built.
     #[error(transparent)]
     Table(#[from] boot::table::Error),
-    /// RAM.
+    /// RAM cannot be set up.
     #[error(transparent)]
     Memory(#[from] memory::Error),
-    /// The other end of a console or port.
+    /// The host's end of a console or port cannot be opened.
     #[error(transparent)]
     Console(#[from] host_console::Error),
-    /// A disk.
+    /// A disk cannot be used.
     #[error(transparent)]
     Disk(#[from] blk::Error),
-    /// The socket device.
+    /// The vsock device cannot be set up.
     #[error(transparent)]
     Vsock(#[from] vsock::Error),
-    /// A network card.
+    /// A network card cannot be set up.
     #[error(transparent)]
     Net(#[from] net::Error),
-    /// Persistent memory.
+    /// A file for persistent memory cannot be used.
     #[error("pmem")]
     Pmem(#[from] mapped::Error),
-    /// Memory of devices beyond what a guest can address.
-    #[error("{what}: the guest has no addresses for {size} on this host")]
+    /// The guest-physical address space is too small for a device's memory.
+    #[error("{what}: no guest address space left for {size} on this host")]
     NoAddresses {
-        /// Which device.
+        /// Name of the device.
         what: String,
-        /// How much it wants.
+        /// Size of its memory.
         size: Size,
     },
-    /// Some of the guest's memory could not be had when the guest used it.
-    #[error("the guest used memory that the host cannot give it ({0})")]
+    /// The host could not provide guest memory at the moment when the guest used it.
+    #[error("the host could not provide memory that the guest used ({0})")]
     MemoryGone(String, #[source] kvm::Error),
-    /// A shared folder.
+    /// A shared folder cannot be used.
     #[error(transparent)]
     Share(#[from] passthrough::Error),
-    /// A device that a daemon serves.
+    /// A device that a daemon serves cannot be used.
     #[error(transparent)]
     VhostUser(#[from] vhost_user::Error),
-    /// The virtio transport.
+    /// A virtio transport cannot be set up.
     #[error(transparent)]
     Virtio(#[from] virtio::mmio::Error),
-    /// Too many devices.
-    #[error("{0} virtio devices are more than the {max} a machine has room for", max = layout::VIRTIO_SLOTS)]
+    /// The configuration has too many virtio devices.
+    #[error("{0} virtio devices are more than the {max} that a machine can have", max = layout::VIRTIO_SLOTS)]
     TooManyDevices(usize),
-    /// A layout mistake of ours.
+    /// The address layout contradicts itself: a bug in vireo.
     #[error(transparent)]
     Layout(#[from] Overlap),
-    /// A host resource is exhausted.
+    /// The host refused a resource.
     #[error("cannot set up {0}")]
     Host(&'static str, #[source] io::Error),
 }
 
-/// The balloon, as [`crate::control::Controller::device`] knows it.
+/// Name of the balloon for [`crate::control::Controller::device`].
 pub const BALLOON: &str = "balloon";
 
-/// Memory that can be added, as [`crate::control::Controller::device`] knows it.
+/// Name of the virtio-mem device for [`crate::control::Controller::device`].
 pub const MEMORY: &str = "mem";
 
-/// For `map_err`: names what the host refused.
+/// Returns a function for `map_err` that names what the host refused.
 fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
     move |e| Error::Host(what, e)
 }
 
-/// A machine that is not running.
+/// A machine that is not running yet.
 pub struct Machine {
     config: MachineConfig,
     boot: Option<BootFiles>,
-    /// The kernel, if the cache does not have it.
+    /// Kernel that the cache does not hold yet; it is cached while the guest runs.
     unkept: Option<Unkept>,
     platform: Platform,
     ram: GuestRam,
     vcpus: Vec<Vcpu>,
     board: Arc<Board>,
-    /// The serial port, then those of the virtio console.
+    /// The serial port, followed by the ports of the virtio console.
     lines: Vec<console::Line>,
     devices: Vec<Arc<MmioTransport>>,
     power_button: PowerButton,
     timing: BootTiming,
     kernel: String,
-    // Last, because dropping it ends what the fields above are part of.
+    // Must be the last field: dropping it destroys the VM that the fields above belong to.
     vm: Arc<Vm>,
 }
 
 impl Machine {
-    /// Opens and checks everything that the configuration names, and only then creates the VM. `start` is when the
-    /// process started; boot timing counts from there. A `transcript` reads along with the consoles.
+    /// Opens and checks everything that the configuration names, and only then creates the VM. `start` is the time at
+    /// which the process started; boot timing counts from it. A `transcript` records what the consoles print.
     pub fn new(config: MachineConfig, transcript: Option<Transcript>, start: Instant) -> Result<Self, Error> {
         let mut timing = BootTiming::new(start);
         config.validate()?;
@@ -228,18 +228,19 @@ impl Machine {
         Ok(())
     }
 
-    /// The guest's memory.
+    /// Returns the guest's memory.
     pub fn ram(&self) -> &GuestRam {
         &self.ram
     }
 
-    /// What kernel was found.
+    /// Returns a description of the detected kernel.
     pub fn kernel(&self) -> &str {
         &self.kernel
     }
 }
 
-/// Every virtio device that the configuration asks for, in slot order, its files open and locked, its memory placed.
+/// Creates every virtio device of the configuration in slot order, with its files opened and locked and its memory
+/// placed.
 fn open_devices(
     config: &MachineConfig,
     console: Option<Console>,
@@ -288,8 +289,9 @@ fn open_devices(
     Ok(devices)
 }
 
-/// Without ACPI a kernel learns of its devices from the command line; with it, the user's is passed on as it is. Where
-/// modules are packed, the devices' drivers are, too, if they are modules.
+/// Returns the boot configuration with the additions that the devices need. Without ACPI, a kernel learns its devices
+/// from the command line; with ACPI, the user's command line is unchanged. If modules are packed, the devices' drivers
+/// are packed too, as far as they are modules.
 fn with_what_devices_need(config: &MachineConfig, platform: &Platform) -> Result<boot::BootConfig, Error> {
     let mut boot = config.boot.clone();
     if let Some(modules) = boot.initramfs.as_mut().and_then(|packed| packed.modules.as_mut()) {
@@ -305,7 +307,7 @@ fn with_what_devices_need(config: &MachineConfig, platform: &Platform) -> Result
     Ok(boot)
 }
 
-/// The machine as far as it is known before the kernel is.
+/// Returns the part of the platform description that does not depend on the kernel.
 fn platform(config: &MachineConfig, devices: usize) -> Result<Platform, Error> {
     Ok(Platform {
         cpus: config.cpu.count,
@@ -317,8 +319,8 @@ fn platform(config: &MachineConfig, devices: usize) -> Result<Platform, Error> {
     })
 }
 
-/// Programs the PC's interrupt controllers and timer as far as the kernel may count upon that: a multiboot kernel finds
-/// them as a BIOS leaves them; one without ACPI programs them itself, but not the local APIC's pins.
+/// Programs the PC's interrupt controllers and timer as far as the kernel may rely on that. A multiboot kernel finds
+/// them as a BIOS leaves them. A kernel without ACPI programs them itself, except the local APIC's pins.
 fn program_legacy(vm: &Vm, boot_cpu: &Vcpu, config: &MachineConfig, protocol: Protocol) -> Result<(), Error> {
     if config.acpi == Acpi::Off || protocol == Protocol::Multiboot {
         boot_cpu.connect_pic()?;
@@ -329,20 +331,22 @@ fn program_legacy(vm: &Vm, boot_cpu: &Vcpu, config: &MachineConfig, protocol: Pr
     Ok(())
 }
 
-/// Returns whether the command line keeps a Linux from using kvmclock, or asks for the PM timer.
+/// Returns whether the command line stops Linux from using kvmclock, or asks for the PM timer.
 fn declines_kvmclock(cmdline: &str) -> bool {
     cmdline.split_whitespace().any(|word| matches!(word, "nopv" | "no-kvmclock" | "clocksource=acpi_pm"))
 }
 
-/// The TSC's frequency for a Linux that would measure it, unless the user names one. On a busy host, and on one that is a
-/// virtual machine itself, that fails, and then the guest has no clock and waits for ever for a moment to pass.
+/// Returns a parameter with the TSC frequency for a Linux that would otherwise measure it, unless the user names one.
+/// The measurement fails on a busy host and on one that is itself a virtual machine; the guest then has no clock and
+/// waits forever for time to pass.
 fn tsc_parameter(kvm: &Kvm, cmdline: &str) -> Option<String> {
     const NAME: &str = "tsc_early_khz=";
     let named = cmdline.split_whitespace().any(|word| word.starts_with(NAME));
     if named { None } else { kvm.tsc_khz().map(|khz| format!("{NAME}{khz}")) }
 }
 
-/// Not by the uuid crate, which panics when the host has no random numbers for it.
+/// Returns a random UUID. The uuid crate's own generator is avoided: it panics when the host has no random numbers for
+/// it.
 fn random_uuid() -> Result<Uuid, Error> {
     Ok(uuid::Builder::from_random_bytes(boot::kaslr::random()?).into_uuid())
 }
@@ -354,8 +358,8 @@ fn create_vcpus(vm: &Vm, cpuid: &Template, config: &MachineConfig) -> Result<Vec
     Ok(vcpus)
 }
 
-/// Collects the writes that need no answer: what the UART transmits, the addresses of a PCI that isn't there, and the
-/// acknowledgements of virtio interrupts. All are followed by reads, which exit and drain the ring.
+/// Makes KVM collect writes that need no answer: bytes that the UART transmits, addresses of the absent PCI bus, and
+/// acknowledgements of virtio interrupts. Reads follow all of them; these exit and drain the ring.
 fn coalesce(vm: &Vm, vcpus: &[Vcpu], virtio_slots: &[u32]) -> Result<Option<CoalescedRing>, Error> {
     let ports = [(layout::SERIAL_PORT, 1), (layout::PCI_CONFIG_ADDRESS, 4)];
     let acks = virtio_slots.iter().map(|slot| virtio_slot(*slot) + virtio::mmio::INTERRUPT_ACK);
@@ -369,7 +373,7 @@ fn coalesce(vm: &Vm, vcpus: &[Vcpu], virtio_slots: &[u32]) -> Result<Option<Coal
     }
 }
 
-/// Where the registers of a virtio slot are.
+/// Returns the address of a virtio slot's registers.
 fn virtio_slot(slot: u32) -> u64 {
     layout::VIRTIO_MMIO + u64::from(slot) * layout::VIRTIO_MMIO_SIZE
 }

@@ -1,13 +1,14 @@
-//! While the guest runs: one event loop on the caller's thread that hears of everything and decides the end.
+//! The running guest: one event loop on the caller's thread that receives every event and decides when the run ends.
 //!
 //! ```text
 //! signals, requests ──▶ pause, resume, power button, stop
 //! devices, vCPU ends ──▶ outcome
-//! console input ──▶ serial port           20 ms tick ──▶ drain coalesced writes, look for a guest asleep for good
+//! console input ──▶ serial port           20 ms tick ──▶ drain coalesced writes, check for a guest that sleeps forever
 //! ```
 //!
-//! When the outcome stands, the vCPUs and devices are stopped and the loop goes on until the console's last byte is
-//! written: it still hears a second signal, Ctrl-A X and the time limit, so a reader that never reads cannot hold it.
+//! Once the outcome is decided, the vCPUs and devices are stopped, and the loop continues until the console's last byte
+//! is written. It still handles a second signal, Ctrl-A X and the time limit, so a reader that never reads cannot hold
+//! it.
 
 mod end;
 mod stops;
@@ -37,36 +38,38 @@ use crate::virtio::mmio::MmioTransport;
 pub use end::Ended;
 use watches::{HangWatch, Insistence, SleepWatch};
 
-/// How a run is bounded.
+/// Limits and observers of a run.
 #[derive(Default)]
 pub struct RunOptions {
-    /// The guest is stopped after this time, counted from the start of the process.
+    /// Time after which the guest is stopped, counted from the start of the process.
     pub timeout: Option<Duration>,
-    /// How long a guest may take to power off after a signal pressed its power button.
+    /// Time that a guest may take to power off after a signal pressed its power button.
     pub grace: Duration,
     /// Signals to react to, if any.
     pub signals: Option<Signals>,
     /// Start with the vCPUs paused.
     pub paused: bool,
-    /// The guest is stopped after so long without output and without work: at least two seconds.
+    /// Time without output and without work after which the guest is stopped: at least two seconds.
     pub hang_timeout: Option<Duration>,
-    /// What reads along with the consoles; what it judges ends the run, and an orderly end without what it expects is
-    /// [`Outcome::Missed`].
+    /// Recorder of what the consoles print. A line that matches one of its patterns ends the run; an orderly end
+    /// without an expected line is [`Outcome::Missed`].
     pub transcript: Option<Transcript>,
-    /// A terminal that is read from stays as it is; otherwise it is put into raw mode.
+    /// Leave an input terminal in its mode; otherwise it is put into raw mode.
     pub cooked: bool,
-    /// The guest is to be stopped when it has done what it is for: an end of its own is [`Outcome::Lost`].
+    /// Task of a guest that is stopped when the task is done: if such a guest ends on its own, that is
+    /// [`Outcome::Lost`].
     pub errand: Option<Errand>,
-    /// Where a core file goes when something went wrong in the guest.
+    /// Destination of a core file if something goes wrong in the guest.
     pub vmcore: Option<Arc<OutputFile>>,
-    /// Who gets signals, and changes of the terminal's size (SIGWINCH), first; whether he takes it.
+    /// First receiver of signals, including changes of the terminal's size (SIGWINCH); returns whether it handled the
+    /// signal.
     pub forward: Option<Box<dyn Fn(i32) -> bool + Send>>,
 }
 
-/// What a guest is for that does not decide its end.
+/// Task of a guest that does not end on its own.
 #[derive(Clone, Copy, Debug)]
 pub struct Errand {
-    /// What the lines begin with in the kernel's log, after the time, by which its init tells why it ended.
+    /// Prefix, after the time, of the lines in the kernel's log in which the guest's init states why it ended.
     pub log_name: &'static str,
 }
 
@@ -74,31 +77,31 @@ pub struct Errand {
 pub const SIGNALS: [i32; 7] =
     [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP, libc::SIGCONT, libc::SIGWINCH];
 
-/// Coalesced output waits no longer than this.
+/// Longest time that coalesced output waits.
 const TICK: Duration = Duration::from_millis(20);
-/// Ticks between two looks for a guest that sleeps for good, while it shows no life.
+/// Number of ticks between two checks for a guest that sleeps forever, while it shows no activity.
 const LOOK_TICKS: u32 = 5;
-/// The most that the interval between looks grows to.
+/// Upper limit of the growing interval between these checks.
 const LOOK_TICKS_MAX: u32 = 160;
-/// How long a panicked guest may go on before it is stopped: time for its messages, a dump, a reboot by `panic=N`.
+/// Time that a panicked guest keeps before it is stopped: for its messages, a dump, a reboot by `panic=N`.
 const PANIC_GRACE: Duration = Duration::from_secs(5);
 
 const SIGNAL: u64 = 0;
 const MAIL: u64 = 1;
 const GUEST: u64 = 2;
 const TICKED: u64 = 3;
-/// The first of as many as there are lines.
+/// First of the tokens for input, one per line.
 const INPUT: u64 = 1 << 16;
-/// The first of as many as there are lines.
+/// First of the tokens for written output, one per line.
 const WRITTEN: u64 = 1 << 17;
 
 impl Machine {
     /// Starts the vCPUs and waits until the guest has ended and its output is written.
     pub fn run(self, options: RunOptions, mailbox: Arc<Mailbox>) -> Result<Ended, Error> {
-        // Nobody may wait for an answer that doesn't come.
+        // Closing the mailbox keeps other threads from waiting for an answer that never comes.
         let mut running = Running::start(self, options, mailbox.clone()).inspect_err(|_| mailbox.close())?;
         let result = running.wait_for_end();
-        // Also on an error: nothing may run on behind the caller's back.
+        // On an error too: nothing may keep running after this function returns.
         running.stop();
         running.mailbox.close();
         let outcome = result?;
@@ -113,23 +116,23 @@ impl Machine {
 }
 
 struct Running {
-    // The order of drops matters little, but the terminal should be itself again first.
+    // The order of drops hardly matters, but the terminal should be restored first.
     raw_mode: Option<RawMode>,
     poller: Poller,
     ticker: TimerFd,
     options: RunOptions,
     mailbox: Arc<Mailbox>,
     board: Arc<Board>,
-    /// The serial port, then those of the virtio console.
+    /// The serial port, followed by the ports of the virtio console.
     lines: Vec<RunningLine>,
     devices: Vec<Arc<MmioTransport>>,
     power_button: PowerButton,
     vcpus: Vec<VcpuThread>,
     timing: BootTiming,
     exits: Exits,
-    /// When [`RunOptions::timeout`] passes.
+    /// Time at which [`RunOptions::timeout`] passes.
     deadline: Option<Instant>,
-    /// When the guest is stopped though it didn't react to its power button, and the signal that pressed it.
+    /// Time at which the guest is stopped if it has not reacted to its power button, and the signal that pressed it.
     grace: Option<(Instant, i32)>,
     insistence: Insistence,
     panicked: Option<PanicSource>,
@@ -138,13 +141,13 @@ struct Running {
     paused: bool,
     sleep_watch: SleepWatch,
     hang_watch: HangWatch,
-    /// Hears of traps.
+    /// Receiver of the debugger's traps.
     debugger: Weak<Traps>,
-    /// vCPUs that have ended.
+    /// States of the vCPUs that have ended.
     cpus: Vec<CpuState>,
-    /// Whether a console is on stdout or stderr.
+    /// Set if a console is on stdout or stderr.
     console_shown: bool,
-    // Keeps the VM alive as long as anything above.
+    // Keeps the VM alive as long as any field above.
     _machine: (Arc<crate::kvm::Vm>, crate::memory::GuestRam),
 }
 
@@ -247,9 +250,9 @@ impl Running {
         }
     }
 
-    /// Once a panic was seen that is what happened, however the guest ended after it.
+    /// Turns the outcome into a panic if one was seen, however the guest ended after it.
     fn final_outcome(&mut self, outcome: Outcome) -> Outcome {
-        // The text that explains the end may still be on its way.
+        // The text that explains the end may not have arrived yet.
         self.exits.coalesced += self.board.drain();
         self.on_guest_events();
         match self.panicked {
@@ -282,7 +285,7 @@ impl Running {
                     return Some(Outcome::Killed(signal));
                 }
                 signal if self.options.forward.as_ref().is_some_and(|forward| forward(signal)) => {}
-                // Asked for a second time, or by somebody who is gone: no more patience.
+                // A second request, or a signal that says that the user is gone: no more patience.
                 signal if self.grace.is_some() || signal == libc::SIGHUP || signal == libc::SIGQUIT => {
                     return Some(Outcome::Killed(signal));
                 }
@@ -296,7 +299,7 @@ impl Running {
         None
     }
 
-    /// The next signal that wants an end; those that stop and continue the process are done with here.
+    /// Returns the next signal that asks for an end; signals that stop or continue the process are handled here.
     fn ending_signal(&self) -> Option<i32> {
         loop {
             match self.options.signals.as_ref()?.take()? {
@@ -340,7 +343,7 @@ impl Running {
             }
         }
         let Some((id, end)) = self.mailbox.take_end() else { return Ok(None) };
-        // What a device or the console said before comes first.
+        // Events that devices or the console reported earlier come first.
         if let Some(outcome) = self.on_guest_events() {
             return Ok(Some(outcome));
         }
@@ -352,10 +355,10 @@ impl Running {
         })
     }
 
-    /// Why KVM_RUN failed, as far as that can be known.
+    /// Returns the error for a failed KVM_RUN, with the cause as far as it can be known.
     fn kvm_failed(&self, error: io::Error) -> Error {
         let gone = || match self.board.ram.truncated_file() {
-            Some(path) => format!("{} was made shorter while it was mapped", path.display()),
+            Some(path) => format!("{} was truncated while it was mapped", path.display()),
             None => "huge pages, memory or the file system of a pmem file may be used up".into(),
         };
         match error.raw_os_error() {
@@ -371,7 +374,7 @@ impl Running {
                 GuestEvent::Reset(how) => return Some(Outcome::Rebooted(how)),
                 GuestEvent::DebugExit(code) => return Some(Outcome::DebugExit(code)),
                 GuestEvent::Panicked(source) => {
-                    // The driver's word is better than the console's, whichever came first.
+                    // The driver's report is better evidence than the console's, whichever came first.
                     if self.panicked.is_none() || source == PanicSource::Pvpanic {
                         self.panicked = Some(source);
                     }
@@ -394,7 +397,7 @@ impl Running {
                 GuestEvent::ConsoleInputRoom => {
                     for line in &mut self.lines {
                         if let Err(e) = line.pump(false, &self.poller) {
-                            log::warn!("console input is lost: {e}");
+                            log::warn!("cannot pass on console input: {e}");
                         }
                     }
                 }
@@ -407,7 +410,7 @@ impl Running {
         let _ = self.ticker.wait();
         self.raw_mode.iter().for_each(RawMode::refresh);
         self.options.transcript.iter().for_each(|transcript| transcript.look(Instant::now()));
-        // A full buffer leaves the ring to fill up, too, and then vCPUs exit and wait.
+        // With a full output buffer, the ring is left to fill up too, and then vCPUs exit and wait.
         if !self.paused && !self.board.output.is_full() {
             self.exits.coalesced += self.board.drain();
         }
@@ -435,22 +438,22 @@ impl Running {
         Ok(None)
     }
 
-    /// Returns whether the guest made no progress for `limit`.
+    /// Returns whether the guest has made no progress for `limit`.
     fn hangs_for(&mut self, limit: Duration) -> bool {
         let now = Instant::now();
         if self.paused {
             self.hang_watch.restart(now);
         } else if self.hang_watch.due(now) {
             let output = self.lines.iter().map(|line| line.output.pushed()).sum();
-            // A vCPU that waits for a processor of a busy host has work to do.
+            // A vCPU that waits for a processor of a busy host has work to do, so its waiting time counts.
             let work = self.vcpus.iter().map(|vcpu| vcpu.cpu_time() + vcpu.waited_time()).sum();
             self.hang_watch.poll(now, output, work);
         }
         self.hang_watch.idle() >= limit
     }
 
-    /// Whether every vCPU is halted with interrupts off. Asking costs each an exit, so it is asked only while none of
-    /// them uses any processor time, and less and less often while the answer is no.
+    /// Returns whether every vCPU is halted with interrupts off. The question costs each vCPU an exit, so it is asked
+    /// only while none of them uses processor time, and less and less often while the answer is no.
     fn all_asleep(&mut self) -> bool {
         self.sleep_watch.ticks += 1;
         if self.sleep_watch.ticks < self.sleep_watch.interval || self.paused {
@@ -460,19 +463,19 @@ impl Running {
         let cpu_time: Duration = self.vcpus.iter().map(VcpuThread::cpu_time).sum();
         let used = cpu_time.saturating_sub(self.sleep_watch.cpu_time);
         self.sleep_watch.cpu_time = cpu_time;
-        // A look itself costs some of it.
+        // A check itself costs some processor time.
         if used > Duration::from_millis(1) {
             self.sleep_watch.interval = LOOK_TICKS;
             return false;
         }
         self.vcpus.iter().for_each(|v| v.send(Command::LookAsleep));
-        // Every answer is taken, or the next look would take this one's.
+        // Every answer must be taken, or the next check would read this check's answer.
         let awake = self.vcpus.iter().filter(|v| !matches!(v.reply(), Some(Reply::Asleep(true)))).count();
         self.sleep_watch.interval = (self.sleep_watch.interval * 2).min(LOOK_TICKS_MAX);
         awake == 0
     }
 
-    /// Ends the vCPUs, then the devices, and declares the console's output complete.
+    /// Ends the vCPUs, then the devices, and marks the console's output as complete.
     fn stop(&mut self) {
         self.vcpus.iter().for_each(|v| v.send(Command::Stop));
         for vcpu in self.vcpus.drain(..) {

@@ -1,5 +1,5 @@
-//! The devices that test suites expect of QEMU, on ports and addresses that are QEMU's. A machine has them only when it
-//! is asked for them, so that an ordinary guest sees nothing of it.
+//! Devices that test suites expect from QEMU, at QEMU's ports and addresses. A machine has them only on request, so an
+//! ordinary guest sees none of them.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use crate::layout;
 use crate::log_limit::LogLimit;
 use crate::memory::GuestRam;
 
-/// Puts what `--debug-exit` and `--testdev` stand for on the buses.
+/// Adds the devices of `--debug-exit` and `--testdev` to the buses.
 pub(super) fn add(
     config: &MachineConfig,
     vm: &Arc<Vm>,
@@ -36,7 +36,7 @@ pub(super) fn add(
                 warnings.warn(format_args!("the test device cannot set interrupt line {gsi}: {e}"));
             }
         });
-        // There are at most 254 vCPUs.
+        // The number of vCPUs is at most 254.
         let cpus = config.cpu.count.try_into().unwrap_or(u16::MAX);
         port(layout::TESTDEV_PORT, layout::TESTDEV_LEN.into(), Arc::new(TestPorts::new(ram.clone())))?;
         port(layout::TESTDEV_IRQ_PORT, layout::IOAPIC_PINS, Arc::new(lines))?;

@@ -1,5 +1,5 @@
-//! When the outcome stands: the rest of the output, what the console's patterns say, what is left of a guest that ended
-//! badly.
+//! Handling after the outcome is decided: the remaining output, the verdict of the console's patterns, and the
+//! post-mortem of a guest that failed.
 
 use std::time::{Duration, Instant};
 
@@ -10,31 +10,31 @@ use crate::event::PanicSource;
 use crate::outcome::{BootTiming, Exits, Outcome, Report};
 use crate::post_mortem::{self, PostMortem, Remains};
 
-/// What a run came to.
+/// Result of a run.
 pub struct Ended {
-    /// How the guest ended.
+    /// Outcome of the guest.
     pub outcome: Outcome,
-    /// Why, in the words of the guest's log.
+    /// Reason for the outcome, in the words of the guest's log.
     pub reason: Option<String>,
-    /// What was found when something had gone wrong in it.
+    /// Findings after a failure of the guest.
     pub post_mortem: Option<PostMortem>,
     /// Exits to user space of all vCPUs.
     pub exits: Exits,
-    /// When what happened.
+    /// Times of the boot's steps.
     pub timing: BootTiming,
 }
 
-/// What a kernel says of a panic, before the reason.
+/// Prefix of the reason in a kernel's panic message.
 const PANIC: &str = "Kernel panic - not syncing: ";
 
 impl Ended {
-    /// The outcome in one sentence, with the reason.
+    /// Returns the outcome in one sentence, with the reason.
     pub fn sentence(&self) -> String {
         let sentence = self.outcome.sentence();
         self.reason.as_ref().map_or(sentence.clone(), |reason| format!("{sentence}: {reason}"))
     }
 
-    /// For `--report`; `kernel` is the one that was booted.
+    /// Returns the report for `--report`; `kernel` describes the booted kernel.
     pub fn report(&self, kernel: String) -> Report {
         let mut report = Report::new(&self.outcome, kernel, &self.timing, self.exits);
         report.detail = self.sentence();
@@ -47,19 +47,19 @@ impl Ended {
     }
 }
 
-/// What the guest's log has for a reason.
+/// Returns the reason that the guest's log gives for the outcome.
 pub(super) fn reason(outcome: &Outcome, log: &[String], errand: Option<Errand>) -> Option<String> {
     let after = |name: &'static str| log.iter().filter_map(move |line| Some(line.split_once(name)?.1.to_string()));
     match outcome {
-        // Its first line; the last one is the end.
+        // The first such line has the reason; the last one marks the end of the panic.
         Outcome::Panicked(_) => after(PANIC).next(),
         Outcome::Lost(_) => after(errand?.log_name).next_back(),
         _ => None,
     }
 }
 
-/// What an end is worth beside what the console showed (`verdict`) or had to show (`expecting`). A guest with an `errand`
-/// has no end of its own.
+/// Returns the final outcome, given what the console showed (`verdict`) and whether it had to show something
+/// (`expecting`). A guest with an `errand` must not end on its own.
 fn judged(outcome: Outcome, verdict: Option<Outcome>, errand: bool, expecting: bool) -> Outcome {
     let regular = outcome.is_orderly() || matches!(outcome, Outcome::Exited(_) | Outcome::Signalled(_));
     match (&outcome, verdict) {
@@ -72,8 +72,8 @@ fn judged(outcome: Outcome, verdict: Option<Outcome>, errand: bool, expecting: b
     }
 }
 
-/// The outcome of a run, some of whose data the host did not keep: no success, as whoever relies on the data must hear of
-/// that. A failure stays what it is.
+/// Returns the outcome of a run of which the host may have lost data: a success becomes [`Outcome::DataLost`], because
+/// anyone who relies on the data must learn of the loss. A failure stays what it is.
 fn kept(outcome: Outcome, unsaved: &[String]) -> Outcome {
     let Some((last, others)) = unsaved.split_last() else { return outcome };
     let told = if outcome.exit_code() == 0 { others } else { unsaved };
@@ -82,15 +82,15 @@ fn kept(outcome: Outcome, unsaved: &[String]) -> Outcome {
 }
 
 impl Running {
-    /// What the console's lines say, if they do.
+    /// Returns the outcome that the console's lines decide, if any.
     pub(super) fn verdict(&self) -> Option<Outcome> {
         let Verdict { good, line, .. } = self.options.transcript.as_ref()?.verdict()?;
         Some(if good { Outcome::Expected(line) } else { Outcome::Refused(line) })
     }
 
-    /// The outcome of a triple fault of vCPU `id`. A Linux that reboots by one empties the interrupt table before, but
-    /// AMD processors forget that; and one that panicked may do the same. Where no console said which it was, the
-    /// kernel's log does.
+    /// Returns the outcome of a triple fault of vCPU `id`. Linux may reboot by one, after it has emptied the interrupt
+    /// table; but AMD processors do not keep the emptied table, and a kernel that panicked may reboot in this way too.
+    /// If no console line tells which it was, the kernel's log does.
     pub(super) fn after_triple_fault(&self, id: u32, idt_emptied: bool) -> Outcome {
         let said = if self.restarting { Some(LastWords::Restart) } else { post_mortem::last_words(&self.board.ram) };
         match said {
@@ -101,8 +101,9 @@ impl Running {
         }
     }
 
-    /// The outcome when all output is written. What a pattern said of the last lines comes before the end that the guest
-    /// itself made right after them, which may be heard of first. `given_up` is why not all output was written.
+    /// Returns the outcome after all output is written. A pattern that matched in the last lines takes precedence over
+    /// the end that the guest itself caused right after them, although that end may be noticed first. `given_up` is the
+    /// reason why output is missing.
     pub(super) fn judged(&self, outcome: Outcome, given_up: Option<Outcome>) -> Outcome {
         let expecting = self.options.transcript.as_ref().is_some_and(Transcript::expects);
         let judged = judged(outcome, self.verdict(), self.options.errand.is_some(), expecting);
@@ -111,14 +112,15 @@ impl Running {
         if !matches!(judged, Outcome::Exited(_) | Outcome::Signalled(_)) {
             return judged;
         }
-        // The code of a command that wrote for nobody is not worth much: it may well have been killed for that.
+        // The exit code of a command whose output was not read means little: the command may have been killed for that
+        // reason.
         let lost = self.lines.iter().find_map(|line| line.output.lost());
-        // Who types Ctrl-A X knows what he does not wait for.
+        // After Ctrl-A X, unwritten output is expected.
         let given_up = given_up.filter(|why| *why != Outcome::Quit);
         lost.map(Outcome::OutputLost).or(given_up).unwrap_or(judged)
     }
 
-    /// Looks at what is left, when nothing runs any more.
+    /// Examines the stopped guest.
     pub(super) fn post_mortem(&self, outcome: &Outcome) -> PostMortem {
         let remains = Remains {
             ram: &self.board.ram,
@@ -130,9 +132,10 @@ impl Running {
         remains.look(self.options.vmcore.as_deref(), || self.ending_signal().is_some())
     }
 
-    /// Waits until the last byte of every console is written, or somebody loses patience: that is given, then.
+    /// Waits until the last byte of every console is written. Returns the outcome to use if the wait ends early: a
+    /// signal, Ctrl-A X or the time limit.
     pub(super) fn wait_for_output(&mut self, outcome: &Outcome) -> Result<Option<Outcome>, Error> {
-        // Somebody who stopped the guest wants to be gone: readers that still read get a second.
+        // The user who stopped the guest wants vireo to end: readers that still read get one second.
         let impatient = matches!(outcome, Outcome::Quit | Outcome::Killed(_) | Outcome::TimedOut(_) | Outcome::Hung(_));
         let limit = if impatient { Some(Instant::now() + Duration::from_secs(1)) } else { self.deadline };
         let mut unwritten = self.lines.len();
@@ -143,7 +146,7 @@ impl Running {
             for token in ready.iter().copied() {
                 match token {
                     WRITTEN.. => {
-                        // Each tells it once.
+                        // Each line signals its completion once.
                         let line = self.lines.get((token - WRITTEN) as usize);
                         unwritten -= usize::from(line.is_some_and(|line| line.output.done().read().is_ok()));
                     }
@@ -159,7 +162,7 @@ impl Running {
                 return Ok(None);
             }
             if given_up.is_some() || limit.is_some_and(|d| d <= Instant::now()) {
-                log::warn!("nobody reads the console's output; the rest of it is lost");
+                log::warn!("the console's reader has stopped; the remaining output is lost");
                 return Ok(given_up.or(self.options.timeout.map(Outcome::TimedOut)));
             }
             if ready.contains(&TICKED) {
@@ -192,7 +195,7 @@ mod tests {
             (Exited(0), None, true, Missed("exited")),
             (Exited(0), bad(), false, Refused("BUG".into())),
             (Exited(0), good(), true, Expected("ok".into())),
-            // It says itself that something was wrong.
+            // The exit code itself says that something was wrong.
             (Exited(3), None, true, Exited(3)),
             (Signalled(9), None, true, Signalled(9)),
             (Signalled(9), bad(), false, Refused("BUG".into())),

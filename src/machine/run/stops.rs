@@ -1,18 +1,18 @@
-//! Stopping the machine and letting it go on, for whoever asks; what a debugger asks of its vCPUs, and hears of them.
+//! Pausing and resuming the machine on request, and a debugger's requests to vCPUs.
 
 use super::Running;
 use crate::kvm::debug::{Request, Trap};
 use crate::vcpu::{Command, Reply};
 
 impl Running {
-    /// Stops vCPUs and devices with nothing half done.
+    /// Pauses vCPUs and devices with no operation half done.
     pub(super) fn pause(&mut self) {
         if self.paused {
             return;
         }
         self.vcpus.iter().for_each(|v| v.send(Command::Pause));
         for vcpu in &self.vcpus {
-            // A thread that has ended doesn't answer, and doesn't run either.
+            // A thread that has ended does not answer, and does not run either.
             let _ = vcpu.reply();
         }
         self.exits.coalesced += self.board.drain();
@@ -20,7 +20,7 @@ impl Running {
         self.paused = true;
     }
 
-    /// Lets the devices go on, and these vCPUs, or all.
+    /// Resumes the devices, and the vCPUs in `only` or all.
     pub(super) fn resume(&mut self, only: Option<&[u32]>) {
         if self.paused {
             self.devices.iter().for_each(|d| d.resume());
@@ -31,14 +31,14 @@ impl Running {
         }
     }
 
-    /// Has a paused vCPU do something for a debugger.
+    /// Makes a paused vCPU handle a debugger's request.
     pub(super) fn debug(&self, vcpu: u32, request: Box<Request>) -> Option<Reply> {
         let vcpu = self.vcpus.get(vcpu as usize).filter(|_| self.paused)?;
         vcpu.send(Command::Debug(request));
         vcpu.reply()
     }
 
-    /// Tells the debugger; one that is gone leaves a vCPU that goes on.
+    /// Reports a trap to the debugger. If the debugger is gone, the vCPU resumes.
     pub(super) fn trapped(&self, trap: Trap) {
         match self.debugger.upgrade() {
             Some(traps) => traps.push(trap),

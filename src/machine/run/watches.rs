@@ -1,4 +1,5 @@
-//! Guests that do nothing any more: those that sleep for good, and those that hang; and people who insist on an end.
+//! Detection of guests that no longer do anything, because they sleep forever or hang; and of users who insist on an
+//! end.
 
 use std::time::{Duration, Instant};
 
@@ -31,11 +32,12 @@ impl HangWatch {
         now.duration_since(self.polled) >= HANG_POLL
     }
 
-    /// Takes the totals since the guest's start: bytes of console output, and time that its vCPUs ran or wanted to run.
+    /// Takes the totals since the guest's start: bytes of console output, and the time that its vCPUs ran or wanted to
+    /// run.
     ///
-    /// A guest that uses less than a twentieth of a processor only waits, whatever its timers do. A poll that comes late
-    /// shows that vireo itself did not run (a stopped process, a suspended or overloaded host), so the guest did not
-    /// have that time either: one poll adds at most twice its interval.
+    /// A guest that uses less than a twentieth of a processor only waits, whatever its timers do. A late poll shows
+    /// that vireo itself did not run (a stopped process, a suspended or overloaded host), so the guest did not have
+    /// that time either: one poll adds at most twice its interval.
     pub(super) fn poll(&mut self, now: Instant, output: u64, work: Duration) {
         let elapsed = now.duration_since(self.polled);
         if output != self.output || work.saturating_sub(self.work) * 20 > elapsed {
@@ -46,7 +48,7 @@ impl HangWatch {
         *self = HangWatch { polled: now, output, work, ..*self };
     }
 
-    /// Starts over: the guest was paused.
+    /// Starts over after the guest was paused.
     pub(super) fn restart(&mut self, now: Instant) {
         (self.polled, self.idle) = (now, Duration::ZERO);
     }
@@ -57,20 +59,20 @@ impl HangWatch {
     }
 }
 
-/// So many signals in this time end a guest, though its command gets them.
+/// Number of signals within [`INSISTENCE`] that end a guest even though its command receives them.
 const INSISTENT: u32 = 3;
 const INSISTENCE: Duration = Duration::from_secs(10);
 
-/// Whether somebody wants an end, whatever those who get the signals do with them.
+/// Detects that the user insists on an end, whatever the receivers of the signals do with them.
 #[derive(Default)]
 pub(super) struct Insistence {
     heard: u32,
-    /// When the first of them came.
+    /// Time of the first counted signal.
     since: Option<Instant>,
 }
 
 impl Insistence {
-    /// Notes a signal; whether it is one too many.
+    /// Counts a signal; returns whether it was one too many.
     pub(super) fn heard(&mut self, signal: i32, now: Instant) -> bool {
         if ![libc::SIGINT, libc::SIGTERM, libc::SIGQUIT].contains(&signal) {
             return false;
