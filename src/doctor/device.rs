@@ -1,4 +1,4 @@
-//! The host's side: the KVM device node, the capabilities behind it, and what to do when they cannot be used.
+//! The host's side: the KVM device node, KVM's capabilities, and remedies if they cannot be used.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -10,23 +10,23 @@ use serde::Serialize;
 use super::Problem;
 use crate::kvm::{Error, Kvm};
 
-/// What this host's processor and kernel are.
+/// Description of this host's processor and kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct HostFacts {
-    /// Processor, as it calls itself.
+    /// Name of the processor, as it reports it.
     pub cpu: String,
-    /// Its virtualization extension, `vmx` or `svm`, when it shows one.
+    /// Virtualization extension of the processor, `vmx` or `svm`, if it shows one.
     pub virtualization: Option<&'static str>,
-    /// Whether this host is a virtual machine itself.
+    /// Set if this host is itself a virtual machine.
     pub is_guest: bool,
     /// Kernel release.
     pub kernel: String,
-    /// The loaded module that provides KVM, such as `kvm_intel`.
+    /// Name of the loaded module that provides KVM, such as `kvm_intel`.
     pub kvm_module: Option<String>,
 }
 
 impl HostFacts {
-    /// Reads them from /proc and /sys; what is not there stays empty.
+    /// Reads the facts from /proc and /sys; missing ones stay empty.
     pub fn read() -> Self {
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
@@ -56,7 +56,7 @@ pub fn open(path: &Path, host: &HostFacts) -> Result<Kvm, Problem> {
     Kvm::open(path).map_err(|error| explain(&error, host))
 }
 
-/// Makes a VM, which is where a hypervisor that has the processor for itself shows.
+/// Creates a VM. This fails if another hypervisor holds the processor's virtualization.
 pub fn create_vm(kvm: &Kvm, host: &HostFacts) -> Result<VmFd, Problem> {
     kvm.create_vm_fd().map_err(|error| explain(&error, host))
 }
@@ -69,7 +69,7 @@ fn explain(error: &Error, host: &HostFacts) -> Problem {
     Problem { found, remedy: remedy(error, host) }
 }
 
-/// What mends it, a command where there is one.
+/// Returns the remedy for the error; a command where there is one.
 pub fn remedy(error: &Error, host: &HostFacts) -> String {
     match error {
         Error::Missing(_) => missing(host).into(),
@@ -90,8 +90,8 @@ pub fn remedy(error: &Error, host: &HostFacts) -> String {
         Error::Lacks(_) => "run a newer Linux kernel on this host (4.20 or later)".into(),
         Error::Open(_, cause) | Error::Ioctl(_, cause) => match cause.raw_os_error() {
             Some(libc::EMFILE | libc::ENFILE) => "raise the limit: ulimit -n 4096".into(),
-            Some(libc::EAGAIN) => "raise the limit of processes, which threads count for, too: ulimit -u".into(),
-            Some(libc::ENOMEM) => "see: free -m; ulimit -v; the cgroup's limit".into(),
+            Some(libc::EAGAIN) => "raise the limit of processes, which includes threads: ulimit -u".into(),
+            Some(libc::ENOMEM) => "check free -m, ulimit -v and the cgroup's memory limit".into(),
             _ => "look for kvm in the output of: sudo dmesg".into(),
         },
     }
@@ -100,8 +100,8 @@ pub fn remedy(error: &Error, host: &HostFacts) -> String {
 fn missing(host: &HostFacts) -> &'static str {
     match (&host.kvm_module, host.virtualization) {
         (Some(_), _) => {
-            "its module is loaded: in a container start it with --device /dev/kvm; elsewhere: sudo mknod -m 660 /dev/kvm c \
-             10 232 && sudo chgrp kvm /dev/kvm"
+            "the KVM module is loaded: start a container with --device /dev/kvm; elsewhere: sudo mknod -m 660 /dev/kvm \
+             c 10 232 && sudo chgrp kvm /dev/kvm"
         }
         (None, Some("vmx")) => "sudo modprobe kvm_intel (if refused: enable VT-x in the firmware setup)",
         (None, Some(_)) => "sudo modprobe kvm_amd (if refused: enable SVM in the firmware setup)",
@@ -115,7 +115,7 @@ fn missing(host: &HostFacts) -> &'static str {
     }
 }
 
-/// The command that lets this user open a device that exists.
+/// Returns the command that lets this user open an existing device.
 fn permission(path: &Path) -> String {
     let device = path.display();
     let once = format!("sudo setfacl -m u:$USER:rw {device}");
@@ -138,39 +138,39 @@ fn group_name(gid: u32) -> Option<String> {
     })
 }
 
-/// One number that KVM_CHECK_EXTENSION gave.
+/// Answer of KVM_CHECK_EXTENSION for one capability.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Capability {
-    /// Its name in this report.
+    /// Name in the report.
     pub name: &'static str,
-    /// What KVM answered: 0 is no, what else it is depends on the capability.
+    /// Value that KVM returned: 0 means no; the meaning of others depends on the capability.
     pub value: i32,
-    /// Whether vireo cannot run guests without it.
+    /// Set if vireo cannot run guests without it.
     pub required: bool,
-    /// What it is for.
+    /// Purpose of the capability.
     pub purpose: &'static str,
 }
 
 impl Capability {
-    /// Whether guests can do without what is missing.
+    /// Returns whether guests can run with this value.
     pub fn suffices(&self) -> bool {
         self.value > 0 || !self.required
     }
 }
 
-/// `(name, number, required, purpose)`; the numbers are those of `linux/kvm.h`.
+/// `(name, number, required, purpose)`, with the numbers of `linux/kvm.h`.
 const CAPABILITIES: &[(&str, u32, bool, &str)] = &[
     ("user_memory", KVM_CAP_USER_MEMORY, true, "guest RAM"),
     ("irqchip", KVM_CAP_IRQCHIP, true, "interrupt controllers in the kernel"),
     ("irqfd", KVM_CAP_IRQFD, true, "interrupts from device threads"),
     ("ioeventfd", KVM_CAP_IOEVENTFD, true, "queue kicks without an exit to user space"),
-    ("ext_cpuid", KVM_CAP_EXT_CPUID, true, "telling the guest its processor's features"),
+    ("ext_cpuid", KVM_CAP_EXT_CPUID, true, "showing the guest its processor's features"),
     ("immediate_exit", KVM_CAP_IMMEDIATE_EXIT, true, "pausing a vCPU"),
     ("coalesced_mmio", KVM_CAP_COALESCED_MMIO, false, "batched MMIO writes"),
     ("coalesced_pio", KVM_CAP_COALESCED_PIO, false, "batched port writes: a faster console"),
     ("readonly_mem", KVM_CAP_READONLY_MEM, false, "read-only guest memory"),
     ("tsc_deadline_timer", KVM_CAP_TSC_DEADLINE_TIMER, false, "the cheapest guest timer"),
-    ("x2apic_api", KVM_CAP_X2APIC_API, false, "APIC ids above 254"),
+    ("x2apic_api", KVM_CAP_X2APIC_API, false, "APIC IDs above 254"),
     ("kvmclock_ctrl", KVM_CAP_KVMCLOCK_CTRL, false, "a paused guest that does not report lock-ups"),
     ("adjust_clock", KVM_CAP_ADJUST_CLOCK, false, "restoring the guest's clock"),
     ("vcpu_events", KVM_CAP_VCPU_EVENTS, false, "snapshots and migration"),
@@ -181,7 +181,7 @@ const CAPABILITIES: &[(&str, u32, bool, &str)] = &[
     ("halt_poll", KVM_CAP_HALT_POLL, false, "tuning wake-up latency per VM"),
 ];
 
-/// Asks for each capability that matters.
+/// Queries each capability that matters.
 pub fn capabilities(kvm: &Kvm) -> Vec<Capability> {
     let ask = |&(name, number, required, purpose): &(&'static str, u32, bool, &'static str)| Capability {
         name,
@@ -192,18 +192,18 @@ pub fn capabilities(kvm: &Kvm) -> Vec<Capability> {
     CAPABILITIES.iter().map(ask).collect()
 }
 
-/// How large a guest can be.
+/// Limits of a guest's size.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Limits {
-    /// vCPUs of a VM.
+    /// Number of vCPUs in a VM.
     pub vcpus: i32,
-    /// Pieces of guest memory.
+    /// Number of memory slots.
     pub memory_slots: i32,
-    /// Bits of a guest-physical address (CPUID 8000_0008h).
+    /// Width of a guest-physical address in bits (CPUID 8000_0008h).
     pub physical_address_bits: Option<u32>,
 }
 
-/// Asks for the limits.
+/// Queries the limits.
 pub fn limits(kvm: &Kvm) -> Limits {
     let cpuid = kvm.inner().get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).ok();
     let leaf = cpuid.as_ref().and_then(|cpuid| cpuid.as_slice().iter().find(|entry| entry.function == 0x8000_0008));

@@ -1,65 +1,66 @@
 //! The probe guest: a hundred instructions of bare metal that go from real mode to long mode and use, one after the
-//! other, everything a Linux guest needs of KVM. It tells the host of each step through [`STEP_PORT`].
+//! other, everything that a Linux guest needs of KVM. It reports each step to the host through [`STEP_PORT`].
 //!
-//! The assembler turns it into bytes at build time; the host copies them to [`CODE`] and never executes them itself.
-#![allow(unsafe_code)] // The assembly, and the two symbols around it.
+//! The assembler turns it into bytes at build time. The host copies them to [`CODE`] and never executes them itself.
+#![allow(unsafe_code)] // For the assembly and the two symbols around it.
 
 use core::arch::global_asm;
 
 use crate::layout;
 
-/// Where the code is loaded and entered, in real mode with CS 0.
+/// Load address and entry point of the code, in real mode with CS 0.
 pub const CODE: u64 = 0x1000;
 /// Top of the stack.
 const STACK: u64 = 0x8000;
-/// Page tables, made by the host: one PML4, one PDPT, one page directory each for the first and the fourth GiB.
+/// Page tables, created by the host: one PML4, one PDPT, and one page directory each for the first and the fourth GiB.
 pub const PML4: u64 = 0x9000;
 
-/// An 8-bit write tells the [`Step`] that was just done.
+/// Port to which an 8-bit write reports the [`Step`] that was just done.
 pub const STEP_PORT: u16 = 0x700;
-/// A 32-bit read answers a number, a 32-bit write must give its complement.
+/// Port where a 32-bit read returns a number; a 32-bit write must return its complement.
 pub const ECHO_PORT: u16 = 0x704;
-/// Writes to it mean nothing: they are there to be timed.
+/// Port whose writes have no meaning: they are there to be timed.
 pub const EXIT_PORT: u16 = 0x708;
-/// A 32-bit read answers how often the next timed loop turns; never 0. The host does not return from the last one.
+/// Port where a 32-bit read returns the number of turns of the next timed loop, never 0. The host does not return from
+/// the last read.
 pub const LOOP_PORT: u16 = 0x70C;
-/// A register that answers like [`ECHO_PORT`]: read at +0, write at +8.
+/// MMIO register that behaves like [`ECHO_PORT`]: read at +0, write at +8.
 pub const MMIO: u64 = layout::VIRTIO_MMIO;
-/// Where the complement is written.
+/// Address to which the complement is written.
 pub const MMIO_ECHO: u64 = MMIO + 8;
-/// The interrupt. Above 15, so that it reaches the IO-APIC only and not the 8259 as well.
+/// Interrupt line. It is above 15, so that it reaches only the IO-APIC and not the 8259 too.
 pub const GSI: u32 = 20;
-/// How many writes to [`EXIT_PORT`] are timed.
+/// Number of writes to [`EXIT_PORT`] that are timed.
 pub const EXITS: u32 = 256;
-/// Instructions in one turn of the timed loop.
+/// Number of instructions in one turn of the timed loop.
 pub const LOOP_INSTRUCTIONS: u32 = 2;
 
-/// What the guest has just done.
+/// Step that the guest has just done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Step {
-    /// It runs at all.
+    /// The guest runs at all.
     RealMode = 1,
-    /// 32-bit protected mode.
+    /// The guest is in 32-bit protected mode.
     ProtectedMode,
-    /// 64-bit long mode, with paging.
+    /// The guest is in 64-bit long mode, with paging.
     LongMode,
-    /// A port was read and written.
+    /// The guest has read and written a port.
     PortIo,
-    /// An MMIO register was read and written.
+    /// The guest has read and written an MMIO register.
     Mmio,
     /// The IO-APIC is set up and the next instructions are `sti; hlt`.
     Halting,
-    /// It went on behind the `hlt` after the interrupt's handler had run.
+    /// The guest continued after the `hlt`, and the interrupt's handler had run.
     Interrupt,
-    /// It went on behind the `hlt` although there was no interrupt.
+    /// The guest continued after the `hlt` although there was no interrupt.
     NoHalt,
     /// All timed exits are done.
     Exits,
 }
 
 impl Step {
-    /// The step that a written byte means.
+    /// Returns the step that a written byte stands for.
     pub fn from_byte(byte: u8) -> Option<Self> {
         use Step::*;
         [RealMode, ProtectedMode, LongMode, PortIo, Mmio, Halting, Interrupt, NoHalt, Exits]
@@ -152,7 +153,7 @@ vireo_probe_start:
     movb    ${no_halt}, %bl
     movb    ${halting}, %al
     outb    %al, %dx
-    sti                                         # Takes effect behind the next instruction.
+    sti                                         # Takes effect after the next instruction.
     hlt
     cli
     movb    %bl, %al                            # The handler has changed it.
@@ -233,7 +234,7 @@ unsafe extern "C" {
     static vireo_probe_end: u8;
 }
 
-/// The guest's bytes, to be placed at [`CODE`].
+/// Returns the guest's bytes, to be placed at [`CODE`].
 pub fn code() -> &'static [u8] {
     let start = &raw const vireo_probe_start;
     let end = &raw const vireo_probe_end;

@@ -1,7 +1,7 @@
-//! `vireo doctor`: can this host run guests, how fast, and what mends it if not. Needs nothing but this binary.
+//! `vireo doctor`: whether this host can run guests, how fast, and what fixes it if not. Needs nothing but this binary.
 //!
-//! [`examine`] goes from the device node ([`device`]) over the capabilities behind it to a probe guest ([`probe`],
-//! [`guest`]) that exercises KVM as a kernel would. Each finding is a [`Check`] with a sentence; the first that fails
+//! [`examine`] goes from the device node ([`device`]) through KVM's capabilities to a probe guest ([`probe`],
+//! [`guest`]) that exercises KVM as a kernel would. Each finding is a [`Check`] with a sentence; the first failed check
 //! decides the verdict.
 
 pub mod device;
@@ -16,18 +16,18 @@ use serde::Serialize;
 use device::{Capability, HostFacts, Limits};
 use probe::Probe;
 
-/// Below this many instructions a second at ring 0 a stock kernel, which executes over a thousand million of them until
-/// it has booted, keeps its user waiting for longer than anybody does. Hardware is a hundred times faster, KVM on an
-/// emulated processor ten times.
+/// Ring 0 speed in instructions per second below which a stock kernel is too slow to be useful: it executes more than a
+/// thousand million instructions until it has booted. Hardware is a hundred times faster than this, KVM on an emulated
+/// processor ten times.
 const USEFUL_SPEED: f64 = 50e6;
 
-/// Something that keeps guests from running, and what mends it.
+/// Something that prevents guests from running, with its remedy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{found}")]
 pub struct Problem {
-    /// What was found, as a sentence without its full stop.
+    /// Finding, as a sentence without its full stop.
     pub found: String,
-    /// What to do: a command where there is one.
+    /// Remedy; a command where there is one.
     pub remedy: String,
 }
 
@@ -37,44 +37,44 @@ impl Problem {
     }
 }
 
-/// One thing that was looked at.
+/// One examined aspect of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// What was looked at.
+    /// Name of the check.
     pub name: &'static str,
-    /// Whether guests can run as far as this goes.
+    /// Set if this aspect does not prevent guests from running.
     pub ok: bool,
-    /// What was found.
+    /// Finding in words.
     pub found: String,
-    /// What mends it, when it is broken.
+    /// Remedy, if the check failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remedy: Option<String>,
 }
 
-/// All that the doctor knows, as `--json` prints it.
+/// Complete report of the doctor, as printed by `--json`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
-    /// Whether Linux guests run here in useful time.
+    /// Set if Linux guests run here at a useful speed.
     pub linux_guests: bool,
-    /// The same in words, with the reason.
+    /// Conclusion in words, with the reason.
     pub verdict: String,
-    /// The device that was examined.
+    /// Examined device.
     pub device: PathBuf,
-    /// The host it belongs to.
+    /// Host of the device.
     pub host: HostFacts,
-    /// What was looked at, in this order; it ends where nothing further can be learned.
+    /// Checks in the order in which they were made, up to the point where no more can be learned.
     pub checks: Vec<Check>,
-    /// What KVM can do.
+    /// Capabilities of KVM.
     pub capabilities: Vec<Capability>,
-    /// How large a guest can be; absent when KVM could not be asked.
+    /// Limits of a guest's size; absent if KVM could not be queried.
     pub limits: Option<Limits>,
     /// Median time of an exit to user space and back, in nanoseconds.
     pub exit_latency_ns: Option<u64>,
-    /// Instructions a second at ring 0.
+    /// Instructions per second at ring 0.
     pub ring0_instructions_per_second: Option<u64>,
 }
 
-/// Examines the KVM device at `path`, which on every host but in tests is /dev/kvm.
+/// Examines the KVM device at `path`, which is /dev/kvm except in tests.
 pub fn examine(path: &Path) -> Report {
     let mut report = Report {
         linux_guests: false,
@@ -96,7 +96,7 @@ pub fn examine(path: &Path) -> Report {
 }
 
 impl Report {
-    /// Goes as far as this host allows. Every check that passes is noted; the first that does not is the error.
+    /// Runs the checks as far as this host allows. Every passed check is recorded; the first failed one is the error.
     fn run_checks(&mut self, path: &Path) -> Result<(), (&'static str, Problem)> {
         let kvm = device::open(path, &self.host).map_err(|problem| ("device", problem))?;
         self.passed("device", format!("{} opens, API version {}", path.display(), kvm.inner().get_api_version()));
@@ -105,7 +105,7 @@ impl Report {
         self.check_capabilities()?;
         let start = Instant::now();
         let vm = device::create_vm(&kvm, &self.host).map_err(|problem| ("virtual machine", problem))?;
-        self.passed("virtual machine", format!("made in {:.1} ms", start.elapsed().as_secs_f64() * 1e3));
+        self.passed("virtual machine", format!("created in {:.1} ms", start.elapsed().as_secs_f64() * 1e3));
         self.note_probe(probe::run(kvm.inner(), vm))
     }
 
@@ -126,7 +126,7 @@ impl Report {
         Ok(())
     }
 
-    /// Notes how far the guest came and what it measured.
+    /// Records how far the guest came and what it measured.
     fn note_probe(&mut self, probe: Probe) -> Result<(), (&'static str, Problem)> {
         if !probe.passed.is_empty() {
             self.passed("probe guest", probe.passed.join(", "));
@@ -156,7 +156,7 @@ impl Report {
         }
     }
 
-    /// Says in words what the checks mean.
+    /// Sets the verdict from the checks.
     fn conclude(&mut self) {
         let speed = self.ring0_instructions_per_second.unwrap_or(0) as f64;
         let broken = self.checks.iter().find(|check| !check.ok);
@@ -173,7 +173,7 @@ impl Report {
     }
 }
 
-/// A count in millions, with one decimal where that says something.
+/// Formats a count in millions, with one decimal for small counts.
 fn millions(count: f64) -> String {
     let millions = count / 1e6;
     if millions < 10.0 { format!("{millions:.1} M") } else { format!("{millions:.0} M") }

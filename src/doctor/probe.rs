@@ -1,5 +1,5 @@
-//! Runs the probe guest: one vCPU on a thread of its own, watched from here, so that a guest or a KVM that hangs is
-//! reported and not waited for.
+//! Runs the probe guest: one vCPU on a separate thread, watched from here, so that a hanging guest or KVM is reported
+//! instead of waited for.
 
 use std::io;
 use std::sync::Arc;
@@ -18,14 +18,14 @@ use crate::layout;
 use crate::memory::{GuestRam, MemoryConfig};
 use crate::options::Size;
 
-/// How long the guest may take from one step to the next. A slow KVM needs some milliseconds.
+/// Time limit from one step of the guest to the next. A slow KVM needs some milliseconds.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// How long the guest sleeps in its HLT before the interrupt comes.
+/// Time that the guest sleeps in its HLT before the interrupt arrives.
 const HALT: Duration = Duration::from_millis(2);
-/// What the guest reads and must answer with the complement of.
+/// Value that the guest reads and whose complement it must write back.
 const PATTERN: u32 = 0x5AC3_1E87;
 
-/// What the probe guest must get done, in its order, as a user reads it.
+/// Steps that the probe guest must do, in order, with their names for the user.
 const STEPS: [(Step, &str); 7] = [
     (Step::RealMode, "real mode"),
     (Step::ProtectedMode, "protected mode"),
@@ -36,32 +36,32 @@ const STEPS: [(Step, &str); 7] = [
     (Step::Exits, "exits"),
 ];
 
-/// What became of the probe guest.
+/// Result of the probe guest.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Probe {
     /// Names of the steps that worked.
     pub passed: Vec<&'static str>,
-    /// The step that did not, and why, as the end of a sentence.
+    /// Step that failed, and the reason as the end of a sentence.
     pub failed: Option<(&'static str, String)>,
     /// Median time from one exit to user space to the next.
     pub exit_latency: Option<Duration>,
-    /// Instructions a second at privilege level 0.
+    /// Instructions per second at privilege level 0.
     pub ring0_speed: Option<f64>,
 }
 
-/// What the vCPU thread tells.
+/// Message from the vCPU thread.
 enum Message {
     Step(Step),
     Ended(Result<Times, String>),
 }
 
-/// What the vCPU thread measured.
+/// Measurements of the vCPU thread.
 struct Times {
     exit_latency: Option<Duration>,
     ring0_speed: Option<f64>,
 }
 
-/// The signal that gets the vCPU thread out of KVM_RUN; not one that a machine uses.
+/// Returns the signal that gets the vCPU thread out of KVM_RUN; it differs from the signal that a machine uses.
 fn kick_signal() -> libc::c_int {
     signal::SIGRTMIN() + 7
 }
@@ -116,18 +116,18 @@ fn watch(running: &Running, deadline: Duration, passed: &mut Vec<&'static str>) 
     }
 }
 
-/// A VM that is ready to run.
+/// VM that is ready to run.
 struct Machine {
     vcpu: VcpuFd,
     irq: IrqLine,
-    /// Kept for as long as the vCPU runs.
+    /// Kept alive as long as the vCPU runs.
     keep: (VmFd, GuestRam),
 }
 
 impl Machine {
     fn new(kvm: &Kvm, vm: VmFd, code: &[u8]) -> Result<Self, String> {
         let fail = |what: &'static str| move |e: kvm_ioctls::Error| format!("{what}: {}", io::Error::from(e));
-        // Both belong to Intel hosts that cannot run real mode; others take and ignore them.
+        // Only Intel hosts that cannot run real mode need these two; others accept and ignore them.
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(fail("KVM_SET_IDENTITY_MAP_ADDR"))?;
         vm.set_tss_address(layout::KVM_TSS as usize).map_err(fail("KVM_SET_TSS_ADDR"))?;
         vm.create_irq_chip().map_err(fail("KVM_CREATE_IRQCHIP"))?;
@@ -170,7 +170,7 @@ impl Machine {
     }
 }
 
-/// A megabyte of RAM with the guest and its page tables in it.
+/// Creates a megabyte of RAM with the guest and its page tables in it.
 fn memory(code: &[u8]) -> Result<GuestRam, Box<dyn std::error::Error>> {
     const PRESENT_WRITABLE: u64 = 0b11;
     const LARGE_UNCACHED: u64 = 1 << 7 | 1 << 4;
@@ -204,7 +204,7 @@ fn map(vm: &VmFd, ram: &GuestRam) -> Result<(), kvm_ioctls::Error> {
     Ok(())
 }
 
-/// The vCPU thread as its watcher sees it.
+/// Running vCPU thread, as seen by its watcher.
 struct Running {
     thread: JoinHandle<()>,
     stop: Arc<AtomicBool>,
@@ -213,8 +213,8 @@ struct Running {
 }
 
 impl Running {
-    /// Gets the vCPU out of the guest and waits for its thread. The signal is repeated, because the first may come
-    /// when the thread is just about to enter the guest. A thread that KVM never gives back is left alone.
+    /// Gets the vCPU out of the guest and waits for its thread. The signal is repeated, because the first one may
+    /// arrive just before the thread enters the guest. A thread that KVM never returns from is abandoned.
     fn stop(self) {
         self.stop.store(true, Ordering::Release);
         for _ in 0..1000 {
@@ -228,10 +228,10 @@ impl Running {
     }
 }
 
-/// The guest's counterpart on the vCPU thread.
+/// Counterpart of the guest on the vCPU thread.
 struct Host {
     sender: mpsc::Sender<Message>,
-    /// Whether the complement of the pattern came back since the last step.
+    /// Set if the complement of the pattern has arrived since the last step.
     echoed: bool,
     exits: Vec<Instant>,
     pacer: Pacer,
@@ -269,10 +269,10 @@ impl Host {
     }
 
     fn step(&mut self, byte: u8) -> Result<(), String> {
-        let step = Step::from_byte(byte).ok_or_else(|| format!("the guest reported a step {byte} that is none"))?;
+        let step = Step::from_byte(byte).ok_or_else(|| format!("the guest reported an unknown step {byte}"))?;
         let echoed = std::mem::take(&mut self.echoed);
         if matches!(step, Step::PortIo | Step::Mmio) && !echoed {
-            return Err("what the guest read or wrote did not arrive unchanged".into());
+            return Err("data that the guest read or wrote did not arrive unchanged".into());
         }
         let _ = self.sender.send(Message::Step(step));
         Ok(())
@@ -285,26 +285,26 @@ impl Host {
     }
 }
 
-/// Finds a loop length that takes long enough to be timed and short enough not to be waited for.
+/// Finds a loop length that is long enough to be timed and short enough not to delay the user.
 #[derive(Default)]
 struct Pacer {
     turns: u32,
     started: Option<Instant>,
     timed: u32,
-    /// The fastest run, in instructions a second: what slows a run down is never the guest.
+    /// Speed of the fastest run in instructions per second: whatever slows a run down, it is not the guest.
     speed: Option<f64>,
 }
 
 impl Pacer {
     const FIRST: u32 = 250;
     const GROWTH: u32 = 8;
-    /// No run is longer than this many turns, however fast.
+    /// Largest number of turns in a run, however fast it is.
     const LONGEST: u32 = 1 << 28;
-    /// Runs shorter than this tell more of the exits around them than of the loop.
+    /// Shortest run that counts: a shorter one measures mainly the exits around the loop.
     const LONG_ENOUGH: Duration = Duration::from_millis(4);
     const RUNS: u32 = 3;
 
-    /// How often the loop is to run next, given that its last run ended now; `None` when all is known.
+    /// Returns the number of turns of the next run, given that the last run ended at `now`; `None` if all is measured.
     fn next(&mut self, now: Instant) -> Option<u32> {
         match self.started {
             None => self.turns = Self::FIRST,
@@ -328,7 +328,7 @@ impl Pacer {
 mod tests {
     use super::*;
 
-    /// Runs the pacer against a guest of a known speed; returns the time that took and the speed it found.
+    /// Runs the pacer against a guest of known speed; returns the time that this took and the measured speed.
     fn pace(instructions_per_second: f64) -> (Duration, f64) {
         let start = Instant::now();
         let mut now = start;
@@ -348,7 +348,7 @@ mod tests {
         }
     }
 
-    /// Runs some other code than the guest's on this machine's KVM; returns what failed.
+    /// Runs other code than the guest's on this machine's KVM; returns the step that failed and the reason.
     fn failure(code: &[u8], deadline: Duration) -> (&'static str, String) {
         let kvm = Kvm::new().expect("these tests need /dev/kvm, of any speed");
         let vm = kvm.create_vm().unwrap();
@@ -361,7 +361,7 @@ mod tests {
         let soon = Duration::from_millis(200);
         assert_eq!(failure(&[0xEB, 0xFE], soon), hangs, "jmp to itself");
         assert_eq!(failure(&[0xFA, 0xF4], soon), hangs, "cli; hlt");
-        // These end by themselves, on a busy machine after a while.
+        // These guests end by themselves, but on a busy machine only after a while.
         let late = Duration::from_secs(30);
         // The first `not eax` of long mode becomes `ud2`, and there is no handler for it.
         let mut crash = guest::code().to_vec();
@@ -370,7 +370,7 @@ mod tests {
         assert_eq!(failure(&crash, late), ("port I/O", "the guest crashed (triple fault)".to_string()));
         // mov dx, STEP_PORT; mov al, PortIo; out dx, al
         let lie = [0xBA, 0x00, 0x07, 0xB0, Step::PortIo as u8, 0xEE];
-        assert_eq!(failure(&lie, late).1, "what the guest read or wrote did not arrive unchanged");
+        assert_eq!(failure(&lie, late).1, "data that the guest read or wrote did not arrive unchanged");
     }
 
     #[test]
