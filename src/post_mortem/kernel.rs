@@ -1,41 +1,41 @@
-//! The Linux kernel in guest memory, as far as it describes itself: it keeps an ELF note, VMCOREINFO, with the addresses
+//! The Linux kernel in guest memory, as far as it describes itself: it has an ELF note, VMCOREINFO, with the addresses
 //! and layouts that readers of core files need (Documentation/admin-guide/kdump/vmcoreinfo.rst).
 //!
-//! Whatever is found there was written by a guest: it is taken for a kernel's only if its page tables say the same of
-//! its own addresses, and all that is read by it goes through the doors of guest memory.
+//! A guest wrote whatever is found there. The note counts as a kernel's only if the kernel's page tables agree with it
+//! about their own address, and everything that it leads to is read through the checked access to guest memory.
 
 use crate::layout::PAGE_SIZE;
 use crate::memory::GuestRam;
 use crate::memory::page_table::{self, PageTable};
 
-/// Where the kernel's image is mapped, whatever moved it (Documentation/arch/x86/x86_64/mm.rst).
+/// Start of the kernel image's mapping, wherever the image was moved to (Documentation/arch/x86/x86_64/mm.rst).
 pub const IMAGE_MAP: u64 = 0xFFFF_FFFF_8000_0000;
-/// The most that can be mapped there.
+/// Largest length of that mapping.
 pub const IMAGE_MAP_LEN: u64 = 1 << 30;
-/// Header of the note, and how its content begins: name size 11, content size, type 0, the name, padded.
+/// Header of the note and start of its content: name size 11, content size, type 0, the padded name.
 const NAME: &[u8; 12] = b"VMCOREINFO\0\0";
 const CONTENT: &[u8] = b"OSRELEASE=";
-/// Bytes before the content.
+/// Number of bytes before the content.
 const HEADER_LEN: u64 = 24;
-/// The kernel has a page for the content; this is what is believed.
+/// Largest accepted length of the content; the kernel has one page for it.
 const CONTENT_MAX: u32 = 8 << 10;
-/// How many pages that look like a note's are looked into: a program in the guest may fill its memory with such.
+/// Largest number of note-like pages that are examined: a program in the guest may fill its memory with them.
 const NOTES_MAX: usize = 4096;
-/// Pages that are searched: what a guest of 64 GiB has.
+/// Largest number of pages that are searched: those of a guest with 64 GiB.
 const PAGES_MAX: u64 = 16 << 20;
 
-/// A kernel that was found.
+/// Kernel found in guest memory.
 pub struct Kernel<'a> {
     ram: &'a GuestRam,
-    /// The note's content: lines of `KEY=VALUE`.
+    /// Content of the note: lines of `KEY=VALUE`.
     note: String,
-    /// What is added to the distance from [`IMAGE_MAP`].
+    /// Physical address of [`IMAGE_MAP`].
     phys_base: u64,
     tables: PageTable<'a>,
 }
 
 impl<'a> Kernel<'a> {
-    /// Looks for the note at the beginning of pages in use, where Linux since 4.13 has it.
+    /// Finds the note at the beginning of a used page, where Linux has it since 4.13.
     pub fn find(ram: &'a GuestRam) -> Option<Kernel<'a>> {
         let pieces = ram.boot_regions().flat_map(|region| ram.populated(region));
         let pages = pieces.flat_map(|(start, len)| (start..start + len).step_by(PAGE_SIZE as usize));
@@ -43,7 +43,7 @@ impl<'a> Kernel<'a> {
         headers.take(NOTES_MAX).find_map(|(page, len)| Self::at(ram, page, len))
     }
 
-    /// How long the content is of what has a note's header.
+    /// Returns the length of the content if there is a note's header at `addr`.
     fn header_at(ram: &GuestRam, addr: u64) -> Option<u32> {
         let [name_len, len, _, name @ ..] = ram.read_obj::<[u32; 6]>(addr).ok()?.map(u32::from_le);
         let name_matches = name.iter().flat_map(|word| word.to_le_bytes()).eq(NAME.iter().copied());
@@ -57,7 +57,7 @@ impl<'a> Kernel<'a> {
         Self::new(ram, note)
     }
 
-    /// Checks that the note fits what is in memory.
+    /// Checks that the note agrees with the contents of memory.
     fn new(ram: &'a GuestRam, note: String) -> Option<Kernel<'a>> {
         let mut kernel = Kernel { ram, note, phys_base: 0, tables: PageTable::new(ram, 0, false) };
         kernel.phys_base = kernel.value("NUMBER(phys_base)")?.parse::<i64>().ok()? as u64;
@@ -67,7 +67,7 @@ impl<'a> Kernel<'a> {
         (kernel.tables.translate(root) == Some(phys)).then_some(kernel)
     }
 
-    /// The note's content.
+    /// Returns the note's content.
     pub fn note(&self) -> &str {
         &self.note
     }
@@ -76,22 +76,22 @@ impl<'a> Kernel<'a> {
         self.note.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
     }
 
-    /// The virtual address of a symbol.
+    /// Returns the virtual address of a symbol.
     pub fn symbol(&self, name: &str) -> Option<u64> {
         u64::from_str_radix(self.value(&format!("SYMBOL({name})"))?, 16).ok()
     }
 
-    /// Where a member is, by `struct.member`.
+    /// Returns the offset of a member, given as `struct.member`.
     pub fn offset(&self, member: &str) -> Option<u64> {
         self.value(&format!("OFFSET({member})"))?.parse::<u32>().ok().map(u64::from)
     }
 
-    /// How large a type is.
+    /// Returns the size of a type.
     pub fn size(&self, name: &str) -> Option<u64> {
         self.value(&format!("SIZE({name})"))?.parse::<u32>().ok().map(u64::from)
     }
 
-    /// The physical address behind one of the kernel's.
+    /// Returns the physical address of one of the kernel's virtual addresses.
     pub fn translate(&self, addr: u64) -> Option<u64> {
         match addr.checked_sub(IMAGE_MAP) {
             Some(distance) if distance < IMAGE_MAP_LEN => Some(distance.wrapping_add(self.phys_base)),
@@ -99,12 +99,12 @@ impl<'a> Kernel<'a> {
         }
     }
 
-    /// Fills `data` from one of the kernel's addresses on.
+    /// Fills `data` from one of the kernel's virtual addresses.
     pub fn read(&self, addr: u64, data: &mut [u8]) -> Option<()> {
         page_table::read(self.ram, addr, data, |addr| self.translate(addr))
     }
 
-    /// A number of 2, 4 or 8 bytes.
+    /// Reads a number of 2, 4 or 8 bytes.
     pub fn number<const N: usize>(&self, addr: u64) -> Option<u64> {
         let mut bytes = [0; N];
         self.read(addr, &mut bytes)?;
@@ -113,16 +113,16 @@ impl<'a> Kernel<'a> {
         Some(u64::from_le_bytes(number))
     }
 
-    /// The virtual address of the physical address 0 in the mapping of all memory.
+    /// Returns the virtual address of physical address 0 in the kernel's direct mapping of all memory.
     pub fn direct_map(&self) -> Option<u64> {
-        // Entry 272 of the root is for tables of user space's, and all that randomisation moves comes after this.
+        // Entry 272 of the root table is for user space's tables; everything that randomisation moves comes after it.
         const LOWEST: [u64; 2] = [0xFFFF_8880_0000_0000, 0xFF11_0000_0000_0000];
         let from = LOWEST[usize::from(self.value("NUMBER(pgtable_l5_enabled)") == Some("1"))];
         let base = self.tables.first_mapped_gib(from)?;
         (self.tables.translate(base + (1 << 20)) == Some(1 << 20)).then_some(base)
     }
 
-    /// Where the kernel's image begins: virtual and physical address, whole pages of 2 MiB.
+    /// Returns the virtual and physical start of the kernel's image, rounded down to 2 MiB.
     pub fn image(&self) -> Option<(u64, u64)> {
         let start = self.symbol("_stext")? & !0x1F_FFFF;
         Some((start, self.translate(start)?))
@@ -133,8 +133,8 @@ impl<'a> Kernel<'a> {
 pub(super) mod testing {
     use super::*;
 
-    /// A kernel's image at 1 MiB, mapped at [`IMAGE_MAP`] and with its tables, and a note of these lines and the ones
-    /// that every kernel has.
+    /// Creates guest memory with a kernel's image at 1 MiB, mapped at [`IMAGE_MAP`] and with its page tables, and a
+    /// note with these lines and those that every kernel has.
     pub fn guest(lines: &str) -> GuestRam {
         let ram = GuestRam::anonymous(16 << 20);
         let root = 1 << 20;
@@ -143,7 +143,7 @@ pub(super) mod testing {
              SYMBOL(_stext)={IMAGE_MAP:x}\n{lines}"
         );
         put_note(&ram, 3 << 20, &text);
-        // The image by one page of 2 MiB would not begin at 1 MiB: small pages.
+        // One page of 2 MiB could not map an image that begins at 1 MiB, so small pages are used.
         let (third, second, first) = (root + 0x1000, root + 0x2000, root + 0x3000);
         ram.write_obj(root + 511 * 8, third | 3).unwrap();
         ram.write_obj(third + 510 * 8, second | 3).unwrap();
@@ -168,7 +168,7 @@ mod tests {
     #[test]
     fn a_kernel_is_found_by_its_note() {
         let ram = guest("SIZE(list_head)=16\nOFFSET(page.lru)=8\nSIZE(bad)=-1\n");
-        // One that lies comes first.
+        // The first note is a false one.
         put_note(&ram, 2 << 20, "OSRELEASE=5\nNUMBER(phys_base)=0\nSYMBOL(swapper_pg_dir)=ffffffff80000000\n");
         put_note(&ram, 0x5000, "OSRELEASE=5\n");
         let kernel = Kernel::find(&ram).unwrap();
@@ -183,7 +183,7 @@ mod tests {
         assert_eq!(kernel.number::<2>(IMAGE_MAP + 0x5678), Some(0x3344));
         assert_eq!(kernel.number::<8>(u64::MAX - 3), None);
         assert!(Kernel::find(&GuestRam::anonymous(16 << 20)).is_none());
-        // A guest full of notes is not searched to its end.
+        // The search ends before the end of a guest full of notes.
         let ram = GuestRam::anonymous((NOTES_MAX as u64 + 1) * PAGE_SIZE);
         (0..NOTES_MAX as u64).for_each(|page| put_note(&ram, page * PAGE_SIZE, "OSRELEASE=5\n"));
         assert!(Kernel::find(&ram).is_none());

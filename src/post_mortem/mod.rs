@@ -1,4 +1,4 @@
-//! What is left of a guest that ended badly: registers of each vCPU, the last lines of the kernel's log, a core file.
+//! Post-mortem of a failed guest: registers of each vCPU, the last lines of the kernel's log, a core file.
 
 mod kernel;
 mod printk;
@@ -16,47 +16,47 @@ pub use vmcore::Error;
 
 use kernel::Kernel;
 
-/// vCPUs whose registers are shown to people.
+/// Number of vCPUs whose registers are shown to people.
 const SHOWN: usize = 8;
 
-/// What was found.
+/// Findings of a post-mortem.
 #[derive(Debug, Default)]
 pub struct PostMortem {
-    /// Registers of each vCPU, a text of several lines.
+    /// Registers of each vCPU, as text of several lines.
     pub registers: Vec<String>,
-    /// The last lines of the kernel's log, oldest first; without one, of the console.
+    /// Last lines of the kernel's log, oldest first; if there is no log, of the console.
     pub kernel_log: Vec<String>,
-    /// Whoever saw the console has seen these lines.
+    /// Set if the user has already seen these lines on the console.
     pub log_was_shown: bool,
-    /// The core file, if one was wanted.
+    /// Core file, if one was wanted.
     pub vmcore: Option<Result<PathBuf, Error>>,
 }
 
-/// Lines of a log in which a kernel's last words are looked for: a panic's registers and stack come after its message.
+/// Number of log lines searched for a kernel's last words: a panic's registers and stack follow its message.
 const LAST_WORDS: usize = 100;
 
-/// The last words of the kernel, from its log in guest memory: its console may have been quiet, or not there.
+/// Returns the kernel's last words from its log in guest memory, because its console may have been quiet or absent.
 pub fn last_words(ram: &GuestRam) -> Option<LastWords> {
     let lines = printk::last_lines(&Kernel::find(ram)?, LAST_WORDS)?;
     LastWords::of(lines.iter().map(String::as_str))
 }
 
-/// What to look at when a guest has ended. Nothing of it runs any more.
+/// State of a guest that has ended; nothing of it runs any more.
 pub struct Remains<'a> {
-    /// Its memory.
+    /// Memory of the guest.
     pub ram: &'a GuestRam,
-    /// Its vCPUs.
+    /// States of the guest's vCPUs.
     pub cpus: &'a [CpuState],
-    /// What its consoles said.
+    /// Output of the guest's consoles.
     pub transcript: Option<&'a Transcript>,
-    /// Whether a console was on stdout or stderr.
+    /// Set if a console was on stdout or stderr.
     pub console_shown: bool,
-    /// Whether it panicked: then what looks like a processor after a reset is one.
+    /// Set if the guest panicked: a vCPU that looks like one after a reset then really is one.
     pub panicked: bool,
 }
 
 impl Remains<'_> {
-    /// Finds out what happened, and writes a core file to `vmcore`; `stopped` says whether somebody wants that to end.
+    /// Examines the guest, and writes a core file to `vmcore`; `stopped` returns whether the user wants to stop that.
     pub fn look(&self, vmcore: Option<&OutputFile>, stopped: impl FnMut() -> bool) -> PostMortem {
         let kernel = Kernel::find(self.ram);
         let console = self.transcript.map(Transcript::last_lines).unwrap_or_default();
@@ -75,14 +75,14 @@ impl Remains<'_> {
 
     fn registers(&self, cpu: &CpuState) -> String {
         if self.panicked && cpu.is_reset() {
-            return format!("vCPU {}: its registers are gone, the guest reset itself", cpu.id);
+            return format!("vCPU {}: registers lost because the guest reset itself", cpu.id);
         }
         cpu.to_string()
     }
 }
 
 impl PostMortem {
-    /// For people: the log unless they have seen it, and `registers` if they tell something.
+    /// Returns text for people: the log unless they have seen it, and the registers if `registers` is set.
     pub fn text(&self, registers: bool) -> String {
         let mut text = String::new();
         let mut add = |line: &str| text.extend([line, "\n"]);
@@ -95,13 +95,13 @@ impl PostMortem {
         }
         self.registers.iter().take(SHOWN).for_each(|cpu| add(cpu));
         if let Some(more) = self.registers.len().checked_sub(SHOWN).filter(|more| *more > 0) {
-            add(&format!("and {more} more vCPUs, whose registers --report has"));
+            add(&format!("and {more} more vCPUs (see --report for their registers)"));
         }
         text
     }
 }
 
-/// Whether at least half of the lines are among the others.
+/// Returns whether at least half of the lines are among the others.
 fn mostly_in(lines: &[String], others: &[String]) -> bool {
     lines.iter().filter(|line| others.contains(line)).count() * 2 >= lines.len()
 }
@@ -118,7 +118,10 @@ mod tests {
         let text = found.text(true);
         assert_eq!(text.lines().count(), 2 + 8 + 1, "{text}");
         assert!(text.contains("\u{FFFD}[2Jgone\ttab\nvCPU 0: not started\n"), "{text}");
-        assert!(text.ends_with("vCPU 7: not started\nand 246 more vCPUs, whose registers --report has\n"), "{text}");
+        assert!(
+            text.ends_with("vCPU 7: not started\nand 246 more vCPUs (see --report for their registers)\n"),
+            "{text}"
+        );
         found.log_was_shown = true;
         assert_eq!((found.text(true).lines().count(), found.text(false).as_str()), (8 + 1, ""));
     }
@@ -131,7 +134,7 @@ mod tests {
         let (ram, cpus) = (GuestRam::anonymous(16 << 20), [cpu]);
         let remains = Remains { ram: &ram, cpus: &cpus, transcript: None, console_shown: false, panicked: true };
         let found = remains.look(None, || false);
-        assert_eq!(found.registers, ["vCPU 0: its registers are gone, the guest reset itself"]);
+        assert_eq!(found.registers, ["vCPU 0: registers lost because the guest reset itself"]);
         let found = Remains { panicked: false, ..remains }.look(None, || false);
         assert!(found.registers[0].contains("these are reset values"), "{}", found.registers[0]);
         assert!(found.kernel_log.is_empty() && found.vmcore.is_none());

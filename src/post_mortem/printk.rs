@@ -1,21 +1,21 @@
-//! The kernel's log, read from guest memory: the ring of printk since Linux 5.10 (kernel/printk/printk_ringbuffer.h),
-//! and the buffer of records before that.
+//! The kernel's log, read from guest memory: the ring buffer of printk since Linux 5.10
+//! (kernel/printk/printk_ringbuffer.h), and the buffer of records before that.
 //!
-//! What the guest says of sizes and places is bounded here; what makes no sense ends the reading, with the lines that
-//! there are until then.
+//! Sizes and addresses that the guest states are bounded here. A value that makes no sense ends the reading, with the
+//! lines read so far.
 
 use std::collections::VecDeque;
 
 use super::kernel::Kernel;
 
-/// Descriptors of the ring that are looked at.
+/// Largest number of descriptors of the ring that are read.
 const DESCRIPTORS_MAX: u64 = 4096;
-/// Bytes of an old buffer that are looked at.
+/// Largest number of bytes of an old buffer that are read.
 const BUFFER_MAX: u64 = 1 << 20;
-/// Bytes of one record that are shown; the kernel's own limit is about 1 KiB.
+/// Number of bytes of one record that are shown; the kernel's own limit is about 1 KiB.
 const TEXT_MAX: u64 = 4096;
 
-/// The last lines with their times, oldest first; `None` if no log is found.
+/// Returns the last lines with their times, oldest first; `None` if no log is found.
 pub fn last_lines(kernel: &Kernel<'_>, count: usize) -> Option<Vec<String>> {
     let lines = match Ring::find(kernel) {
         Some(ring) => ring.last_lines(count),
@@ -24,23 +24,23 @@ pub fn last_lines(kernel: &Kernel<'_>, count: usize) -> Option<Vec<String>> {
     (!lines.is_empty()).then_some(lines)
 }
 
-/// The lines of one record.
+/// Returns the lines of one record.
 fn lines(time: u64, text: &[u8]) -> Vec<String> {
     let (seconds, micros) = (time / 1_000_000_000, time / 1000 % 1_000_000);
     let text = String::from_utf8_lossy(text);
     text.lines().map(|line| format!("[{seconds:5}.{micros:06}] {line}")).collect()
 }
 
-/// Where the parts of the ring are: fixed addresses, then layouts.
+/// Location of the ring's parts: first addresses, then layouts.
 struct Ring<'a> {
     kernel: &'a Kernel<'a>,
     descs: u64,
     infos: u64,
     data: u64,
     data_len: u64,
-    /// How many descriptors there are.
+    /// Number of descriptors.
     count: u64,
-    /// The newest and the oldest descriptor's number.
+    /// Numbers of the newest and of the oldest descriptor.
     head: u64,
     tail: u64,
     desc_len: u64,
@@ -52,7 +52,7 @@ struct Ring<'a> {
     text_len: u64,
 }
 
-/// Bits of a descriptor's number; the two above are its state.
+/// Mask of the number in a descriptor's state; the two bits above are its state.
 const ID: u64 = (1 << 62) - 1;
 
 impl<'a> Ring<'a> {
@@ -100,24 +100,24 @@ impl<'a> Ring<'a> {
         found.into_iter().skip(surplus).collect()
     }
 
-    /// The lines of the descriptor with this number, if it has any.
+    /// Returns the lines of the descriptor with this number, if it has any.
     fn record(&self, id: u64) -> Option<Vec<String>> {
         let k = self.kernel;
         let index = id % self.count;
         let desc = self.descs.checked_add(index.checked_mul(self.desc_len)?)?;
         let state = k.number::<8>(desc.checked_add(self.state)?)?;
-        // 1 is committed, 2 finalized.
+        // State 1 is committed, 2 is finalized.
         if state & ID != id || !matches!(state >> 62, 1 | 2) {
             return None;
         }
         let begin = k.number::<8>(desc.checked_add(self.begin)?)?;
         let next = k.number::<8>(desc.checked_add(self.next)?)?;
-        // An odd position stands for a record without text.
+        // An odd position marks a record without text.
         if begin & 1 != 0 {
             return None;
         }
         let (begin, next) = (begin % self.data_len, next % self.data_len);
-        // A block that would not fit at the end begins at the start; each begins with its number.
+        // A block that would not fit at the end starts at the beginning of the ring; each block starts with its number.
         let begin = if begin > next { 0 } else { begin }.checked_add(8)?;
         let info = self.infos.checked_add(index.checked_mul(self.info_len)?)?;
         let time = k.number::<8>(info.checked_add(self.time)?)?;
@@ -128,8 +128,8 @@ impl<'a> Ring<'a> {
     }
 }
 
-/// The last lines of `log_buf` as it was from Linux 3.11 to 5.9: records one behind the other, a length of 0 for going on
-/// at the start.
+/// Returns the last lines of `log_buf` as it was from Linux 3.11 to 5.9: consecutive records, where a length of 0 means
+/// that the next record is at the start.
 fn last_records(k: &Kernel<'_>, count: usize) -> Option<Vec<String>> {
     let buffer = k.number::<8>(k.symbol("log_buf")?)?;
     let size = k.number::<4>(k.symbol("log_buf_len")?)?;
@@ -144,7 +144,7 @@ fn last_records(k: &Kernel<'_>, count: usize) -> Option<Vec<String>> {
         let record = buffer.checked_add(at)?;
         let Some(len) = k.number::<2>(record.checked_add(len)?) else { break };
         if len == 0 {
-            // Twice in a row is nonsense, and ends by what was read.
+            // Two zero lengths in a row are nonsense; counting them as bytes read ends the loop.
             (at, read) = (0, read + BUFFER_MAX / 4);
             continue;
         }
@@ -174,14 +174,14 @@ mod tests {
     use crate::memory::GuestRam;
     use proptest::prelude::*;
 
-    /// Where the image is in physical memory, and where things are in the image.
+    /// Location of the image in physical memory, then of the parts in the image.
     const PHYS: u64 = 1 << 20;
     const PRB: u64 = 0x1_0000;
     const RING: u64 = 0x1_0100;
     const DESCS: u64 = 0x1_1000;
     const INFOS: u64 = 0x1_2000;
     const DATA: u64 = 0x1_3000;
-    /// Eight descriptors, 256 bytes of text.
+    /// Number of descriptors, then bytes of text.
     const COUNT: u64 = 8;
     const DATA_LEN: u64 = 256;
 
@@ -189,7 +189,7 @@ mod tests {
         ram.write(PHYS + at, &numbers.map(u64::to_le_bytes).concat()).unwrap();
     }
 
-    /// A ring as that of Linux 6.1, with these records: state, time, text length.
+    /// Creates a ring like that of Linux 6.1 with these records: state, time, text.
     fn ring(records: &[(u64, u64, &str)]) -> GuestRam {
         let ram = guest(&format!(
             "SYMBOL(prb)={:x}\nOFFSET(printk_ringbuffer.desc_ring)=0\nOFFSET(printk_ringbuffer.text_data_ring)=48\n\
@@ -202,7 +202,7 @@ mod tests {
             IMAGE_MAP + PRB
         ));
         put(&ram, PRB, [IMAGE_MAP + RING]);
-        // The first number is where a machine's begin: so that they overflow soon.
+        // The numbers start just below their limit, as in a real kernel, so that they overflow soon.
         let first = ID - 1;
         let id = |n: usize| first.wrapping_add(n as u64) & ID;
         let tail = id(records.len().saturating_sub(COUNT as usize));
@@ -268,7 +268,7 @@ mod tests {
         }
         assert_eq!(last(&ram, 50).unwrap(), ["[    0.000000] old", "[    1.500000] new"]);
         assert_eq!(last(&ram, 1).unwrap(), ["[    1.500000] new"]);
-        // Lengths of 0 everywhere.
+        // All lengths are 0.
         put(&ram, DATA, [0; 16]);
         assert_eq!(last(&ram, 50), None);
     }

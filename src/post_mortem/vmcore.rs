@@ -1,14 +1,14 @@
-//! A core file of a guest, as crash, drgn and gdb open it: ELF, with registers of each vCPU (NT_PRSTATUS), the kernel's
-//! own VMCOREINFO note if there is one, and the guest's RAM.
+//! Core file of a guest, as crash, drgn and gdb open it: an ELF file with the registers of each vCPU (NT_PRSTATUS), the
+//! kernel's own VMCOREINFO note if there is one, and the guest's RAM.
 //!
 //! ```text
 //! ELF header, program headers │ notes │ first region of RAM │ next region ...
 //! ```
 //!
-//! Each region is as long in the file as in the guest; what was never used, or is zero, are holes. With a kernel that
-//! tells where its mappings are, a region's virtual address is the one in the mapping of all memory, and one more header
-//! shows the same bytes at the addresses of the kernel's image. Only the user may read the file: it is all that the guest
-//! knew.
+//! Each region is as long in the file as in the guest; pages that were never used or are zero are holes. If the kernel
+//! describes its mappings, a region's virtual address is the one in the direct mapping of all memory, and one more
+//! header shows the same bytes at the addresses of the kernel's image. Only the user may read the file, because it
+//! holds everything that the guest knew.
 
 use std::fs::File;
 use std::io;
@@ -29,25 +29,25 @@ const PT_NOTE: u32 = 4;
 const NT_PRSTATUS: u32 = 1;
 const EHDR_LEN: u64 = 64;
 const PHDR_LEN: u64 = 56;
-/// Length of `struct elf_prstatus` (linux/elfcore.h) of x86-64, where its pr_pid and pr_reg are.
+/// Length of `struct elf_prstatus` (linux/elfcore.h) on x86-64, and the offsets of its pr_pid and pr_reg.
 const PRSTATUS_LEN: usize = 336;
 const PR_PID: usize = 32;
 const PR_REG: usize = 112;
-/// Bytes that are copied at a time.
+/// Number of bytes that are copied in one step.
 const CHUNK: u64 = 256 << 10;
 
-/// A core file could not be written.
+/// Error: a core file could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file system.
+    /// The file system refused the write.
     #[error("cannot write {0}")]
     Write(PathBuf, #[source] io::Error),
-    /// Somebody lost patience.
+    /// The user stopped the write.
     #[error("{0} was not written: stopped by a signal")]
     Stopped(PathBuf),
 }
 
-/// Writes a core file; `stopped` says whether somebody wants that to end.
+/// Writes a core file; `stopped` returns whether the user wants to stop that.
 pub fn write(
     core: &OutputFile,
     ram: &GuestRam,
@@ -58,7 +58,7 @@ pub fn write(
     let _ = ignore_file_size_limit();
     let failed = |e| Error::Write(core.path().into(), e);
     let draft = core.draft().map_err(failed)?;
-    // Not synced: that would take minutes more for many gigabytes, which are of use to nobody if the host crashes, too.
+    // The file is not synced: for many gigabytes that takes minutes, and nobody needs the file if the host crashes too.
     match write_to(&draft.file, ram, cpus, kernel, stopped) {
         Ok(true) => draft.publish().map_err(failed),
         Ok(false) => Err(Error::Stopped(core.path().into())),
@@ -66,7 +66,7 @@ pub fn write(
     }
 }
 
-/// Whether it came to the end.
+/// Writes the file. Returns false if `stopped` ended that early.
 fn write_to(
     file: &File,
     ram: &GuestRam,
@@ -91,7 +91,7 @@ fn write_to(
         loads.push(Load { offset, vaddr, paddr: region.start, len: region.len });
         offset += region.len;
     }
-    // Before the others: who looks an address of the image up finds it first.
+    // The image comes before the others, so that a lookup of one of its addresses finds it first.
     let image = image.and_then(|(vaddr, paddr, len)| {
         let load = loads.iter().find(|load| load.paddr <= paddr && paddr - load.paddr < load.len)?;
         Some(Load { offset: load.offset + (paddr - load.paddr), vaddr, paddr, len })
@@ -135,7 +135,7 @@ fn copy(file: &File, ram: &GuestRam, piece: std::ops::Range<u64>, offset: u64) -
     Ok(())
 }
 
-/// The kernel's image as far as one region has it: virtual and physical address, length.
+/// Returns the part of the kernel's image that one region holds: virtual and physical address, length.
 fn image(kernel: &Kernel<'_>, regions: &[RamRegion]) -> Option<(u64, u64, u64)> {
     let (vaddr, paddr) = kernel.image()?;
     let region = regions.iter().find(|region| region.start <= paddr && paddr < region.end())?;
@@ -143,7 +143,7 @@ fn image(kernel: &Kernel<'_>, regions: &[RamRegion]) -> Option<(u64, u64, u64)> 
     Some((vaddr, paddr, room.min(region.end() - paddr)))
 }
 
-/// A program header.
+/// Fields of a program header.
 struct Load {
     offset: u64,
     vaddr: u64,
@@ -154,7 +154,7 @@ struct Load {
 impl Load {
     fn header(&self, kind: u32) -> Vec<u8> {
         let flags = if kind == PT_LOAD { 7u64 } else { 0 };
-        // The first two fields are one number of 64 bits here; the last is the alignment.
+        // The first two fields form one 64-bit number here; the last field is the alignment.
         [u64::from(kind) | flags << 32, self.offset, self.vaddr, self.paddr, self.len, self.len, 0]
             .into_iter()
             .flat_map(u64::to_le_bytes)
@@ -193,7 +193,8 @@ fn push_note(notes: &mut Vec<u8>, name: &[u8], kind: u32, content: &[u8]) {
     }
 }
 
-/// Registers in the order of `user_regs_struct` (sys/user.h); a vCPU is the thread with its number and one.
+/// Returns the registers in the order of `user_regs_struct` (sys/user.h). A vCPU is the thread whose ID is its number
+/// plus one.
 fn prstatus(cpu: &CpuState) -> Vec<u8> {
     let (r, s) = (&cpu.regs, &cpu.sregs);
     let selector = |segment: &kvm_segment| u64::from(segment.selector);
@@ -213,7 +214,7 @@ fn prstatus(cpu: &CpuState) -> Vec<u8> {
         r.rdx,
         r.rsi,
         r.rdi,
-        u64::MAX, // orig_rax: no system call
+        u64::MAX, // orig_rax: not in a system call
         r.rip,
         selector(&s.cs),
         r.rflags,
