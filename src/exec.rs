@@ -1,14 +1,15 @@
-//! `vireo exec`: a machine for one command, and the talk with the init in its guest.
+//! `vireo exec`: a machine for one command, and the protocol with the guest's init.
 //!
 //! ```text
 //! vireo exec -- make test
 //!   initramfs: vireo as /init, the modules that this kernel needs, the request
-//!   shares: the root (read-only; what the guest writes stays in its memory), folders
-//!   ports: stdin, stdout, stderr as they are; orders and reports ([`guest::protocol`](crate::guest::protocol))
+//!   shares: the root (read-only; the guest's writes stay in its memory), folders
+//!   ports: stdin, stdout, stderr unchanged; orders and reports ([`guest::protocol`](crate::guest::protocol))
 //! ```
 //!
-//! The serial console is the kernel's alone and goes to the transcript. The machine ends with the command's report: what
-//! the command wrote is in the rings by then, and those are emptied before anything is let go.
+//! The serial console belongs to the kernel alone and goes to the transcript. The machine ends with the command's
+//! report: everything that the command wrote is in the rings by then, and the rings are emptied before the machine is
+//! released.
 
 mod environment;
 mod root;
@@ -43,23 +44,23 @@ use crate::terminal;
 use crate::virtio::console::PortConfig;
 use crate::virtio::fs::FsConfig;
 
-/// What every guest of `exec` needs of its kernel.
+/// Kernel modules that every guest of `exec` needs.
 const MODULES: [&str; 2] = ["virtio_mmio", "virtio_console"];
-/// File systems that a disk may have.
+/// Modules for file systems that a disk may have.
 const DISK_MODULES: [&str; 6] = ["ext4", "xfs", "btrfs", "squashfs", "erofs", "crc32c_generic"];
-/// What the kernel is told; the command line of the user follows.
+/// Start of the kernel's command line; the user's part follows.
 const CMDLINE: &str = "console=ttyS0 reboot=t";
-/// A guest is there for its command; its init says why if it cannot be.
+/// Task of the guest: its command. Its init gives the reason if the guest cannot run it.
 pub const ERRAND: Errand = Errand { log_name: LOG_NAME };
-/// Characters that are shown of a guest's reason.
+/// Largest number of characters shown of a guest's reason.
 const WHY_MAX: usize = 1000;
-/// Where distributions keep their kernels.
+/// Directory in which distributions keep their kernels.
 const BOOT: &str = "/boot";
 
-/// `--root`.
+/// Value of `--root`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RootFrom {
-    /// A folder of the host, or an image of a file system; which, its kind tells.
+    /// A folder of the host or an image of a file system; the kind of file decides which.
     Path(PathBuf),
     /// The initramfs, with a busybox in it.
     Initramfs,
@@ -77,14 +78,14 @@ impl FromStr for RootFrom {
     }
 }
 
-/// `--share DIR[:GUEST][:ro|rw]`.
+/// Value of `--share DIR[:GUEST][:ro|rw]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Folder {
-    /// On the host.
+    /// Path on the host.
     pub host: PathBuf,
-    /// In the guest.
+    /// Path in the guest.
     pub guest: PathBuf,
-    /// Writes reach the host.
+    /// Let writes reach the host.
     pub writable: bool,
 }
 
@@ -105,59 +106,59 @@ impl FromStr for Folder {
         let host = std::path::absolute(host).map_err(|e| e.to_string())?;
         let guest = if guest.is_empty() { host.clone() } else { guest.into() };
         if !guest.is_absolute() {
-            return Err(format!("'{}' is no absolute path of the guest's", guest.display()));
+            return Err(format!("the guest path '{}' is not absolute", guest.display()));
         }
         Ok(Folder { host, guest, writable })
     }
 }
 
-/// What is to be run, and in what surroundings.
+/// Command to run, and its environment.
 #[derive(Clone, Debug)]
 pub struct Command {
-    /// The words; none for a shell.
+    /// Command and arguments; empty for a shell.
     pub words: Vec<OsString>,
-    /// `NAME=VALUE`, or `NAME` for our own value, or `*` for all of ours.
+    /// `NAME=VALUE`, or `NAME` for vireo's own value, or `*` for all of vireo's own variables.
     pub env: Vec<OsString>,
-    /// Where it starts; by default our own working directory, if the guest's root is the host's.
+    /// Working directory; by default vireo's own, if the guest's root is the host's.
     pub cwd: Option<PathBuf>,
-    /// Its standard input is empty, and ours is left alone.
+    /// Give the command an empty standard input and leave vireo's own alone.
     pub no_input: bool,
-    /// The root file system.
+    /// Root file system.
     pub root: RootFrom,
-    /// Its writes reach the host.
+    /// Let writes to the root reach the host.
     pub writable: bool,
-    /// Folders in it.
+    /// Shared folders.
     pub folders: Vec<Folder>,
-    /// Where the kernel's modules are.
+    /// Directory of the kernel's modules.
     pub modules: Option<PathBuf>,
-    /// Somebody reads the kernel's console, or waits for a line of it: without that it says less, and boots sooner.
+    /// Set if the kernel's console is read or watched for a line. Otherwise the kernel prints less and boots sooner.
     pub watched: bool,
 }
 
-/// A command cannot be run.
+/// Error: a command cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No kernel was named, and there is none.
+    /// No kernel was named, and the host has none.
     #[error("there is no kernel in {BOOT} ({BOOT}/vmlinuz-*); give --kernel FILE")]
     NoKernel,
-    /// There are some, but not for us.
+    /// The host has kernels, but vireo may not read them.
     #[error(
-        "{} may be read by root only, as on Ubuntu; 'sudo chmod +r {}' allows it, or give --kernel FILE",
+        "only root may read {}, as on Ubuntu; run 'sudo chmod +r {}' or give --kernel FILE",
         .0.display(), .0.display()
     )]
     SecretKernel(PathBuf),
-    /// The root.
+    /// The root file system cannot be used.
     #[error("cannot use {} as the root", .0.display())]
     Root(PathBuf, #[source] io::Error),
-    /// An environment variable.
+    /// An environment variable is invalid.
     #[error(transparent)]
     Environment(#[from] environment::NoName),
-    /// Something of the host's.
+    /// The host refused a resource.
     #[error("cannot set up {0}")]
     Host(&'static str, #[source] io::Error),
 }
 
-/// The newest kernel of this host that we may read.
+/// Returns the newest kernel of this host that vireo may read.
 pub fn host_kernel() -> Result<PathBuf, Error> {
     let entries = fs::read_dir(BOOT).map_err(|_| Error::NoKernel)?.flatten();
     let mut kernels: Vec<(Vec<u64>, PathBuf)> = entries
@@ -172,25 +173,25 @@ pub fn host_kernel() -> Result<PathBuf, Error> {
     readable.ok_or(Error::SecretKernel(newest))
 }
 
-/// The numbers in a version, so that 6.10 is newer than 6.9.
+/// Returns the numbers in a version, so that 6.10 is newer than 6.9.
 fn numbers(version: &str) -> Vec<u64> {
     version.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
 }
 
-/// A command about to run: our end of its control port, and what its machine must not outlive.
+/// Session of a command that is about to run: the host end of its control port, and descriptors that the machine needs.
 pub struct Session {
     control: UnixStream,
-    /// The port's other end, and the request, until the machine has its own copies.
+    /// The port's other end and the request, held until the machine has its own copies.
     _held: Vec<OwnedFd>,
     terminal: bool,
-    /// For the sentence when it does not start.
+    /// Place for the message if the command does not start.
     place: Place,
 }
 
-/// Where a command starts.
+/// Directory in which a command starts.
 struct Place {
     cwd: PathBuf,
-    /// We see the same files.
+    /// Set if the guest sees the same files as this process.
     ours: bool,
 }
 
@@ -246,20 +247,20 @@ impl Command {
         Ok(Session { control, _held: held, terminal, place })
     }
 
-    /// Where the command starts: where we are, if the guest sees the same files.
+    /// Returns the directory in which the command starts: vireo's own, if the guest sees the same files.
     fn start(&self) -> PathBuf {
         let here = || env::current_dir().ok().filter(|_| self.root == RootFrom::Path("/".into()));
         let given = self.cwd.as_ref().map(|dir| std::path::absolute(dir).unwrap_or_else(|_| dir.clone()));
         given.or_else(here).unwrap_or_else(|| "/".into())
     }
 
-    /// The words in a line, for people.
+    /// Returns the command line as text for people.
     pub fn title(&self) -> String {
         let words: Vec<_> = self.words.iter().map(|word| word.to_string_lossy()).collect();
         if words.is_empty() { "a shell".into() } else { words.join(" ") }
     }
 
-    /// The initramfs: this program, the request, modules.
+    /// Configures the initramfs: this program, the request, modules.
     fn pack(&self, config: &mut MachineConfig, request: &File) {
         let initramfs = config.boot.initramfs.get_or_insert_with(InitramfsConfig::default);
         initramfs.init = Some("/proc/self/exe".into());
@@ -288,7 +289,7 @@ impl Command {
         modules.optional.extend(with(!config.pmems.is_empty(), &["nd_pmem", "virtio_pmem"]));
     }
 
-    /// All variables that the command finds.
+    /// Returns all environment variables of the command.
     fn environment(&self, terminal: bool) -> Result<Vec<(Bytes, Bytes)>, Error> {
         let same_root = self.root == RootFrom::Path("/".into());
         let pairs = environment::of_command(&environment::ours(), &self.env, same_root, terminal, &self.home())?;
@@ -296,11 +297,11 @@ impl Command {
     }
 }
 
-/// What our own streams are.
+/// Properties of vireo's own standard streams.
 struct Streams {
-    /// The size of the terminal that both input and output are.
+    /// Size of the terminal, if input and output are both on one.
     terminal: Option<(u16, u16)>,
-    /// Both outputs lead to the same place.
+    /// Set if both outputs lead to the same place.
     merged: bool,
 }
 
@@ -312,13 +313,13 @@ impl Streams {
         let place = |fd: io::Result<rustix::fs::Stat>| fd.ok().map(|stat| (stat.st_dev, stat.st_ino));
         let (out, err) = (rustix::fs::fstat(io::stdout()), rustix::fs::fstat(io::stderr()));
         let (out, err) = (place(out.map_err(Into::into)), place(err.map_err(Into::into)));
-        // A terminal has several names.
+        // Comparing inodes is not enough: a terminal can have several names.
         let on_terminal = terminal.is_some() && terminal::is_terminal(libc::STDERR_FILENO);
         Streams { terminal, merged: on_terminal || out.is_some() && out == err }
     }
 }
 
-/// A file that is nowhere.
+/// An unnamed in-memory file with the request.
 fn in_memory(request: &Request) -> io::Result<File> {
     let mut file = File::from(rustix::fs::memfd_create("vireo-request", MemfdFlags::CLOEXEC)?);
     file.write_all(&serde_json::to_vec(request)?)?;
@@ -331,7 +332,7 @@ pub struct Orders(Arc<Mutex<Talk>>);
 
 struct Talk {
     control: UnixStream,
-    /// Signals that arrived before the command ran, each once, and from then on nothing.
+    /// Signals that arrived before the command started, each once; `None` from the start on.
     waiting: Option<Vec<i32>>,
 }
 
@@ -340,7 +341,7 @@ impl Orders {
         Orders(Arc::new(Mutex::new(Talk { control, waiting: Some(Vec::new()) })))
     }
 
-    /// Passes a signal on to the command, as soon as it runs. Returns whether it will be passed on.
+    /// Passes a signal on to the command once it runs. Returns whether the signal is or will be passed on.
     pub fn signal(&self, signal: i32) -> bool {
         let mut talk = self.lock();
         if signal == libc::SIGWINCH {
@@ -357,7 +358,8 @@ impl Orders {
         }
     }
 
-    /// Passes on the signals that have waited for the command. Returns false if it was running already.
+    /// Passes on the signals that have waited for the command's start. Returns false if the command was already
+    /// running.
     fn started(&self) -> bool {
         let mut talk = self.lock();
         let Some(waiting) = talk.waiting.take() else { return false };
@@ -371,7 +373,7 @@ impl Orders {
 }
 
 impl Talk {
-    /// A guest that does not read its orders gets no more of them.
+    /// Sends an order; fails if the guest does not read its orders.
     fn send(&mut self, order: &Order) -> bool {
         let Ok(line) = serde_json::to_string(order) else { return false };
         self.control.write_all(format!("{line}\n").as_bytes()).is_ok()
@@ -379,18 +381,18 @@ impl Talk {
 }
 
 impl Session {
-    /// Whether the command gets a terminal, which is ours in raw mode.
+    /// Returns whether the command gets a terminal; the user's terminal is then in raw mode.
     pub fn terminal(&self) -> bool {
         self.terminal
     }
 
-    /// Hears the guest's reports, and stops the machine with the last. Call it once the machine is made; `words` are for
-    /// the sentences.
+    /// Handles the guest's reports, and stops the machine at the last one. Must be called once the machine is created;
+    /// `words` are for messages.
     pub fn listen(self, machine: Controller, words: &[OsString]) -> Result<Orders, Error> {
-        let failed = |e| Error::Host("the talk with the guest", e);
+        let failed = |e| Error::Host("communication with the guest", e);
         let reports = BufReader::new(self.control.try_clone().map_err(failed)?);
         self.control.set_nonblocking(false).map_err(failed)?;
-        // Never waits for a guest that does not read.
+        // The write must never wait for a guest that does not read.
         self.control.set_write_timeout(Some(std::time::Duration::from_millis(100))).map_err(failed)?;
         let orders = Orders::new(self.control);
         let started = orders.clone();
@@ -404,7 +406,8 @@ impl Session {
 
 fn hear(mut reports: BufReader<UnixStream>, orders: &Orders, machine: &Controller, name: &str, place: &Place) {
     let (mut line, mut moved) = (String::new(), false);
-    // A line that is too long, not a report, or a second start ends the talk: then the guest is judged by how it ends.
+    // An overlong line, a line that is not a report, or a second start ends the protocol; then only the way in which
+    // the guest ends counts.
     while reports.by_ref().take(LINE_MAX as u64).read_line(&mut line).is_ok_and(|len| len > 0) {
         let Ok(report) = serde_json::from_str(&line) else { return };
         line.clear();
@@ -423,7 +426,7 @@ fn hear(mut reports: BufReader<UnixStream>, orders: &Orders, machine: &Controlle
             Report::Exited(code) => Outcome::Exited(code),
             Report::Signalled(signal) => Outcome::Signalled(signal),
             Report::NotReady(why) => Outcome::NotReady(format!(
-                "the guest could not be made ready: {}",
+                "cannot prepare the guest: {}",
                 printable(&why.chars().take(WHY_MAX).collect::<String>())
             )),
             Report::NotStarted(errno) => not_started(errno, name, place),
@@ -436,7 +439,8 @@ fn hear(mut reports: BufReader<UnixStream>, orders: &Orders, machine: &Controlle
     }
 }
 
-/// As shells have it: 127 for what is not there, 126 for what is but cannot be run.
+/// Returns the outcome of a command that did not start, with the codes of shells: 127 if it was not found, 126 if it
+/// cannot be run.
 fn not_started(errno: i32, name: &str, place: &Place) -> Outcome {
     let code = if errno == libc::ENOENT { 127 } else { 126 };
     let is_there = || place.ours && !name.is_empty() && place.cwd.join(name).exists();

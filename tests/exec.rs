@@ -248,7 +248,7 @@ fn a_second_attempt() {
     let watch = ["--hang-timeout", "3s", "--retry-on-hang", "2", "--gdb", &socket, "--share", &folder];
     let ended = run.args(&watch).run_to_end().expect(0, "exited");
     assert_eq!((ended.stdout.as_str(), &ended.report["attempts"]), ("nokaslr\nnokaslr\n", &2.into()), "{ended}");
-    assert!(ended.stderr.contains("vireo: it is started again: attempt 2 of 3\n"), "{ended}");
+    assert!(ended.stderr.contains("vireo: restarting the guest (attempt 2 of 3)\n"), "{ended}");
 }
 
 /// What guests plant in a folder that they write to leads no output out of it: not that of their own run, of the next one

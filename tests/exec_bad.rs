@@ -125,7 +125,7 @@ fn commands_that_will_not_end() {
 #[test]
 fn commands_that_are_not_heard_of_any_more() {
     let ended = Run::exec(&["sh", "-c", "kill -STOP $$"]).args(&["--hang-timeout", "5s"]).run_to_end();
-    assert_eq!(sentence(&ended.expect(72, "hung")), "the guest hung: no output and no work for 5s");
+    assert_eq!(sentence(&ended.expect(72, "hung")), "the guest hung: no output and no CPU use for 5s");
     let ended = Run::exec(&["sh", "-c", "echo b >/proc/sysrq-trigger; sleep 1000"]).run_to_end().expect(71, "lost");
     assert_eq!(sentence(&ended), "the guest ended (rebooted) before the command did");
 }

@@ -1,17 +1,17 @@
-//! The environment of a command that runs under `vireo exec`.
+//! Environment of a command that runs under `vireo exec`.
 //!
-//! Where the guest's root is the host's, the command finds our own environment, so that test runners (cargo, go, pytest)
-//! and scripts work in the guest as they do here. Left out is what means nothing in another machine (sockets of a desktop
-//! session, descriptors of make's job server) and what names a secret: the guest's memory, which holds the environment,
-//! may end up in a core file. With any other root the command finds the language and the time zone only. `--env` adds
-//! whatever is wanted.
+//! If the guest's root is the host's, the command inherits vireo's environment, so that test runners (cargo, go,
+//! pytest) and scripts work in the guest as on the host. Left out are variables that mean nothing in another machine
+//! (sockets of a desktop session, descriptors of make's job server) and variables that name a secret: the guest's
+//! memory, which holds the environment, may end up in a core file. With any other root the command gets only the
+//! language and the time zone. `--env` adds any other variable.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
-/// Names that are left out: of sessions, sockets and descriptors that are not in the guest, and of what the command has
-/// of its own there.
+/// Names that are left out: those of sessions, sockets and descriptors that do not exist in the guest, and those for
+/// which the command has its own values there.
 const LEFT_OUT: [&str; 33] = [
     "_",
     "CARGO_MAKEFLAGS",
@@ -47,23 +47,23 @@ const LEFT_OUT: [&str; 33] = [
     "XDG_RUNTIME_DIR",
     "XDG_VTNR",
 ];
-/// Beginnings of names that are left out for the same reasons.
+/// Prefixes of names that are left out for the same reasons.
 const LEFT_OUT_BEGINNINGS: [&str; 5] = ["BASH_FUNC_", "SSH_", "SUDO_", "XDG_SEAT", "XDG_SESSION"];
-/// Parts of names that secrets have.
+/// Parts of names that indicate secrets.
 const SECRETS: [&str; 8] =
     ["TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "PRIVATE_KEY", "API_KEY"];
-/// Names that mean the same with any root, beside those that begin with `LC_`.
+/// Names that mean the same with any root, in addition to those that begin with `LC_`.
 const EVERYWHERE: [&str; 4] = ["LANG", "LANGUAGE", "NO_COLOR", "TZ"];
-/// Where programs are looked for in a root that is not the host's.
+/// Search path for programs in a root that is not the host's.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// An environment variable cannot be given to the command.
+/// Error: an environment variable cannot be given to the command.
 #[derive(Debug, thiserror::Error)]
 #[error("--env '{}': give NAME=VALUE, NAME, or '*' for all", .0.display())]
 pub struct NoName(OsString);
 
-/// The variables of the command, from `ours` and the values of `--env`; `same_root` says whether the guest has the
-/// host's files, `terminal` whether the command is on a terminal, and `home` is its HOME.
+/// Returns the command's variables, from `ours` and the values of `--env`. `same_root`: the guest has the host's files;
+/// `terminal`: the command is on a terminal; `home`: the command's HOME.
 pub fn of_command(
     ours: &[(OsString, OsString)],
     given: &[OsString],
@@ -105,7 +105,7 @@ pub fn of_command(
     Ok(pairs)
 }
 
-/// Our own variables.
+/// Returns this process's own variables.
 pub fn ours() -> Vec<(OsString, OsString)> {
     env::vars_os().collect()
 }

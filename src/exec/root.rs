@@ -1,4 +1,4 @@
-//! The files that a command finds: its root, the kernel's modules in it, a home.
+//! Files that a command finds in the guest: its root, the kernel's modules, a home directory.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -15,14 +15,14 @@ use crate::virtio::blk::BlkConfig;
 use crate::virtio::fs::{Cache, FsConfig};
 
 impl Command {
-    /// Adds the device that the root is on.
+    /// Adds the device that holds the root.
     pub(super) fn add_root(&self, config: &mut MachineConfig) -> Result<Root, Error> {
         let RootFrom::Path(path) = &self.root else { return Ok(Root::Initramfs) };
         let writable = self.writable;
         let metadata = fs::metadata(held::path(path)).map_err(|e| Error::Root(path.clone(), e))?;
         if metadata.is_dir() {
             let (path, tag) = (path.clone(), Some(ROOT.into()));
-            // The guest writes over it.
+            // A read-only root becomes the lower layer of an overlay in the guest.
             let flat = !writable;
             let cache = if flat { Cache::Names } else { Cache::Auto };
             config.shares.insert(0, FsConfig { path, tag, readonly: !writable, flat, cache, ..FsConfig::default() });
@@ -33,8 +33,8 @@ impl Command {
         Ok(Root::Disk { writable })
     }
 
-    /// Where the guest will see the kernel's modules: those that the user named, or those that are found. The latter are
-    /// only shown where that takes nothing of the kernel which a guest like this one does not need anyway.
+    /// Returns where the guest finds the kernel's modules: those that the user named, or those that vireo finds. The
+    /// latter are shown only where this needs no kernel feature beyond those that such a guest needs anyway.
     pub(super) fn show_modules(&self, config: &mut MachineConfig, mounts: &mut Vec<Mount>) -> Vec<Bytes> {
         let found = || match &self.root {
             RootFrom::Path(root) if !self.writable && held::path(root).is_dir() => {
@@ -61,13 +61,13 @@ impl Command {
         }
     }
 
-    /// The home directory: the caller's own where the guest sees the same files.
+    /// Returns the home directory: the caller's own if the guest sees the same files.
     pub(super) fn home(&self) -> OsString {
         let ours = env::var_os("HOME").filter(|home| Path::new(home).is_absolute());
         ours.filter(|_| self.root == RootFrom::Path("/".into())).unwrap_or_else(|| "/root".into())
     }
 
-    /// Returns whether the user said what the home directory is.
+    /// Returns whether the user set the home directory.
     pub(super) fn names_home(&self) -> bool {
         let names = |item: &OsString| item == "*" || item == "HOME" || item.as_bytes().starts_with(b"HOME=");
         self.env.iter().any(names)

@@ -1,7 +1,7 @@
-//! The command: started as it would be on the host, its streams moved to the ports and back, until it ends.
+//! Runs the command: starts it as on the host and moves its streams to and from the ports until it ends.
 //!
-//! What it writes goes from its pipe to the port by `splice`, without a copy here. What it left in the pipes when it
-//! ended is moved, too; processes that it left behind keep nobody waiting.
+//! Output goes from the command's pipe to the port by `splice`, without a copy here. Output left in the pipes when the
+//! command ends is moved too. Processes that the command left behind delay nothing.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -27,20 +27,21 @@ use super::ports::{self, Control};
 use super::protocol::{Bytes, Order, Report, Request, STDERR, STDIN, STDOUT};
 use super::{Error, Result, cannot};
 
-/// Bytes that are moved at once.
+/// Number of bytes moved in one step.
 const PIECE: usize = 64 << 10;
-/// A terminal holds less than this.
+/// Upper bound of what a terminal buffers.
 const TERMINAL_HOLDS: usize = 128 << 10;
-/// What is looked for when no command was given.
+/// Shells to try, in order, when no command was given.
 const SHELLS: [&str; 2] = ["/bin/bash", "/bin/sh"];
 
-/// Runs the command to its end.
+/// Runs the command until it ends.
 pub(super) fn run(request: &Request, names: &Names, control: &mut Control) -> Result<Report> {
     let mut cwd = OsString::from(request.cwd.clone());
     match enter(&cwd) {
         Ok(()) => {}
         Err(e) if request.cwd_given => return Ok(Report::NoCwd(e.raw_os_error())),
-        // The host's own place, which the guest need not have, is not worth a failure that would look like the command's.
+        // The host's working directory need not exist in the guest. Failing for that would look like a failure of the
+        // command.
         Err(e) => {
             control.send(&Report::StartsInRoot(e.raw_os_error()))?;
             cwd = "/".into();
@@ -59,17 +60,18 @@ pub(super) fn run(request: &Request, names: &Names, control: &mut Control) -> Re
         Ok(child) => child,
         Err(e) => return Ok(Report::NotStarted(e.raw_os_error().unwrap_or(libc::EIO))),
     };
-    // Beyond reach when memory runs out: the command, which would inherit that, goes first.
+    // Protects this process when memory runs out: the command is killed first. It has been started before, so it does
+    // not inherit this.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
-    // Our copies of the command's ends would keep its pipes open.
+    // These copies of the command's ends would keep its pipes open.
     drop(command);
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-    let pid = pid.ok_or_else(|| Error::Other("the command has no process number".into()))?;
+    let pid = pid.ok_or_else(|| Error::Other("the command has no process ID".into()))?;
     names.keep_forgetting()?;
     control.send(&Report::Started)?;
     let terminal = streams.terminal.take();
     control.listen(move |order| match order {
-        // A number that is no signal of the kernel's is ignored by it.
+        // The kernel ignores a number that is not a signal.
         Order::Signal(number) => Signal::from_named_raw(number).into_iter().for_each(|signal| pass_on(pid, signal)),
         Order::Resize(columns, rows) => {
             let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
@@ -81,7 +83,7 @@ pub(super) fn run(request: &Request, names: &Names, control: &mut Control) -> Re
     Ok(report)
 }
 
-/// Sends a signal to the command's process; to its whole group those that a terminal sends to all of the foreground.
+/// Sends a signal to the command's process, or to its whole group if a terminal would send it to all of the foreground.
 fn pass_on(command: Pid, signal: Signal) {
     let _ = match signal {
         Signal::INT | Signal::QUIT => kill_process_group(command, signal),
@@ -89,13 +91,13 @@ fn pass_on(command: Pid, signal: Signal) {
     };
 }
 
-/// Returns whether a process can start in this directory. It need not be one that can be read.
+/// Returns whether a process can start in this directory. The directory need not be readable.
 fn enter(dir: &OsStr) -> std::result::Result<(), Errno> {
     rustix::fs::open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map(drop)
 }
 
-/// A home for a command whose own cannot be used: a monitor that is not root cannot look into the host's /root, so neither
-/// can root of the guest.
+/// Returns another home for a command whose own home is unusable: a monitor that is not root cannot look into the
+/// host's /root, so the guest's root cannot either.
 fn other_home(request: &Request) -> Option<&'static str> {
     const PLACE: &str = "/run/vireo/home";
     let (_, home) = request.env.iter().find(|(name, _)| OsString::from(name.clone()) == "HOME")?;
@@ -105,7 +107,7 @@ fn other_home(request: &Request) -> Option<&'static str> {
     std::fs::create_dir_all(PLACE).is_ok().then_some(PLACE)
 }
 
-/// The file that the first word names.
+/// Returns the file that the first word names.
 fn program(request: &Request, cwd: &OsStr) -> Option<PathBuf> {
     let bytes = |bytes: &Bytes| OsString::from(bytes.clone());
     let name = request.command.first().map(bytes)?;
@@ -118,11 +120,12 @@ fn program(request: &Request, cwd: &OsStr) -> Option<PathBuf> {
     places.into_iter().find(|place| place.is_file() && rustix::fs::access(place, Access::EXEC_OK).is_ok())
 }
 
-/// Whether it is a program for another kind of machine: what the kernel refuses, a shell would try to read as a script.
+/// Returns whether the file is a program for another architecture. The kernel refuses such a file, and a shell would
+/// then try to read it as a script.
 fn is_foreign(program: &Path) -> bool {
     const OURS: [u16; 2] = [3, 62]; // EM_386, EM_X86_64
     let mut head = [0; 20];
-    // Nobody may ever write to a FIFO.
+    // A FIFO is not opened, because that could block forever.
     if !program.is_file() || File::open(program).and_then(|mut file| file.read_exact(&mut head)).is_err() {
         return false;
     }
@@ -146,7 +149,7 @@ fn command(request: &Request) -> Command {
     command
 }
 
-/// Waits for the command, and for every process that lost its parent.
+/// Waits for the command, and reaps every process that lost its parent.
 fn wait_for(pid: Pid) -> Result<Report> {
     loop {
         match wait(WaitOptions::empty()) {
@@ -164,9 +167,9 @@ fn wait_for(pid: Pid) -> Result<Report> {
     }
 }
 
-/// The threads that move what the command reads and writes.
+/// Threads that move the command's input and output.
 struct Streams {
-    /// Set, and told, when the command has ended: what is in the pipes then is the last.
+    /// Flag and event, set when the command has ended: the pipes then hold the last output.
     ended: Arc<(AtomicBool, OwnedFd)>,
     outputs: Vec<JoinHandle<()>>,
     terminal: Option<OwnedFd>,
@@ -174,11 +177,11 @@ struct Streams {
 
 impl Streams {
     fn new() -> Result<Self> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC).map_err(cannot("make an eventfd"))?;
+        let event = eventfd(0, EventfdFlags::CLOEXEC).map_err(cannot("create an eventfd"))?;
         Ok(Streams { ended: Arc::new((AtomicBool::new(false), event)), outputs: Vec::new(), terminal: None })
     }
 
-    /// A process group of its own, with pipes.
+    /// Starts the command in its own process group, with pipes.
     fn pipes(command: &mut Command, merged: bool) -> Result<Self> {
         let mut streams = Self::new()?;
         let (input, to_command) = pipe()?;
@@ -196,18 +199,18 @@ impl Streams {
         Ok(streams)
     }
 
-    /// The command's other output through a pipe of its own.
+    /// Gives the command a separate pipe for its other output.
     fn errors(&mut self, command: &mut Command) -> Result<()> {
         let (errors, output) = pipe()?;
         command.stderr(output);
         self.move_output(errors.into(), ports::open(STDERR, false)?)
     }
 
-    /// A session of its own on a terminal.
+    /// Starts the command in its own session, on a terminal.
     #[allow(unsafe_code)]
     fn terminal(command: &mut Command, (columns, rows): (u16, u16), merged: bool, names: Names) -> Result<Self> {
         let mut streams = Self::new()?;
-        let (master, slave) = open_terminal().map_err(cannot("make a terminal"))?;
+        let (master, slave) = open_terminal().map_err(cannot("create a terminal"))?;
         let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         tcsetwinsize(&master, size).map_err(cannot("set the terminal's size"))?;
         let copy = |fd: &OwnedFd| fd.try_clone().map_err(cannot("copy a descriptor"));
@@ -241,7 +244,7 @@ impl Streams {
         Ok(())
     }
 
-    /// Waits until what the command has written is moved.
+    /// Waits until everything that the command has written is moved.
     fn finish(self) {
         self.ended.0.store(true, Ordering::Release);
         let _ = rustix::io::write(&self.ended.1, &1u64.to_ne_bytes());
@@ -252,14 +255,15 @@ impl Streams {
 struct Pump {
     from: OwnedFd,
     port: File,
-    /// For what cannot be spliced: a terminal.
+    /// Buffer for a source that cannot be spliced: a terminal.
     buffer: Option<Vec<u8>>,
-    /// When the command has ended: the most that it can have left. Who writes on is not waited for.
+    /// Upper bound of what an ended command has left; `None` before its end. Processes that continue to write are not
+    /// waited for.
     rest: Option<usize>,
 }
 
 impl Pump {
-    /// Waits for output and moves some of it; whether that was the last.
+    /// Waits for output and moves some of it. Returns whether that was the last.
     fn step(&mut self, (ended, told): &(AtomicBool, OwnedFd)) -> bool {
         let last = ended.load(Ordering::Acquire);
         if last && self.rest.is_none() {
@@ -284,7 +288,7 @@ impl Pump {
             }
             Err(Errno::INTR) => false,
             Err(Errno::AGAIN) => !has_room(&self.port),
-            // EIO: nobody has the terminal open any more.
+            // EIO: the terminal is no longer open anywhere.
             Err(_) => true,
         }
     }
@@ -312,8 +316,8 @@ impl Pump {
     }
 }
 
-/// Waits until the port takes more; false if the host has closed it, because nobody reads the output any more. Then our
-/// end of the command's pipe is closed, too, and the command hears of it as it would on the host (SIGPIPE).
+/// Waits until the port takes more. Returns false if the host has closed it because its reader is gone. Closing our end
+/// of the command's pipe then notifies the command as on the host (SIGPIPE).
 fn has_room(port: &File) -> bool {
     let mut fds = [PollFd::new(port, PollFlags::OUT)];
     match poll(&mut fds, None) {
@@ -323,16 +327,16 @@ fn has_room(port: &File) -> bool {
 }
 
 fn pipe() -> Result<(io::PipeReader, io::PipeWriter)> {
-    io::pipe().map_err(cannot("make a pipe"))
+    io::pipe().map_err(cannot("create a pipe"))
 }
 
 enum Wait<'a> {
     No,
-    /// Or until this one can be read.
+    /// Wait also for this descriptor.
     Or(&'a OwnedFd),
 }
 
-/// Whether `fd` is ready, after having waited.
+/// Returns whether `fd` is ready, after waiting as requested.
 fn ready(fd: impl AsFd, flags: PollFlags, wait: Wait<'_>) -> bool {
     let at_once = Timespec::default();
     let (other, timeout) = match wait {
@@ -344,21 +348,21 @@ fn ready(fd: impl AsFd, flags: PollFlags, wait: Wait<'_>) -> bool {
     poll(&mut fds, timeout).is_ok() && fds.first().is_some_and(|fd| !fd.revents().is_empty())
 }
 
-/// Moves the port's input to the command, in a thread that nobody waits for. Before each line, `names` are forgotten: who
-/// changes a file on the host and types a command gets the new one.
+/// Moves the port's input to the command, in a detached thread. Before each line, `names` are forgotten: a user who
+/// changes a file on the host and then types a command gets the new file.
 fn move_input(mut port: File, mut to: File, names: Names) -> Result<()> {
     let work = move || {
         let mut buffer = vec![0; PIECE / 2];
         loop {
             match port.read(&mut buffer) {
-                Ok(0) => return, // and with it `to` is closed, which the command sees
+                Ok(0) => return, // This drops `to`, so the command sees the end of its input.
                 Ok(len) => {
                     let input = buffer.get(..len).unwrap_or(&[]);
                     if input.contains(&b'\r') || input.contains(&b'\n') {
                         names.forget();
                     }
                     if to.write_all(input).is_err() {
-                        return; // the command does not read any more; the rest stays with the host
+                        return; // The command no longer reads; the rest stays on the host.
                     }
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -369,7 +373,7 @@ fn move_input(mut port: File, mut to: File, names: Names) -> Result<()> {
     thread::Builder::new().spawn(work).map(drop).map_err(cannot("start a thread"))
 }
 
-/// Both sides of a new terminal.
+/// Opens both sides of a new terminal.
 fn open_terminal() -> io::Result<(OwnedFd, OwnedFd)> {
     let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
     unlockpt(&master)?;

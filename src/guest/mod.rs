@@ -1,11 +1,11 @@
-//! What runs inside the guest: vireo itself, as the init that `vireo exec` boots into.
+//! Code that runs inside the guest: vireo itself, as the init that `vireo exec` boots into.
 //!
 //! ```text
-//! mounts ─▶ modules ─▶ ports of the console ─▶ root file system ─▶ command ─▶ its streams, signals ─▶ its end ─▶ off
+//! mounts ─▶ modules ─▶ console ports ─▶ root file system ─▶ command ─▶ its streams, signals ─▶ its end ─▶ power off
 //! ```
 //!
-//! It is the same binary, packed into the initramfs as `/init`, so it needs nothing of the guest's. Whatever goes wrong is
-//! reported as a sentence on the control port; before there is one, on the kernel's console.
+//! It is the same binary, packed into the initramfs as `/init`, so it needs nothing from the guest. Every failure is
+//! reported as a sentence on the control port; before that port exists, on the kernel's console.
 
 pub mod protocol;
 
@@ -22,7 +22,7 @@ use std::path::Path;
 
 use protocol::{LOG_NAME, MODULES, REQUEST, Report, Request, Root};
 
-/// The guest could not be made ready.
+/// Error: the guest could not be prepared.
 #[derive(Debug, thiserror::Error)]
 enum Error {
     #[error("cannot {0} in the guest: {1}")]
@@ -33,17 +33,17 @@ enum Error {
 
 type Result<T> = std::result::Result<T, Error>;
 
-/// For `map_err`: names what could not be done.
+/// Returns a function for `map_err` that names what failed.
 fn cannot<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Error {
     move |e| Error::System(what.into(), e.into())
 }
 
-/// Whether this process is the first of a guest that `vireo exec` made.
+/// Returns whether this process is the first one of a guest that `vireo exec` created.
 pub fn is_init() -> bool {
     std::process::id() == 1 && Path::new(REQUEST).exists()
 }
 
-/// The life of a guest. Does not return: when the first process ends, the kernel panics.
+/// Runs the guest. Does not return: when the first process ends, the kernel panics.
 pub fn main() -> ! {
     if let Err(error) = run() {
         tell_kernel(&error.to_string());
@@ -55,7 +55,7 @@ pub fn main() -> ! {
     }
 }
 
-/// The console's log is where such a sentence is looked for, when there is no other way to tell it.
+/// Writes a message to the kernel's log. vireo looks there for the reason when no report arrived.
 fn tell_kernel(text: &str) {
     let text = format!("<3>{LOG_NAME}{text}\n");
     let _ = fs::write("/dev/kmsg", &text).or_else(|_| io::stderr().write_all(text.as_bytes()));
@@ -70,19 +70,19 @@ fn run() -> Result<()> {
         Some(why) => Error::Other(format!("{error}; {why}")),
         None => error,
     })?;
-    // From here on there is somebody to tell.
+    // From here on, errors can be reported to the host.
     let prepared = prepare(&request);
     let report = prepared.and_then(|names| command::run(&request, &names, &mut control));
     let report = report.unwrap_or_else(|error| Report::NotReady(error.to_string()));
-    // What was written to disks is on them when the host hears of the end.
+    // Data written to disks must be on them before the host learns of the end.
     rustix::fs::sync();
     control.send(&report)?;
     control.wait_for_end();
     Ok(())
 }
 
-/// Loads what the host found that this kernel needs. Gives the first that would not load: one that another only likes to
-/// have; what is really missing is missed soon enough.
+/// Loads the modules that this kernel needs, as found by the host. Returns the error of the first module that does not
+/// load instead of failing: the module may be optional, and the lack of a required one shows soon enough.
 fn load_modules() -> Result<Option<String>> {
     let Ok(list) = fs::read_to_string(MODULES) else { return Ok(None) };
     let mut unloaded = None;
@@ -101,7 +101,7 @@ fn load_modules() -> Result<Option<String>> {
     Ok(unloaded)
 }
 
-/// Makes everything ready for the command; returns the file systems whose names the host may change.
+/// Prepares the guest for the command; returns the file systems on which the host may change names.
 fn prepare(request: &Request) -> Result<names::Names> {
     let _ = rustix::system::sethostname(b"vireo");
     net::loopback()?;

@@ -1,12 +1,12 @@
-//! Names that the host changes while the guest runs.
+//! Names that change on the host while the guest runs.
 //!
-//! overlayfs takes what it lies on for unchanging. A name that was missing once is missing for good; and when a share says
-//! that a name is another file's now, every walk through it fails with ESTALE. So the share has its names believed until
-//! they are forgotten (`cache=names`), and they are forgotten here: once a second, and before a line that was typed
-//! reaches the terminal. What a process uses keeps its name until then; everything else is looked up again.
+//! overlayfs assumes that its lower layer does not change. A name that was missing once is missing forever, and once a
+//! share reports that a name is now another file, every walk through that name fails with ESTALE. So the share declares
+//! names valid until they are forgotten (`cache=names`), and this module makes the guest forget them: once a second,
+//! and before a typed line reaches the terminal. A name that a process uses is kept; all others are looked up again.
 //!
-//! There is no system call for that, but reconfiguring a file system without any change has the kernel drop the directory
-//! entries that nobody uses. Data in the page cache stays.
+//! There is no system call for this, but reconfiguring a file system without any change makes the kernel drop the
+//! directory entries that are not in use. Data in the page cache stays.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -19,7 +19,7 @@ use rustix::mount::{FsPickFlags, fsconfig_reconfigure, fspick};
 
 use super::{Result, cannot};
 
-/// How long a name is believed.
+/// Longest time for which a name is considered valid.
 const PERIOD: Duration = Duration::from_secs(1);
 
 /// Mounts whose names are forgotten.
@@ -27,7 +27,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 pub(super) struct Names(Arc<Vec<OwnedFd>>);
 
 impl Names {
-    /// Those of the mounts at `places`, each before what it lies on.
+    /// Opens the mounts at `places`. An overlay must come before its lower layer.
     pub fn of(places: &[&Path]) -> Result<Self> {
         let open = |place: &&Path| {
             rustix::fs::open(*place, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
@@ -36,16 +36,16 @@ impl Names {
         Ok(Names(Arc::new(places.iter().map(open).collect::<Result<_>>()?)))
     }
 
-    /// Forgets all names that nobody uses.
+    /// Forgets all names that are not in use.
     pub fn forget(&self) {
         for mount in &*self.0 {
-            // A mount that is frozen or gone is left alone.
+            // A mount that is frozen or gone is skipped.
             let _ = fspick(mount, c"", FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC)
                 .and_then(fsconfig_reconfigure);
         }
     }
 
-    /// Forgets them again and again, in a thread of its own.
+    /// Forgets the names periodically, in a separate thread.
     pub fn keep_forgetting(&self) -> Result<()> {
         if self.0.is_empty() {
             return Ok(());

@@ -1,4 +1,4 @@
-//! The guest's network: the loopback interface, and what DHCP (RFC 2131) gives the first card.
+//! Network of the guest: the loopback interface, and the first card as configured by DHCP (RFC 2131).
 
 #![allow(unsafe_code)]
 
@@ -12,13 +12,13 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::{Error, Result, cannot};
 
-/// How often an answer is asked for, and how long each is waited for.
+/// Number of requests for an answer, and the time to wait after each.
 const TRIES: u32 = 8;
 const WAIT: Duration = Duration::from_millis(700);
 
 const BROADCAST_FLAG: u16 = 0x8000;
 const COOKIE: [u8; 4] = [99, 130, 83, 99];
-/// Options (RFC 2132).
+/// Option numbers (RFC 2132), then message types.
 const NETMASK: u8 = 1;
 const ROUTER: u8 = 3;
 const NAME_SERVER: u8 = 6;
@@ -32,7 +32,7 @@ const OFFER: u8 = 2;
 const REQUEST: u8 = 3;
 const ACK: u8 = 5;
 
-/// Programs expect `localhost`; a kernel without a network has none.
+/// Switches on the loopback interface, because programs expect `localhost`. A kernel without networking has none.
 pub(super) fn loopback() -> Result<()> {
     let Ok(socket) = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)) else { return Ok(()) };
     up(&socket, "lo").map_err(cannot("set up the interface lo"))
@@ -53,12 +53,12 @@ pub(super) fn configure() -> Result<Vec<Ipv4Addr>> {
     Ok(lease.name_servers)
 }
 
-/// Bytes of an IP header without options, and of a UDP header.
+/// Size in bytes of an IP header without options, and of a UDP header.
 const IP: usize = 20;
 const UDP: usize = 8;
 
-/// IP packets from and to a card that has no address yet, for which servers may well answer to the one it will have: a
-/// packet socket sees those, too.
+/// Raw IP access to a card that has no address yet. Servers may answer to the address that the card will get; a packet
+/// socket receives those answers too.
 struct Wire {
     socket: OwnedFd,
     everybody: libc::sockaddr_ll,
@@ -68,7 +68,7 @@ impl Wire {
     fn open(card: &str) -> io::Result<Self> {
         let index = fs::read_to_string(format!("/sys/class/net/{card}/ifindex"))?;
         let protocol = (libc::ETH_P_IP as u16).to_be();
-        // SAFETY: makes a descriptor, which is checked before it is owned.
+        // SAFETY: the call creates a descriptor, which is checked before it is owned.
         let socket = unsafe {
             match libc::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, i32::from(protocol)) {
                 -1 => return Err(io::Error::last_os_error()),
@@ -86,24 +86,24 @@ impl Wire {
         };
         let wire = Wire { socket, everybody };
         let (address, len) = (std::ptr::from_ref(&wire.everybody).cast(), size_of::<libc::sockaddr_ll>() as u32);
-        // SAFETY: the address is as long as it says.
+        // SAFETY: the address is as long as `len` says.
         match unsafe { libc::bind(wire.socket.as_raw_fd(), address, len) } {
             0 => Ok(wire),
             _ => Err(io::Error::last_os_error()),
         }
     }
 
-    /// Sends a message from nobody to everybody.
+    /// Broadcasts a message from the unspecified address.
     fn send(&self, message: &[u8]) -> io::Result<()> {
         let packet = wrap(message);
         let (address, len) = (std::ptr::from_ref(&self.everybody).cast(), size_of::<libc::sockaddr_ll>() as u32);
-        // SAFETY: packet and address are as long as they say.
+        // SAFETY: packet and address are as long as the given lengths.
         let sent =
             unsafe { libc::sendto(self.socket.as_raw_fd(), packet.as_ptr().cast(), packet.len(), 0, address, len) };
         if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// The next message for a client, if one comes before `deadline`.
+    /// Returns the next message for a client, if one arrives before `deadline`.
     fn receive(&self, deadline: Instant) -> Option<Vec<u8>> {
         loop {
             let left = deadline.checked_duration_since(Instant::now())?;
@@ -121,7 +121,7 @@ impl Wire {
     }
 }
 
-/// An IP packet (RFC 791) with a UDP datagram (RFC 768) from port 68 to port 67.
+/// Builds an IP packet (RFC 791) with a UDP datagram (RFC 768) from port 68 to port 67.
 fn wrap(message: &[u8]) -> Vec<u8> {
     let udp = (UDP + message.len()) as u16;
     let mut packet = vec![0x45, 0];
@@ -137,14 +137,14 @@ fn wrap(message: &[u8]) -> Vec<u8> {
     packet
 }
 
-/// What is in a packet, if it is a datagram to port 68.
+/// Returns the payload of a packet that is a datagram to port 68.
 fn unwrap(packet: &[u8]) -> Option<&[u8]> {
     let header = usize::from(*packet.first()? & 0xF) * 4;
     let datagram = packet.get(header.max(IP)..)?;
     (packet.get(9) == Some(&17) && datagram.get(2..4)? == [0, 68]).then(|| datagram.get(UDP..)).flatten()
 }
 
-/// The first Ethernet card.
+/// Returns the name of the first Ethernet card.
 fn card() -> Result<String> {
     let entries = fs::read_dir("/sys/class/net").map_err(cannot("read /sys/class/net"))?;
     let mut names: Vec<String> = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into()).collect();
@@ -154,7 +154,7 @@ fn card() -> Result<String> {
     names.into_iter().find(ethernet).ok_or_else(|| Error::Other("the guest has no network card (virtio_net)".into()))
 }
 
-/// What a server gives.
+/// Configuration that a DHCP server offers.
 #[derive(Debug, PartialEq, Eq)]
 struct Lease {
     address: Ipv4Addr,
@@ -184,7 +184,7 @@ fn ask(wire: &Wire, mac: [u8; 6]) -> io::Result<Lease> {
     Err(io::Error::new(io::ErrorKind::TimedOut, "no server answers"))
 }
 
-/// A DISCOVER, or a REQUEST of what was offered.
+/// Builds a DISCOVER, or a REQUEST for the offer.
 fn message(mac: [u8; 6], xid: u32, offer: Option<&Lease>) -> Vec<u8> {
     let mut bytes = vec![0; 236];
     bytes[..4].copy_from_slice(&[1, 1, 6, 0]);
@@ -203,7 +203,7 @@ fn message(mac: [u8; 6], xid: u32, offer: Option<&Lease>) -> Vec<u8> {
     bytes
 }
 
-/// What an answer to `xid` says: its kind and what it gives.
+/// Parses an answer to `xid`: returns its type and its lease.
 fn parse(bytes: &[u8], xid: u32) -> Option<(u8, Lease)> {
     let address = |bytes: &[u8]| <[u8; 4]>::try_from(bytes.get(..4)?).ok().map(Ipv4Addr::from);
     let ours = bytes.first() == Some(&2) && bytes.get(4..8)? == xid.to_be_bytes() && bytes.get(236..240)? == COOKIE;
@@ -248,7 +248,7 @@ impl Lease {
             control(socket, request, &mut interface)?;
         }
         let Some(router) = self.router else { return Ok(()) };
-        // A router outside the card's own network is reached through the card all the same.
+        // A router outside the card's own network is nevertheless reached through the card.
         let host = (router, Ipv4Addr::BROADCAST, None);
         let all = (Ipv4Addr::UNSPECIFIED, Ipv4Addr::UNSPECIFIED, Some(router));
         let inside = u32::from(router) & u32::from(self.netmask) == u32::from(self.address) & u32::from(self.netmask);
@@ -298,14 +298,14 @@ fn interface(name: &str) -> libc::ifreq {
 
 fn socket_address(address: Ipv4Addr) -> libc::sockaddr {
     let [a, b, c, d] = address.octets().map(|byte| byte as libc::c_char);
-    // `struct sockaddr_in`: the port, then the address.
+    // Layout of `struct sockaddr_in`: the port, then the address.
     let sa_data = [0, 0, a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0];
     libc::sockaddr { sa_family: libc::AF_INET as libc::sa_family_t, sa_data }
 }
 
-/// `T` is what this request takes: `ifreq`, or `rtentry` for routes.
+/// Performs an ioctl whose argument is `T`: `ifreq`, or `rtentry` for routes.
 fn control<T>(socket: &UdpSocket, request: libc::Ioctl, argument: &mut T) -> io::Result<()> {
-    // SAFETY: every caller passes the structure of its request, which the kernel reads and writes no further than it goes.
+    // SAFETY: every caller passes the structure of its request; the kernel accesses no memory beyond it.
     match unsafe { libc::ioctl(socket.as_raw_fd(), request, std::ptr::from_mut(argument)) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),

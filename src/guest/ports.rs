@@ -1,4 +1,4 @@
-//! The ports of the virtio console that the host talks through.
+//! Ports of the virtio console through which the guest's init communicates with the host.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 use super::protocol::{CONTROL, LINE_MAX, Order, Report};
 use super::{Error, Result, cannot};
 
-/// How long the driver may take to find its ports.
+/// Time that the driver may take to find its ports.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Is there from the moment the driver is.
+/// Directory that exists once the driver is loaded.
 const CLASS: &str = "/sys/class/virtio-ports";
-/// How long the host may take to end a guest that has said all.
+/// Time that the host may take to end a guest that has sent its last report.
 const END: Duration = Duration::from_secs(5);
 
-/// Opens a port by its name; waits until the driver has found it. With `wait` false reading and writing do not wait.
+/// Opens a port by its name, waiting until the driver has found it. With `wait` false, reads and writes do not block.
 pub(super) fn open(name: &str, wait: bool) -> Result<File> {
     let deadline = Instant::now() + PATIENCE;
     let mut pause = Duration::from_micros(200);
@@ -51,7 +51,7 @@ fn find(name: &str) -> Option<String> {
     Some(format!("/dev/{}", port.file_name().to_string_lossy()))
 }
 
-/// Orders and reports.
+/// Port for orders and reports.
 pub(super) struct Control(File);
 
 impl Control {
@@ -64,7 +64,7 @@ impl Control {
         self.0.write_all(line.as_bytes()).map_err(cannot("report to the host"))
     }
 
-    /// Hears orders, in a thread of its own.
+    /// Handles orders, in a separate thread.
     pub(super) fn listen(&self, obey: impl Fn(Order) + Send + 'static) -> Result<()> {
         let mut orders = BufReader::new(self.0.try_clone().map_err(cannot("copy a descriptor"))?);
         let listen = move || {
@@ -79,7 +79,7 @@ impl Control {
         thread::Builder::new().spawn(listen).map(drop).map_err(cannot("start a thread"))
     }
 
-    /// The host ends the guest once it has heard everything; a guest that is forgotten ends itself.
+    /// Waits for the host to end the guest after the last report; if the host does not, the guest ends itself.
     pub(super) fn wait_for_end(&self) {
         thread::sleep(END);
     }

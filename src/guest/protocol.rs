@@ -1,16 +1,16 @@
-//! What `vireo exec` and the init in its guest tell each other.
+//! Protocol between `vireo exec` and the init in its guest.
 //!
 //! ```text
 //! /vireo/request.json  ──▶ the whole request, packed into the initramfs
-//! port vireo.control   ──▶ orders, a line of JSON each: a signal, a window's new size
-//!                      ◀── reports, a line of JSON each: started, ended, or why not
-//! port vireo.stdin     ──▶ the command's input as it is; the port is closed when it ends
-//! port vireo.stdout    ◀── its output as it is
-//! port vireo.stderr    ◀── its other output as it is; not there when both go to the same place
+//! port vireo.control   ──▶ orders, one line of JSON each: a signal, a terminal's new size
+//!                      ◀── reports, one line of JSON each: started, ended, or why not
+//! port vireo.stdin     ──▶ the command's input, unchanged; the port is closed at its end
+//! port vireo.stdout    ◀── the command's output, unchanged
+//! port vireo.stderr    ◀── its error output, unchanged; absent when both go to the same place
 //! ```
 //!
-//! The last report comes when everything that the command wrote is in the ports' rings, and is a line like any other: the
-//! host empties the rings before it lets go of the guest.
+//! The last report is sent when everything that the command wrote is in the ports' rings. It is a line like any other:
+//! the host empties the rings before it releases the guest.
 
 use std::ffi::{OsStr, OsString};
 use std::net::Ipv4Addr;
@@ -18,34 +18,34 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use serde::{Deserialize, Serialize};
 
-/// Where the request is in the guest.
+/// Path of the request in the guest.
 pub const REQUEST: &str = "/vireo/request.json";
-/// Where the modules' paths are, one a line, in the order in which they are loaded.
+/// Path of the list of modules: one path per line, in load order.
 pub const MODULES: &str = "/vireo/modules";
-/// The port for orders and reports.
+/// Port for orders and reports.
 pub const CONTROL: &str = "vireo.control";
-/// The port of the command's input.
+/// Port of the command's standard input.
 pub const STDIN: &str = "vireo.stdin";
-/// The port of the command's output.
+/// Port of the command's standard output.
 pub const STDOUT: &str = "vireo.stdout";
-/// The port of the command's other output.
+/// Port of the command's standard error.
 pub const STDERR: &str = "vireo.stderr";
-/// The tag of the folder, and the serial number of the disk, that is the root.
+/// Tag of the share, or serial number of the disk, that is the root.
 pub const ROOT: &str = "root";
-/// What the lines of the guest's init in the kernel's log begin with, after the time: what it could not tell otherwise.
+/// Prefix, after the time, of the init's lines in the kernel's log; it writes there what it cannot report otherwise.
 pub const LOG_NAME: &str = "vireo-init: ";
 /// Longest line on the control port, in bytes.
 pub const LINE_MAX: usize = 64 << 10;
 
-/// Bytes that need not be UTF-8: an argument, a path.
+/// Byte string that need not be UTF-8: an argument, a path.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Bytes {
-    /// Nearly always.
+    /// Valid UTF-8, the usual case.
     Text(String),
-    /// Otherwise.
+    /// Bytes that are not valid UTF-8.
     Raw(Vec<u8>),
-    /// Nothing.
+    /// Empty string.
     #[default]
     Empty,
 }
@@ -66,93 +66,93 @@ impl From<Bytes> for OsString {
     }
 }
 
-/// What the guest is for.
+/// Task of the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Request {
-    /// The command and its arguments; without any, a shell.
+    /// Command and its arguments; empty for a shell.
     pub command: Vec<Bytes>,
-    /// All of its environment.
+    /// Complete environment of the command.
     pub env: Vec<(Bytes, Bytes)>,
-    /// Where it starts.
+    /// Directory in which the command starts.
     pub cwd: Bytes,
-    /// Without that place it does not start; otherwise it starts in the root then.
+    /// Fail if that directory cannot be entered; otherwise the command starts in the root then.
     pub cwd_given: bool,
-    /// The environment's HOME is what the user asked for; otherwise another one will do if it cannot be used.
+    /// Keep the HOME of the environment, because the user set it; otherwise it is replaced if it cannot be used.
     pub home_given: bool,
-    /// Columns and rows of the terminal that it gets; otherwise pipes.
+    /// Columns and rows of the command's terminal; `None` gives it pipes.
     pub terminal: Option<(u16, u16)>,
-    /// Both outputs are one; on a terminal, the other one is not elsewhere.
+    /// Send both outputs to the same place; on a terminal, standard error goes to it too.
     pub merged: bool,
-    /// What its file system is.
+    /// Root file system.
     pub root: Root,
-    /// Folders of the host in it.
+    /// Shared folders to mount.
     pub mounts: Vec<Mount>,
-    /// Where the kernel's modules may be in it, or above which folder: programs look for them in /lib/modules.
+    /// Directories in the guest that may be or contain the kernel's modules, which programs look for in /lib/modules.
     pub modules: Vec<Bytes>,
-    /// The network card is set up, by DHCP.
+    /// Set up the network card by DHCP.
     pub network: bool,
-    /// Name server to use when DHCP announces none.
+    /// Name server to use if DHCP announces none.
     pub name_server: Option<Ipv4Addr>,
 }
 
-/// What the root file system is.
+/// Kind of root file system.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Root {
-    /// A shared folder ([`ROOT`]); what is written goes to memory unless it is `writable`.
+    /// Shared folder with the tag [`ROOT`]; writes go to memory unless it is `writable`.
     Share {
-        /// Writes reach the host.
+        /// Let writes reach the host.
         writable: bool,
     },
-    /// A disk ([`ROOT`]); the same.
+    /// Disk with the serial number [`ROOT`]; writes go to memory unless it is `writable`.
     Disk {
-        /// Writes reach the image.
+        /// Let writes reach the image.
         writable: bool,
     },
-    /// The initramfs itself.
+    /// Initramfs itself.
     Initramfs,
 }
 
-/// A shared folder.
+/// Shared folder to mount.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mount {
-    /// Its tag.
+    /// Tag of the share.
     pub tag: String,
-    /// Where it goes.
+    /// Mount point.
     pub path: Bytes,
-    /// It may be written to.
+    /// Mount it writable.
     pub writable: bool,
 }
 
-/// What the host wants.
+/// Order from the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Order {
-    /// A signal for the command.
+    /// Send a signal to the command.
     Signal(i32),
-    /// Columns and rows of its terminal.
+    /// Set the columns and rows of the command's terminal.
     Resize(u16, u16),
 }
 
-/// What the guest tells.
+/// Report from the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Report {
     /// The command runs.
     Started,
-    /// It starts in the root, for the place where it was to start cannot be entered (`errno`).
+    /// The command starts in the root, because its directory cannot be entered (`errno`).
     StartsInRoot(i32),
-    /// It does not, for this reason of the kernel's (`errno`).
+    /// The command did not start, for this reason given by the kernel (`errno`).
     NotStarted(i32),
-    /// It does not, for the place where it was to start cannot be entered (`errno`).
+    /// The command did not start, because its directory cannot be entered (`errno`).
     NoCwd(i32),
-    /// The guest could not be made ready: a sentence.
+    /// The guest could not be prepared; the text is a sentence.
     NotReady(String),
     /// The command exited with this code.
     Exited(u8),
-    /// It was killed by this signal.
+    /// The command was killed by this signal.
     Signalled(i32),
 }
 
