@@ -157,9 +157,9 @@ fn wrong_usage_is_explained_and_exits_with_2() {
         (&["run", "--kernel", "x", "--hang-timeout", "1s"], "must be at least 2s"),
         (&["run", "--kernel", "x", "--expect", "("], "no regular expression: "),
         (&["run", "--kernel", "x", "--fail-on", "[z-a]"], "no regular expression: "),
-        (&["run", "--kernel", "x", "--boot", "efi"], "one of auto, bzimage, direct, pvh, multiboot"),
+        (&["run", "--kernel", "x", "--boot", "efi"], "expected one of auto, bzimage, direct, pvh, multiboot"),
         (&["run", "--kernel", "x", "--acpi", "maybe"], "possible values: on, off"),
-        (&["run", "--kernel", "x", "--uuid", "1"], "a UUID is wanted, like "),
+        (&["run", "--kernel", "x", "--uuid", "1"], "expected a UUID, like "),
         (&["run", "--kernel", "x", "--file", "a"], "expected HOST:GUEST, with an absolute path for the guest"),
         (&["run", "--kernel", "x", "--log-level", "loud"], "possible values: off, error"),
         (&["doctor", "--jsno"], "'--json'"),
@@ -272,7 +272,7 @@ fn what_goes_with_the_kernel_is_checked_too() {
     contains(&refused(&["--pmem", "/nowhere"]), "pmem: cannot open /nowhere: No such file");
     contains(&refused(&["--pmem", path_text(&path)]), "is a directory; a regular file or a block device is needed");
     contains(&refused(&["--pmem", path_text(&empty)]), "is empty; size= makes it larger");
-    contains(&refused(&["--virtio-mem", "1000T"]), "--virtio-mem: the guest has no addresses for 1000T on this host");
+    contains(&refused(&["--virtio-mem", "1000T"]), "--virtio-mem: no guest address space left for 1000T on this host");
 }
 
 #[test]
@@ -450,7 +450,7 @@ fn configuration_files_with_mistakes_are_refused_by_name() {
     let config = path.join("machine.json");
     for (json, says) in [
         ("", "EOF while parsing"),
-        ("[]", "no machine description"),
+        ("[]", "not a valid machine description"),
         (r#"{"boot": {"kernel": "k"}, "memroy": {}}"#, "unknown field `memroy`, expected one of `boot`, `memory`"),
         (r#"{"boot": {"kernel": "k"}, "memory": {"size": "much"}}"#, "'much' is not a size"),
         (r#"{"boot": {"kernel": "k"}, "disks": [{"path": "x", "mode": 1}]}"#, "unknown field `mode`"),
@@ -458,7 +458,7 @@ fn configuration_files_with_mistakes_are_refused_by_name() {
     ] {
         fs::write(&config, json).unwrap();
         let line = one_sentence(words(&["run", "--config", path_text(&config)]), 125);
-        contains(&line, &format!("vireo: {} is no machine description: ", config.display()));
+        contains(&line, &format!("vireo: {} is not a valid machine description: ", config.display()));
         contains(&line, says);
     }
     fs::write(&config, r#"{"boot": {"kernel": ""}}"#).unwrap();
@@ -520,9 +520,9 @@ fn elsewhere(script: &str, user: &[&str], args: &[&str]) -> Running {
 #[test]
 fn a_host_without_kvm_is_told_what_mends_it() {
     let line = one_sentence(elsewhere("mount -t tmpfs none /dev", &[], &[]).end(), 125);
-    contains(&line, "vireo: /dev/kvm does not exist; to mend it: ");
+    contains(&line, "vireo: /dev/kvm does not exist; to fix this: ");
     let line = one_sentence(elsewhere("echo > $1/file; mount --bind $1/file /dev/kvm", &[], &[]).end(), 125);
-    contains(&line, "vireo: /dev/kvm is a plain file, not the KVM device; to mend it: sudo mv /dev/kvm");
+    contains(&line, "vireo: /dev/kvm is a plain file, not the KVM device; to fix this: sudo mv /dev/kvm");
     let line = one_sentence(elsewhere("mount --bind /dev/null /dev/kvm", &[], &[]).end(), 125);
     contains(&line, "vireo: /dev/kvm is something else, not the KVM device");
 }
@@ -537,7 +537,7 @@ fn users_need_no_more_than_permission_to_open_the_device() {
     assert!(is_root(), "this test changes who may open /dev/kvm in a namespace of its own: run it as root");
     elsewhere(OPEN_KVM, &NOBODY, &[]).end().expect(0).says("the guest powered off");
     let line = one_sentence(elsewhere(CLOSED_KVM, &NOBODY, &[]).end(), 125);
-    contains(&line, "vireo: no permission to open /dev/kvm; to mend it: sudo ");
+    contains(&line, "vireo: no permission to open /dev/kvm; to fix this: sudo ");
     let unreadable = format!("{OPEN_KVM}; chmod 600 $1/kernel");
     let line = one_sentence(elsewhere(&unreadable, &NOBODY, &[]).end(), 125);
     contains(&line, "cannot open it: Permission denied");

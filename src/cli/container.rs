@@ -1,24 +1,24 @@
-//! Errors that look like missing permission, or like an old kernel, and come from a container's seccomp profile: older
-//! ones refuse every system call that they do not know (clone3, which starts threads, statx) with EPERM, which no
-//! library takes for a reason to use an older call.
+//! Hints for errors that look like a missing permission or an old kernel but come from a container's seccomp profile:
+//! older profiles refuse every system call that they do not know (clone3, which starts threads; statx) with EPERM, and
+//! no library falls back to an older call on EPERM.
 
-/// Said of an error that a seccomp filter may have made.
-const HINT: &str = "; this process runs under a seccomp filter, probably its container's, and older profiles refuse newer system \
-                    calls (clone3, statx) in this way: update the container engine (Docker 20.10.10, libseccomp 2.5), or \
-                    start the container with --security-opt seccomp=unconfined";
+/// Hint added to an error that a seccomp filter may have caused.
+const HINT: &str = "; this process runs under a seccomp filter, probably its container's, and older profiles refuse \
+                    newer system calls (clone3, statx) in this way: update the container engine (Docker 20.10.10, \
+                    libseccomp 2.5), or start the container with --security-opt seccomp=unconfined";
 
-/// What to add to an error's text, or nothing.
+/// Returns the hint to append to an error's text, or an empty string.
 pub(super) fn hint(text: &str) -> &'static str {
     let status = || std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     if is_refusal(text) && is_filtered(&status()) { HINT } else { "" }
 }
 
-/// Returns whether the OS error in the text is one that a filter gives.
+/// Returns whether the text contains an OS error that a seccomp filter returns.
 fn is_refusal(text: &str) -> bool {
     [libc::EPERM, libc::ENOSYS].iter().any(|errno| text.contains(&format!("(os error {errno})")))
 }
 
-/// Returns whether a process with this `/proc/PID/status` has a filter (proc(5): mode 2).
+/// Returns whether a process with this `/proc/PID/status` has a seccomp filter (proc(5): mode 2).
 fn is_filtered(status: &str) -> bool {
     status.lines().any(|line| line.strip_prefix("Seccomp:").is_some_and(|mode| mode.trim() == "2"))
 }

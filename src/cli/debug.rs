@@ -1,4 +1,4 @@
-//! Flags about debugging a guest, which every command that runs one has.
+//! Flags for debugging a guest, for every command that runs one.
 
 use clap::Args;
 
@@ -13,17 +13,17 @@ use crate::memory::GuestRam;
 /// Flags that `run` and `exec` share.
 #[derive(Args)]
 pub struct DebugArgs {
-    /// Let a gdb debug the guest: a port of 127.0.0.1 (0: any free one) or unix:PATH, a socket for this user only; the
-    /// kernel gets nokaslr, unless the command line has nokaslr or kaslr
+    /// Accept a gdb connection on a port of 127.0.0.1 (0: any free one) or on unix:PATH, a socket for this user only;
+    /// adds nokaslr to the kernel command line unless it has nokaslr or kaslr
     #[arg(long, value_name = "PORT|unix:PATH")]
     gdb: Option<Address>,
-    /// With --gdb: the guest's first instruction waits for the gdb's continue
+    /// With --gdb: hold the guest before its first instruction until gdb continues
     #[arg(long, visible_alias = "wait", requires = "gdb")]
     gdb_wait: bool,
 }
 
 impl DebugArgs {
-    /// Has a kernel that is to be debugged where its symbols say.
+    /// Disables KASLR for a debugged kernel, so that it runs at the addresses of its symbols.
     pub fn settle(&self, config: &mut MachineConfig) {
         if self.gdb.is_some() {
             config.boot.cmdline = kaslr::settled(&config.boot.cmdline);
@@ -37,18 +37,18 @@ impl DebugArgs {
         }
     }
 
-    /// Whether the guest waits for the debugger.
+    /// Returns whether the guest waits for the debugger before it starts.
     pub fn paused(&self) -> bool {
         self.gdb_wait
     }
 
-    /// Opens the address, before anything is made that would have to be undone.
+    /// Opens the address before anything is created that would have to be undone.
     pub fn open(&self) -> Result<Option<Server>, Failure> {
         Ok(self.gdb.as_ref().map(Server::open).transpose()?)
     }
 }
 
-/// Serves a gdb for the machine of that controller, and says where.
+/// Serves a gdb for the controller's machine and prints the address.
 pub fn serve(server: Server, controller: Controller, ram: GuestRam, vcpus: u32) -> Result<Serving, Failure> {
     say(&format!("gdb: target remote {}", server.target()));
     Ok(server.start(controller, ram, vcpus)?)

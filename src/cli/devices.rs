@@ -1,4 +1,4 @@
-//! Flags that describe a machine's processors, memory and devices, which every command that makes one has.
+//! Flags that describe a machine's processors, memory and devices, for every command that creates a machine.
 
 use clap::Args;
 
@@ -23,44 +23,43 @@ pub struct DeviceArgs {
     /// vCPUs: N[,affinity=0-3 or 0:2:4] [default: 1]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     cpus: Option<CpuConfig>,
-    /// CPU features to add or hide: +name,-name, names as in /proc/cpuinfo
+    /// CPU features to add or hide: +name,-name, with names from /proc/cpuinfo
     #[arg(long, value_name = "LIST", allow_hyphen_values = true)]
     cpu: Option<String>,
-    /// Disk: PATH and, each behind a comma, readonly, id=NAME, format=raw|qcow2, overlay=tmp|FILE, direct=on, queues=N,
-    /// engine=auto|io_uring|sync, bandwidth=SIZE, ops=N (both per second, bandwidth_burst= and ops_burst= at once); may
-    /// be given several times
+    /// Disk: PATH[,readonly][,id=NAME][,format=raw|qcow2][,overlay=tmp|FILE][,direct=on][,queues=N]
+    /// [,engine=auto|io_uring|sync][,bandwidth=SIZE][,ops=N]; bandwidth and ops are per second, bandwidth_burst and
+    /// ops_burst are the burst sizes; may be repeated
     #[arg(long, value_name = "PATH")]
     disk: Vec<BlkConfig>,
-    /// Network card: tap=NAME[,queues=N][,vhost=on][,offload=off] or user[,hostfwd=tcp:8080:80]...
-    /// [,map_gateway=on] (the host's 127.0.0.1 at the gateway's address), both [,mac=MAC][,mtu=N][,mrg_rxbuf=off] and, per second, rx_bandwidth=SIZE, rx_ops=N (packets), tx_bandwidth=, tx_ops=
-    /// (rx_bandwidth_burst= and so on at once; rx is to the guest); may be given several times; with exec the first is
-    /// set up by DHCP
+    /// Network card: tap=NAME[,queues=N][,vhost=on][,offload=off] or user[,hostfwd=tcp:8080:80]... [,map_gateway=on]
+    /// (the gateway's address reaches the host's 127.0.0.1); both also take [,mac=MAC][,mtu=N][,mrg_rxbuf=off] and the
+    /// limits per second rx_bandwidth=SIZE, rx_ops=N (packets), tx_bandwidth= and tx_ops=, with burst sizes
+    /// rx_bandwidth_burst= and so on (rx is towards the guest); may be repeated; exec configures the first one by DHCP
     #[arg(long, value_name = "HOW")]
     net: Vec<NetConfig>,
-    /// File as persistent memory, /dev/pmem0 in the guest: PATH[,size=SIZE][,readonly][,overlay=tmp]; may be given several
-    /// times
+    /// File as persistent memory, /dev/pmem0 in the guest: PATH[,size=SIZE][,readonly][,overlay=tmp]; may be repeated
     #[arg(long, value_name = "PATH")]
     pmem: Vec<PmemConfig>,
-    /// Device that a daemon serves: socket=PATH,type=fs|blk|net[,queues=N], for fs ,tag=NAME, for net [,mac=MAC][,mtu=N];
-    /// the guest's memory is shared with it; may be given several times
+    /// Device served by a daemon: socket=PATH,type=fs|blk|net[,queues=N], for fs also ,tag=NAME, for net also
+    /// [,mac=MAC][,mtu=N]; the daemon gets access to the guest's memory; may be repeated
     #[arg(long, value_name = "socket=PATH,type=KIND")]
     vhost_user: Vec<VhostUserConfig>,
-    /// Virtio random number generator: [bandwidth=SIZE (per second)[,bandwidth_burst=SIZE]]
+    /// Virtio random number generator: [bandwidth=SIZE[,bandwidth_burst=SIZE]], SIZE being per second
     #[arg(long, value_name = "LIMIT", num_args = 0..=1, default_missing_value = "")]
     rng: Option<RngConfig>,
-    /// Sockets between host and guest: cid=N,path=SOCKET; the guest's port P of CID 2 is SOCKET_P
+    /// Sockets between host and guest: cid=N,path=SOCKET; a guest's connection to CID 2, port P, goes to SOCKET_P
     #[arg(long, value_name = "cid=N,path=SOCKET")]
     vsock: Option<VsockConfig>,
     /// Memory balloon: [SIZE][,deflate_on_oom][,stats=TIME][,free_page_reporting][,free_page_hinting]
     #[arg(long, value_name = "SIZE", num_args = 0..=1, default_missing_value = "0", require_equals = false)]
     balloon: Option<BalloonConfig>,
-    /// Memory that can be added while the guest runs: SIZE[,requested=SIZE][,block=SIZE]; SIZE is the most there can be
+    /// Memory that can be added while the guest runs: SIZE[,requested=SIZE][,block=SIZE]; SIZE is the maximum
     #[arg(long, value_name = "SIZE")]
     virtio_mem: Option<MemConfig>,
 }
 
 impl DeviceArgs {
-    /// Adds what the flags say to a machine: lists grow, the rest is replaced.
+    /// Applies the flags to a machine: lists grow, other values are replaced.
     pub fn apply(&self, config: &mut MachineConfig) {
         set(&mut config.memory, &self.memory);
         set(&mut config.cpu, &self.cpus);

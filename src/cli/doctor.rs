@@ -9,9 +9,9 @@ use crate::doctor::{self, Report};
 use crate::kvm::DEV_KVM;
 use crate::outcome::EXIT_VIREO_FAILED;
 
-/// Check whether this host can run guests, how fast, and what mends it if not
+/// Check whether this host can run guests and how fast, and show how to fix what is missing
 ///
-/// Exits with 0 if Linux guests will run here and with 125 if not.
+/// Exits with 0 if Linux guests can run here, with 125 if not.
 #[derive(clap::Args, Clone, Debug)]
 #[command(after_help = "Example:\n  vireo doctor --json | jq .linux_guests")]
 pub struct DoctorArgs {
@@ -48,14 +48,14 @@ fn print(out: &mut dyn Write, report: &Report) -> io::Result<()> {
         let mark = if check.ok { "ok" } else { "FAIL" };
         writeln!(out, "{mark:<6}{:<18}{}", check.name, check.found)?;
         if let Some(remedy) = &check.remedy {
-            writeln!(out, "{:<24}to mend it: {remedy}", "")?;
+            writeln!(out, "{:<24}to fix this: {remedy}", "")?;
         }
     }
     if let Some(limits) = &report.limits {
-        let bits = limits.physical_address_bits.unwrap_or(36); // What a processor has that does not say.
+        let bits = limits.physical_address_bits.unwrap_or(36); // The default of processors that do not report a width.
         let Limits { vcpus, memory_slots, .. } = limits;
         writeln!(out, "      {:<18}{vcpus} vCPUs, {memory_slots} memory slots, {bits} address bits", "limits")?;
-        writeln!(out, "\nwhat KVM offers")?;
+        writeln!(out, "\nKVM capabilities")?;
     }
     for capability in &report.capabilities {
         let (mark, value) = match (capability.value > 0, capability.suffices()) {

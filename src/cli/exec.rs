@@ -1,4 +1,4 @@
-//! `vireo exec`: run a command under a kernel and exit with its code.
+//! `vireo exec`: runs a command under a kernel and exits with its exit code.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -22,10 +22,10 @@ use crate::machine::run::{RunOptions, SIGNALS};
 use crate::options::Size;
 use crate::outcome::Outcome;
 
-/// Enough for a distribution's programs and what they write.
+/// Default RAM: enough for a distribution's programs and the files that they write.
 const DEFAULT_MEMORY: Size = Size::mib(512);
 
-/// Signals that a command may be sent, beside those that every run hears.
+/// Signals that a command may be sent in addition to those that every run handles.
 const COMMAND_SIGNALS: [i32; 2] = [libc::SIGUSR1, libc::SIGUSR2];
 
 /// Flags of `vireo exec`.
@@ -34,39 +34,41 @@ const COMMAND_SIGNALS: [i32; 2] = [libc::SIGUSR1, libc::SIGUSR2];
     override_usage = "vireo exec [OPTIONS] [--] [COMMAND [ARGUMENT]...]",
     after_help = "Example:\n  vireo exec --kernel bzImage -- uname -r\n  \
                   vireo exec --kernel bzImage --share .:rw --timeout 10m -- make test\n  vireo exec\n\n\
-                  Signals are the command's, from its start on: SIGINT and SIGQUIT reach its process group, as from \
-                  a terminal, others its process. The third SIGINT, SIGTERM or SIGQUIT within ten seconds ends the \
-                  guest.\n\nExit status: the command's own, 128+N if signal N killed it; 126 it cannot be run, 127 it is not \
-                  there; 70 the kernel panicked, 71 the guest crashed or ended before the command, 72 it hung, 73 the \
-                  console showed what it must not, 124 time limit, 125 vireo or the host failed, 2 wrong usage."
+                  Once the command has started, vireo passes signals on to it: SIGINT and SIGQUIT reach its process \
+                  group, as from a terminal, others only its process. The third SIGINT, SIGTERM or SIGQUIT within ten \
+                  seconds ends the guest.\n\nExit status: the command's own, 128+N if signal N killed it; 126 it \
+                  cannot be run, 127 it was not found; 70 the kernel panicked, 71 the guest crashed or ended before \
+                  the command, 72 it hung, 73 the console matched --fail-on, 124 time limit reached, 125 vireo or the \
+                  host failed, 2 wrong usage."
 )]
 pub struct ExecArgs {
-    /// Kernel [default: the newest /boot/vmlinuz-* that may be read]
+    /// Kernel [default: the newest readable /boot/vmlinuz-*]
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// Where the kernel's modules are: its /lib/modules/VERSION, or a folder above it
+    /// Directory of the kernel's modules: its /lib/modules/VERSION, or a parent
     #[arg(long, value_name = "DIR")]
     modules: Option<PathBuf>,
-    /// More for the kernel's command line
+    /// Append to the kernel command line
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, default_value = "")]
     append: String,
     /// Root file system: a folder of the host, an image, or initramfs for a busybox alone
     #[arg(long, value_name = "DIR|IMAGE|initramfs", default_value = "/")]
     root: RootFrom,
-    /// What is written to the root reaches the host; otherwise it is forgotten with the guest
+    /// Let writes to the root reach the host (default: discarded when the guest ends)
     #[arg(long)]
     rw: bool,
-    /// Folder of the host: DIR[:GUEST][:ro|rw], at the same place and read-only by default; may be given several times
+    /// Share a folder of the host: DIR[:GUEST][:ro|rw]; by default at the same path and read-only; may be repeated
     #[arg(long, value_name = "DIR")]
     share: Vec<Folder>,
-    /// Environment variable: NAME=VALUE, NAME with the value that it has here, or '*' for all; may be repeated. Without
-    /// it the command finds those that are set here, but for sessions and secrets; with another root LANG, LC_* and TZ
+    /// Environment variable: NAME=VALUE, NAME to pass on its value from here, or '*' for all; may be repeated. Without
+    /// --env the command gets the variables set here, except those of sessions and secrets; with another root, only
+    /// LANG, LC_* and TZ
     #[arg(long, value_name = "NAME[=VALUE]")]
     env: Vec<OsString>,
-    /// Directory in which the command starts [default: this one, or / with another root]
+    /// Working directory of the command [default: this one, or / with another root]
     #[arg(long, value_name = "DIR")]
     cwd: Option<PathBuf>,
-    /// Source of the command's input: inherit, or null (which -n means), for loops like 'while read'
+    /// The command's standard input: inherit, or null (same as -n) for loops like 'while read'
     #[arg(long, short = 'n', value_name = "WHERE", num_args = 0..=1, require_equals = true,
           default_missing_value = "null", default_value = "inherit", hide_default_value = true)]
     stdin: InputFrom,
@@ -82,27 +84,27 @@ pub struct ExecArgs {
     debug: DebugArgs,
     #[command(flatten)]
     watch: WatchArgs,
-    /// Run the command once for each kernel and configuration in a TOML file: its keys are flags of exec, for all runs,
-    /// below [kernels.NAME] and below [configs.NAME]; flags given here go before them
+    /// Run the command once for each kernel and configuration in a TOML file. Its keys are flags of exec: for all runs,
+    /// under [kernels.NAME], or under [configs.NAME]; command-line flags override the file
     #[arg(long, value_name = "FILE")]
     matrix: Option<PathBuf>,
-    /// With --matrix: how many run at a time [default: as many as there are processors]
+    /// With --matrix: number of simultaneous runs [default: number of processors]
     #[arg(long, value_name = "N", requires = "matrix")]
     jobs: Option<usize>,
-    /// With --matrix: keep what each run printed, and its report, in this folder
+    /// With --matrix: keep each run's output and report in this folder
     #[arg(long, value_name = "DIR", requires = "matrix")]
     output_dir: Option<PathBuf>,
-    /// The command and its arguments; a shell without them
+    /// Command and its arguments; without them a shell is started
     #[arg(trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<OsString>,
 }
 
-/// `--stdin`.
+/// Value of `--stdin`.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum InputFrom {
-    /// Our own standard input.
+    /// vireo's own standard input.
     Inherit,
-    /// Nothing.
+    /// No input.
     Null,
 }
 
@@ -117,12 +119,12 @@ impl ExecArgs {
         Ok(config)
     }
 
-    /// Returns whether the guests are those of other processes.
+    /// Returns whether the guests run in other processes.
     pub(super) fn is_matrix(&self) -> bool {
         self.matrix.is_some()
     }
 
-    /// The files that the flags name, but for those of the machine.
+    /// Returns the files that the flags name, except those of the machine.
     pub(super) fn named(&self) -> NamedFiles {
         let mut named = NamedFiles::default();
         self.share.iter().for_each(|folder| named.add_folder("--share", &folder.host, folder.writable));
@@ -152,7 +154,7 @@ impl ExecArgs {
     }
 }
 
-/// Boots, runs the command, tells; returns the exit status.
+/// Boots, runs the command and reports the end; returns the exit status.
 pub fn run(args: ExecArgs, log: &LogArgs, start: Instant) -> Result<u8, Failure> {
     if let Some(file) = &args.matrix {
         let exec = super::exec_command();
@@ -171,7 +173,7 @@ pub fn run(args: ExecArgs, log: &LogArgs, start: Instant) -> Result<u8, Failure>
     let command = args.command();
     let machine = args.machine();
     let prepare = || -> Result<_, Failure> {
-        // An error is told where the report can have it.
+        // A failed description is retried here, where the error reaches the reports.
         let mut config = machine.as_ref().map_or_else(|_| args.machine(), |machine| Ok(machine.clone()))?;
         let session = command.prepare(&mut config)?;
         args.debug.settle(&mut config);
@@ -198,8 +200,8 @@ pub fn run(args: ExecArgs, log: &LogArgs, start: Instant) -> Result<u8, Failure>
     })
 }
 
-/// What whoever started the command need not be told: its own end; as by shells, that somebody interrupted it or that
-/// nobody read its output.
+/// Returns whether the caller knows this outcome without a message: the command's own end or, as with shells, an
+/// interrupt by the user (SIGINT) or a closed reader of its output (SIGPIPE).
 fn is_known(outcome: &Outcome) -> bool {
     matches!(outcome, Outcome::Exited(_) | Outcome::Signalled(libc::SIGINT | libc::SIGPIPE))
 }

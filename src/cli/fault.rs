@@ -1,17 +1,18 @@
-//! The end of vireo by a fault: a panic, an abort, a stack that overflowed, an access to memory that is not there. All of
-//! them are vireo's own, but for SIGBUS: a file that is mapped into memory (`--pmem`, a kernel) has become shorter.
+//! The end of vireo by a fault: a panic, an abort, a stack overflow or an invalid memory access. All of them are bugs
+//! in vireo, except SIGBUS: a file that is mapped into memory (`--pmem`, a kernel) was truncated.
 //!
-//! Such an end must look like every other one to the calling script: the terminal is restored, one sentence says what
-//! happened, the reports are written, and the exit status is that of a failure. Any thread may be the one, with any lock in
-//! its hands, so nothing here waits for a lock, and a clock ends the process if the rest takes too long.
+//! To the calling script, such an end must look like every other: the terminal is restored, one sentence says what
+//! happened, the reports are written, and the exit status is that of a failure. Any thread may fault while it holds any
+//! lock, so nothing here waits for a lock, and an alarm ends the process if the rest takes too long.
 //!
 //! ```text
 //!   panic ──────────────────────────────────────────────────────────────┐
 //!   signal ─▶ handler, on the thread's signal stack ─▶ RESERVE, a stack ─┴▶ restore, say, report, _exit(125)
 //! ```
 //!
-//! A handler may do next to nothing, and the signal stack is small. So it only notes what happened and has the thread
-//! continue in [`last_words`] on a stack that is kept for this; what the thread did before is never continued.
+//! A signal handler may do next to nothing, and the signal stack is small. The handler therefore only notes what
+//! happened and makes the thread continue in [`last_words`], on a stack reserved for this. The interrupted code never
+//! resumes.
 
 #![allow(unsafe_code)]
 
@@ -25,51 +26,52 @@ use std::{mem, ptr, thread};
 use crate::outcome::EXIT_VIREO_FAILED;
 use crate::terminal;
 
-/// Signals that a faulty process sends itself, or gets for what it did.
+/// Signals that a faulty process sends itself or gets for its own fault.
 const SIGNALS: [(i32, &str); 5] = [
-    (libc::SIGSEGV, "it accessed memory that is not there (SIGSEGV)"),
-    (libc::SIGILL, "it came to an instruction that does not exist (SIGILL)"),
-    (libc::SIGFPE, "it calculated what cannot be calculated (SIGFPE)"),
-    (libc::SIGABRT, "it gave up (SIGABRT)"),
-    (libc::SIGSYS, "it made a system call that is not allowed (SIGSYS)"),
+    (libc::SIGSEGV, "invalid memory access (SIGSEGV)"),
+    (libc::SIGILL, "invalid instruction (SIGILL)"),
+    (libc::SIGFPE, "arithmetic error (SIGFPE)"),
+    (libc::SIGABRT, "aborted (SIGABRT)"),
+    (libc::SIGSYS, "forbidden system call (SIGSYS)"),
 ];
-/// Why the process gets SIGBUS.
+/// Message for SIGBUS.
 const FILE_GONE: &str =
-    "a file that is mapped into memory, the guest's for example, was made shorter, or there is no space left for it";
-/// How long the last words may take.
+    "a file mapped into memory, such as the guest's, was truncated, or its file system has no space left";
+/// Time limit for the last words, in seconds.
 const SECONDS: libc::c_uint = 10;
-/// How near to the stack pointer an access is one of the stack: functions have frames of some pages at most.
+/// Distance from the stack pointer within which an access counts as one to the stack: stack frames have a few pages at
+/// most.
 const NEAR: u64 = 1 << 20;
 const RESERVE_BYTES: usize = 256 << 10;
 
-/// Bytes of a stack. They are only touched when it is used.
+/// Memory of a reserve stack. Its pages are touched only when it is used.
 #[repr(align(16))]
 struct Stack(UnsafeCell<[u8; RESERVE_BYTES]>);
 
-// SAFETY: only the one thread that set BEGUN uses it, by way of its stack pointer.
+// SAFETY: only the one thread that set BEGUN uses it, through its stack pointer.
 unsafe impl Sync for Stack {}
 
 static RESERVE: Stack = Stack(UnsafeCell::new([0; RESERVE_BYTES]));
-/// A thread is ending the process already.
+/// Set once a thread has begun to end the process.
 static BEGUN: AtomicBool = AtomicBool::new(false);
-/// The thread that ends the process.
+/// ID of the thread that ends the process.
 static THREAD: AtomicI32 = AtomicI32::new(0);
-/// What happened to it: signal, address, instruction and stack pointer.
+/// Details of that thread's signal: number, address, instruction and stack pointer.
 static SIGNAL: AtomicI64 = AtomicI64::new(0);
 static ADDRESS: AtomicU64 = AtomicU64::new(0);
 static INSTRUCTION: AtomicU64 = AtomicU64::new(0);
 static STACK: AtomicU64 = AtomicU64::new(0);
 
 type Report = Box<dyn FnOnce(&str) + Send>;
-/// Writer of the reports, if any were asked for.
+/// Writer of the reports, if any were requested.
 static REPORT: Mutex<Option<Report>> = Mutex::new(None);
 
-/// Installs the panic hook and the signal handlers, for the rest of the process's life.
+/// Installs the panic hook and the signal handlers for the rest of the process's life.
 pub(super) fn install() {
     std::panic::set_hook(Box::new(|info| end(&internal(&panic_text(info)))));
     for signal in SIGNALS.map(|(signal, _)| signal).into_iter().chain([libc::SIGBUS]) {
-        // SAFETY: an empty sigaction is valid. The handler keeps to what is allowed in one; it runs on the signal stack that
-        // the standard library gives every thread, for the thread's own may have no room left.
+        // SAFETY: an empty sigaction is valid. The handler does only what a signal handler may do. It runs on the
+        // signal stack that the standard library gives every thread, because the thread's own stack may be full.
         unsafe {
             let mut action: libc::sigaction = mem::zeroed();
             action.sa_sigaction = on_signal as *const () as libc::sighandler_t;
@@ -80,7 +82,7 @@ pub(super) fn install() {
     }
 }
 
-/// Sets `write` as the writer of the reports after a fault. Its argument is the sentence for the user.
+/// Sets `write` as the writer of the reports after a fault; its argument is the sentence for the user.
 pub(super) fn reports(write: impl FnOnce(&str) + Send + 'static) {
     if let Ok(mut report) = REPORT.lock() {
         *report = Some(Box::new(write));
@@ -90,7 +92,8 @@ pub(super) fn reports(write: impl FnOnce(&str) + Send + 'static) {
 fn panic_text(info: &PanicHookInfo<'_>) -> String {
     let payload = info.payload();
     let text = payload.downcast_ref::<&str>().copied();
-    let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("it panicked");
+    let text =
+        text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("panic without a message");
     let mut sentence = text.replace('\n', " ");
     if let Some(place) = info.location() {
         let _ = write!(sentence, " at {place}");
@@ -98,13 +101,13 @@ fn panic_text(info: &PanicHookInfo<'_>) -> String {
     sentence
 }
 
-/// The sentence for a fault of vireo's own.
+/// Returns the sentence for a fault of vireo itself.
 fn internal(what: &str) -> String {
     let name = thread::current().name().map_or_else(String::new, |name| format!(" in thread '{name}'"));
     format!("internal error{name}: {what}; please report this")
 }
 
-/// Ends the process, if no other thread is about to.
+/// Ends the process, unless another thread has already begun to.
 fn end(sentence: &str) -> ! {
     if BEGUN.swap(true, Ordering::AcqRel) {
         wait_for_end();
@@ -113,7 +116,8 @@ fn end(sentence: &str) -> ! {
     finish(sentence)
 }
 
-/// Another thread ends the process; in the same one it is the last words themselves that failed.
+/// Waits while another thread ends the process. If that thread is this one, its last words themselves faulted, so it
+/// exits immediately.
 fn wait_for_end() -> ! {
     if THREAD.load(Ordering::Acquire) == this_thread() {
         exit();
@@ -128,7 +132,7 @@ fn finish(sentence: &str) -> ! {
     terminal::restore();
     limit_time();
     let line = format!("vireo: {sentence}\n");
-    // Not by way of std: another thread may hold the lock of its stderr.
+    // std is avoided: another thread may hold the lock of its stderr.
     // SAFETY: the pointer and the length are those of `line`.
     unsafe { libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len()) };
     let report = REPORT.try_lock().ok().and_then(|mut report| report.take());
@@ -138,7 +142,8 @@ fn finish(sentence: &str) -> ! {
     exit()
 }
 
-/// Ends the process in a while, whatever it does: the thread may hold a lock that it needs, the allocator's for example.
+/// Sets an alarm that ends the process in any case: the thread may hold a lock that the last words need, such as the
+/// allocator's.
 fn limit_time() {
     extern "C" fn on_alarm(_: i32) {
         exit();
@@ -155,7 +160,7 @@ fn limit_time() {
 }
 
 fn exit() -> ! {
-    // SAFETY: it ends the process, also from a signal handler.
+    // SAFETY: it only ends the process, and may be called in a signal handler.
     unsafe { libc::_exit(EXIT_VIREO_FAILED.into()) }
 }
 
@@ -167,10 +172,10 @@ fn this_thread() -> i32 {
 }
 
 extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel gives a valid siginfo and the thread's ucontext; the fields of siginfo that are read are those
-    // that its code says are there.
+    // SAFETY: the kernel passes a valid siginfo and the thread's ucontext; only those fields of siginfo are read that
+    // its code says are present.
     unsafe {
-        // Sent by another process with kill(2) or tgkill(2): the process dies of it as usual.
+        // A signal sent by another process with kill(2) or tgkill(2) kills the process as usual.
         if (*info).si_code <= 0 && (*info).si_pid() != libc::getpid() {
             terminal::restore();
             libc::signal(signal, libc::SIG_DFL);
@@ -186,27 +191,27 @@ extern "C" fn on_signal(signal: i32, info: *mut libc::siginfo_t, context: *mut l
         ADDRESS.store(if (*info).si_code > 0 { (*info).si_addr() as u64 } else { 0 }, Ordering::Relaxed);
         INSTRUCTION.store(registers[libc::REG_RIP as usize] as u64, Ordering::Relaxed);
         STACK.store(registers[libc::REG_RSP as usize] as u64, Ordering::Relaxed);
-        // As if `last_words` had just been called: the stack pointer is 8 below a multiple of 16.
+        // The state is as if `last_words` had just been called: the stack pointer is 8 below a multiple of 16.
         let top = RESERVE.0.get().cast::<u8>().add(RESERVE_BYTES - 8);
         registers[libc::REG_RSP as usize] = top as i64;
         registers[libc::REG_RIP as usize] = last_words as *const () as i64;
     }
 }
 
-/// Code that a thread continues with after such a signal.
+/// Continuation of a thread after such a signal.
 extern "C" fn last_words() -> ! {
     let (signal, address) = (SIGNAL.load(Ordering::Relaxed), ADDRESS.load(Ordering::Relaxed));
     let (instruction, stack) = (INSTRUCTION.load(Ordering::Relaxed), STACK.load(Ordering::Relaxed));
     let overflow =
         matches!(signal as i32, libc::SIGSEGV | libc::SIGBUS) && address != 0 && address.abs_diff(stack) < NEAR;
     if overflow {
-        finish(&internal(&format!("its stack overflowed at {instruction:#x}")));
+        finish(&internal(&format!("stack overflow at {instruction:#x}")));
     }
     if signal == i64::from(libc::SIGBUS) {
         finish(FILE_GONE);
     }
     let what =
-        SIGNALS.iter().find(|(number, _)| i64::from(*number) == signal).map_or("it got a signal", |(_, what)| what);
+        SIGNALS.iter().find(|(number, _)| i64::from(*number) == signal).map_or("unknown signal", |(_, what)| what);
     finish(&internal(&format!("{what} at {instruction:#x}, address {address:#x}")))
 }
 
@@ -230,7 +235,7 @@ mod tests {
         deeper(n + 1) + here[n as usize % 64]
     }
 
-    /// Guest memory of a file whose second page is gone.
+    /// Returns guest memory backed by a file whose second page was cut off.
     fn mapped_ram_of_a_file_that_is_cut_off() -> GuestRam {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(UNIT).unwrap();
@@ -242,7 +247,7 @@ mod tests {
         ram
     }
 
-    /// The fault of a case, in a process of its own.
+    /// Produces the fault of a case, in a separate process.
     fn fault(case: &str) {
         install();
         let path = std::env::var_os(REPORT_FILE).unwrap();
@@ -255,7 +260,7 @@ mod tests {
             "overflow" => in_thread(|| _ = deeper(0)),
             "main overflow" => _ = deeper(0),
             "abort" => in_thread(|| std::process::abort()),
-            // SAFETY: an access to what is not there, which is what this is about.
+            // SAFETY: the invalid access is the purpose of this test.
             "access" => in_thread(|| _ = unsafe { ptr::read_volatile(0x10 as *const u8) }),
             "file" => in_thread(|| {
                 let ram = mapped_ram_of_a_file_that_is_cut_off();
@@ -283,11 +288,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for (case, sentence) in [
             ("panic", "in thread 'worker': what now at src/cli/fault.rs:"),
-            ("overflow", "in thread 'worker': its stack overflowed at 0x"),
-            ("main overflow", ": its stack overflowed at 0x"),
-            ("abort", "in thread 'worker': it gave up (SIGABRT) at 0x"),
-            ("access", "in thread 'worker': it accessed memory that is not there (SIGSEGV) at 0x"),
-            ("file", "vireo: a file that is mapped into memory"),
+            ("overflow", "in thread 'worker': stack overflow at 0x"),
+            ("main overflow", ": stack overflow at 0x"),
+            ("abort", "in thread 'worker': aborted (SIGABRT) at 0x"),
+            ("access", "in thread 'worker': invalid memory access (SIGSEGV) at 0x"),
+            ("file", "vireo: a file mapped into memory"),
             ("report", "in thread 'worker': first at src/cli/fault.rs:"),
             ("lock", "in thread 'worker': first at src/cli/fault.rs:"),
         ] {

@@ -1,4 +1,4 @@
-//! JUnit's XML, as far as CI systems read it: a suite of cases, each with its time and, if it failed, why.
+//! JUnit XML, as far as CI systems read it: a suite of cases, each with its time and, if it failed, the reason.
 
 use std::fmt::Write;
 
@@ -6,23 +6,23 @@ use crate::outcome::EXIT_VIREO_FAILED;
 
 /// One run of a guest.
 pub(super) struct Case {
-    /// What ran.
+    /// Name of what ran.
     pub name: String,
-    /// Seconds.
+    /// Duration in seconds.
     pub time: f64,
-    /// vireo's exit status: 125 is an error of the test's surroundings, any other but 0 a failure of the test.
+    /// vireo's exit status: 125 is an error of the test's environment, any other nonzero value a failure of the test.
     pub code: u8,
-    /// The outcome in a word.
+    /// Outcome in one word.
     pub outcome: String,
-    /// The outcome in a sentence.
+    /// Outcome in a sentence.
     pub detail: String,
-    /// What the guest had said last.
+    /// Last lines that the guest printed.
     pub log: String,
-    /// What the command printed, if it is known.
+    /// Output of the command, if known.
     pub output: String,
 }
 
-/// The whole file.
+/// Returns the whole file.
 pub(super) fn suite(cases: &[Case]) -> String {
     let errors = cases.iter().filter(|case| case.code == EXIT_VIREO_FAILED).count();
     let failures = cases.iter().filter(|case| case.code != 0).count() - errors;
@@ -50,7 +50,7 @@ pub(super) fn suite(cases: &[Case]) -> String {
     text + "  </testsuite>\n</testsuites>\n"
 }
 
-/// Text as XML 1.0 can hold it (2.2, 2.4): guests print what it cannot.
+/// Escapes text for XML 1.0 (2.2, 2.4), which cannot represent every character that a guest may print.
 fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {

@@ -1,4 +1,4 @@
-//! From a machine's description to what is said of its end: the part that `run` and `exec` share.
+//! The part that `run` and `exec` share: from a machine's description to the report of its end.
 
 use std::ffi::OsString;
 use std::sync::Arc;
@@ -16,7 +16,8 @@ use crate::machine::mailbox::Mailbox;
 use crate::machine::run::{Ended, RunOptions};
 use crate::outcome::{EXIT_VIREO_FAILED, Outcome};
 
-/// Makes the machine and runs it to its end; with a session, for the command of these words. Gives the kernel as found.
+/// Creates the machine and runs it to its end, with a session for the command `words`. Returns the detected kind of
+/// kernel.
 pub(super) fn boot(
     config: MachineConfig,
     mut options: RunOptions,
@@ -47,8 +48,9 @@ pub(super) fn boot(
     Ok((kernel, result?))
 }
 
-/// Runs a guest, again and again if it hangs and that is wanted, tells how it ended and writes the reports; returns the
-/// exit status. `attempt` gets what the flags say, and what ends it before its guest has begun; `tell` is for the last one.
+/// Runs a guest, and restarts it if it hangs and `--retry-on-hang` allows it; reports how it ended, writes the reports
+/// and returns the exit status. `attempt` gets the options and the watch over its preparation; `tell` reports the last
+/// attempt.
 pub(super) fn supervise(
     watch: &WatchArgs,
     name: &str,
@@ -68,7 +70,7 @@ pub(super) fn supervise(
                 attempts += 1;
                 early.start = Instant::now();
                 if !watch.quiet() {
-                    say(&format!("it is started again: attempt {attempts} of {most}"));
+                    say(&format!("restarting the guest (attempt {attempts} of {most})"));
                 }
             }
             Ok((kernel, ended)) => {
@@ -86,7 +88,7 @@ pub(super) fn supervise(
     }
 }
 
-/// Registers the reports for a fault of vireo itself, which is written there like every other failure.
+/// Registers the reports to be written if vireo itself faults, as for every other failure.
 fn report_faults(files: Arc<Files>, name: String) {
     fault::reports(move |sentence| {
         let _ = files.write_failure(&name, &sentence.into());

@@ -9,7 +9,7 @@ use super::Failure;
 use crate::backend::output_file::{Begin, live};
 use crate::printable;
 
-/// A log file could not be opened.
+/// Error: a log file could not be opened.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot open the log file {0}")]
 struct LogFile(std::path::PathBuf, #[source] std::io::Error);
@@ -24,7 +24,7 @@ pub fn init(level: Option<&str>, file: Option<&Path>) -> Result<(), Failure> {
         let file = live(path, Begin::Append);
         builder.target(Target::Pipe(Box::new(file.map_err(|e| LogFile(path.into(), e))?)));
     }
-    // One write per line, so that lines of several threads don't mix; on stderr they look like all of vireo's.
+    // One write per line, so that lines of several threads do not mix. On stderr they look like vireo's other lines.
     builder.format(|out, record| {
         let text = printable::message(&record.args().to_string());
         match record.level() {

@@ -1,7 +1,7 @@
-//! `vireo exec --matrix FILE`: the same command under several kernels and configurations, some at a time.
+//! `vireo exec --matrix FILE`: one command under several kernels and configurations, several at a time.
 //!
 //! ```text
-//! jobs = 2                      # at a time
+//! jobs = 2                      # simultaneous runs
 //! command = ["make", "check"]   # unless the command line has one
 //! timeout = "5m"                # any flag of exec, for all runs
 //! [kernels.stable]              # each kernel ...
@@ -10,9 +10,9 @@
 //! cpus = 4
 //! ```
 //!
-//! Keys are exec's own flags, so there is nothing else to learn and nothing that only one of both can do: each run is a
-//! vireo of its own with a command line made from the file, and cannot harm its neighbours. Paths in the file are
-//! relative to its own folder.
+//! Keys are exec's own flags, so there is nothing else to learn and neither can do something that the other cannot.
+//! Each run is a separate vireo process with a command line built from the file and cannot harm the others. Paths in
+//! the file are relative to the file's folder.
 
 mod output;
 mod paths;
@@ -46,18 +46,18 @@ use crate::event::{Interest, Poller, Signals};
 use crate::outcome::EXIT_VIREO_FAILED;
 use crate::terminal;
 
-/// Flags that are about all runs together.
+/// Flags that apply to all runs together.
 const OURS: [&str; 6] = ["matrix", "jobs", "output_dir", "report", "junit", "command"];
-/// Flags that two runs cannot have with the same value: they name what one would take away from the other.
+/// Flags that two runs cannot have with the same value: one run would take the named file or address from the other.
 const OF_ONE: [&str; 3] = ["console-log", "vmcore", "gdb"];
-/// How often the progress on a terminal is brought up to date.
+/// Update interval of the progress line on a terminal.
 const TICK: Duration = Duration::from_secs(1);
 
-/// The first of as many as there are runs.
+/// Poll key of the first run's output; run N has `OUTPUT + N`.
 const OUTPUT: u64 = 1;
 const SIGNAL: u64 = 0;
 
-/// What the file holds; the rest of it are flags.
+/// Contents of the file; all remaining keys are flags.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Matrix {
@@ -71,52 +71,52 @@ struct Matrix {
 
 type Flags = BTreeMap<String, Value>;
 
-/// What was given on the command line beside the matrix.
+/// Values given on the command line beside the matrix.
 pub(super) struct Given {
-    /// The file.
+    /// Path of the matrix file.
     pub matrix: PathBuf,
-    /// Runs at a time.
+    /// Number of simultaneous runs.
     pub jobs: Option<usize>,
-    /// Where what the runs print is kept.
+    /// Folder for the output of the runs.
     pub output_dir: Option<PathBuf>,
-    /// The report for programs.
+    /// Path of the report for programs.
     pub report: Option<PathBuf>,
-    /// The report for CI systems.
+    /// Path of the report for CI systems.
     pub junit: Option<PathBuf>,
-    /// The command.
+    /// Command and its arguments.
     pub command: Vec<OsString>,
-    /// Flags for all runs, which go before those of the file.
+    /// Flags for all runs, which override those of the file.
     pub flags: Words,
 }
 
-/// The values of each flag; one that takes none has none.
+/// Values of each flag; the list is empty for a flag without a value.
 type Words = BTreeMap<String, Vec<OsString>>;
 
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    #[error("{} is no matrix", .0.display())]
+    #[error("{} is not a valid matrix file", .0.display())]
     Parse(PathBuf, #[source] Box<toml::de::Error>),
     #[error("{}: {run}: {why}", path.display())]
     Flags { path: PathBuf, run: String, why: String },
-    #[error("{}: '{}' is no name for a kernel or configuration: it is empty, begins with a dot, or has a slash or a \
-             control character", .0.display(), .1.escape_default())]
+    #[error("{}: '{}' is not a valid name for a kernel or configuration: it is empty, begins with a dot, or has a \
+             slash or a control character", .0.display(), .1.escape_default())]
     Name(PathBuf, String),
-    #[error("{}: no command: give one behind --, or command = [\"...\"]", .0.display())]
+    #[error("{}: no command: give one after --, or command = [\"...\"]", .0.display())]
     NoCommand(PathBuf),
-    #[error("{}: --{flag} of {} and of {} is the same; below [kernels.NAME] or [configs.NAME] each can have its own",
+    #[error("{}: --{flag} of {} and of {} is the same; give each its own under [kernels.NAME] or [configs.NAME]",
             path.display(), runs[0], runs[1])]
     Shared { path: PathBuf, flag: &'static str, runs: [String; 2] },
-    #[error("cannot start vireo again")]
+    #[error("cannot start vireo for a run")]
     Start(#[source] io::Error),
 }
 
-/// One of the runs.
+/// One run of the matrix.
 struct Run {
     name: String,
     words: Vec<OsString>,
 }
 
-/// How a run ended.
+/// Result of a run.
 #[derive(Serialize)]
 struct Done {
     name: String,
@@ -124,9 +124,9 @@ struct Done {
     exit_code: u8,
     outcome: String,
     detail: String,
-    /// Seconds from its start to its end.
+    /// Seconds from the run's start to its end.
     duration: f64,
-    /// Its own report.
+    /// Report that the run itself wrote.
     report: Json,
     #[serde(skip)]
     output: String,
@@ -140,7 +140,7 @@ struct Running {
     report: RunReport,
 }
 
-/// The runs that a file describes, in the order of their names.
+/// Returns the runs that a file describes, in the order of their names.
 fn runs(given: &Given, matrix: &Matrix, exec: &clap::Command) -> Result<Vec<Run>, Error> {
     let command: Vec<OsString> = match given.command.is_empty() {
         true => matrix.command.iter().map(OsString::from).collect(),
@@ -152,7 +152,7 @@ fn runs(given: &Given, matrix: &Matrix, exec: &clap::Command) -> Result<Vec<Run>
     if command.is_empty() {
         return Err(Error::NoCommand(given.matrix.clone()));
     }
-    // They become names of files.
+    // The names become file names.
     let wrong = |name: &&String| {
         name.is_empty() || name.starts_with('.') || name.contains(|c: char| c == '/' || c.is_control())
     };
@@ -185,13 +185,13 @@ fn runs(given: &Given, matrix: &Matrix, exec: &clap::Command) -> Result<Vec<Run>
     Ok(runs)
 }
 
-/// The flags of a run, as exec understands them; what it does not understand in a sentence.
+/// Returns the flags of a run as exec understands them; the error is a sentence.
 fn words(given: &Given, flags: &[&Flags], exec: &clap::Command) -> Result<Vec<OsString>, String> {
     let mut words = Words::new();
     let folder = given.matrix.parent().unwrap_or_else(|| Path::new(""));
     for (key, value) in flags.iter().copied().flatten() {
         if OURS.contains(&key.replace('-', "_").as_str()) {
-            return Err(format!("'{key}' is for all runs together: say it on the command line"));
+            return Err(format!("'{key}' applies to all runs together: give it on the command line"));
         }
         let wrong = || format!("{key} must be text, a number, true or false, or a list of these");
         let values = values(value).ok_or_else(wrong)?;
@@ -208,7 +208,7 @@ fn words(given: &Given, flags: &[&Flags], exec: &clap::Command) -> Result<Vec<Os
     }
 }
 
-/// A value of the file as words; `Some(None)` for a flag that is not given.
+/// Converts a value of the file to words; `Some(None)` means that the flag is not given.
 #[allow(clippy::option_option)]
 fn values(value: &Value) -> Option<Option<Vec<OsString>>> {
     let word = |value: &Value| match value {
@@ -225,7 +225,7 @@ fn values(value: &Value) -> Option<Option<Vec<OsString>>> {
     }
 }
 
-/// Flags that may be given several times gather; others are replaced.
+/// Merges values into the flags: repeatable flags accumulate, others are replaced.
 fn merge(words: &mut Words, exec: &clap::Command, key: &str, values: Option<Vec<OsString>>) {
     let list = exec.get_arguments().find(|arg| arg.get_long() == Some(key));
     let gathers = list.is_some_and(|arg| matches!(arg.get_action(), ArgAction::Append));
@@ -251,7 +251,7 @@ fn command_line(words: Words) -> Vec<OsString> {
     line
 }
 
-/// The flags that the user gave beside those about all runs.
+/// Returns the flags that the user gave, except those that apply to all runs together.
 pub(super) fn given_flags(exec: &clap::Command, matches: &clap::ArgMatches) -> Words {
     let mut words = Words::new();
     for arg in exec.get_arguments() {
@@ -267,7 +267,8 @@ pub(super) fn given_flags(exec: &clap::Command, matches: &clap::ArgMatches) -> W
     words
 }
 
-/// Runs them all and tells how they ended; the exit status is that of the first that failed, in the order of the table.
+/// Runs all of them and reports how they ended. The exit status is that of the first one that failed, in the table's
+/// order.
 pub(super) fn run(given: &Given, exec: &clap::Command, log: &LogArgs) -> Result<u8, Failure> {
     let path = &given.matrix;
     let text = fs::read_to_string(path).map_err(|e| FileError::Read(path.clone(), e))?;
@@ -298,7 +299,7 @@ pub(super) fn run(given: &Given, exec: &clap::Command, log: &LogArgs) -> Result<
     Ok(code)
 }
 
-/// The files that are about all runs, and the folders that guests of any run write to.
+/// Returns the files that all runs share, and the folders that the guests of any run write to.
 fn named(given: &Given, runs: &[Run], exec: &clap::Command) -> NamedFiles {
     let mut named = NamedFiles::default();
     named.add("--matrix", &given.matrix, Use::Read);
@@ -316,7 +317,7 @@ fn lines(list: &Json) -> String {
     list.as_array().map_or(String::new(), |lines| lines.iter().filter_map(Json::as_str).collect::<Vec<_>>().join("\n"))
 }
 
-/// The runs on their way.
+/// State of the runs while they are in progress.
 struct Progress<'a> {
     runs: &'a [Run],
     jobs: usize,
@@ -326,7 +327,7 @@ struct Progress<'a> {
     next: usize,
     running: Vec<Running>,
     done: Vec<Option<Done>>,
-    /// A signal ended us.
+    /// Signal that ends this process, if one arrived.
     stopped: Option<i32>,
     shows: bool,
 }
@@ -368,7 +369,7 @@ impl<'a> Progress<'a> {
             name: run.name.clone(),
             exit_code: EXIT_VIREO_FAILED,
             outcome: "not-run".into(),
-            detail: "vireo was stopped before".into(),
+            detail: "vireo was stopped before this run".into(),
             duration: 0.0,
             report: Json::Null,
             output: String::new(),
@@ -400,7 +401,7 @@ impl<'a> Progress<'a> {
         Ok(())
     }
 
-    /// As SIGTERM to each of them does; those on the terminal have heard of Ctrl-C themselves.
+    /// Sends SIGTERM to each run. Runs on the terminal have received Ctrl-C themselves.
     fn stop(&self) {
         for running in &self.running {
             let pid = rustix::process::Pid::from_child(&running.child);
@@ -439,7 +440,7 @@ impl<'a> Progress<'a> {
         Ok(())
     }
 
-    /// One line on a terminal, written over again and again.
+    /// Shows the progress in one line on a terminal, overwriting the previous one.
     fn show(&self) {
         if !self.shows {
             return;
@@ -462,7 +463,7 @@ impl<'a> Progress<'a> {
     }
 }
 
-/// How they all ended.
+/// Returns a table of how all runs ended.
 fn table(done: &[Done]) -> String {
     let width =
         |of: fn(&Done) -> &str, title: &str| done.iter().map(|d| of(d).len()).max().unwrap_or(0).max(title.len());
@@ -567,16 +568,19 @@ rw = false
         );
         assert_eq!(
             error("[configs.a]\n[configs.b]\n[kernels.x]\nvmcore = 'core'"),
-            "m.toml: --vmcore of x/a and of x/b is the same; below [kernels.NAME] or [configs.NAME] each can have its own"
+            "m.toml: --vmcore of x/a and of x/b is the same; give each its own under [kernels.NAME] or [configs.NAME]"
         );
         assert_eq!(
             lines_of(&given(&[], &[]), "").unwrap_err(),
-            "m.toml: no command: give one behind --, or command = [\"...\"]"
+            "m.toml: no command: give one after --, or command = [\"...\"]"
         );
-        assert!(error("[configs.'../x']").starts_with("m.toml: '../x' is no name for a kernel or configuration: "));
+        assert!(
+            error("[configs.'../x']")
+                .starts_with("m.toml: '../x' is not a valid name for a kernel or configuration: it is empty")
+        );
         assert_eq!(
             error("[configs.a]\nreport = 'x'"),
-            "m.toml: a: 'report' is for all runs together: say it on the command line"
+            "m.toml: a: 'report' applies to all runs together: give it on the command line"
         );
     }
 

@@ -1,4 +1,4 @@
-//! The command line: clap types, one file per sub-command. The only place that knows a flag.
+//! The command line: clap types, one file per subcommand. No other module knows a flag.
 
 mod container;
 mod debug;
@@ -32,10 +32,10 @@ use crate::doctor::device::{self, HostFacts};
 use crate::outcome::{EXIT_USAGE, EXIT_VIREO_FAILED};
 use crate::{guest, machine, printable};
 
-/// A failure of vireo itself: its chain of causes is printed once, by [`main`].
+/// Failure of vireo itself. [`main`] prints its chain of causes once.
 pub type Failure = Box<dyn Error + Send + Sync>;
 
-/// A KVM virtual machine monitor that boots stock Linux kernels and tells exactly how they ended.
+/// A KVM virtual machine monitor that boots stock Linux kernels and reports exactly how they ended.
 #[derive(Parser)]
 #[command(name = "vireo", version = VERSION, propagate_version = true, after_help = AFTER_HELP)]
 struct Cli {
@@ -61,16 +61,17 @@ Example:
   vireo exec -- uname -r
   vireo run --kernel /boot/vmlinuz --initrd initrd.img
 
-Exit status: 0 the guest powered off, rebooted or halted; 2 wrong usage; 70 its kernel panicked; 71 it crashed; \
-72 it hung; 73 its console showed what it must not, or not what was expected; 124 time limit; 125 vireo or the host failed; 128+N stopped by signal N.";
+Exit status: 0 the guest powered off, rebooted or halted; 2 wrong usage; 70 the guest kernel panicked; 71 the guest \
+crashed; 72 the guest hung; 73 its console matched --fail-on, or never matched --expect; 124 time limit reached; \
+125 vireo or the host failed; 128+N stopped by signal N.";
 
-/// Where vireo's own messages go.
+/// Flags about vireo's own messages.
 #[derive(Args)]
 pub struct LogArgs {
-    /// How much vireo tells of itself [default: warn, or RUST_LOG]
+    /// Log level of vireo's own messages [default: warn, or RUST_LOG]
     #[arg(long, global = true, display_order = 900, value_name = "LEVEL", value_parser = ["off", "error", "warn", "info", "debug", "trace"])]
     log_level: Option<String>,
-    /// Append vireo's own messages to a file rather than print them on stderr
+    /// Append vireo's own messages to a file instead of printing them on stderr
     #[arg(long, global = true, display_order = 901, value_name = "FILE")]
     log_file: Option<PathBuf>,
 }
@@ -80,8 +81,8 @@ impl LogArgs {
         logging::init(self.log_level.as_deref(), self.log_file.as_deref())
     }
 
-    /// Checks and keeps the files of a run, and only then begins the log, which is one of them; `again` says whether the
-    /// guest may be started again.
+    /// Checks and keeps the files of a run and then starts the log. The log comes last because its file is one of those
+    /// that are checked. `again`: the guest may be restarted.
     fn init_with(&self, mut named: NamedFiles, again: bool) -> Result<(), Failure> {
         named.add_some("--log-file", self.log_file.as_deref(), Use::Live);
         named.settle(again).map_err(usage)?;
@@ -93,16 +94,16 @@ impl LogArgs {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Boot a kernel and wait for its end
+    /// Boot a kernel and wait until the guest ends
     Run(Box<run::RunArgs>),
-    /// Run a command under a kernel, with this host's files, and exit with its code
+    /// Run a command under a kernel, with this host's files, and exit with its exit code
     Exec(Box<exec::ExecArgs>),
-    /// Check what this host's KVM is good for
+    /// Check whether this host can run guests
     Doctor(doctor::DoctorArgs),
     /// Print completions for a shell
     #[command(after_help = "Example:\n  vireo completions bash > /etc/bash_completion.d/vireo")]
     Completions {
-        /// The shell
+        /// Shell to print completions for
         shell: clap_complete::Shell,
     },
     /// Print the manual page
@@ -110,17 +111,17 @@ enum Command {
     Man,
 }
 
-/// What the user asks for cannot be, whatever the host.
+/// Request that no host can satisfy: wrong usage.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 struct Usage(Failure);
 
-/// What the user asked for cannot be.
+/// Wraps an error as wrong usage.
 fn usage(error: impl Error + Send + Sync + 'static) -> Failure {
     Usage(error.into()).into()
 }
 
-/// Runs the command line. `start` is when the process started.
+/// Runs the command line. `start` is the time at which the process started.
 pub fn main(start: Instant) -> ExitCode {
     if guest::is_init() {
         guest::main();
@@ -130,13 +131,13 @@ pub fn main(start: Instant) -> ExitCode {
     }
     fault::install();
     let cli = Cli::try_parse().unwrap_or_else(|error| with_commands(error).exit());
-    // A matrix runs no guest itself, and what it starts would lose the capabilities of vireo's own file.
+    // A matrix runs no guest itself, and the vireos that it starts would lose the file capabilities of the executable.
     if !matches!(&cli.command, Command::Exec(args) if args.is_matrix()) {
         crate::privileges::give_up();
     }
     let log = cli.log;
     let result = match cli.command {
-        // They know first which files a log must not be.
+        // These two open the log themselves, after checking that its file is not one of the guest's.
         Command::Run(args) => run::run(*args, &log, start),
         Command::Exec(args) => exec::run(*args, &log, start),
         command => log.init().and_then(|()| match command {
@@ -154,12 +155,12 @@ pub fn main(start: Instant) -> ExitCode {
     }
 }
 
-/// What the process's exit status is when it failed.
+/// Returns the exit status of a vireo that failed.
 fn exit_code(failure: &Failure) -> u8 {
     if failure.is::<Usage>() { EXIT_USAGE } else { EXIT_VIREO_FAILED }
 }
 
-/// `vireo exec` as clap knows it, with the flags that every command has.
+/// Returns clap's definition of `vireo exec`, including the global flags.
 fn exec_command() -> clap::Command {
     let mut cli = Cli::command();
     cli.build();
@@ -167,12 +168,12 @@ fn exec_command() -> clap::Command {
     exec.unwrap_or_default()
 }
 
-/// What clap found in our own command line behind the command.
+/// Returns clap's matches for the subcommand of vireo's own command line.
 fn matches_of_command() -> clap::ArgMatches {
     Cli::command().get_matches().remove_subcommand().map_or_else(Default::default, |(_, matches)| matches)
 }
 
-/// Who mistypes a command so much that clap cannot guess it is told what there is.
+/// Lists the commands when the user mistyped one so badly that clap has no suggestion.
 fn with_commands(mut error: clap::Error) -> clap::Error {
     if error.kind() == ErrorKind::InvalidSubcommand && error.get(ContextKind::SuggestedSubcommand).is_none() {
         let names: Vec<_> = Cli::command().get_subcommands().map(|sub| sub.get_name().to_string()).collect();
@@ -182,20 +183,20 @@ fn with_commands(mut error: clap::Error) -> clap::Error {
     error
 }
 
-/// Commands that help: for a host whose KVM cannot be used, for a limit that was reached.
+/// Returns commands that fix the failure, for a host whose KVM is unusable or for a limit that was reached.
 fn remedy(failure: &(dyn Error + 'static)) -> String {
-    // Not every type on the way shows its cause as such, but its text has the number.
+    // Some error types do not expose their cause as a source, but their text contains the error number.
     let text = chain(failure);
     if [libc::EMFILE, libc::ENFILE].iter().any(|errno| text.contains(&format!("(os error {errno})"))) {
         return "; raise the limit of open files: ulimit -n 4096".into();
     }
     if let Some(machine::Error::Kvm(error)) = failure.downcast_ref() {
-        return format!("; to mend it: {}", device::remedy(error, &HostFacts::read()));
+        return format!("; to fix this: {}", device::remedy(error, &HostFacts::read()));
     }
     container::hint(&text).into()
 }
 
-/// `outer: inner: OS error`.
+/// Returns `outer: inner: OS error`.
 fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -206,23 +207,23 @@ fn chain(error: &dyn Error) -> String {
     text
 }
 
-/// What a flag says goes before what was there.
+/// Overrides `target` with the flag's value, if the flag was given.
 fn set<T: Clone>(target: &mut T, flag: &Option<T>) {
     if let Some(value) = flag {
         *target = value.clone();
     }
 }
 
-/// Prints one line of vireo's on stderr; a stderr that is gone is no reason to fail.
+/// Prints one of vireo's own lines on stderr. A closed stderr is not a failure.
 fn say(text: &str) {
     let _ = writeln!(io::stderr(), "vireo: {}", printable::message(text));
 }
 
-/// Prints what the user asked for on stdout.
+/// Prints the requested text on stdout.
 fn print(bytes: &[u8]) -> Result<u8, Failure> {
     let mut out = io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {
-        // Who reads only the beginning, like `head`, has what it wanted.
+        // A reader like `head` may close early; that is not an error.
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(0),
         Err(e) => Err(StdoutError(e).into()),
         Ok(()) => Ok(0),

@@ -1,5 +1,5 @@
-//! The files that a command line names, each with its flag: found to be one file under two names before anything is
-//! written, and kept as what they are before a guest runs.
+//! The files that a command line names, each with its flag. One file under two names is detected before anything is
+//! written, and inputs that a guest could replace are held open before it runs.
 
 use std::fmt;
 use std::io;
@@ -15,20 +15,20 @@ use crate::backend::place::{FileId, Place, WritableFolders};
 use crate::boot::pack::InitramfsConfig;
 use crate::config::MachineConfig;
 
-/// What a file is for.
+/// Purpose of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Use {
-    /// Read when the guest is made, and again if it is started again.
+    /// Read when the guest is created, and again if it is restarted.
     Read,
-    /// A disk that is only read, by several if they like.
+    /// A disk that is only read; several may share it.
     ReadDisk,
-    /// A disk that is written to: nothing else may have it.
+    /// A disk that is written to: nothing else may use it.
     Disk,
-    /// Written in one piece when the guest has ended.
+    /// Written in one piece after the guest has ended.
     Result,
     /// Written while the guest runs.
     Live,
-    /// A socket or FIFO that has its name while the guest runs.
+    /// A socket or FIFO whose name exists while the guest runs.
     Meeting,
     /// A folder.
     Folder,
@@ -43,7 +43,7 @@ impl Use {
         matches!(self, Use::Read | Use::ReadDisk | Use::Disk | Use::Folder)
     }
 
-    /// Returns whether one file cannot be for both.
+    /// Returns whether one file cannot serve both purposes.
     fn excludes(self, other: Use) -> bool {
         let alone = |one, other| one == Use::Disk && matches!(other, Use::Disk | Use::ReadDisk);
         let spoils = |one: Use, other| one.is_output() && other != Use::Folder;
@@ -65,19 +65,19 @@ impl fmt::Display for Named {
     }
 }
 
-/// Why files cannot be used as they are named.
+/// Reasons why files cannot be used as they are named.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
-    /// One file that two flags name, one of which would destroy what the other needs.
+    /// Two flags name one file, and one of them would destroy what the other needs.
     #[error("{0} and {1} are the same file, which vireo would overwrite")]
     Overwritten(Named, Named),
-    /// Two outputs.
+    /// Two flags name one file for output.
     #[error("{0} and {1} are the same file: one would overwrite the other")]
     Outputs(Named, Named),
-    /// A disk.
-    #[error("{0} and {1} are the same disk: it can be used twice only if it is readonly both times")]
+    /// Two flags name one disk, and at least one of them writes to it.
+    #[error("{0} and {1} are the same disk: a disk can be used twice only if both uses are readonly")]
     Twice(Named, Named),
-    /// A link that a guest may have made.
+    /// The path is a link that a guest may have created.
     #[error("cannot use {0}")]
     Planted(Named, #[source] io::Error),
 }
@@ -95,7 +95,7 @@ impl NamedFiles {
         self.files.push(Named { flag, path: path.into(), purpose });
     }
 
-    /// Adds one if there is one.
+    /// Adds a file, if there is one.
     pub(super) fn add_some(&mut self, flag: &'static str, path: Option<&Path>, purpose: Use) {
         path.into_iter().for_each(|path| self.add(flag, path, purpose));
     }
@@ -106,12 +106,12 @@ impl NamedFiles {
         self.writable.extend(writable.then(|| path.to_path_buf()));
     }
 
-    /// Adds the folders that the guests of another command line can write to.
+    /// Adds the folders that guests of another command line can write to.
     pub(super) fn add_writable(&mut self, other: &NamedFiles) {
         self.writable.extend_from_slice(&other.writable);
     }
 
-    /// Adds everything that a machine's description names.
+    /// Adds every file that a machine's description names.
     pub(super) fn add_machine(&mut self, config: &MachineConfig) {
         self.add("--kernel", &config.boot.kernel, Use::Read);
         config.boot.initrd.iter().for_each(|path| self.add("--initrd", path, Use::Read));
@@ -139,7 +139,7 @@ impl NamedFiles {
 
     fn add_packed(&mut self, packed: &InitramfsConfig) {
         self.add_some("--init", packed.init.as_deref(), Use::Read);
-        // A name without a slash is looked for in PATH.
+        // A name without a slash is searched in PATH.
         let busybox = packed.busybox.as_deref().filter(|path| path.components().count() > 1);
         self.add_some("--busybox", busybox, Use::Read);
         packed.dirs.iter().for_each(|path| self.add("--initramfs-dir", path, Use::Folder));
@@ -161,8 +161,9 @@ impl NamedFiles {
         }
     }
 
-    /// Fails if two of them exclude each other, or if a link that a guest may have made leads an input out of the guest's
-    /// folders. What may change, with `again` when the guest is started again, is kept. Nothing is opened for writing.
+    /// Fails if two files exclude each other, or if a link that a guest may have created leads an input out of the
+    /// guest's folders. Holds inputs open that a guest could replace, and for a restart if `again` is set. Opens
+    /// nothing for writing.
     pub(super) fn settle(&self, again: bool) -> Result<(), Error> {
         let folders = WritableFolders::new(self.writable.iter().map(PathBuf::as_path));
         self.check(&folders)?;
@@ -173,19 +174,19 @@ impl NamedFiles {
         Ok(())
     }
 
-    /// Warns of files that the guest can change though vireo uses them by then, or again.
+    /// Warns about files that the guest can change although vireo still uses them, or uses them again for a restart.
     pub(super) fn warn(&self, again: bool) {
         let folders = held::folders();
         for file in &self.files {
             let how = match file.purpose {
                 Use::Live => "can change what is written there",
                 Use::Meeting => "can put something else in its place",
-                Use::Read | Use::ReadDisk if again => "can change it before it is started again",
+                Use::Read | Use::ReadDisk if again => "can change it before a restart",
                 _ => continue,
             };
             let place = Place::find(&file.path, &WritableFolders::none());
             if let Some(folder) = place.ok().and_then(|place| place.folder(&folders)) {
-                log::warn!("{file} lies in {}, which the guest writes to: it {how}", folder.display());
+                log::warn!("{file} lies in {}, which is writable in the guest: the guest {how}", folder.display());
             }
         }
     }
@@ -206,13 +207,14 @@ impl NamedFiles {
     }
 }
 
-/// Which file a path means.
+/// The file that a path refers to.
 enum Which {
-    /// One that is there.
+    /// An existing file.
     Is(FileId),
-    /// One that is about to be made, in this folder.
+    /// A file that is about to be created: its folder and its name.
     New(FileId, std::ffi::OsString),
-    /// One that several may use: a terminal, /dev/null, a FIFO, what was inherited. Or nothing that can be found.
+    /// Something that several may use: a terminal, /dev/null, a FIFO, an inherited descriptor; or a path that cannot be
+    /// resolved.
     Any,
 }
 

@@ -1,4 +1,4 @@
-//! What is written to files about how a guest ended: JSON for programs, JUnit for the CI systems that show test results.
+//! Reports about how a guest ended, written to files: JSON for programs, JUnit for CI systems that show test results.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,32 +10,32 @@ use super::{Failure, chain, exit_code};
 use crate::backend::output_file::OutputFile;
 use crate::outcome::Report;
 
-/// A file of the user's could not be used.
+/// Error: a file that the user named could not be used.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FileError {
     #[error("cannot read {0}")]
     Read(PathBuf, #[source] io::Error),
-    #[error("{0} is no machine description")]
+    #[error("{0} is not a valid machine description")]
     Parse(PathBuf, #[source] serde_json::Error),
     #[error("cannot write {0}")]
     Write(PathBuf, #[source] io::Error),
 }
 
-/// Where the reports of a run go.
+/// Destinations of a run's reports.
 pub(super) struct Reports {
     json: Option<OutputFile>,
     junit: Option<OutputFile>,
 }
 
 impl Reports {
-    /// Fails if one of them cannot be written.
+    /// Opens the destinations. Fails if one of them cannot be written.
     pub(super) fn new(json: Option<&Path>, junit: Option<&Path>) -> Result<Self, FileError> {
         let new = |path: &Path| OutputFile::new(path).map_err(|e| FileError::Write(path.into(), e));
         let open = |path: Option<&Path>| path.map(new).transpose();
         Ok(Reports { json: open(json)?, junit: open(junit)? })
     }
 
-    /// Writes them; `name` is what ran.
+    /// Writes both reports; `name` is the name of what ran.
     pub(super) fn write(&self, name: &str, report: &Report) -> Result<(), Failure> {
         self.write_json(report)?;
         self.write_junit(&[Case {
@@ -49,7 +49,7 @@ impl Reports {
         }])
     }
 
-    /// The same when vireo failed.
+    /// Writes both reports for a failure of vireo itself.
     pub(super) fn write_failure(&self, name: &str, failure: &Failure) -> Result<(), Failure> {
         let (outcome, code, why) = ("failed", exit_code(failure), chain(&**failure));
         self.write_json(&serde_json::json!({ "outcome": outcome, "detail": why, "exit_code": code }))?;
@@ -64,13 +64,13 @@ impl Reports {
         }])
     }
 
-    /// The report for programs.
+    /// Writes the report for programs.
     pub(super) fn write_json(&self, report: &impl Serialize) -> Result<(), Failure> {
         let Some(file) = &self.json else { return Ok(()) };
         write(file, &format!("{}\n", serde_json::to_string_pretty(report)?))
     }
 
-    /// The report for CI systems.
+    /// Writes the report for CI systems.
     pub(super) fn write_junit(&self, cases: &[Case]) -> Result<(), Failure> {
         self.junit.as_ref().map_or(Ok(()), |file| write(file, &junit::suite(cases)))
     }

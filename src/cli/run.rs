@@ -1,4 +1,4 @@
-//! `vireo run`: boot a kernel and wait for its end.
+//! `vireo run`: boots a kernel and waits until the guest ends.
 
 use std::fs;
 use std::io::{self, Write};
@@ -27,12 +27,12 @@ use crate::options::Span;
 use crate::virtio::console::PortConfig;
 use crate::virtio::fs::FsConfig;
 
-/// What the guest is told when nothing is said.
+/// Kernel command line when none is given.
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
-/// The same with `--console`.
+/// Kernel command line when none is given, with `--console`.
 const VIRTIO_CMDLINE: &str = "console=hvc0";
 
-/// The same with `--testdev`: words on the command line are a test's arguments.
+/// Kernel command line when none is given, with `--testdev`: a test takes the words as its arguments.
 const TEST_CMDLINE: &str = "";
 
 /// Flags of `vireo run`.
@@ -43,57 +43,60 @@ const TEST_CMDLINE: &str = "";
                   --cmdline 'console=ttyS0 quiet' --timeout 60s"
 )]
 pub struct RunArgs {
-    /// Kernel: bzImage, vmlinux (also gz, zst, xz, lz4, bz2), PVH ELF or multiboot, found by content
+    /// Kernel: bzImage, vmlinux (also gz, zst, xz, lz4, bz2), PVH ELF or multiboot, detected by content
     #[arg(long, value_name = "FILE", required_unless_present = "config")]
     kernel: Option<PathBuf>,
-    /// Initial RAM disk; given several times, one behind the other
+    /// Initial RAM disk; may be repeated, files are concatenated in order
     #[arg(long, value_name = "FILE")]
     initrd: Vec<PathBuf>,
-    /// Make this static program or script /init
+    /// Use this static program or script as /init
     #[arg(long, value_name = "PROG")]
     init: Option<PathBuf>,
     /// Pack this static busybox with its applets as /bin [default: the one in PATH]
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = "busybox")]
     busybox: Option<PathBuf>,
-    /// Pack what is in a folder as the root directory; may be given several times
+    /// Pack the contents of a folder as the root directory; may be repeated
     #[arg(long, value_name = "DIR")]
     initramfs_dir: Vec<PathBuf>,
-    /// Pack a file; may be given several times
+    /// Pack a file; may be repeated
     #[arg(long, value_name = "HOST:GUEST")]
     file: Vec<FileConfig>,
-    /// Pack kernel modules and what they need; /vireo/modules in the guest has their paths in load order
+    /// Pack kernel modules and their dependencies; /vireo/modules in the guest lists their paths in load order
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     modules: Vec<String>,
-    /// Where they are: /lib/modules/VERSION, or a folder above it [default: beside the kernel, then this host's]
+    /// Directory of the kernel's modules (/lib/modules/VERSION or a parent) [default: beside the kernel, then this
+    /// host's]
     #[arg(long, value_name = "DIR")]
     modules_dir: Option<PathBuf>,
-    /// Kernel command line, passed as it is [default: console=ttyS0, console=hvc0 with --console,
-    /// none with --testdev]
+    /// Kernel command line, passed unchanged [default: console=ttyS0; console=hvc0 with --console; empty with
+    /// --testdev]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
-    /// How the kernel is entered: bzimage runs its own decompressor, direct is the 64-bit entry, pvh and multiboot are
-    /// 32-bit ones
+    /// Entry into the kernel: bzimage runs its own decompressor, direct is the 64-bit entry, pvh and multiboot are the
+    /// 32-bit entries
     #[arg(long, value_name = "MODE", value_parser = parse_boot)]
     boot: Option<BootMode>,
     #[command(flatten)]
     devices: DeviceArgs,
-    /// Folder of the host (mount -t virtiofs share0 /mnt): PATH[,tag=NAME][,readonly][,squash_uid=N]
-    /// [,cache=never|auto|names|always][,flat][,queues=N]; the tag is share0, share1, ... otherwise; may be given several times
+    /// Share a folder of the host (in the guest: mount -t virtiofs share0 /mnt):
+    /// PATH[,tag=NAME][,readonly][,squash_uid=N][,cache=never|auto|names|always][,flat][,queues=N];
+    /// default tags are share0, share1, ...; may be repeated
     #[arg(long, value_name = "PATH")]
     share: Vec<FsConfig>,
     /// First serial port: stdio, stdout, stderr, file:PATH, pipe:PATH, pty, socket:PATH, fd:N or null [default: stdio]
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
-    /// Virtio console (console=hvc0), leads where --serial can; stdio is taken from the serial port
+    /// Virtio console (console=hvc0); takes the same values as --serial; with stdio, --serial becomes null
     #[arg(long, value_name = "WHERE")]
     console: Option<ConsoleEnd>,
-    /// Virtio port for data: NAME,to=WHERE as for --serial, or stdin[,from=FILE]; may be given several times
+    /// Virtio port for data: NAME,to=WHERE[,from=FILE]; WHERE as for --serial, or stdin; FILE is the input of file:PATH
+    /// and null; may be repeated
     #[arg(long, value_name = "NAME")]
     console_port: Vec<PortConfig>,
-    /// ACPI tables, or else an MP table and virtio_mmio.device= parameters [default: on]
+    /// Provide ACPI tables; if off, an MP table and virtio_mmio.device= parameters [default: on]
     #[arg(long, value_name = "on|off", hide_possible_values = true)]
     acpi: Option<Acpi>,
-    /// QEMU's isa-debug-exit: what a guest writes to port 0xf4, times two and one, is vireo's exit status
+    /// QEMU's isa-debug-exit: a guest's write of N to port 0xf4 ends it with exit status 2N+1
     #[arg(long)]
     debug_exit: bool,
     /// QEMU's pc-testdev, and fw_cfg with vCPU count and RAM size, as kvm-unit-tests expect them
@@ -105,10 +108,10 @@ pub struct RunArgs {
     /// Read the machine from a JSON file; flags override it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Print the machine as JSON, as --config takes it, and exit
+    /// Print the machine as JSON for --config, and exit
     #[arg(long)]
     print_config: bool,
-    /// After SIGTERM pressed the power button, how long the guest may take
+    /// Time limit for the guest to power off after SIGTERM
     #[arg(long, value_name = "TIME", default_value = "10s", allow_negative_numbers = true)]
     grace: Span,
     #[command(flatten)]
@@ -121,15 +124,15 @@ pub struct RunArgs {
 }
 
 fn parse_boot(text: &str) -> Result<BootMode, String> {
-    serde_json::from_value(text.into()).map_err(|_| "one of auto, bzimage, direct, pvh, multiboot is wanted".into())
+    serde_json::from_value(text.into()).map_err(|_| "expected one of auto, bzimage, direct, pvh, multiboot".into())
 }
 
 fn parse_uuid(text: &str) -> Result<uuid::Uuid, String> {
-    text.parse().map_err(|_| "a UUID is wanted, like 123e4567-e89b-12d3-a456-426614174000".into())
+    text.parse().map_err(|_| "expected a UUID, like 123e4567-e89b-12d3-a456-426614174000".into())
 }
 
 impl RunArgs {
-    /// The machine that file and flags describe together.
+    /// Returns the machine that the file and the flags describe together.
     fn machine(&self) -> Result<MachineConfig, Failure> {
         let mut config = match &self.config {
             None => {
@@ -171,7 +174,7 @@ impl RunArgs {
         Ok(config)
     }
 
-    /// What the flags add to the initramfs that is packed.
+    /// Adds the flags' parts to the initramfs that vireo packs.
     fn initramfs(&self, config: &mut Option<InitramfsConfig>) {
         let mut packed = config.take().unwrap_or_default();
         packed.init = self.init.clone().or(packed.init);
@@ -186,7 +189,7 @@ impl RunArgs {
     }
 }
 
-/// Boots, waits, tells; returns the exit status.
+/// Boots the kernel, waits for the guest's end and reports it; returns the exit status.
 pub fn run(args: RunArgs, log: &LogArgs, start: Instant) -> Result<u8, Failure> {
     let config = args.machine()?;
     config.validate().map_err(usage)?;

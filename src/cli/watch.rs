@@ -1,5 +1,5 @@
-//! Flags about watching a guest, which every command that runs one has: when it is taken for hung, what its console
-//! must and must not show, what is kept of it, and how much is said of its end.
+//! Flags for watching a guest, for every command that runs one: when it counts as hung, what its console must and must
+//! not show, what is kept of it, and how much is printed about its end.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -18,7 +18,7 @@ use crate::machine::run::{Ended, RunOptions};
 use crate::options::Span;
 use crate::outcome::{Outcome, Report};
 
-/// The shortest time after which a guest can be said to hang.
+/// Shortest time after which a guest may count as hung.
 const HANG_TIMEOUT_MIN: Duration = Duration::from_secs(2);
 
 /// Flags that `run` and `exec` share.
@@ -27,33 +27,33 @@ pub struct WatchArgs {
     /// End the guest after this time, like 60s or 500ms
     #[arg(long, value_name = "TIME", allow_negative_numbers = true)]
     timeout: Option<Span>,
-    /// End a guest that for this time neither printed nor worked, with exit status 72
+    /// End the guest after this long without output or CPU use, with exit status 72
     #[arg(long, value_name = "TIME", allow_negative_numbers = true, value_parser = parse_hang_timeout)]
     hang_timeout: Option<Span>,
-    /// Start a guest that hung once more, at most so many times; what it has read of stdin is gone
+    /// Restart a hung guest up to N times; stdin already consumed is lost
     #[arg(long, value_name = "N", requires = "hang_timeout", default_value_t = 0, hide_default_value = true)]
     retry_on_hang: u32,
-    /// End the run, with exit status 0, when a line of the console matches; 73 if the guest ends before; may be given
-    /// several times
+    /// End the run with exit status 0 when a line of the console matches, or 73 if the guest ends before that; may be
+    /// repeated
     #[arg(long, value_name = "REGEX", allow_hyphen_values = true)]
     expect: Vec<Pattern>,
-    /// End the run, with exit status 73, when a line of the console matches; may be given several times
+    /// End the run with exit status 73 when a line of the console matches; may be repeated
     #[arg(long, value_name = "REGEX", allow_hyphen_values = true)]
     fail_on: Vec<Pattern>,
     /// Write each line of the console to a file, with the seconds since the start
     #[arg(long, value_name = "FILE")]
     console_log: Option<PathBuf>,
-    /// Write the guest's memory and registers to a file, for crash, drgn and gdb, if it panicked, crashed, hung, ran into
-    /// the time limit or into --fail-on
+    /// Write the guest's memory and registers to a file for crash, drgn and gdb if it panicked, crashed or hung,
+    /// reached the time limit, or matched --fail-on
     #[arg(long, value_name = "FILE")]
     vmcore: Option<PathBuf>,
-    /// Write how the guest ended to a file, as JSON
+    /// Write how the guest ended to a file as JSON
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
-    /// Write how the guest ended to a file, as a test's result in JUnit's XML
+    /// Write how the guest ended to a file as a test result in JUnit XML
     #[arg(long, value_name = "FILE")]
     junit: Option<PathBuf>,
-    /// Say nothing of how the guest ended: only the guest's own output, and failures of vireo itself
+    /// Do not report how the guest ended; print only the guest's own output and failures of vireo itself
     #[arg(long, short)]
     quiet: bool,
 }
@@ -67,7 +67,7 @@ fn parse_hang_timeout(text: &str) -> Result<Span, String> {
 }
 
 impl WatchArgs {
-    /// Opens the files that the flags name, or sees that they can be written.
+    /// Opens the files that the flags name, or checks that they can be written.
     pub fn open(&self) -> Result<Files, Failure> {
         let core = |path: &PathBuf| match OutputFile::private(path) {
             Ok(core) => Ok(Arc::new(core)),
@@ -79,8 +79,8 @@ impl WatchArgs {
         Ok(Files { reports: Reports::new(self.report.as_deref(), self.junit.as_deref())?, log, vmcore })
     }
 
-    /// What the flags say of one run; what they don't speak of is as by default. The transcript is always there. `start`
-    /// is when the process started.
+    /// Returns the options for one run; options without a flag keep their defaults. The transcript is always present.
+    /// `start` is the time at which the process started.
     pub fn options(&self, files: &Files, start: Instant) -> Result<RunOptions, Failure> {
         let log = files.log.as_ref().map(File::try_clone).transpose()?;
         let patterns = Patterns { expect: self.expect.clone(), fail_on: self.fail_on.clone() };
@@ -93,7 +93,7 @@ impl WatchArgs {
         })
     }
 
-    /// Where the reports go: JSON, JUnit.
+    /// Returns the paths of the reports: JSON, JUnit.
     pub fn reports(&self) -> (Option<PathBuf>, Option<PathBuf>) {
         (self.report.clone(), self.junit.clone())
     }
@@ -106,26 +106,26 @@ impl WatchArgs {
         named.add_some("--junit", self.junit.as_deref(), Use::Result);
     }
 
-    /// How often a guest is started at most.
+    /// Returns the maximum number of times that a guest is started.
     pub fn attempts(&self) -> u32 {
         self.retry_on_hang.saturating_add(1)
     }
 
-    /// Whether somebody wants to know what the kernel says on its console.
+    /// Returns whether a flag needs the kernel's console output.
     pub fn reads_console(&self) -> bool {
         self.console_log.is_some() || !self.expect.is_empty() || !self.fail_on.is_empty()
     }
 
-    /// Whether vireo says nothing of its own.
+    /// Returns whether vireo prints nothing about how the guest ended.
     pub fn quiet(&self) -> bool {
         self.quiet
     }
 
-    /// Says how the guest ended and what was found, unless it is not wanted; a core file that could not be written is told
-    /// in any case.
+    /// Prints how the guest ended and what was found, unless `--quiet` is given; a core file that could not be written
+    /// is reported in any case.
     pub fn tell(&self, ended: &Ended) {
         let found = ended.post_mortem.as_ref();
-        // Whoever gave a pattern knows what its line means.
+        // Anyone who gave a pattern knows what a matching line means.
         if let Some(found) = found.filter(|_| !self.quiet && !matches!(ended.outcome, Outcome::Refused(_))) {
             let _ = io::stderr()
                 .write_all(found.text(!matches!(ended.outcome, Outcome::Lost(_) | Outcome::NotReady(_))).as_bytes());
@@ -141,7 +141,7 @@ impl WatchArgs {
     }
 }
 
-/// The files that the flags name.
+/// Open files that the flags name.
 pub struct Files {
     reports: Reports,
     log: Option<File>,
@@ -149,12 +149,12 @@ pub struct Files {
 }
 
 impl Files {
-    /// Writes the reports; `name` is what ran.
+    /// Writes the reports; `name` is the name of what ran.
     pub fn write(&self, name: &str, report: &Report) -> Result<(), Failure> {
         self.reports.write(name, report)
     }
 
-    /// The same when vireo failed.
+    /// Writes the reports for a failure of vireo itself.
     pub fn write_failure(&self, name: &str, failure: &Failure) -> Result<(), Failure> {
         self.reports.write_failure(name, failure)
     }

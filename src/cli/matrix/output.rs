@@ -1,5 +1,5 @@
-//! What the runs of a matrix print: read from a pipe, so that one which floods it costs no more than what is shown, and
-//! written where the user wants it.
+//! Output of a matrix's runs. It is read from a pipe, so that a run that floods it costs no more memory than is shown,
+//! and written where the user wants it.
 
 use std::fs::{self, File};
 use std::io::{self, PipeReader, Read, Seek, SeekFrom, Write};
@@ -17,16 +17,16 @@ use crate::child;
 use crate::cli::Failure;
 use crate::cli::report::FileError;
 
-/// How many bytes of a failed run's output are shown, and given to CI systems.
+/// Number of bytes of a failed run's output that are shown and given to CI systems.
 const SHOWN: usize = 8 << 10;
-/// Read from a run at once.
+/// Number of bytes read from a run in one step.
 const PIECE: usize = 64 << 10;
-/// More than this, 1 MiB, no pipe holds that an unprivileged process made.
+/// Largest capacity of a pipe that an unprivileged process created: 1 MiB.
 const PIPE_MAX: usize = 1 << 20;
 
-/// Keeps what the runs print, and their reports, in files that the user wants; or only the end of it, in memory.
+/// Destination of the runs' output and reports: files in the user's folder, or only the end of the output in memory.
 pub(super) struct Output {
-    /// The folder, held from before the first guest runs, and its path.
+    /// Descriptor and path of the folder; it is opened before the first guest runs.
     dir: Option<(OwnedFd, PathBuf)>,
 }
 
@@ -34,7 +34,7 @@ impl Output {
     pub(super) fn new(wanted: Option<&Path>) -> Result<Self, FileError> {
         let open = |path: &Path| {
             fs::create_dir_all(path)?;
-            // By way of the links that are there now, but for those that a guest may have made.
+            // Follows the links that exist now, except those that a guest may have created.
             let dir = name_input(path, &held::folders())?;
             Ok((rustix::fs::openat(&dir, c".", DIRECTORY, Mode::empty())?, path.to_path_buf()))
         };
@@ -42,8 +42,8 @@ impl Output {
         Ok(Output { dir: dir.transpose()? })
     }
 
-    /// The user's file for this of the run, in a folder of its kernel's. Links are not followed: guests of earlier runs may
-    /// have made them.
+    /// Returns the user's file with this suffix for a run, in a folder named after its kernel. Links are not followed:
+    /// guests of earlier runs may have created them.
     pub(super) fn file(&self, run: &str, suffix: &str) -> Result<Option<Place>, FileError> {
         let Some((dir, path)) = &self.dir else { return Ok(None) };
         let shown = path.join(format!("{run}.{suffix}"));
@@ -64,7 +64,7 @@ impl Output {
 /// Flags of a descriptor that only names a directory.
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-/// A run's report: written by the run to memory, which it inherits, and then by us to the user's file.
+/// Report of a run. The run writes it to memory that it inherits; then this process writes it to the user's file.
 pub(super) struct RunReport {
     memory: File,
     file: Option<Place>,
@@ -72,19 +72,19 @@ pub(super) struct RunReport {
 
 impl RunReport {
     pub(super) fn new(file: Option<Place>) -> Result<Self, Failure> {
-        // Of an earlier time.
+        // Removes the report of an earlier matrix.
         file.iter().for_each(|place| _ = place.remove());
         let memory = rustix::fs::memfd_create("vireo-report", MemfdFlags::CLOEXEC).map_err(io::Error::from);
         Ok(RunReport { memory: memory.map_err(Error::Start)?.into(), file })
     }
 
-    /// Has the program write its report here: `--report` and its path.
+    /// Makes the program write its report here: passes `--report` and the memory's path.
     pub(super) fn give_to(&self, command: &mut std::process::Command) {
         command.arg("--report").arg(descriptor_path(&self.memory));
         child::inherit(command, self.memory.as_raw_fd());
     }
 
-    /// What the run wrote, which is kept where the user wants it.
+    /// Returns what the run wrote, and writes it to the user's file if there is one.
     pub(super) fn take(&mut self) -> Result<Vec<u8>, FileError> {
         let mut text = Vec::new();
         let read = self.memory.seek(SeekFrom::Start(0)).and_then(|_| self.memory.read_to_end(&mut text));
@@ -97,15 +97,15 @@ impl RunReport {
     }
 }
 
-/// What a run prints. A pipe, so that one which floods it costs no more than what is shown.
+/// Output of a run. It is a pipe, so that a run that floods it costs no more memory than is shown.
 pub(super) struct Log {
-    /// What it is read from.
+    /// Read end of the pipe.
     pub(super) from: PipeReader,
-    /// Where all of it goes.
+    /// File for the complete output.
     file: Option<(Place, File)>,
-    /// Its end.
+    /// End of the output.
     tail: Vec<u8>,
-    /// More came than the tail has.
+    /// Set if the output is longer than the tail.
     cut: bool,
 }
 
@@ -119,7 +119,7 @@ impl Log {
         Ok(Log { from, file: file.map(create).transpose()?, tail: Vec::new(), cut: false })
     }
 
-    /// Takes some of what is there; how much that was, and nothing if there will be no more. Waits for nothing.
+    /// Reads some of the output without waiting. Returns the number of bytes, or `None` at the end of the output.
     pub(super) fn take(&mut self) -> Result<Option<usize>, Failure> {
         let mut piece = vec![0; PIECE];
         let len = match self.from.read(&mut piece) {
@@ -139,7 +139,7 @@ impl Log {
         Ok(Some(len))
     }
 
-    /// What is left in the pipe of a run that has ended.
+    /// Reads what is left in the pipe of a run that has ended.
     pub(super) fn take_rest(&mut self) -> Result<(), Failure> {
         let mut taken = 0;
         while taken < PIPE_MAX {
@@ -151,14 +151,14 @@ impl Log {
         Ok(())
     }
 
-    /// The end of what the run printed, in whole lines.
+    /// Returns the end of the output, in whole lines.
     pub(super) fn tail(&self) -> String {
         let begin = memchr::memchr(b'\n', &self.tail).filter(|_| self.cut).map_or(0, |at| at + 1);
         String::from_utf8_lossy(&self.tail[begin..]).into_owned()
     }
 }
 
-/// A new file in the place of an earlier one, whatever that was.
+/// Creates a file in the place of an earlier one, whatever that was.
 fn create(place: &Place) -> io::Result<File> {
     match place.remove() {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
@@ -206,7 +206,7 @@ mod tests {
         assert_eq!(fs::read_dir(&victims).unwrap().count(), 1);
     }
 
-    /// However much a run prints, its last lines are kept, and all of it only where that is wanted.
+    /// However much a run prints, its last lines are kept; all of it is kept only if wanted.
     #[test]
     fn a_flood_of_output() {
         let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();

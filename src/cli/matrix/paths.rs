@@ -1,13 +1,13 @@
-//! Paths in a matrix file, which are relative to the folder that the file is in.
+//! Paths in a matrix file: relative to the folder of that file.
 //!
-//! The values are those of exec's flags, each with its own grammar; only the part that is a path on the host changes.
+//! The values are those of exec's flags, each with its own grammar. Only the part that is a path on the host changes.
 
 use std::path::Path;
 
 /// Flags whose value begins with a path.
 const LEADING: [&str; 10] =
     ["console-log", "cwd", "disk", "kernel", "log-file", "modules", "pmem", "root", "share", "vmcore"];
-/// Flags, and after which of their keys a path stands.
+/// Flags, each with a key that a path follows.
 const AFTER_KEY: [(&str, &str); 6] = [
     ("disk", "path="),
     ("disk", "overlay="),
@@ -16,12 +16,12 @@ const AFTER_KEY: [(&str, &str); 6] = [
     ("vsock", "path="),
     ("gdb", "unix:"),
 ];
-/// Values that are not paths where one could stand.
+/// Words that can stand in place of a path.
 const WORDS: [(&str, &str); 2] = [("root", "initramfs"), ("overlay=", "tmp")];
-/// Flags that are lists of options, in which a comma is written twice.
+/// Flags that are lists of options, in which a literal comma is doubled.
 const LISTS: [&str; 4] = ["disk", "pmem", "vhost-user", "vsock"];
 
-/// The value of `flag` as it is with its paths below `dir`.
+/// Returns the value of `flag` with its relative paths placed below `dir`.
 pub fn located(flag: &str, value: &str, dir: &Path) -> String {
     let dir = dir.to_string_lossy();
     if dir.is_empty() {
@@ -53,7 +53,7 @@ pub fn located(flag: &str, value: &str, dir: &Path) -> String {
     items.join(",")
 }
 
-/// The items of a list of options, with doubled commas as they are.
+/// Splits a list of options into its items, leaving doubled commas as they are.
 fn split(text: &str) -> Vec<&str> {
     let (mut items, mut start, mut at) = (Vec::new(), 0, 0);
     let bytes = text.as_bytes();
