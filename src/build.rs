@@ -1,4 +1,4 @@
-//! Tells the library which commit it is built from, for `vireo --version`, and the linker what makes the binary small.
+//! Passes the commit to the library for `vireo --version`, and to the linker the options that keep the binary small.
 
 use std::process::Command;
 
@@ -7,14 +7,14 @@ fn git(args: &[&str]) -> Option<String> {
     Some(String::from_utf8_lossy(&output.stdout).trim().to_string())
 }
 
-/// Whether a static program relocates itself by the packed table: glibc does since 2.36. (The script itself is linked to
-/// the same one.)
+/// Returns whether static programs relocate themselves with the packed table, which glibc does since 2.36. The build
+/// script itself is linked to the same glibc.
 #[allow(unsafe_code)]
 fn glibc_unpacks_relocations() -> bool {
     unsafe extern "C" {
         safe fn gnu_get_libc_version() -> *const std::ffi::c_char;
     }
-    // SAFETY: glibc returns a constant string with its NUL.
+    // SAFETY: glibc returns a constant NUL-terminated string.
     let version = unsafe { std::ffi::CStr::from_ptr(gnu_get_libc_version()) }.to_string_lossy();
     let mut parts = version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
     (parts.next(), parts.next()) >= (Some(2), Some(36))
@@ -22,7 +22,7 @@ fn glibc_unpacks_relocations() -> bool {
 
 fn main() {
     if glibc_unpacks_relocations() {
-        // A fortieth of the binary. A linker that doesn't know it does without.
+        // Saves a fortieth of the binary. A linker that does not know the option ignores it.
         println!("cargo::rustc-link-arg-bins=-Wl,-z,pack-relative-relocs");
     }
     let commit = git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "unknown".into());
@@ -30,12 +30,12 @@ fn main() {
     for name in ["TARGET", "PROFILE"] {
         println!("cargo::rustc-env=VIREO_{name}={}", std::env::var(name).unwrap_or_default());
     }
-    // Nothing unwinds a release, whose panics abort: it does without the index of its unwind tables (40 KiB).
+    // Panics abort in a release build, so nothing unwinds it and the index of its unwind tables (40 KiB) is not needed.
     if std::env::var("PROFILE").is_ok_and(|profile| profile == "release") {
         println!("cargo::rustc-link-arg-bins=-Wl,--no-eh-frame-hdr");
     }
     println!("cargo::rerun-if-changed=src/build.rs");
-    // A branch moves without HEAD changing; its log changes whenever either does.
+    // A branch moves without a change to HEAD; its log changes whenever either does.
     if let Some(log) = git(&["rev-parse", "--git-path", "logs/HEAD"]) {
         println!("cargo::rerun-if-changed={log}");
     }

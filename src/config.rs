@@ -1,7 +1,8 @@
-//! What a machine is made of: the aggregate of the per-device configurations.
+//! Description of a machine: the aggregate of the per-device configurations.
 //!
-//! One struct serves the command line, `--config FILE`, and whatever else describes a machine. [`MachineConfig::validate`]
-//! is pure: it looks at numbers only, so that every way in is checked alike and before anything is opened.
+//! One struct serves the command line, `--config FILE`, and every other source of a machine's description.
+//! [`MachineConfig::validate`] is pure: it looks only at values, so every source is checked alike and before anything
+//! is opened.
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -24,11 +25,11 @@ use crate::virtio::rng::RngConfig;
 use crate::virtio::vhost_user::{Kind, VhostUserConfig};
 use crate::virtio::vsock::VsockConfig;
 
-/// A whole machine.
+/// Description of a whole machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
-    /// Kernel, initrd, command line.
+    /// Kernel, initrd and command line.
     pub boot: BootConfig,
     /// RAM.
     #[serde(default)]
@@ -48,16 +49,16 @@ pub struct MachineConfig {
     /// Block devices, in slot order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<BlkConfig>,
-    /// Network cards, in slot order behind the disks.
+    /// Network cards, in slot order after the disks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,
-    /// Files as persistent memory, in slot order behind the network cards.
+    /// Files as persistent memory, in slot order after the network cards.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pmems: Vec<PmemConfig>,
-    /// Folders of the host, in slot order behind the network cards.
+    /// Shared folders of the host, in slot order after the persistent memory.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shares: Vec<FsConfig>,
-    /// Devices that daemons serve. With one of them the guest's memory is shared, whatever `memory.shared` says.
+    /// Devices served by daemons. With any of them the guest's memory is shared, whatever `memory.shared` says.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub vhost_user: Vec<VhostUserConfig>,
     /// Random number generator.
@@ -69,44 +70,44 @@ pub struct MachineConfig {
     /// Memory balloon.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,
-    /// Memory that can be added and removed.
+    /// Memory that can be added and removed while the guest runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub virtio_mem: Option<MemConfig>,
-    /// ACPI tables, or else an MP table and `virtio_mmio.device=` parameters.
+    /// ACPI tables; if off, an MP table and `virtio_mmio.device=` parameters.
     #[serde(default)]
     pub acpi: Acpi,
-    /// QEMU's isa-debug-exit at port 0xF4: the guest names vireo's exit status.
+    /// QEMU's isa-debug-exit at port 0xF4, through which the guest chooses vireo's exit status.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub debug_exit: bool,
-    /// QEMU's pc-testdev, and fw_cfg with the numbers of vCPUs and bytes: what kvm-unit-tests expect.
+    /// QEMU's pc-testdev, and fw_cfg with the number of vCPUs and the RAM size, as kvm-unit-tests expect them.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub testdev: bool,
-    /// SMBIOS system UUID; random without one.
+    /// SMBIOS system UUID; random if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uuid: Option<Uuid>,
 }
 
-/// `--acpi`.
+/// Value of `--acpi`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Acpi {
-    /// Describe the machine by ACPI.
+    /// Describe the machine by ACPI tables.
     #[default]
     On,
-    /// Describe it by an MP table and the command line, and provide the 8254 and 8259 that such guests expect.
+    /// Describe the machine by an MP table and the command line, and provide the 8254 and 8259 that such guests expect.
     Off,
 }
 
-/// `--cpus` and `--cpu`.
+/// Values of `--cpus` and `--cpu`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CpuConfig {
     /// Number of vCPUs, 1 to 254.
     pub count: u32,
-    /// Host processors that the vCPUs stay on, one for each: `0-3`, `0:2:4:6`.
+    /// Host processors to pin the vCPUs to, one for each: `0-3`, `0:2:4:6`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub affinity: Option<String>,
-    /// CPU features to add and to hide: `+name,-name`.
+    /// CPU features to add or hide: `+name,-name`.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub features: String,
 }
@@ -126,7 +127,7 @@ impl std::str::FromStr for CpuConfig {
 }
 
 impl CpuConfig {
-    /// The host processor of each vCPU; empty without `affinity`.
+    /// Returns the host processor of each vCPU; empty without `affinity`.
     pub fn pins(&self) -> Result<Vec<usize>, Error> {
         let Some(text) = &self.affinity else { return Ok(Vec::new()) };
         let bad = || Error::Affinity(text.clone());
@@ -134,7 +135,7 @@ impl CpuConfig {
         for item in text.split(':') {
             let (first, last) = item.split_once('-').unwrap_or((item, item));
             let (first, last): (usize, usize) = (first.parse().map_err(|_| bad())?, last.parse().map_err(|_| bad())?);
-            // The bound keeps a silly range from being spelled out.
+            // The bound keeps an absurd range from being expanded.
             if first > last || last >= 8192 {
                 return Err(bad());
             }
@@ -144,96 +145,97 @@ impl CpuConfig {
     }
 }
 
-/// What the host can give a machine.
+/// Limits of the host.
 #[derive(Clone, Copy, Debug)]
 pub struct HostLimits {
     /// KVM's limit of vCPUs in one VM.
     pub max_vcpus: usize,
-    /// Bits of a guest-physical address.
+    /// Width of a guest-physical address in bits.
     pub phys_bits: u32,
 }
 
-/// A machine that cannot be.
+/// Error: the machine's description is impossible.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
-    /// Too little RAM.
+    /// Less RAM than the minimum.
     #[error("--memory {0}: a guest needs at least 16M{hint}", hint = .0.unit_hint())]
     TooLittleMemory(Size),
-    /// Not whole pages.
+    /// RAM size that is not a multiple of the page size.
     #[error("--memory {0}: not a multiple of {1}")]
     MemoryAlignment(Size, Size),
-    /// More RAM than addresses.
+    /// More RAM than the guest can address.
     #[error("--memory {size}: the guest can address at most {limit} on this host")]
     TooMuchMemory {
-        /// What was asked for.
+        /// Requested size.
         size: Size,
-        /// What there is.
+        /// Largest possible size.
         limit: Size,
     },
-    /// No vCPU.
+    /// Zero vCPUs.
     #[error("--cpus 0: a guest needs at least one vCPU")]
     NoCpu,
-    /// More vCPUs than APIC ids.
+    /// More vCPUs than APIC IDs.
     #[error("--cpus {0}: vireo gives a guest at most {MAX_VCPUS} vCPUs (8-bit APIC ids)")]
     TooManyCpus(u32),
-    /// More vCPUs than KVM takes.
+    /// More vCPUs than KVM supports.
     #[error("--cpus {0}: KVM on this host gives a guest at most {1} vCPUs")]
     TooManyCpusForKvm(u32, usize),
-    /// Not a list of processors.
+    /// Invalid list of processors.
     #[error("affinity '{0}' is not a list of host processors like 0-3 or 0:2:4:6")]
     Affinity(String),
-    /// Not one processor for each vCPU.
+    /// Number of processors that differs from the number of vCPUs.
     #[error("affinity names {0} host processors for {1} vCPUs; name one for each")]
     AffinityCount(usize, u32),
-    /// Not a feature list.
+    /// Invalid list of CPU features.
     #[error("--cpu: {0}")]
     Features(String),
-    /// A disk that cannot be.
+    /// Impossible disk.
     #[error("--disk: {0}")]
     Disk(String),
-    /// A socket device that cannot be.
+    /// Impossible vsock device.
     #[error("--vsock: {0}")]
     Vsock(String),
-    /// A balloon that cannot be.
+    /// Impossible balloon.
     #[error("--balloon {0}")]
     Balloon(String),
-    /// A network card that cannot be.
+    /// Impossible network card.
     #[error("--net: {0}")]
     Net(String),
-    /// Persistent memory that cannot be.
+    /// Impossible persistent memory.
     #[error("--pmem {0}")]
     Pmem(String),
-    /// Memory to add that cannot be.
+    /// Impossible virtio-mem device.
     #[error("--virtio-mem {0}")]
     Mem(String),
-    /// A shared folder that cannot be.
+    /// Impossible shared folder.
     #[error("--share: {0}")]
     Share(String),
-    /// A random number generator that cannot be.
+    /// Impossible random number generator.
     #[error("--rng: {0}")]
     Rng(&'static str),
-    /// A daemon's device that cannot be.
+    /// Impossible device served by a daemon.
     #[error("--vhost-user: {0}")]
     VhostUser(String),
-    /// A console port that cannot be.
+    /// Impossible console port.
     #[error("--console-port: {0}")]
     ConsolePort(String),
-    /// More than one console on the standard streams.
-    #[error("only one of the serial port, the console and its ports can have a standard stream")]
+    /// Several consoles on one standard stream.
+    #[error("only one of the serial port, the console and its ports can use a standard stream")]
     TwoOnStdio,
-    /// No kernel.
+    /// Missing kernel.
     #[error("no kernel: give --kernel FILE (or boot.kernel in the config file)")]
     NoKernel,
 }
 
-/// Most vCPUs of a machine: APIC ids 0 to 253, and 254 for the IO-APIC.
+/// Largest number of vCPUs: APIC IDs 0 to 253; 254 is the IO-APIC's.
 pub const MAX_VCPUS: u32 = 254;
 
-/// KVM's limit of one memory slot, just under 8 TiB (KVM_MEM_MAX_NR_PAGES), which is what lies above the hole.
+/// KVM's size limit for one memory slot, just under 8 TiB (KVM_MEM_MAX_NR_PAGES). The RAM above the MMIO hole is one
+/// slot.
 pub const SLOT_MAX: u64 = ((1 << 31) - 1) * layout::PAGE_SIZE;
 
 impl MachineConfig {
-    /// Checks what can be checked without opening anything.
+    /// Checks everything that can be checked without opening anything.
     pub fn validate(&self) -> Result<(), Error> {
         if self.boot.kernel.as_os_str().is_empty() {
             return Err(Error::NoKernel);
@@ -266,7 +268,7 @@ impl MachineConfig {
         let ends = self.console.iter().chain(self.console_ports.iter().map(|port| &port.to)).chain([&self.serial]);
         let mut taken = [0; 3];
         ends.for_each(|end| taken.iter_mut().zip(end.streams()).for_each(|(taken, uses)| *taken += u32::from(uses)));
-        // What comes on standard error is messages, of whoever has some.
+        // Standard error may be shared: it carries messages from several sources.
         if taken[..2].iter().any(|taken| *taken > 1) {
             return Err(Error::TwoOnStdio);
         }
@@ -274,7 +276,8 @@ impl MachineConfig {
         Ok(())
     }
 
-    /// Kernel modules that drive the virtio devices, the transport first. Kernels may have any of them built in.
+    /// Returns the kernel modules that drive the virtio devices, the transport first. A kernel may have any of them
+    /// built in.
     pub fn device_modules(&self) -> Vec<&'static str> {
         let served = |kind: Kind| self.vhost_user.iter().any(|device| device.kind == kind);
         let drivers = [
@@ -293,18 +296,18 @@ impl MachineConfig {
         if drivers.is_empty() { drivers } else { [&["virtio_mmio"][..], &drivers].concat() }
     }
 
-    /// All the memory that the guest can ever have: its RAM, and what can be added.
+    /// Returns the most memory that the guest can ever have: its RAM and the memory that can be added.
     pub fn most_memory(&self) -> Size {
         let added = self.virtio_mem.as_ref().map_or(0, |mem| mem.size.0);
         Size(self.memory.size.0.saturating_add(added))
     }
 
-    /// RAM as it must be for the devices.
+    /// Returns the RAM configuration with the changes that the devices require.
     pub fn effective_memory(&self) -> MemoryConfig {
         MemoryConfig { shared: self.memory.shared || !self.vhost_user.is_empty(), ..self.memory.clone() }
     }
 
-    /// Checks against what this host can give.
+    /// Checks the description against the host's limits.
     pub fn validate_host(&self, limits: HostLimits) -> Result<(), Error> {
         if self.cpu.count as usize > limits.max_vcpus {
             return Err(Error::TooManyCpusForKvm(self.cpu.count, limits.max_vcpus));

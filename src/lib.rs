@@ -1,25 +1,25 @@
-//! vireo: a KVM virtual machine monitor that boots stock Linux kernels and tells exactly how they ended.
+//! vireo: a KVM virtual machine monitor that boots stock Linux kernels and reports exactly how they ended.
 //!
 //! # Reading order
 //!
-//! The modules below stand in the order in which they are best read: what a user asks for ([`config`]), the machine
-//! that is made of it ([`machine`]), and then, layer by layer, what the machine stands on.
+//! The modules below are listed in the best reading order: the user's request ([`config`]), the machine that is built
+//! from it ([`machine`]), and then, layer by layer, the parts that the machine rests on.
 //!
 //! # The life of a VM
 //!
-//! [`machine::Machine::new`] opens and checks everything that the user named, so that every mistake is told before a
-//! VM exists; [`machine::Machine::load`] fills guest memory; [`machine::Machine::run`] starts one thread per vCPU and
-//! waits until the guest has ended, which it tells as an [`outcome::Outcome`]; of a guest that ended badly it tells what
-//! [`post_mortem`] finds.
+//! [`machine::Machine::new`] opens and checks everything that the user named, so every mistake is reported before a VM
+//! exists. [`machine::Machine::load`] fills guest memory. [`machine::Machine::run`] starts one thread per vCPU, waits
+//! until the guest has ended and returns that as an [`outcome::Outcome`]; for a guest that failed, it adds the findings
+//! of [`post_mortem`].
 //!
 //! # Layers
 //!
-//! Each imports only what stands to its right:
+//! Each layer imports only layers to its right:
 //! `cli > gdb, exec > control, doctor > machine > config, post_mortem > boot, vcpu > virtio, devices > backend,
-//! rate_limiter > privileges, terminal, printable, child, thread_time, bus, irq, event, memory, kvm, layout, options, outcome`. Beside them stands `guest`, the init
-//! that `vireo exec` boots into: it uses none of them but for where a kernel's modules are, and only `exec` knows its messages. A device imports neither `kvm`
-//! nor the virtio transport nor `std::thread`.
-//! `unsafe` is denied crate-wide and opened only in the few modules that talk to the kernel.
+//! rate_limiter > privileges, terminal, printable, child, thread_time, bus, irq, event, memory, kvm, layout, options,
+//! outcome`. Beside them is `guest`, the init that `vireo exec` boots into: it uses none of them except the search for
+//! a kernel's modules, and only `exec` knows its messages. A device imports neither `kvm` nor the virtio transport nor
+//! `std::thread`. `unsafe` is denied crate-wide and allowed only in the few modules that talk to the kernel.
 
 pub mod cli;
 pub mod gdb;

@@ -1,4 +1,4 @@
-//! The `vireo` command: parse, dispatch, print what went wrong, exit with the code that tells it.
+//! The `vireo` command: parses the arguments, dispatches, prints what went wrong and exits with the matching code.
 
 use std::process::ExitCode;
 use std::time::Instant;

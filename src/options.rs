@@ -1,7 +1,7 @@
-//! The grammar of option values: `key=value,...` lists, sizes (`256M`) and times (`60s`).
+//! Grammar of option values: `key=value,...` lists, sizes (`256M`) and times (`60s`).
 //!
-//! A device's configuration is one serde struct. The same struct is read from JSON (config file, API) and,
-//! through [`from_str`], from a command-line value, so both know the same keys and refuse the same ones.
+//! A device's configuration is one serde struct. It is read from JSON (config file, API) and, through [`from_str`],
+//! from a command-line value, so both accept the same keys and refuse the same ones.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -11,13 +11,13 @@ use std::time::Duration;
 use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-/// Why an option value could not be understood. Displays as one sentence without the option's name.
+/// Error in an option value. It displays as one sentence without the option's name.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Error(String);
 
 impl Error {
-    /// Adds what helps to an error about the unknown key `key`.
+    /// Replaces the list of valid keys by `hint` if the error is about the unknown key `key`.
     pub(crate) fn hint_for_key(self, key: &str, hint: &str) -> Self {
         let is_about = self.0.starts_with(&format!("unknown key '{key}'"));
         if is_about { Error(format!("unknown key '{key}'; {hint}")) } else { self }
@@ -46,9 +46,9 @@ impl de::Error for Error {
     }
 }
 
-/// Parses `key=value,key,...` into `T`. A first item without `=` is the value of `first`, when there is such a key;
-/// any other item without `=` is a switch that is turned on. A comma inside a value is written twice. A key that
-/// takes a list is given once for each of its values.
+/// Parses `key=value,key,...` into `T`. A first item without `=` is the value of `first`, if `first` is given. Any
+/// other item without `=` is a switch that is turned on. A comma inside a value is doubled. A key that takes a list is
+/// repeated for each value.
 pub fn from_str<T: DeserializeOwned>(text: &str, first: Option<&'static str>) -> Result<T, Error> {
     let mut items = Vec::new();
     for (i, item) in split(text).into_iter().enumerate() {
@@ -71,7 +71,7 @@ pub fn from_str<T: DeserializeOwned>(text: &str, first: Option<&'static str>) ->
     T::deserialize(Pairs { items: items.into(), value: None })
 }
 
-/// Splits at single commas; `,,` stands for a comma.
+/// Splits at single commas; `,,` stands for a literal comma.
 fn split(text: &str) -> Vec<String> {
     let mut items = vec![String::new()];
     let mut chars = text.chars().peekable();
@@ -124,7 +124,7 @@ impl<'de> MapAccess<'de> for Pairs {
     }
 }
 
-/// One value of a pair, where `None` is a bare switch, and where more values of the same key may be.
+/// Value of one pair, where `None` is a bare switch, and the source of more values for the same key.
 struct Value<'a>(Option<String>, Option<More<'a>>);
 
 struct More<'a> {
@@ -133,7 +133,7 @@ struct More<'a> {
 }
 
 impl More<'_> {
-    /// Takes the values of the key that are left.
+    /// Takes the remaining values of the key.
     fn take(self) -> Vec<Value<'static>> {
         let (same, others) = self.items.drain(..).partition::<VecDeque<_>, _>(|(key, _)| key == self.key);
         *self.items = others;
@@ -219,17 +219,17 @@ impl<'de> Deserializer<'de> for Value<'_> {
     }
 }
 
-/// A number of bytes: `4096`, `512K`, `256M`, `1.5G`, `1T` (powers of 1024; `KiB`, `KB` and lower case mean the same).
+/// Number of bytes: `4096`, `512K`, `256M`, `1.5G`, `1T` (powers of 1024; `KiB`, `KB` and lower case mean the same).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
 impl Size {
-    /// `n` MiB.
+    /// Returns a size of `n` MiB.
     pub const fn mib(n: u64) -> Self {
         Size(n << 20)
     }
 
-    /// The end of a message about a size that is wrong, if the unit may have been forgotten.
+    /// Returns the end of a message about a wrong size, if the unit may have been forgotten.
     pub(crate) fn unit_hint(self) -> String {
         match self.0 {
             n @ 1..0x10_0000 => format!("; a size without a unit is in bytes: for MiB write {n}M"),
@@ -265,7 +265,7 @@ impl FromStr for Size {
     }
 }
 
-/// The decimal fraction `digits` of 2 to the power of `shift`, if that is a whole number.
+/// Returns the decimal fraction `digits` of 2 to the power of `shift`, if that is a whole number.
 fn part(digits: &str, shift: u32) -> Option<u64> {
     let digits = digits.trim_end_matches('0');
     let scale = 10u128.checked_pow(digits.len() as u32)?;
@@ -286,7 +286,7 @@ impl fmt::Display for Size {
     }
 }
 
-/// A length of time: `90s`, `500ms`, `2m`, `1h30m`; a bare number is seconds.
+/// Length of time: `90s`, `500ms`, `2m`, `1h30m`; a bare number means seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Span(pub Duration);
 
@@ -317,7 +317,7 @@ impl FromStr for Span {
                 break;
             }
         }
-        // A year is far beyond any use and far below what timers overflow at.
+        // A year is far beyond any use and far below the values at which timers overflow.
         if !(0.0..=31_536_000.0).contains(&seconds) {
             return Err(Error(format!("'{text}' is longer than a year")));
         }

@@ -1,4 +1,4 @@
-//! How a guest ended: one enum, its exit code, its sentence, the report; and what was counted on the way.
+//! Outcome of a guest: one enum with its exit code and sentence, and the report with the counters of the run.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,62 +9,63 @@ use serde::Serialize;
 use crate::event::PanicSource;
 use crate::options::Span;
 
-/// Exit code when vireo or the host failed, rather than the guest.
+/// Exit code when vireo or the host failed, not the guest.
 pub const EXIT_VIREO_FAILED: u8 = 125;
-/// Exit code when the console showed what it must not, or not what was expected.
+/// Exit code when the console showed a forbidden line, or did not show an expected one.
 pub const EXIT_UNEXPECTED: u8 = 73;
 /// Exit code of wrong usage.
 pub const EXIT_USAGE: u8 = 2;
 
-/// How a guest ended.
+/// End of a guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// ACPI power off.
+    /// The guest powered off through ACPI.
     PoweredOff,
-    /// Reset, by the way that the text names.
+    /// The guest reset itself, in the way that the text names.
     Rebooted(&'static str),
     /// All vCPUs halted with interrupts off: nothing will ever wake them.
     Halted,
-    /// The guest named the exit status itself, on the port of `--debug-exit`.
+    /// The guest chose the exit status itself, through the port of `--debug-exit`.
     DebugExit(u8),
-    /// Ctrl-A X on the terminal.
+    /// The user typed Ctrl-A X on the terminal.
     Quit,
-    /// The kernel panicked, known from this source.
+    /// The kernel panicked, as reported by this source.
     Panicked(PanicSource),
-    /// Triple fault that was no reboot, unhandled exit, KVM internal error; the text is one sentence.
+    /// The guest crashed: a triple fault that was not a reboot, an unhandled exit or a KVM internal error; the text is
+    /// one sentence.
     Crashed(String),
-    /// The time limit passed.
+    /// The time limit was reached.
     TimedOut(Duration),
-    /// Stopped by a signal to vireo.
+    /// A signal to vireo stopped the guest.
     Killed(i32),
-    /// Neither output nor work for so long.
+    /// The guest produced neither output nor work for this long.
     Hung(Duration),
-    /// The console showed a line that was expected: the line.
+    /// The console showed this expected line.
     Expected(String),
-    /// The console showed a line that it must not show: the line.
+    /// The console showed this forbidden line.
     Refused(String),
-    /// The guest ended as it should, but none of the lines that were expected was seen before.
+    /// The guest ended normally, but the console had not shown an expected line.
     Missed(&'static str),
-    /// `exec`: the command ended with this code.
+    /// `exec`: the command exited with this code.
     Exited(u8),
-    /// `exec`: the command was killed by this signal of the guest's.
+    /// `exec`: this signal killed the command in the guest.
     Signalled(i32),
-    /// `exec`: the command could not be started: the code is 126 or 127, the text says why.
+    /// `exec`: the command could not be started. The code is 126 or 127; the text gives the reason.
     NotStarted(u8, String),
-    /// `exec`: the guest could not be made ready for the command.
+    /// `exec`: the guest could not be prepared for the command.
     NotReady(String),
-    /// `exec`: the guest was gone before the command's end.
+    /// `exec`: the guest ended before the command did.
     Lost(&'static str),
-    /// `exec`: what the command wrote did not all reach its place on the host, for the reason in the text.
+    /// `exec`: some of the command's output did not reach its destination on the host, for the reason in the text.
     OutputLost(String),
-    /// The guest ended well, but what it wrote to a disk did not reach the host's, as the text says.
+    /// The guest ended well, but data that it wrote to a disk did not reach the host's disk, as the text says.
     DataLost(String),
-    /// gdb's `kill`.
+    /// gdb's `kill` ended the guest.
     KilledByDebugger,
 }
 
 impl Outcome {
-    /// The process exit status that tells this outcome.
+    /// Returns the process exit status for this outcome.
     pub fn exit_code(&self) -> u8 {
         match self {
             Outcome::PoweredOff | Outcome::Rebooted(_) | Outcome::Halted | Outcome::Quit => 0,
@@ -83,7 +84,7 @@ impl Outcome {
         }
     }
 
-    /// One word for scripts.
+    /// Returns one word for scripts.
     pub fn word(&self) -> &'static str {
         match self {
             Outcome::PoweredOff => "powered-off",
@@ -109,18 +110,18 @@ impl Outcome {
         }
     }
 
-    /// Whether the guest ended without anything having gone wrong in it, as far as it shows.
+    /// Returns whether the guest ended with no visible failure in it.
     pub fn is_orderly(&self) -> bool {
         matches!(self, Outcome::PoweredOff | Outcome::Rebooted(_) | Outcome::Halted)
     }
 
-    /// Whether something went wrong in the guest, so that what is left of it is worth a look.
+    /// Returns whether something went wrong in the guest, so that a post-mortem is worthwhile.
     pub fn is_failure(&self) -> bool {
         use Outcome::{Crashed, Hung, Lost, NotReady, Panicked, Refused, TimedOut};
         matches!(self, Panicked(_) | Crashed(_) | Hung(_) | TimedOut(_) | Refused(_) | Lost(_) | NotReady(_))
     }
 
-    /// One sentence for people.
+    /// Returns one sentence for people.
     pub fn sentence(&self) -> String {
         match self {
             Outcome::PoweredOff => "the guest powered off".into(),
@@ -128,21 +129,23 @@ impl Outcome {
             Outcome::Halted => "the guest halted: every vCPU sleeps with interrupts off".into(),
             Outcome::DebugExit(code) => format!("the guest ended by debug exit with status {code}"),
             Outcome::Quit => "ended from the terminal by Ctrl-A X".into(),
-            Outcome::Panicked(PanicSource::Pvpanic) => "the guest kernel panicked (told by its pvpanic driver)".into(),
+            Outcome::Panicked(PanicSource::Pvpanic) => {
+                "the guest kernel panicked (reported by its pvpanic driver)".into()
+            }
             Outcome::Panicked(PanicSource::Console) => {
-                "the guest kernel panicked (judged by the panic message on its console)".into()
+                "the guest kernel panicked (judging by the panic message on its console)".into()
             }
             Outcome::Panicked(PanicSource::Log) => {
-                "the guest kernel panicked (judged by the panic message in its log)".into()
+                "the guest kernel panicked (judging by the panic message in its log)".into()
             }
             Outcome::Crashed(what) => format!("the guest crashed: {what}"),
             Outcome::TimedOut(limit) => format!("the guest was still running after the time limit of {}", Span(*limit)),
             Outcome::KilledByDebugger => "killed by the debugger".into(),
             Outcome::Killed(signal) => format!("stopped by signal {signal} ({})", signal_name(*signal)),
-            Outcome::Hung(limit) => format!("the guest hung: no output and no work for {}", Span(*limit)),
-            Outcome::Expected(line) => format!("the console showed what was expected: {line}"),
-            Outcome::Refused(line) => format!("the console showed what it must not: {line}"),
-            Outcome::Missed(word) => format!("the guest ended ({word}) before the console showed what was expected"),
+            Outcome::Hung(limit) => format!("the guest hung: no output and no CPU use for {}", Span(*limit)),
+            Outcome::Expected(line) => format!("the console showed an expected line: {line}"),
+            Outcome::Refused(line) => format!("the console showed a forbidden line: {line}"),
+            Outcome::Missed(word) => format!("the guest ended ({word}) before the console showed an expected line"),
             Outcome::Exited(code) => format!("the command exited with {code}"),
             Outcome::Signalled(signal) => {
                 format!("the command was killed by signal {signal} ({})", signal_name(*signal))
@@ -171,29 +174,29 @@ fn signal_name(signal: i32) -> &'static str {
         libc::SIGTRAP => "SIGTRAP",
         libc::SIGUSR1 => "SIGUSR1",
         libc::SIGUSR2 => "SIGUSR2",
-        _ => "of another kind",
+        _ => "unknown signal",
     }
 }
 
-/// Moments of a boot, each measured from the start of the process.
+/// Moments of a boot, measured from the start of the process.
 #[derive(Clone, Debug)]
 pub struct BootTiming {
     start: Instant,
     marks: [Option<Duration>; Mark::ALL.len()],
 }
 
-/// The moments that [`BootTiming`] knows, in the order in which they pass.
+/// Moments that [`BootTiming`] records, in the order in which they occur.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mark {
-    /// /dev/kvm is open, the VM and its vCPUs exist.
+    /// /dev/kvm is open; the VM and its vCPUs exist.
     KvmReady,
     /// Kernel, initrd and tables are in guest memory.
     KernelLoaded,
     /// The first vCPU enters the guest.
     FirstInstruction,
-    /// The guest's first byte on the serial port.
+    /// The guest sends its first byte on the serial port.
     FirstSerialByte,
-    /// The kernel said that it runs init, or init said so itself.
+    /// The kernel reports that it runs init, or init itself does.
     InitStarted,
 }
 
@@ -208,23 +211,23 @@ impl Mark {
 }
 
 impl BootTiming {
-    /// Begins at `start`.
+    /// Creates a record that counts from `start`.
     pub fn new(start: Instant) -> Self {
         BootTiming { start, marks: Default::default() }
     }
 
-    /// Notes that `mark` passes now, if it hasn't before.
+    /// Records that `mark` occurs now, unless it has been recorded before.
     pub fn mark(&mut self, mark: Mark) {
         let elapsed = self.start.elapsed();
         self.marks[mark as usize].get_or_insert(elapsed);
     }
 
-    /// Time since the process started.
+    /// Returns the time since the process started.
     pub fn elapsed(&self) -> Duration {
         self.start.elapsed()
     }
 
-    /// A line for each moment, for people.
+    /// Returns a table for people with one line for each moment.
     pub fn table(&self) -> String {
         let mut text = format!("{:<26}{:>10}\n", "process start", "0.0 ms");
         for (mark, _, name) in Mark::ALL {
@@ -242,7 +245,7 @@ impl BootTiming {
     }
 }
 
-/// What `--report FILE` holds.
+/// Contents of the file of `--report FILE`.
 #[derive(Debug, Serialize)]
 pub struct Report {
     /// The outcome in one word ([`Outcome::word`]).
@@ -251,11 +254,11 @@ pub struct Report {
     pub detail: String,
     /// vireo's exit status.
     pub exit_code: u8,
-    /// How often the guest was started, by `--retry-on-hang`; the rest is of the last time.
+    /// Number of times that the guest was started, with `--retry-on-hang`; the other fields describe the last attempt.
     pub attempts: u32,
-    /// The kernel that was booted, as found.
+    /// Description of the booted kernel.
     pub kernel: String,
-    /// Seconds from process start to each moment; null for those that never came.
+    /// Seconds from process start to each moment; null for moments that never occurred.
     pub boot_timing: BTreeMap<&'static str, Option<f64>>,
     /// Seconds from process start to the guest's end.
     pub duration: f64,
@@ -263,19 +266,19 @@ pub struct Report {
     pub exits: Exits,
     /// Largest resident size of this process in bytes, guest memory included.
     pub peak_memory: u64,
-    /// If something went wrong in the guest: the registers of each vCPU, a text of several lines.
+    /// Registers of each vCPU, as text of several lines, if something went wrong in the guest.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub registers: Vec<String>,
-    /// The last lines of its kernel's log, or of its console.
+    /// Last lines of the kernel's log, or of the console.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub kernel_log: Vec<String>,
-    /// The core file that was written.
+    /// Core file that was written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vmcore: Option<PathBuf>,
 }
 
 impl Report {
-    /// Puts a report together at the end of a run.
+    /// Builds a report at the end of a run.
     pub fn new(outcome: &Outcome, kernel: String, timing: &BootTiming, exits: Exits) -> Self {
         Report {
             outcome: outcome.word(),
@@ -294,24 +297,24 @@ impl Report {
     }
 }
 
-/// Exits to user space, counted by reason.
+/// Number of exits to user space by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Exits {
-    /// All of them.
+    /// All exits.
     pub total: u64,
     /// Port reads.
     pub pio_in: u64,
-    /// Port writes that did not coalesce.
+    /// Port writes that KVM did not coalesce.
     pub pio_out: u64,
     /// MMIO reads.
     pub mmio_read: u64,
     /// MMIO writes.
     pub mmio_write: u64,
-    /// Interruptions by vireo itself: pause, look at the state, stop.
+    /// Interruptions by vireo itself: to pause, to inspect the state, to stop.
     pub interrupted: u64,
-    /// Everything else.
+    /// All other exits.
     pub other: u64,
-    /// Writes that KVM collected without an exit.
+    /// Writes that KVM coalesced without an exit.
     pub coalesced: u64,
 }
 
@@ -329,10 +332,10 @@ impl Exits {
     }
 }
 
-/// The largest resident size that this process has had, in bytes.
+/// Returns the largest resident size that this process has had, in bytes.
 #[allow(unsafe_code)]
 fn peak_memory() -> u64 {
-    // SAFETY: rusage is plain numbers, for which zeros are valid, and the pointer is good for the call.
+    // SAFETY: rusage is plain numbers, for which zeros are valid, and the pointer is valid for the call.
     unsafe {
         let mut usage: libc::rusage = std::mem::zeroed();
         libc::getrusage(libc::RUSAGE_SELF, &mut usage);

@@ -15,17 +15,17 @@ fn a_line_that_is_expected_is_success_and_its_absence_is_not() {
     let endless = |said: &str, args: &[&str]| run(&[writes(&text(said))].concat(), args);
     endless("booting\ntests: 12 ok\nmore\n", &["--expect", "^tests: \\d+ ok$"])
         .expect(0)
-        .says("vireo: the console showed what was expected: tests: 12 ok\n");
+        .says("vireo: the console showed an expected line: tests: 12 ok\n");
     says("no newline: ok", &["--expect", "never", "--expect", "ok$"]).expect(0).says("expected: no newline: ok");
     says("tests: none ok\n", &["--expect", "^tests: \\d+ ok$"])
         .expect(73)
-        .says("vireo: the guest ended (powered-off) before the console showed what was expected\n");
+        .says("vireo: the guest ended (powered-off) before the console showed an expected line\n");
 }
 
 #[test]
 fn a_line_that_must_not_be_is_told() {
     let ended = says("fine\nBUG: oops\nok\n", &["--fail-on", "BUG|Oops", "--expect", "ok"]);
-    assert_eq!(ended.stderr, "vireo: the console showed what it must not: BUG: oops\n");
+    assert_eq!(ended.stderr, "vireo: the console showed a forbidden line: BUG: oops\n");
     ended.expect(73);
     says("fine\n", &["--fail-on", "BUG"]).expect(0);
 }
@@ -45,7 +45,7 @@ fn a_guest_that_only_waits_hangs() {
     let args = ["--hang-timeout", "2s", "--cpus", "2", "--report", report.to_str().unwrap()];
     let ended = run(&elf(crate::guests::sleep()), &args).expect(72);
     let ended =
-        ended.says("vireo: the guest hung: no output and no work for 2s\n").says("vCPU 0: CPL 0, interrupts on");
+        ended.says("vireo: the guest hung: no output and no CPU use for 2s\n").says("vCPU 0: CPL 0, interrupts on");
     assert!(ended.stderr.contains("vCPU 1: not started\n"), "{}", ended.stderr);
     let report: serde_json::Value = serde_json::from_slice(&fs::read(report).unwrap()).unwrap();
     assert_eq!(report["outcome"], "hung");
