@@ -60,8 +60,7 @@ pub(super) fn run(request: &Request, names: &Names, control: &mut Control) -> Re
         Ok(child) => child,
         Err(e) => return Ok(Report::NotStarted(e.raw_os_error().unwrap_or(libc::EIO))),
     };
-    // Protects this process when memory runs out: the command is killed first. It has been started before, so it does
-    // not inherit this.
+    // Keeps the OOM killer from this process. The command would inherit that, so it is started before.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     // These copies of the command's ends would keep its pipes open.
     drop(command);
