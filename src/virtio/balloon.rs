@@ -361,18 +361,15 @@ impl Pages {
         let mut left = PAGES_PER_EVENT;
         queue.disable_notifications(ram)?;
         while left > 0 {
-            if let Some(chain) = queue.pop(ram)? {
-                self.read_numbers(&chain, ram)?;
-                // A request that names no pages is work, too.
-                left = left.saturating_sub(self.numbers.len().max(64));
-                match role {
-                    Role::Inflate => self.inflate(ram),
-                    _ => self.deflate(ram),
-                }
-                queue.push_used(ram, chain, 0)?;
-            } else if !queue.enable_notifications(ram)? {
-                return Ok(Progress::Done);
+            let Some(chain) = queue.next(ram)? else { return Ok(Progress::Done) };
+            self.read_numbers(&chain, ram)?;
+            // A request that names no pages is work, too.
+            left = left.saturating_sub(self.numbers.len().max(64));
+            match role {
+                Role::Inflate => self.inflate(ram),
+                _ => self.deflate(ram),
             }
+            queue.push_used(ram, chain, 0)?;
         }
         Ok(Progress::More)
     }
@@ -457,12 +454,7 @@ impl Pages {
     /// Reads statistics; their buffer is kept until new ones are wanted. A driver has only one buffer (5.5.6.3).
     fn stats(&mut self, queue: &mut Queue, ram: &GuestRam) -> Result<Progress, Fault> {
         for _ in 0..super::queue::BATCH {
-            let Some(chain) = queue.pop(ram)? else {
-                if queue.enable_notifications(ram)? {
-                    continue;
-                }
-                return Ok(Progress::Done);
-            };
+            let Some(chain) = queue.next(ram)? else { return Ok(Progress::Done) };
             let mut reader = chain.reader(ram);
             let mut bytes = vec![0; reader.len().min(MAX_STATS * STAT as u64) as usize];
             reader.read(&mut bytes)?;

@@ -313,17 +313,16 @@ impl Ports {
                 progress = Progress::Done;
                 break;
             }
-            if let Some(chain) = queue.pop(ram)? {
-                let mut writer = chain.writer(ram);
-                let bytes = input.bytes.make_contiguous();
-                let len = writer.len().min(bytes.len() as u64) as usize;
-                writer.write(bytes.get(..len).unwrap_or(&[]))?;
-                input.bytes.drain(..len);
-                queue.push_used(ram, chain, len as u32)?;
-            } else if !queue.enable_notifications(ram)? {
+            let Some(chain) = queue.next(ram)? else {
                 progress = Progress::Done;
                 break;
-            }
+            };
+            let mut writer = chain.writer(ram);
+            let bytes = input.bytes.make_contiguous();
+            let len = writer.len().min(bytes.len() as u64) as usize;
+            writer.write(bytes.get(..len).unwrap_or(&[]))?;
+            input.bytes.drain(..len);
+            queue.push_used(ram, chain, len as u32)?;
         }
         if input.room_wanted && input.bytes.len() <= INPUT_LIMIT / 2 {
             input.room_wanted = false;
@@ -360,22 +359,21 @@ impl Ports {
                 progress = Progress::Done;
                 break;
             }
-            if let Some(chain) = queue.pop(ram)? {
-                let mut reader = chain.reader(ram);
-                if reader.len() > MAX_WRITE {
-                    return Err(Fault::Device("a console write is longer than 1 MiB"));
-                }
-                self.buffer.resize(reader.len() as usize, 0);
-                reader.read(&mut self.buffer)?;
-                if port.name.is_none() {
-                    lock(&port.watch).scan(&self.buffer);
-                }
-                port.output.push(&self.buffer);
-                queue.push_used(ram, chain, 0)?;
-            } else if !queue.enable_notifications(ram)? {
+            let Some(chain) = queue.next(ram)? else {
                 progress = Progress::Done;
                 break;
+            };
+            let mut reader = chain.reader(ram);
+            if reader.len() > MAX_WRITE {
+                return Err(Fault::Device("a console write is longer than 1 MiB"));
             }
+            self.buffer.resize(reader.len() as usize, 0);
+            reader.read(&mut self.buffer)?;
+            if port.name.is_none() {
+                lock(&port.watch).scan(&self.buffer);
+            }
+            port.output.push(&self.buffer);
+            queue.push_used(ram, chain, 0)?;
         }
         port.output.flush();
         Ok(progress)
@@ -444,13 +442,7 @@ impl Ports {
                 if port.due & bit == 0 {
                     continue;
                 }
-                let chain = loop {
-                    match queue.pop(ram)? {
-                        Some(chain) => break chain,
-                        None if queue.enable_notifications(ram)? => {}
-                        None => return Ok(Progress::Done),
-                    }
-                };
+                let Some(chain) = queue.next(ram)? else { return Ok(Progress::Done) };
                 let message = self.message(id, event, port.connected, known);
                 let mut writer = chain.writer(ram);
                 if writer.len() < message.len() as u64 {

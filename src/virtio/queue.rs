@@ -202,6 +202,16 @@ impl Queue {
         Ok(Some(chain))
     }
 
+    /// Takes the next chain; if there is none, asks the driver to kick for new buffers and looks again. `None` therefore
+    /// means that a kick will announce the next chain.
+    pub fn next(&mut self, ram: &GuestRam) -> Result<Option<Chain>, Error> {
+        match self.pop(ram)? {
+            // A chain that arrived before the driver could see the request has no kick.
+            None if self.enable_notifications(ram)? => self.pop(ram),
+            chain => Ok(chain),
+        }
+    }
+
     /// Puts back the chain that was popped last, as if it had never been popped.
     pub fn unpop(&mut self, chain: Chain) {
         self.state.next_avail = self.state.next_avail.wrapping_sub(1);
@@ -285,12 +295,9 @@ impl Queue {
     ) -> Result<Progress, E> {
         self.disable_notifications(ram)?;
         for _ in 0..BATCH {
-            if let Some(chain) = self.pop(ram)? {
-                let written = request(&chain)?;
-                self.push_used(ram, chain, written)?;
-            } else if !self.enable_notifications(ram)? {
-                return Ok(Progress::Done);
-            }
+            let Some(chain) = self.next(ram)? else { return Ok(Progress::Done) };
+            let written = request(&chain)?;
+            self.push_used(ram, chain, written)?;
         }
         Ok(Progress::More)
     }

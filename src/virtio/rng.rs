@@ -113,12 +113,7 @@ impl Source {
             if self.alarm.as_ref().is_some_and(Alarm::is_set) {
                 return Ok(Progress::Done);
             }
-            let Some(chain) = queue.pop(cx.ram)? else {
-                if queue.enable_notifications(cx.ram)? {
-                    continue;
-                }
-                return Ok(Progress::Done);
-            };
+            let Some(chain) = queue.next(cx.ram)? else { return Ok(Progress::Done) };
             let mut writer = chain.writer(cx.ram);
             let len = writer.len().min(MAX_REQUEST);
             for slice in writer.take(len)?.slices() {

@@ -39,12 +39,7 @@ impl QueueHandler {
         }
         queue.disable_notifications(cx.ram)?;
         for _ in 0..BATCH {
-            let Some(chain) = queue.pop(cx.ram)? else {
-                if queue.enable_notifications(cx.ram)? {
-                    continue;
-                }
-                return Ok(Progress::Done);
-            };
+            let Some(chain) = queue.next(cx.ram)? else { return Ok(Progress::Done) };
             if !self.allowed(&chain, cx)? {
                 queue.unpop(chain);
                 return Ok(Progress::Done);

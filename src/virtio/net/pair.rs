@@ -266,12 +266,7 @@ impl Pair {
     fn transmit_batch(&mut self, port: &mut dyn Port, tx: &mut Queue, cx: &Context<'_>) -> Result<Progress, Fault> {
         tx.disable_notifications(cx.ram)?;
         for _ in 0..BATCH {
-            let Some(chain) = tx.pop(cx.ram)? else {
-                if tx.enable_notifications(cx.ram)? {
-                    continue;
-                }
-                return Ok(Progress::Done);
-            };
+            let Some(chain) = tx.next(cx.ram)? else { return Ok(Progress::Done) };
             if !self.may_send(&chain)? {
                 tx.unpop(chain);
                 return Ok(Progress::Done);

@@ -364,14 +364,13 @@ impl Muxer {
             if self.resets.len() >= MAX_RESETS {
                 return Ok(false);
             }
-            if let Some(chain) = tx.pop(cx.ram)? {
-                let result = self.packet(&chain, cx);
-                tx.push_used(cx.ram, chain, 0)?;
-                result?;
-            } else if !tx.enable_notifications(cx.ram)? {
+            let Some(chain) = tx.next(cx.ram)? else {
                 self.tx_due = false;
                 return Ok(false);
-            }
+            };
+            let result = self.packet(&chain, cx);
+            tx.push_used(cx.ram, chain, 0)?;
+            result?;
         }
         Ok(true)
     }
@@ -430,12 +429,7 @@ impl Muxer {
             if self.resets.is_empty() && self.turns.is_empty() {
                 return Ok(false);
             }
-            let Some(chain) = rx.pop(cx.ram)? else {
-                if rx.enable_notifications(cx.ram)? {
-                    continue;
-                }
-                return Ok(false);
-            };
+            let Some(chain) = rx.next(cx.ram)? else { return Ok(false) };
             match self.fill(&chain, cx) {
                 Ok(0) => rx.unpop(chain),
                 Ok(written) => rx.push_used(cx.ram, chain, written)?,

@@ -64,14 +64,7 @@ impl TransportReset {
     }
 
     fn give(&mut self, events: &mut Queue, cx: &Context<'_>) -> Result<(), Fault> {
-        let chain = loop {
-            match events.pop(cx.ram)? {
-                Some(chain) => break chain,
-                // The driver does not kick for a buffer that it added before kicks were enabled.
-                None if events.enable_notifications(cx.ram)? => {}
-                None => return Ok(()),
-            }
-        };
+        let Some(chain) = events.next(cx.ram)? else { return Ok(()) };
         let written = chain.writer(cx.ram).write(&TRANSPORT_RESET.to_le_bytes());
         events.push_used(cx.ram, chain, if written.is_ok() { 4 } else { 0 })?;
         written.map_err(|_| Fault::Device("a vsock event buffer is shorter than an event"))?;
