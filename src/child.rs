@@ -5,8 +5,8 @@ use std::os::fd::RawFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// This process takes its signals by descriptor and blocks them otherwise; a program that it starts would inherit that
-/// and never hear of SIGTERM.
+/// Makes the program receive signals normally. vireo blocks signals and reads them from a descriptor; a program it
+/// starts would inherit the signal mask and never receive SIGTERM.
 #[allow(unsafe_code)]
 pub fn deliver_signals(command: &mut Command) {
     before_exec(command, || {
@@ -19,7 +19,7 @@ pub fn deliver_signals(command: &mut Command) {
     });
 }
 
-/// Has the program killed when the thread that starts it is no more, however that ends.
+/// Makes the kernel kill the program when the thread that started it ends, for whatever reason.
 #[allow(unsafe_code)]
 pub fn die_with_us(command: &mut Command) {
     before_exec(command, || {
@@ -28,17 +28,17 @@ pub fn die_with_us(command: &mut Command) {
     });
 }
 
-/// Has the program inherit no descriptors but stdin, stdout and stderr, also of those that this process has inherited.
-/// (Linux before 5.11 refuses; the program then gets the latter.)
+/// Makes the program inherit no descriptors except stdin, stdout and stderr; not even those that vireo itself
+/// inherited. (Before Linux 5.11 the call fails, and the program gets vireo's inherited descriptors.)
 #[allow(unsafe_code)]
 pub fn inherit_nothing(command: &mut Command) {
     before_exec(command, || {
-        // SAFETY: the call takes numbers. It only marks descriptors for exec; all of them stay open in this process.
+        // SAFETY: the call takes numbers. It only marks descriptors for exec; they all stay open in this process.
         unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
     });
 }
 
-/// Has the program inherit a descriptor of this process, which keeps its number.
+/// Makes the program inherit the descriptor `fd` of this process under the same number.
 #[allow(unsafe_code)]
 pub fn inherit(command: &mut Command, fd: RawFd) {
     let keep = move || -> io::Result<()> {
@@ -48,31 +48,31 @@ pub fn inherit(command: &mut Command, fd: RawFd) {
             _ => Ok(()),
         }
     };
-    // SAFETY: between fork and exec only a call is made that is async-signal-safe and allocates nothing.
+    // SAFETY: the only call between fork and exec is async-signal-safe and allocates nothing.
     unsafe { command.pre_exec(keep) };
 }
 
-/// `calls` makes nothing but system calls, and allocates nothing.
+/// Runs `calls` in the child between fork and exec. They must be system calls only, and must not allocate.
 #[allow(unsafe_code)]
 fn before_exec(command: &mut Command, calls: fn()) {
     let calls = move || -> io::Result<()> {
         calls();
         Ok(())
     };
-    // SAFETY: between fork and exec only calls are made that are async-signal-safe and allocate nothing.
+    // SAFETY: all calls between fork and exec are async-signal-safe and allocate nothing.
     unsafe { command.pre_exec(calls) };
 }
 
-/// Lets every other process have the processor before this one, and the disk, too (SCHED_IDLE implies that).
+/// Gives every other process precedence for the processor, and for the disk too (SCHED_IDLE implies that).
 #[allow(unsafe_code)]
 pub fn have_lowest_priority() {
     let parameters = libc::sched_param { sched_priority: 0 };
-    // SAFETY: it reads one structure of ours, and changes this thread's priority only; threads started later inherit it.
+    // SAFETY: the call reads one structure of ours and changes only this thread's priority; later threads inherit it.
     unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) };
 }
 
-/// Closes all descriptors but stdin, stdout and stderr. Only for the beginning of a process, when nothing of its own is
-/// open yet. (Linux before 5.9 refuses.)
+/// Closes all descriptors except stdin, stdout and stderr. Call it only at the start of a process, before the process
+/// has opened anything itself. (Fails before Linux 5.9.)
 #[allow(unsafe_code)]
 pub fn close_inherited() {
     // SAFETY: the call takes numbers; no value in this process owns one of these descriptors.
@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn programs_inherit_what_they_should() {
         let file = std::fs::File::open("/dev/null").unwrap();
-        let other = rustix::io::dup(&file).unwrap(); // without CLOEXEC, as what this process inherits
+        let other = rustix::io::dup(&file).unwrap(); // without CLOEXEC, like the descriptors that this process inherits
         let has = |fd: RawFd, change: fn(&mut Command)| {
             let mut command = Command::new("test");
             command.args(["-e", &format!("/proc/self/fd/{fd}")]);

@@ -1,5 +1,5 @@
-//! Waiting and telling: epoll, signals as descriptors, and the queue on which devices tell the machine what the guest did.
-//! The only module that uses epoll; eventfds elsewhere come from vmm-sys-util.
+//! Event delivery: epoll, signals as descriptors, and the queue in which devices report to the machine what the guest
+//! did. This is the only module that uses epoll; eventfds elsewhere come from vmm-sys-util.
 
 use std::collections::VecDeque;
 use std::io;
@@ -19,21 +19,21 @@ pub struct Poller {
     ready: Vec<EpollEvent>,
 }
 
-/// Which readiness of a descriptor is waited for. It is told for as long as it lasts, except where an edge is named: then
-/// once when waiting begins or is changed, and once whenever more comes.
+/// Readiness to wait for. It is reported for as long as it lasts, except with edge triggering: then once when waiting
+/// begins or is changed, and once whenever more arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Interest {
-    /// Readable, or the other side is gone.
+    /// Readable, or the other side has closed.
     Read,
     /// Writable.
     Write,
-    /// Either.
+    /// Readable or writable.
     Both,
     /// Registered, but only errors are reported.
     None,
-    /// Readable or the other side is gone; the edge.
+    /// Readable or the other side has closed; edge-triggered.
     ReadEdge,
-    /// Readable, writable or the other side is gone; the edge.
+    /// Readable, writable or the other side has closed; edge-triggered.
     ReadWriteEdge,
 }
 
@@ -51,7 +51,7 @@ impl Interest {
 }
 
 impl Poller {
-    /// An empty set.
+    /// Creates an empty set.
     pub fn new() -> io::Result<Self> {
         Ok(Poller { epoll: Epoll::new()?, ready: vec![EpollEvent::default(); 32] })
     }
@@ -61,7 +61,7 @@ impl Poller {
         self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(interest.events(), token))
     }
 
-    /// Changes what is waited for.
+    /// Changes the readiness that `fd` is watched for.
     pub fn modify(&self, fd: RawFd, token: u64, interest: Interest) -> io::Result<()> {
         self.epoll.ctl(ControlOperation::Modify, fd, EpollEvent::new(interest.events(), token))
     }
@@ -71,8 +71,8 @@ impl Poller {
         self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default())
     }
 
-    /// Waits until something is ready or `timeout` has passed (`None`: for ever) and returns the ready tokens.
-    /// An interruption by a signal returns early with none.
+    /// Waits until something is ready or `timeout` has passed (`None`: forever) and returns the ready tokens. An
+    /// interruption by a signal returns early with no tokens.
     pub fn wait(&mut self, timeout: Option<Duration>) -> io::Result<impl Iterator<Item = u64> + '_> {
         // Round up: a timer that fires a little early would make the caller spin.
         let ms = timeout.map_or(-1, |t| i32::try_from(t.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
@@ -84,22 +84,23 @@ impl Poller {
     }
 }
 
-/// A non-blocking, close-on-exec eventfd.
+/// Creates a non-blocking, close-on-exec eventfd.
 pub fn eventfd() -> io::Result<EventFd> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
 }
 
-/// Signals as something to wait on. Create it before any thread: a thread inherits what is blocked, and a signal must
-/// not find a thread that takes it the old way.
+/// A descriptor on which signals arrive. Create it before any thread: threads inherit the signal mask, and a thread
+/// that does not block a signal would receive it the ordinary way.
 pub struct Signals(OwnedFd);
 
 impl Signals {
-    /// Blocks `signals` for this thread and those it starts, and collects them here; but those that are ignored, as
-    /// nohup and shells have it for what runs behind them, stay so. (The kernel would queue what is blocked all the same.)
+    /// Blocks `signals` for this thread and those it starts, and collects them here. Signals that are ignored stay
+    /// ignored: nohup and shells ignore signals for background jobs, and the kernel would queue a blocked signal even
+    /// so.
     #[allow(unsafe_code)]
     pub fn new(signals: &[i32]) -> io::Result<Self> {
-        // SAFETY: the set is initialised by sigemptyset; an action is plain numbers, for which zeros are valid, and is only
-        // asked for; the descriptor is checked before it is owned.
+        // SAFETY: sigemptyset initialises the set; the action is plain numbers, for which zeros are valid, and
+        // sigaction only fills it in; the descriptor is checked before it is owned.
         unsafe {
             let mut set = std::mem::zeroed();
             libc::sigemptyset(&mut set);
@@ -107,7 +108,8 @@ impl Signals {
                 let mut action: libc::sigaction = std::mem::zeroed();
                 libc::sigaction(*signal, std::ptr::null(), &mut action);
                 if *signal == libc::SIGCHLD {
-                    // Children must be heard of, whatever the parent thought of its own: ignored, they only vanish.
+                    // SIGCHLD is needed even if our parent ignored it: children of a process that ignores it vanish
+                    // silently.
                     libc::signal(libc::SIGCHLD, libc::SIG_DFL);
                 } else if action.sa_sigaction == libc::SIG_IGN {
                     continue;
@@ -123,10 +125,10 @@ impl Signals {
         }
     }
 
-    /// The next signal that has arrived.
+    /// Returns the next signal that has arrived.
     #[allow(unsafe_code)]
     pub fn take(&self) -> Option<i32> {
-        // SAFETY: the structure is plain numbers, for which zeros are valid, and the length is its own.
+        // SAFETY: the structure is plain numbers, for which zeros are valid, and the length is the structure's.
         unsafe {
             let mut info: libc::signalfd_siginfo = std::mem::zeroed();
             let len = size_of_val(&info);
@@ -142,52 +144,52 @@ impl AsRawFd for Signals {
     }
 }
 
-/// How a guest panic came to be known.
+/// Source from which a guest panic became known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PanicSource {
-    /// The guest's pvpanic driver said so.
+    /// The guest's pvpanic driver reported it.
     Pvpanic,
     /// The console showed the kernel's panic message.
     Console,
-    /// The message was the last thing in the kernel's log, in its memory.
+    /// The panic message was the last line of the kernel's log in guest memory.
     Log,
 }
 
-/// What the guest did that concerns the whole machine.
+/// Something that the guest did and that concerns the whole machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestEvent {
-    /// ACPI S5.
+    /// Power-off through ACPI S5.
     PowerOff,
-    /// A reset by any of its ways; the text says which.
+    /// A reset; the text names the way the guest requested it.
     Reset(&'static str),
     /// The kernel panicked.
     Panicked(PanicSource),
-    /// Init told that it runs.
+    /// The guest's init reported that it runs.
     InitStarted,
-    /// The guest read what the console had for it; there is room for more input.
+    /// The guest read all console input it was given; there is room for more.
     ConsoleInputRoom,
     /// The guest wrote to the console for the first time.
     ConsoleFirstByte,
-    /// The console said that the kernel is about to restart the machine.
+    /// The console showed that the kernel is about to restart the machine.
     Restarting,
     /// The console showed the end of a panic message: this kernel will do nothing more.
     PanicEnded,
-    /// The console showed what somebody waits for.
+    /// The console showed text that a watch waits for.
     Judged,
     /// A vCPU stopped for the debugger.
     Trapped(Trap),
-    /// The guest wants this exit status (`--debug-exit`).
+    /// The guest requested this exit status (`--debug-exit`).
     DebugExit(u8),
 }
 
 impl GuestEvent {
-    /// Whether no vCPU may run on after this.
+    /// Returns true if no vCPU may continue to run after this event.
     pub fn ends_guest(self) -> bool {
         matches!(self, GuestEvent::PowerOff | GuestEvent::Reset(_) | GuestEvent::DebugExit(_))
     }
 }
 
-/// Where devices put a [`GuestEvent`]; the machine's loop waits on [`GuestEvents::fd`]. Cloning shares it.
+/// Queue into which devices put each [`GuestEvent`]; the machine's loop waits on [`GuestEvents::fd`]. Clones share it.
 #[derive(Clone)]
 pub struct GuestEvents(Arc<Shared>);
 
@@ -198,14 +200,14 @@ struct Shared {
 }
 
 impl GuestEvents {
-    /// An empty queue.
+    /// Creates an empty queue.
     pub fn new() -> io::Result<Self> {
         let shared = Shared { queue: Mutex::default(), fd: eventfd()?, ended: AtomicBool::new(false) };
         Ok(GuestEvents(Arc::new(shared)))
     }
 
-    /// Tells the machine. The queue is bounded by dropping repeats: a guest can say the same thing as often as it
-    /// likes.
+    /// Reports an event to the machine. Repeats of a queued event are dropped, which bounds the queue: a guest can
+    /// repeat an event as often as it likes.
     pub fn post(&self, event: GuestEvent) {
         if event.ends_guest() {
             self.0.ended.store(true, Ordering::Release);
@@ -217,17 +219,17 @@ impl GuestEvents {
         }
     }
 
-    /// Whether a vCPU must stop rather than enter the guest again.
+    /// Returns true if a vCPU must stop rather than enter the guest again.
     pub fn ended(&self) -> bool {
         self.0.ended.load(Ordering::Acquire)
     }
 
-    /// Readable while something is queued.
+    /// Descriptor that is readable while events are queued.
     pub fn fd(&self) -> &EventFd {
         &self.0.fd
     }
 
-    /// The oldest event.
+    /// Removes and returns the oldest event.
     pub fn take(&self) -> Option<GuestEvent> {
         let mut queue = self.0.queue.lock().unwrap_or_else(PoisonError::into_inner);
         if queue.len() <= 1 {
@@ -263,7 +265,7 @@ mod tests {
     #[allow(unsafe_code)]
     fn what_is_ignored_stays_so() {
         let [ignored, heard] = [3, 4].map(|n| libc::SIGRTMIN() + n);
-        // SAFETY: nobody else here uses these two signals, and raise has no memory effects.
+        // SAFETY: nothing else here uses these two signals, and raise has no memory effects.
         unsafe { libc::signal(ignored, libc::SIG_IGN) };
         let signals = Signals::new(&[ignored, heard]).unwrap();
         // SAFETY: see above.

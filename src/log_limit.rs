@@ -1,5 +1,5 @@
-//! Log lines that a guest, a daemon or a client can cause as often as it likes: bounded, so that neither a terminal nor
-//! the file of `--log-file` fills up.
+//! Limits for log lines that a guest, a daemon or a client can cause as often as it likes, so that they flood neither a
+//! terminal nor the file of `--log-file`.
 
 use std::fmt::Display;
 use std::sync::Arc;
@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use log::Level;
 
-/// Lines that one limit lets through.
+/// Number of lines that one limit lets through.
 pub const MAX_LINES: u32 = 10;
 
 /// Counts the lines of one kind from one source, and drops those after the first [`MAX_LINES`]. Clones share the count.
 ///
-/// A device keeps its limit for as long as it exists: one that begins again with every activation is no bound for a
+/// A device keeps its limit for as long as it exists: a limit that started again at each activation would not bound a
 /// guest that resets the device in a loop.
 #[derive(Clone, Debug, Default)]
 pub struct LogLimit(Arc<AtomicU32>);
@@ -23,14 +23,14 @@ impl LogLimit {
         self.log(Level::Warn, line);
     }
 
-    /// Logs a line of debugging, within the bound.
+    /// Logs a debug line, within the bound.
     pub fn debug(&self, line: impl Display) {
         self.log(Level::Debug, line);
     }
 
-    /// Logs a line, within the bound. The last one says that it is the last.
+    /// Logs a line, within the bound. The last such line says that it is the last.
     pub fn log(&self, level: Level, line: impl Display) {
-        // Lines that nobody sees must not use up the bound for those that are seen.
+        // Lines below the log level must not use up the bound.
         if !log::log_enabled!(level) {
             return;
         }
@@ -41,7 +41,7 @@ impl LogLimit {
         }
     }
 
-    /// Number of the next line, if it is within the bound.
+    /// Returns the index of the next line, if it is within the bound.
     fn next(&self) -> Option<u32> {
         let next = |n| (n < MAX_LINES).then_some(n + 1);
         self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).ok()

@@ -1,14 +1,13 @@
-//! Guest RAM: how it is backed, and the one door through which anything reads or writes it.
+//! Guest RAM: how the host backs it, and the only interface through which vireo reads and writes it.
 //!
-//! RAM is reserved lazily (`MAP_NORESERVE`) and split around the 32-bit MMIO hole. Every access is checked against
-//! the regions and is volatile: no reference into guest memory exists anywhere, because the guest changes it
-//! while we look. An address from the guest is a plain `u64`; whatever it is, the answer is `Ok` or [`OutOfRam`].
+//! RAM is reserved lazily (`MAP_NORESERVE`) and split around the 32-bit MMIO hole. Every access is checked against the
+//! regions and is volatile: no Rust reference into guest memory exists anywhere, because the guest may change it at any
+//! time. An address from the guest is a plain `u64`; for any value, the result is `Ok` or [`OutOfRam`].
 //!
-//! Above all RAM lie the [`Area`]s of devices that are memory themselves: files (pmem) and memory that comes and goes
-//! (virtio-mem). They are reached like RAM, by the guest and by what its devices do for it, but no firmware table tells
-//! of them.
+//! Above all RAM lie the [`Area`]s of devices that are memory themselves: files (pmem) and memory that is plugged and
+//! unplugged (virtio-mem). The guest and the devices access areas like RAM, but no firmware table lists them.
 //!
-//! Dirty pages: KVM's log sees the guest's writes, the bitmap here (when a region has one) sees ours.
+//! Dirty pages: KVM's log records the guest's writes; the bitmap here (when a region has one) records vireo's.
 
 mod area;
 mod mapping;
@@ -38,23 +37,23 @@ use mapping::Mapping;
 pub use pages::Pages;
 pub use populated::Populated;
 
-/// The bitmap of pages that vireo itself wrote; absent while nobody asks for it.
+/// Bitmap of the pages that vireo itself wrote; absent unless it is requested.
 pub type Dirty = Option<AtomicBitmap>;
 
 /// A bounds-checked, volatile view of a piece of guest RAM.
 pub type RamSlice<'a> = vm_memory::VolatileSlice<'a, <Dirty as vm_memory::bitmap::WithBitmapSlice<'a>>::S>;
 
-/// `--memory`: how much RAM the guest has and how the host backs it.
+/// `--memory`: the amount of the guest's RAM and how the host backs it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MemoryConfig {
     /// Bytes of RAM; a multiple of 4 KiB, at least 16 MiB.
     pub size: Size,
-    /// Which pages back it.
+    /// Kind of host pages that back the RAM.
     pub hugepages: HugePages,
-    /// Map it shared, so that another process (a device back end) can map it too. A vhost-user device does this by itself.
+    /// Maps RAM shared, so that another process (a device backend) can map it too. A vhost-user device implies this.
     pub shared: bool,
-    /// Touch every page before the guest starts.
+    /// Touches every page before the guest starts.
     pub prefault: bool,
 }
 
@@ -72,7 +71,7 @@ impl std::str::FromStr for MemoryConfig {
     }
 }
 
-/// The pages behind guest RAM.
+/// Kind of host pages behind guest RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HugePages {
     /// Ordinary pages that the kernel may merge into transparent huge pages.
@@ -87,15 +86,15 @@ pub enum HugePages {
     TwoMib,
 }
 
-/// What goes wrong when RAM is set up.
+/// Failures while RAM is set up.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// `mmap` or `memfd_create` refused.
     #[error("cannot reserve {size} of guest memory{hint}")]
     Reserve {
-        /// How much was asked for.
+        /// Amount of memory requested.
         size: Size,
-        /// What would help, beginning with a space; may be empty.
+        /// Advice for the user, beginning with a space; may be empty.
         hint: &'static str,
         /// The OS error.
         source: io::Error,
@@ -114,38 +113,38 @@ pub enum Error {
 pub struct OutOfRam {
     /// First byte of the access.
     pub addr: u64,
-    /// Its length in bytes.
+    /// Length of the access in bytes.
     pub len: u64,
 }
 
-/// One contiguous piece of RAM, as KVM wants to hear of it.
+/// One contiguous piece of RAM, as it is registered with KVM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RamRegion {
-    /// Guest-physical start.
+    /// Guest-physical start address.
     pub start: u64,
     /// Length in bytes.
     pub len: u64,
-    /// Where it is mapped in this process.
+    /// Address of the mapping in this process.
     pub host_addr: u64,
-    /// The guest's processors may not write it.
+    /// True if the guest's vCPUs must not write the region.
     pub readonly: bool,
 }
 
 impl RamRegion {
-    /// First address behind the region.
+    /// First address past the end of the region.
     pub fn end(&self) -> u64 {
         self.start + self.len
     }
 }
 
-/// A region, and the file that other processes can map to have it too.
+/// A region with the file behind it, which other processes can map to share the region.
 #[derive(Clone, Copy, Debug)]
 pub struct SharedRegion<'a> {
     /// The region.
     pub region: RamRegion,
-    /// Whose pages it is made of.
+    /// File that holds the region's pages.
     pub file: BorrowedFd<'a>,
-    /// Where in the file it begins.
+    /// Offset in the file at which the region begins.
     pub offset: u64,
 }
 
@@ -156,12 +155,12 @@ pub struct GuestRam(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     memory: GuestMemoryMmap<Dirty>,
-    // Behind `memory`, which points into them: fields are dropped in order.
-    /// One for each region: those of RAM, then those of `areas`.
+    // Declared after `memory`, which points into the mappings: fields are dropped in order.
+    /// One mapping per region: those of RAM, then those of `areas`.
     mappings: Vec<Mapping>,
     areas: Vec<Area>,
     config: MemoryConfig,
-    /// Guest addresses that [`GuestRam::map_file`] put a file at.
+    /// Guest address ranges that [`GuestRam::map_file`] replaced by a file.
     images: Mutex<Vec<Range<u64>>>,
 }
 
@@ -175,14 +174,14 @@ pub fn split(size: u64) -> Vec<(u64, u64)> {
     regions
 }
 
-/// Flags of mappings of RAM and of memory like it.
+/// `mmap` flags for RAM and for device memory that is backed like RAM.
 fn ram_flags(config: &MemoryConfig) -> i32 {
     let shared = if config.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-    // The pool of huge pages is a hard limit: ask for them now rather than die of SIGBUS later.
+    // The hugetlb pool is a hard limit: reserve its pages now rather than die of SIGBUS later.
     shared | if config.hugepages == HugePages::TwoMib { 0 } else { libc::MAP_NORESERVE }
 }
 
-/// The file that RAM of `size` bytes is a mapping of, if it must be one.
+/// Creates the file behind RAM of `size` bytes, if the configuration needs one.
 fn ram_file(size: u64, config: &MemoryConfig) -> io::Result<Option<File>> {
     Ok(match (config.hugepages, config.shared) {
         (HugePages::TwoMib, _) => Some(memfd(size, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB)?),
@@ -191,7 +190,7 @@ fn ram_file(size: u64, config: &MemoryConfig) -> io::Result<Option<File>> {
     })
 }
 
-/// RAM, each region with its mapping.
+/// Maps RAM and returns each region with its mapping.
 fn reserve(config: &MemoryConfig) -> io::Result<Vec<mapping::Mapped>> {
     let file = ram_file(config.size.0, config)?;
     let mut offset = 0;
@@ -206,12 +205,12 @@ fn reserve(config: &MemoryConfig) -> io::Result<Vec<mapping::Mapped>> {
 }
 
 impl GuestRam {
-    /// Reserves RAM as configured. Sizes are validated by [`crate::config`]; here only the host can refuse.
+    /// Reserves RAM as configured. [`crate::config`] has validated the sizes; only the host can refuse here.
     pub fn new(config: &MemoryConfig) -> Result<Self, Error> {
         Self::with_areas(config, Vec::new())
     }
 
-    /// The same with memory of devices, in address order and above all RAM.
+    /// Like [`GuestRam::new`], with the memory areas of devices, which must be in address order and above all RAM.
     pub fn with_areas(config: &MemoryConfig, areas: Vec<Area>) -> Result<Self, Error> {
         let refused = |size| {
             move |source| Error::Reserve {
@@ -236,7 +235,7 @@ impl GuestRam {
         Ok(GuestRam(Arc::new(Inner { memory, mappings, areas, config, images: Mutex::default() })))
     }
 
-    /// `size` bytes of ordinary RAM from address 0, for tests and benches.
+    /// Creates `size` bytes of ordinary RAM from address 0, for tests and benches.
     pub fn anonymous(size: u64) -> Self {
         let config = MemoryConfig { size: Size(size), ..MemoryConfig::default() };
         Self::new(&config).expect("anonymous memory")
@@ -247,7 +246,7 @@ impl GuestRam {
         self.boot_regions().map(|r| r.len).sum()
     }
 
-    /// All memory of the guest in address order: RAM, and behind it the areas of devices.
+    /// All memory of the guest in address order: RAM, followed by the areas of devices.
     #[inline]
     pub fn regions(&self) -> impl Iterator<Item = RamRegion> + '_ {
         self.0.memory.iter().zip(0..).map(|(r, index)| RamRegion {
@@ -258,26 +257,26 @@ impl GuestRam {
         })
     }
 
-    /// RAM alone: what the guest is told of when it boots.
+    /// RAM without the areas of devices: the memory that the firmware tables describe to the guest at boot.
     pub fn boot_regions(&self) -> impl Iterator<Item = RamRegion> + '_ {
         self.regions().take(self.0.mappings.len() - self.0.areas.len())
     }
 
-    /// The device's area that is region `index`, if it is not RAM.
+    /// Returns the device area that is region `index`, if that region is not RAM.
     #[inline]
     fn area(&self, index: usize) -> Option<&Area> {
         let boot = self.0.mappings.len() - self.0.areas.len();
         self.0.areas.get(index.checked_sub(boot)?)
     }
 
-    /// The file of an area, if it has become shorter than what is mapped of it: who touches what is gone dies of SIGBUS,
-    /// and KVM_RUN fails with EFAULT.
+    /// Returns the file of an area if the file has become shorter than its mapping. Anything that touches the missing
+    /// part gets SIGBUS, and KVM_RUN fails with EFAULT.
     pub fn truncated_file(&self) -> Option<&Path> {
         self.0.areas.iter().find_map(Area::truncated_file)
     }
 
-    /// The regions as other processes can have them; `None` unless RAM is [`MemoryConfig::shared`]. Areas of devices that
-    /// no other process can see as the guest does (a file that is shown read-only, say) are left out.
+    /// Regions that other processes can map; `None` unless RAM is [`MemoryConfig::shared`]. Device areas that another
+    /// process cannot see as the guest does (a file that is mapped read-only, say) are left out.
     pub fn shared_regions(&self) -> Option<Vec<SharedRegion<'_>>> {
         let regions = self.regions().zip(self.0.memory.iter()).filter_map(|(region, mapped)| {
             mapped.file_offset().map(|file| SharedRegion { region, file: file.file().as_fd(), offset: file.start() })
@@ -285,7 +284,7 @@ impl GuestRam {
         self.0.config.shared.then(|| regions.collect())
     }
 
-    /// Whether `len` bytes at `addr` are all RAM (in one region).
+    /// Returns true if all `len` bytes at `addr` are RAM, in one region.
     pub fn contains(&self, addr: u64, len: u64) -> bool {
         self.slice(addr, len).is_ok()
     }
@@ -298,7 +297,7 @@ impl GuestRam {
         region.get_slice(offset, size).map_err(|_| OutOfRam { addr, len })
     }
 
-    /// Fills `data` from `addr`.
+    /// Fills `data` from the memory at `addr`.
     pub fn read(&self, addr: u64, data: &mut [u8]) -> Result<(), OutOfRam> {
         let slice = self.slice(addr, data.len() as u64)?;
         slice.copy_to(data);
@@ -312,40 +311,40 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Reads a plain value.
+    /// Reads a plain value at `addr`.
     pub fn read_obj<T: ByteValued>(&self, addr: u64) -> Result<T, OutOfRam> {
         let out_of_ram = OutOfRam { addr, len: size_of::<T>() as u64 };
         self.slice(addr, out_of_ram.len)?.read_obj(0).map_err(|_| out_of_ram)
     }
 
-    /// Writes a plain value.
+    /// Writes a plain value at `addr`.
     pub fn write_obj<T: ByteValued>(&self, addr: u64, value: T) -> Result<(), OutOfRam> {
         let out_of_ram = OutOfRam { addr, len: size_of::<T>() as u64 };
         self.slice(addr, out_of_ram.len)?.write_obj(value, 0).map_err(|_| out_of_ram)
     }
 
-    /// Loads an aligned little-endian `u16`, as rings share their indices.
+    /// Loads an aligned little-endian `u16`, the format of virtqueue indices.
     pub fn load_u16(&self, addr: u64, order: Ordering) -> Result<u16, OutOfRam> {
         let out_of_ram = OutOfRam { addr, len: 2 };
         let value: u16 = self.slice(addr, 2)?.load(0, order).map_err(|_| out_of_ram)?;
         Ok(u16::from_le(value))
     }
 
-    /// Stores an aligned little-endian `u16`, as rings share their indices.
+    /// Stores an aligned little-endian `u16`, the format of virtqueue indices.
     pub fn store_u16(&self, addr: u64, value: u16, order: Ordering) -> Result<(), OutOfRam> {
         let slice = self.slice(addr, 2)?;
         slice.store(value.to_le(), 0, order).map_err(|_| OutOfRam { addr, len: 2 })
     }
 
-    /// Whether [`GuestRam::map_file`] fits the way this RAM is backed: not when other processes share it, and not
-    /// when it is made of huge pages.
+    /// Returns true if [`GuestRam::map_file`] works with this RAM's backing. It does not when RAM is shared with other
+    /// processes or consists of huge pages.
     pub fn can_map_files(&self) -> bool {
         !self.0.config.shared && self.0.config.hugepages != HugePages::TwoMib
     }
 
     /// Replaces `len` bytes of RAM at `addr` by a private copy-on-write mapping of `file` from `offset` on. All three
-    /// are multiples of the page size. The file must never shrink while the guest lives (it would be SIGBUS): map
-    /// only files that are written once and later unlinked, never truncated.
+    /// numbers must be multiples of the page size. The file must never shrink while the guest runs, as that would cause
+    /// SIGBUS: map only files that are written once and later unlinked, never truncated.
     pub fn map_file(&self, addr: u64, len: u64, file: &File, offset: u64) -> Result<(), Error> {
         let fail = |text: &str| Error::MapFile(io::Error::new(io::ErrorKind::InvalidInput, text.to_string()));
         if !(addr | len | offset).is_multiple_of(layout::PAGE_SIZE) {
@@ -368,7 +367,7 @@ impl GuestRam {
     }
 }
 
-/// Gives freed heap memory back to the host. The allocator would keep what large temporary buffers have used.
+/// Returns freed heap memory to the host. By default the allocator keeps the memory of large temporary buffers.
 #[allow(unsafe_code)]
 pub fn trim_heap() {
     // SAFETY: malloc_trim has no preconditions; it releases only memory that is free.
@@ -386,13 +385,13 @@ fn memfd(size: u64, flags: libc::c_uint) -> io::Result<File> {
         File::from_raw_fd(fd)
     };
     file.set_len(size)?;
-    // A process that it is shared with must not cut it off: that would be SIGBUS for all of us.
+    // A process that shares this file must not truncate it: that would be SIGBUS for all of us.
     let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
     rustix::fs::fcntl_add_seals(&file, seals)?;
     Ok(file)
 }
 
-/// Tells the kernel which pages we want, and touches them when asked to.
+/// Requests the configured kind of pages from the kernel and, with `prefault`, touches them all.
 fn advise(mapping: &Mapping, config: &MemoryConfig) -> io::Result<()> {
     let all = 0..mapping.len();
     let _ = mapping.advise_pages(all.clone(), config.hugepages);

@@ -1,19 +1,19 @@
-//! Text of a guest's, or of a program that is not trusted, as a terminal and a reader may be shown it.
+//! Makes text from a guest or another untrusted program safe to show on a terminal.
 
-/// One line of text, in which characters that command a terminal, or are not seen and change how the others are seen, are
-/// replaced by U+FFFD. Tabs stay.
+/// Replaces characters by U+FFFD in a line of text if they control a terminal, or are invisible and change how others
+/// appear. Tabs stay.
 pub fn printable(line: &str) -> String {
     line.chars().map(|c| if is_hidden(c) && c != '\t' { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 
-/// A message of vireo's, in which anything from a file or a guest may stand: as [`printable`], and lines after the first one
-/// are indented, so that none of them looks like a message of its own.
+/// Returns a message of vireo's in which text of a file or a guest may stand: as [`printable`], with all lines but the
+/// first indented, so that none of them looks like a message of its own.
 pub fn message(text: &str) -> String {
     text.trim_end().lines().map(printable).collect::<Vec<_>>().join("\n  ")
 }
 
-/// Whether a character does something rather than be seen: Unicode's controls (Cc), formats (Cf, among them those that
-/// change the direction of what follows), separators of lines and paragraphs (Zl, Zp), and tags.
+/// Returns true if a character has an effect instead of being visible: Unicode's controls (Cc), formats (Cf, including
+/// those that change the direction of the text after them), line and paragraph separators (Zl, Zp), and tags.
 pub fn is_hidden(c: char) -> bool {
     let format = matches!(c,
         '\u{AD}' | '\u{600}'..='\u{605}' | '\u{61C}' | '\u{6DD}' | '\u{70F}' | '\u{890}'..='\u{891}' | '\u{8E2}'

@@ -1,7 +1,7 @@
-//! Token buckets: how much a device may do in a second.
+//! Token buckets that limit how much a device may do per second.
 //!
-//! A bucket holds at most its burst and fills at its rate. Something larger than the burst waits for a full bucket and
-//! then takes it into debt, so that large requests are slow but not stuck.
+//! A bucket holds at most its burst and fills at its rate. A request larger than the burst waits for a full bucket and
+//! then takes it into debt, so that large requests are slow but never stuck.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -14,17 +14,17 @@ use rustix::time::{
 
 use crate::options::Size;
 
-/// What is limited: per second, and at once (a second's worth if not given).
+/// Limits of a device: a rate per second, and a burst size (one second's worth if not given).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes.
+    /// Limit on bytes: rate and burst.
     pub bytes: Option<(u64, Option<u64>)>,
-    /// Requests.
+    /// Limit on requests: rate and burst.
     pub ops: Option<(u64, Option<u64>)>,
 }
 
 impl Limits {
-    /// As options give them: a burst counts only with its limit.
+    /// Builds the limits from option values. A burst without its rate has no effect.
     pub fn new(
         bandwidth: Option<Size>,
         bandwidth_burst: Option<Size>,
@@ -35,18 +35,18 @@ impl Limits {
         Limits { bytes, ops: ops.map(|rate| (rate, ops_burst)) }
     }
 
-    /// Whether anything is limited.
+    /// Returns true if there is any limit.
     pub fn any(&self) -> bool {
         self.bytes.is_some() || self.ops.is_some()
     }
 
-    /// Whether a limit would let nothing through, ever.
+    /// Returns true if a limit would never let anything through.
     pub fn is_zero(&self) -> bool {
         [self.bytes, self.ops].iter().flatten().any(|(rate, burst)| *rate == 0 || *burst == Some(0))
     }
 }
 
-/// Lets requests through as fast as its limits allow. Shared by the workers of a device.
+/// Admits requests as fast as its limits allow. Shared by the workers of a device.
 #[derive(Debug)]
 pub struct RateLimiter(Mutex<Buckets>);
 
@@ -58,10 +58,10 @@ struct Buckets {
 
 #[derive(Debug)]
 struct Bucket {
-    /// Tokens a second.
+    /// Tokens per second.
     rate: u64,
     burst: u64,
-    /// Below zero after something that was larger than the burst.
+    /// Tokens in the bucket; negative after a request that was larger than the burst.
     level: f64,
     filled: Instant,
 }
@@ -78,37 +78,37 @@ impl Bucket {
         self.filled = now;
     }
 
-    /// How long until `amount` may be taken.
+    /// Time until `amount` tokens may be taken.
     fn wait(&self, amount: u64) -> Duration {
         let missing = amount.min(self.burst) as f64 - self.level;
         if missing <= 0.0 {
             return Duration::ZERO;
         }
-        // Bounded, so that a debt can be waited for but a rounding cannot stop a device for good.
+        // Bounded: a debt may take long to pay, but a rounding error must not stall a device forever.
         Duration::from_secs_f64((missing / self.rate.max(1) as f64).min(3600.0)).max(Duration::from_micros(1))
     }
 }
 
 impl RateLimiter {
-    /// Full buckets.
+    /// Creates a limiter with full buckets.
     pub fn new(limits: Limits) -> Self {
         let now = Instant::now();
         let bucket = |limit: Option<_>| limit.map(|limit| Bucket::new(limit, now));
         RateLimiter(Mutex::new(Buckets { bytes: bucket(limits.bytes), ops: bucket(limits.ops) }))
     }
 
-    /// Takes the tokens for one request of so many bytes, or says after how long to ask again.
+    /// Takes the tokens for one request of `bytes` bytes, or returns how long to wait before asking again.
     pub fn take(&self, bytes: u64) -> Result<(), Duration> {
         self.take_at(bytes, Instant::now())
     }
 
-    /// Takes the tokens for a request that was made already, even if there are not so many; says after how long there
-    /// will be some for the next one, if there are none now.
+    /// Takes the tokens for a request that is already done, going into debt if there are too few. If no token is left
+    /// for the next request, returns how long to wait for one.
     pub fn charge(&self, bytes: u64) -> Result<(), Duration> {
         self.charge_at(bytes, Instant::now())
     }
 
-    /// Takes the tokens for bytes that a request is about beyond those it was let through for.
+    /// Takes the tokens for bytes that a request transfers beyond those it was admitted for.
     pub fn charge_more(&self, bytes: u64) {
         let mut buckets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(bucket) = &mut buckets.bytes {
@@ -152,23 +152,23 @@ impl RateLimiter {
     }
 }
 
-/// A timer that a handler watches until the next request may go.
+/// A timer that a handler polls until the next request is admitted.
 pub struct Alarm {
     timer: OwnedFd,
     set: bool,
 }
 
 impl Alarm {
-    /// Not set.
+    /// Creates a timer that is not set.
     pub fn new() -> io::Result<Self> {
         let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
         Ok(Alarm { timer, set: false })
     }
 
-    /// Makes it readable after `wait`.
+    /// Makes the timer readable after `wait`.
     pub fn set(&mut self, wait: Duration) -> io::Result<()> {
         let never = Timespec { tv_sec: 0, tv_nsec: 0 };
-        // Nothing at all would disarm it.
+        // A time of zero would disarm the timer.
         let wait = Timespec::try_from(wait.max(Duration::from_nanos(1))).map_err(io::Error::other)?;
         let once = Itimerspec { it_interval: never, it_value: wait };
         timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)?;
@@ -176,12 +176,13 @@ impl Alarm {
         Ok(())
     }
 
-    /// Whether it was set and not cleared since.
+    /// Returns true if the timer was set and has not been cleared since.
     pub fn is_set(&self) -> bool {
         self.set
     }
 
-    /// It has rung: if so, it is not set any more. An event that is delivered again finds one that has not.
+    /// Clears the timer if it has expired. A timer still running stays set, so that handling an event twice does no
+    /// harm.
     pub fn clear(&mut self) {
         if rustix::io::read(&self.timer, &mut [0; 8]).is_ok() {
             self.set = false;
@@ -226,7 +227,7 @@ mod tests {
         let wait = limiter.take_at(100, start).unwrap_err();
         assert!(wait > 90 * MS && wait < 101 * MS, "{wait:?}");
         limiter.take_at(100, start + 101 * MS).unwrap();
-        // No more than the burst is saved up.
+        // The bucket saves up no more than the burst.
         limiter.take_at(500, start + 10_000 * MS).unwrap();
         assert!(limiter.take_at(10, start + 10_000 * MS).is_err());
     }
@@ -268,7 +269,7 @@ mod tests {
     }
 
     proptest! {
-        /// Over any time no more gets through than the burst, the rate and one request beyond them.
+        /// Over any period, no more passes than the burst, plus the rate, plus one request.
         #[test]
         fn never_more_than_the_limit(
             rate in 1u64..10_000, burst in 1u64..10_000,

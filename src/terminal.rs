@@ -1,6 +1,7 @@
-//! The host's terminal: raw mode that is undone on every way out, and the Ctrl-A escapes.
+//! The host's terminal: raw mode, which is undone however vireo ends, and the Ctrl-A escapes.
 //!
-//! Ways out: dropping [`RawMode`]; a panic, or a signal that kills the process, whose handlers call [`restore`].
+//! Raw mode is undone when [`RawMode`] is dropped, and by the handlers of panics and fatal signals, which call
+//! [`restore`].
 
 #![allow(unsafe_code)]
 
@@ -8,20 +9,20 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::{io, mem, ptr};
 
-/// The terminal's settings before raw mode, for handlers that can reach nothing else.
+/// The terminal's settings before raw mode, static so that signal handlers can reach them.
 static mut SAVED: mem::MaybeUninit<libc::termios> = mem::MaybeUninit::uninit();
 static TERMINAL: AtomicI32 = AtomicI32::new(-1);
 static IS_RAW: AtomicBool = AtomicBool::new(false);
 
-/// Whether `fd` is a terminal.
+/// Returns true if `fd` is a terminal.
 pub fn is_terminal(fd: RawFd) -> bool {
     // SAFETY: isatty only looks at the descriptor.
     unsafe { libc::isatty(fd) == 1 }
 }
 
-/// Columns and rows of the terminal `fd`, if it is one and knows them.
+/// Columns and rows of the terminal `fd`, if it is a terminal and knows its size.
 pub fn window_size(fd: RawFd) -> Option<(u16, u16)> {
-    // SAFETY: the structure is plain numbers, for which zeros are valid, and the kernel writes no more than it.
+    // SAFETY: the structure is plain numbers, for which zeros are valid, and the kernel writes no further than its end.
     unsafe {
         let mut size: libc::winsize = mem::zeroed();
         let known = libc::ioctl(fd, libc::TIOCGWINSZ, &mut size) == 0 && size.ws_col > 0 && size.ws_row > 0;
@@ -29,19 +30,20 @@ pub fn window_size(fd: RawFd) -> Option<(u16, u16)> {
     }
 }
 
-/// Whether `fd` is the terminal that controls this process, and another job has it right now: reading from it or
-/// changing it would stop us.
+/// Returns true if `fd` is this process's controlling terminal and another job is in the foreground, so that reading
+/// from the terminal or changing it would stop us.
 pub fn in_background(fd: RawFd) -> bool {
     // SAFETY: both calls only look at the descriptor and the process, and may be made in a signal handler.
     let (owner, us) = unsafe { (libc::tcgetpgrp(fd), libc::getpgrp()) };
     owner >= 0 && owner != us
 }
 
-/// A terminal in raw mode while we are in its foreground; dropping it restores the terminal. One at a time in a process.
+/// A terminal in raw mode while this process is in its foreground. Dropping it restores the terminal. At most one
+/// exists per process.
 pub struct RawMode(());
 
 impl RawMode {
-    /// Takes over the terminal `fd`. `None` when `fd` is no terminal.
+    /// Takes over the terminal `fd`. Returns `None` if `fd` is not a terminal, or if one is taken over already.
     pub fn enter(fd: RawFd) -> io::Result<Option<Self>> {
         if !is_terminal(fd) || TERMINAL.load(Ordering::Acquire) >= 0 {
             return Ok(None);
@@ -52,12 +54,13 @@ impl RawMode {
         Ok(Some(raw_mode))
     }
 
-    /// Back to the user's settings for a while (before the process stops itself).
+    /// Restores the user's settings for a while (before the process stops itself).
     pub fn suspend(&self) {
         restore();
     }
 
-    /// After the process was stopped: what the terminal was set to is no longer so.
+    /// Call this after the process was stopped and continued, as the terminal's settings may have been changed
+    /// meanwhile.
     pub fn continued(&self) {
         if in_background(TERMINAL.load(Ordering::Acquire)) {
             IS_RAW.store(false, Ordering::Release);
@@ -65,7 +68,8 @@ impl RawMode {
         self.refresh();
     }
 
-    /// Raw if it is not and we may. There is no event for coming to the foreground, so call this now and then.
+    /// Sets raw mode if it is off and we are in the foreground. No event reports a move to the foreground, so call this
+    /// now and then.
     pub fn refresh(&self) {
         if !IS_RAW.load(Ordering::Acquire) {
             let _ = set_raw();
@@ -80,14 +84,14 @@ impl Drop for RawMode {
     }
 }
 
-/// Saves the user's settings and makes the terminal raw, unless it is another job's.
+/// Saves the user's settings and makes the terminal raw, unless another job owns the foreground.
 fn set_raw() -> io::Result<()> {
     let fd = TERMINAL.load(Ordering::Acquire);
     if in_background(fd) {
         return Ok(());
     }
-    // SAFETY: `settings` is written by tcgetattr before use. SAVED is written by the one thread that has the RawMode, and
-    // only while IS_RAW is false: nobody reads it then.
+    // SAFETY: `settings` is written by tcgetattr before use. SAVED is written only by the thread that owns the RawMode,
+    // and only while IS_RAW is false, when nothing reads it.
     let changed = unsafe {
         let mut settings = mem::zeroed::<libc::termios>();
         if libc::tcgetattr(fd, &mut settings) != 0 {
@@ -95,9 +99,9 @@ fn set_raw() -> io::Result<()> {
         }
         (*ptr::addr_of_mut!(SAVED)).write(settings);
         libc::cfmakeraw(&mut settings);
-        // Output keeps its post-processing: messages of vireo itself end in plain newlines.
+        // Keep output post-processing: vireo's own messages end in plain newlines.
         settings.c_oflag |= libc::OPOST | libc::ONLCR;
-        // Announced before it is so, for a signal in between: restoring what was not changed is harmless.
+        // Set before the change, in case a signal arrives in between: restoring unchanged settings is harmless.
         IS_RAW.store(true, Ordering::Release);
         libc::tcsetattr(fd, libc::TCSANOW, &settings) == 0
     };
@@ -108,7 +112,7 @@ fn set_raw() -> io::Result<()> {
     Ok(())
 }
 
-/// Undoes raw mode, if it is on. Only calls what is allowed in a signal handler.
+/// Undoes raw mode, if it is on. Calls only functions that are allowed in a signal handler.
 pub fn restore() {
     let fd = TERMINAL.load(Ordering::Acquire);
     if fd >= 0 && IS_RAW.swap(false, Ordering::AcqRel) && !in_background(fd) {
@@ -117,16 +121,16 @@ pub fn restore() {
     }
 }
 
-/// What the user asked for by an escape.
+/// Request that the user typed as an escape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Ctrl-A X: end the VM.
     Quit,
-    /// Ctrl-A H, or Ctrl-A and something unknown: say what there is.
+    /// Ctrl-A H, or Ctrl-A and an unknown key: list the escapes.
     Help,
 }
 
-/// What [`Command::Help`] prints.
+/// Text that [`Command::Help`] prints.
 pub const HELP: &str = "\nCtrl-A X  end the VM\nCtrl-A H  this help\nCtrl-A Ctrl-A  send Ctrl-A to the guest\n";
 
 const CTRL_A: u8 = 1;
@@ -138,7 +142,7 @@ pub struct Escapes {
 }
 
 impl Escapes {
-    /// Passes what is meant for the guest on to `guest` and returns the first command, dropping what follows it.
+    /// Appends the bytes meant for the guest to `guest` and returns the first command, dropping all input after it.
     pub fn filter(&mut self, input: &[u8], guest: &mut Vec<u8>) -> Option<Command> {
         for byte in input {
             match (mem::take(&mut self.pending), byte) {

@@ -1,7 +1,7 @@
-//! Processor time of a thread: how much it got, and how much it had to wait for.
+//! Processor time of a thread: how much it got, and how long it waited for a processor.
 //!
-//! A guest that gets no processor because the host is busy looks like one with nothing to do. The time that its vCPU
-//! threads were ready to run but did not run, which the kernel keeps in `schedstat`, tells the two apart.
+//! A guest that gets no processor because the host is busy looks like an idle guest. The time for which its vCPU
+//! threads were ready to run but did not run, which the kernel reports in `schedstat`, distinguishes the two.
 
 use std::fs::File;
 use std::io;
@@ -10,17 +10,17 @@ use std::time::Duration;
 
 /// The running totals of one thread.
 pub struct ThreadTime {
-    /// `schedstat` of the thread, see Documentation/scheduler/sched-stats.rst of Linux.
+    /// The thread's `schedstat`, see Documentation/scheduler/sched-stats.rst of Linux.
     file: File,
 }
 
 impl ThreadTime {
-    /// Opens the totals of the calling thread. Fails on a host whose kernel keeps none.
+    /// Opens the totals of the calling thread. Fails on a host whose kernel does not keep them.
     pub fn of_this_thread() -> io::Result<Self> {
         File::open("/proc/thread-self/schedstat").map(|file| ThreadTime { file })
     }
 
-    /// Time for which the thread was ready to run and waited for a processor. Zero once the thread has ended.
+    /// Time for which the thread was ready to run but waited for a processor. Zero once the thread has ended.
     pub fn waited(&self) -> Duration {
         let mut text = [0; 96];
         let len = self.file.read_at(&mut text, 0).unwrap_or(0);
@@ -28,7 +28,7 @@ impl ThreadTime {
     }
 }
 
-/// Parses the second of the three numbers, in nanoseconds.
+/// Parses the second of the three numbers, which is in nanoseconds.
 fn parse_waited(text: &[u8]) -> Option<Duration> {
     let text = std::str::from_utf8(text).ok()?;
     text.split_ascii_whitespace().nth(1)?.parse().ok().map(Duration::from_nanos)

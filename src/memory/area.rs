@@ -1,4 +1,4 @@
-//! Memory of devices that are memory: where it lies, and what is behind it.
+//! Memory of devices that are memory themselves: its place in the guest, and its backing.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -9,54 +9,54 @@ use super::mapping::{Mapped, Mapping};
 use super::{GuestRam, HugePages, MemoryConfig, ram_file, ram_flags};
 use crate::layout;
 
-/// Guest memory of a device.
+/// Guest memory that belongs to a device.
 #[derive(Clone, Debug)]
 pub struct Area {
     /// Guest-physical address; a multiple of [`layout::DEVICE_MEMORY_ALIGN`], above all RAM.
     pub start: u64,
     /// Length in bytes; a multiple of 2 MiB.
     pub len: u64,
-    /// What it shows.
+    /// Backing of the area's memory.
     pub backing: Backing,
 }
 
-/// What is behind an [`Area`].
+/// Backing of an [`Area`].
 #[derive(Clone, Debug)]
 pub enum Backing {
-    /// A file from its beginning on. Behind its end are zeros that keep what is written to them until the VM ends.
+    /// A file from its beginning on. Past the end of the file are zeros; writes there are kept until the VM ends.
     File {
-        /// Open for reading, and for writing if that goes to the file.
+        /// The file, open for reading; also for writing if the guest's writes go to it.
         file: Arc<File>,
-        /// Its name, for messages.
+        /// Path of the file, for messages.
         path: PathBuf,
-        /// How many bytes of it are shown, at most the area's.
+        /// Number of bytes of the file that are mapped; at most the area's length.
         len: u64,
-        /// What becomes of writes.
+        /// Effect of the guest's writes.
         access: Access,
     },
-    /// Memory like RAM, of which the device plugs and unplugs pieces; none is in use at first.
+    /// Memory like RAM, which the device plugs and unplugs in pieces; no piece is in use at first.
     Pluggable,
 }
 
-/// What becomes of writes to a file in guest memory.
+/// Effect of writes to a file in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// They change the file.
+    /// Writes change the file.
     Shared,
-    /// They are kept until the VM ends; the file stays as it is.
+    /// Writes are kept until the VM ends; the file does not change.
     Private,
-    /// The guest's processors cannot write. A device that the guest tells to write there changes a copy of the page, as
-    /// with [`Access::Private`]: nothing that a guest asks for may be a fault in this process.
+    /// The guest's vCPUs cannot write. If the guest makes a device write there, the device changes a copy of the page,
+    /// as with [`Access::Private`]: no request of a guest may cause a fault in this process.
     ReadOnly,
 }
 
 impl Area {
-    /// First address behind it.
+    /// First address past the end of the area.
     pub fn end(&self) -> u64 {
         self.start.saturating_add(self.len)
     }
 
-    /// Whether the guest's processors may not write it.
+    /// Returns true if the guest's vCPUs must not write the area.
     #[inline]
     pub(super) fn is_readonly(&self) -> bool {
         matches!(self.backing, Backing::File { access: Access::ReadOnly, .. })
@@ -68,12 +68,12 @@ impl Area {
 
     pub(super) fn truncated_file(&self) -> Option<&Path> {
         let Backing::File { file, path, len, .. } = &self.backing else { return None };
-        // Also the size of a block device.
+        // Seeking also finds the size of a block device.
         let now = (&**file).seek(SeekFrom::End(0)).unwrap_or(u64::MAX);
         (now < *len).then_some(path)
     }
 
-    /// Maps it; `config` says how pluggable memory is backed.
+    /// Maps the area; `config` determines how pluggable memory is backed.
     pub(super) fn map(&self, config: &MemoryConfig) -> io::Result<Mapped> {
         let (file, len, access) = match &self.backing {
             Backing::Pluggable => return self.map_pluggable(config),
@@ -88,12 +88,12 @@ impl Area {
             mapping.replace(0..len.next_multiple_of(layout::PAGE_SIZE).min(self.len), Some((file, 0)), flags)?;
             mapping
         };
-        // Other processes that are to see this memory can only map the file.
+        // Other processes that must see this memory can only map the file.
         let seen = (whole && access == Access::Shared).then_some((file, 0));
         Ok((mapping.region(self.start, seen, false)?, mapping))
     }
 
-    /// Lazily even if RAM is not: what is not plugged takes nothing, not even from the pool of huge pages.
+    /// Maps the area lazily even if RAM is not: unplugged memory takes nothing, not even from the hugetlb pool.
     fn map_pluggable(&self, config: &MemoryConfig) -> io::Result<Mapped> {
         let file = ram_file(self.len, config)?;
         let file = file.as_ref().map(|file| (file, 0));
@@ -104,9 +104,9 @@ impl Area {
 }
 
 impl GuestRam {
-    /// Makes sure that the host has the memory that the guest is about to get, where that is not left to when it is
-    /// touched: huge pages from the pool, and `prefault`. `len` bytes at `addr` must lie in one [`Backing::Pluggable`]
-    /// area; otherwise nothing is done.
+    /// Makes sure that the host has the memory that the guest is about to get, unless pages are allocated on first
+    /// touch: this concerns huge pages from the pool, and `prefault`. `len` bytes at `addr` must lie in one
+    /// [`Backing::Pluggable`] area; otherwise nothing is done.
     pub fn provide(&self, addr: u64, len: u64) -> io::Result<()> {
         let config = &self.0.config;
         if config.hugepages != HugePages::TwoMib && !config.prefault {

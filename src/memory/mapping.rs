@@ -1,4 +1,4 @@
-//! Pages of this process that a region of guest memory consists of.
+//! The pages of this process that a region of guest memory consists of.
 
 use std::fs::File;
 use std::io;
@@ -11,14 +11,14 @@ use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 use super::Dirty;
 use crate::layout;
 
-/// Where regions begin in this process: on a huge page. KVM maps a huge page into the guest only where guest and host
+/// Alignment of regions in this process: a huge page. KVM maps a huge page into the guest only where guest and host
 /// address agree in their lower bits, and without huge pages a boot takes ten times as many page faults.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// A region, and the pages that it points to.
+/// A region, and the mapping that it points into.
 pub(super) type Mapped = (GuestRegionMmap<Dirty>, Mapping);
 
-/// Pages of ours, unmapped when dropped. They can be read and written.
+/// Readable and writable pages of this process, unmapped when dropped.
 #[derive(Debug)]
 pub(super) struct Mapping {
     addr: usize,
@@ -44,7 +44,7 @@ impl Mapping {
         let end = addr + len.next_multiple_of(layout::PAGE_SIZE as usize);
         for (from, to) in [(start, addr), (end, start + room)] {
             if from < to {
-                // SAFETY: what is unmapped is a part of what was just mapped, and nothing uses it.
+                // SAFETY: the unmapped range is a part of the mapping just created, and nothing uses it.
                 unsafe { libc::munmap(from as *mut libc::c_void, to - from) };
             }
         }
@@ -53,42 +53,42 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Length in bytes.
+    /// Length of the mapping in bytes.
     pub(super) fn len(&self) -> u64 {
         self.len as u64
     }
 
-    /// Address in this process.
+    /// Address of the mapping in this process.
     pub(super) fn addr(&self) -> usize {
         self.addr
     }
 
-    /// Moves whole pages of `from`, in whose place zeros remain, to `offset` in this mapping. Both are anonymous and
-    /// private. Linux knows how to leave the old mapping in place since 5.7.
+    /// Moves whole pages of `from` to `offset` in this mapping; their old place then reads as zeros. Both mappings must
+    /// be anonymous and private. Needs Linux 5.7 (`MREMAP_DONTUNMAP`).
     #[allow(unsafe_code)]
     pub(super) fn take(&self, offset: u64, from: &mut Mapping, piece: Range<u64>) -> io::Result<()> {
         let (old, len) = from.checked(piece)?;
         let (new, _) = self.checked(offset..offset.saturating_add(len as u64))?;
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
-        // SAFETY: both ranges were just checked to lie inside mappings of ours, which are different and stay mapped; of
-        // what is replaced nothing holds a reference, and what is moved away reads as zeros.
+        // SAFETY: both ranges were just checked to lie inside mappings of ours, which are different and stay mapped;
+        // nothing holds a reference to the replaced pages, and the place of the moved ones reads as zeros.
         let moved = unsafe { libc::mremap(old as *mut libc::c_void, len, len, flags, new as *mut libc::c_void) };
         if moved == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Whether what is written stays with this process.
+    /// Returns true if writes stay private to this process.
     pub(super) fn is_private(&self) -> bool {
         self.flags & libc::MAP_PRIVATE != 0
     }
 
-    /// Puts pages of `file` from an offset on, or fresh anonymous memory, in the place of a piece, which is counted in
-    /// bytes from the mapping's beginning.
+    /// Replaces a piece of the mapping by pages of `file` from an offset on, or by fresh anonymous memory. The piece is
+    /// given in bytes from the mapping's beginning.
     #[allow(unsafe_code)]
     pub(super) fn replace(&self, piece: Range<u64>, file: Option<(&File, u64)>, flags: i32) -> io::Result<()> {
         let (addr, len) = self.checked(piece)?;
         let (fd, offset, kind) = match file {
             Some((file, offset)) => (file.as_raw_fd(), libc::off_t::try_from(offset).map_err(io::Error::other)?, 0),
-            // Asking for it lazily is all that a piece of RAM ever wants; a whole mapping says so itself.
+            // A piece of RAM is always reserved lazily; a caller that maps a whole region passes MAP_NORESERVE itself.
             None => (-1, 0, libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
         };
         let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -99,15 +99,15 @@ impl Mapping {
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // What was said of the pages before does not hold for these, and what a guest knows is no part of a core dump.
-        // Only old kernels refuse that.
+        // Advice given for the old pages does not apply to the new ones, and guest memory must not be part of a core
+        // dump. Only old kernels refuse this advice.
         // SAFETY: the range is the one that was just mapped; the advice touches none of it.
         unsafe { libc::madvise(addr as *mut libc::c_void, len, libc::MADV_DONTDUMP) };
         Ok(())
     }
 
-    /// The region at the guest-physical address `start` that these pages back. Who looks for the file behind it finds
-    /// `file`.
+    /// Creates the region at the guest-physical address `start` that these pages back. The region records `file` as the
+    /// file behind it.
     #[allow(unsafe_code)]
     pub(super) fn region(
         &self,
@@ -129,7 +129,7 @@ impl Mapping {
             .ok_or_else(|| io::Error::other("region overflows the address space"))
     }
 
-    /// Address and length of a piece, which must lie within the mapping.
+    /// Returns the address and length of a piece, which must lie within the mapping.
     pub(super) fn checked(&self, piece: Range<u64>) -> io::Result<(usize, usize)> {
         let number = |n| usize::try_from(n).map_err(io::Error::other);
         let (from, to) = (number(piece.start)?, number(piece.end)?);
@@ -143,7 +143,7 @@ impl Mapping {
 impl Drop for Mapping {
     #[allow(unsafe_code)]
     fn drop(&mut self) {
-        // SAFETY: the range is ours alone, and what pointed into it was dropped before.
+        // SAFETY: the range is ours alone, and everything that pointed into it was dropped before.
         unsafe { libc::munmap(self.addr as *mut libc::c_void, self.len) };
     }
 }

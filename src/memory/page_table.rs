@@ -1,19 +1,19 @@
-//! Page tables of an x86-64 guest, walked from outside (Intel SDM, volume 3, 5.5): 4 and 5 levels, pages of 4 KiB, 2 MiB
-//! and 1 GiB.
+//! Walks the page tables of an x86-64 guest (Intel SDM, volume 3, 5.5) from outside: 4 and 5 levels, pages of 4 KiB, 2
+//! MiB and 1 GiB.
 //!
-//! Tables are the guest's own and may say anything while they are read, a loop included. A walk reads one entry for each
-//! level, whatever they say.
+//! The guest owns the tables; they may contain anything, including loops, and change while they are read. A walk reads
+//! one entry per level, whatever the tables contain.
 
 use super::GuestRam;
 use crate::layout::PAGE_SIZE;
 
-/// Entry is in use.
+/// Bit of an entry in use.
 const PRESENT: u64 = 1;
-/// Entry above the last level maps a page rather than a table.
+/// Bit of an entry above the last level that maps a page rather than a table.
 const LARGE: u64 = 1 << 7;
 /// Address bits of an entry.
 const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
-/// Entries of a table.
+/// Number of entries in a table.
 const ENTRIES: u64 = 512;
 
 /// The tables below one root.
@@ -24,18 +24,18 @@ pub struct PageTable<'a> {
     levels: u32,
 }
 
-/// Where a table's entries for an address begin to differ: level 1 maps 4 KiB each.
+/// Lowest address bit that selects an entry of a table at `level`; an entry of level 1 maps 4 KiB.
 fn shift(level: u32) -> u32 {
     12 + 9 * (level - 1)
 }
 
 impl<'a> PageTable<'a> {
-    /// The tables whose root (CR3) is at `root`; with or without a fifth level.
+    /// Creates a view of the tables whose root (CR3) is `root`, with four or five levels.
     pub fn new(ram: &'a GuestRam, root: u64, five_levels: bool) -> Self {
         PageTable { ram, root: root & ADDRESS, levels: if five_levels { 5 } else { 4 } }
     }
 
-    /// The physical address behind a virtual one, if it is mapped.
+    /// Returns the physical address for a virtual one, if it is mapped.
     pub fn translate(&self, addr: u64) -> Option<u64> {
         if self.canonical(addr) != addr {
             return None;
@@ -52,16 +52,16 @@ impl<'a> PageTable<'a> {
         None
     }
 
-    /// The lowest address from `from` on of which the third level (1 GiB each) has something, or a table for it.
+    /// Returns the lowest address from `from` on whose third-level entry (1 GiB) is in use, for a page or a table.
     pub fn first_mapped_gib(&self, from: u64) -> Option<u64> {
         let mut steps = 0;
         let addr = self.first_below(self.root, self.levels, from, 0, &mut steps)?;
         Some(self.canonical(addr))
     }
 
-    /// `base` is what the tables above say of the address.
+    /// Searches `table` and the tables below it. `base` holds the address bits that the tables above determine.
     fn first_below(&self, table: u64, level: u32, from: u64, base: u64, steps: &mut u32) -> Option<u64> {
-        // Two tables of each level are enough where they mean anything.
+        // In meaningful tables a search needs at most two tables of each level.
         const STEPS_MAX: u32 = 3 * 2 * ENTRIES as u32;
         let first = from >> shift(level) & (ENTRIES - 1);
         (first..ENTRIES).find_map(|index| {
@@ -80,14 +80,14 @@ impl<'a> PageTable<'a> {
         self.ram.read_obj::<u64>(table + index * 8).ok().map(u64::from_le).filter(|entry| entry & PRESENT != 0)
     }
 
-    /// The address with its highest bit that counts repeated above.
+    /// Sign-extends an address from the highest bit that the tables translate.
     fn canonical(&self, addr: u64) -> u64 {
         let unused = 64 - shift(self.levels + 1);
         ((addr << unused) as i64 >> unused) as u64
     }
 }
 
-/// Fills `data` from virtual address `addr` on, page by page as `translate` maps them.
+/// Fills `data` from virtual address `addr` on, page by page as `translate` maps the pages.
 pub fn read(ram: &GuestRam, addr: u64, data: &mut [u8], translate: impl Fn(u64) -> Option<u64>) -> Option<()> {
     let mut at = addr;
     let mut rest = data;
@@ -108,7 +108,7 @@ mod tests {
 
     const RAM: u64 = 4 << 20;
 
-    /// Tables in the making: the root is the first page.
+    /// Builds tables; the root is the first page.
     struct Builder {
         ram: GuestRam,
         next: u64,
@@ -120,7 +120,7 @@ mod tests {
             Builder { ram: GuestRam::anonymous(RAM), next: PAGE_SIZE, levels }
         }
 
-        /// Maps a page of `level`; false if something is there already.
+        /// Maps a page of `level`; returns false if something is mapped there already.
         fn map(&mut self, addr: u64, phys: u64, level: u32) -> bool {
             let mut table = 0;
             for above in (level + 1..=self.levels).rev() {
@@ -181,7 +181,7 @@ mod tests {
         #[test]
         fn tables_of_noise_lead_nowhere_and_end(bytes in proptest::collection::vec(any::<u64>(), 512), addr in any::<u64>()) {
             let ram = GuestRam::anonymous(PAGE_SIZE);
-            // Also tables that are their own children.
+            // Includes tables that are their own children.
             for (i, entry) in (0u64..).zip(bytes) {
                 ram.write_obj(i * 8, if entry % 3 == 0 { entry } else { entry & 0xF7F }).unwrap();
             }

@@ -1,4 +1,4 @@
-//! Memory that is filled before there is a guest, and then becomes a part of the guest's RAM without being copied.
+//! Memory that is filled before the guest exists and then becomes part of its RAM without being copied.
 
 use std::io;
 use std::ops::{Deref, DerefMut, Range};
@@ -7,10 +7,10 @@ use std::sync::PoisonError;
 use super::{GuestRam, HugePages, Mapping, OutOfRam};
 use crate::layout::PAGE_SIZE;
 
-/// Pieces smaller than this are copied: moving pages costs two system calls and splits the mapping of RAM.
+/// Size below which pieces are copied: moving pages costs two system calls and splits the mapping of RAM.
 const MOVE_MIN: u64 = 1 << 20;
 
-/// Zeroed bytes of a fixed length, which take memory where they have been written.
+/// Zeroed bytes of a fixed length, which take up memory only where they are written.
 #[derive(Debug)]
 pub struct Pages {
     mapping: Mapping,
@@ -18,11 +18,12 @@ pub struct Pages {
 }
 
 impl Pages {
-    /// Reserves `len` bytes, which may be none.
+    /// Reserves `len` bytes; 0 is allowed.
     pub fn new(len: u64) -> io::Result<Pages> {
-        // A mapping has a page at least.
+        // A mapping has at least one page.
         let mapping = Mapping::new(len.max(1), None, libc::MAP_PRIVATE | libc::MAP_NORESERVE)?;
-        // Filling memory page by page takes longer than unpacking a kernel into it. Hosts without huge pages refuse.
+        // Faulting in memory page by page takes longer than unpacking a kernel. Hosts without huge pages refuse the
+        // advice.
         let pages = if len < MOVE_MIN { HugePages::Off } else { HugePages::Thp };
         let _ = mapping.advise_pages(0..mapping.len(), pages);
         Ok(Pages { mapping, len: usize::try_from(len).map_err(io::Error::other)? })
@@ -34,8 +35,8 @@ impl Deref for Pages {
 
     #[allow(unsafe_code)]
     fn deref(&self) -> &[u8] {
-        // SAFETY: the mapping is readable, has `len` bytes and lives as long as this value; whatever changes it borrows the
-        // value mutably.
+        // SAFETY: the mapping is readable, has `len` bytes and lives as long as this value; code that changes it
+        // borrows the value mutably.
         unsafe { std::slice::from_raw_parts(self.mapping.addr() as *const u8, self.len) }
     }
 }
@@ -43,23 +44,23 @@ impl Deref for Pages {
 impl DerefMut for Pages {
     #[allow(unsafe_code)]
     fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and the mapping is writable.
+        // SAFETY: as for `deref`, and the mapping is writable.
         unsafe { std::slice::from_raw_parts_mut(self.mapping.addr() as *mut u8, self.len) }
     }
 }
 
 impl GuestRam {
-    /// Puts a piece of `pages` at `addr`: by moving the pages themselves where that is possible, in whose place zeros
-    /// remain, and by copying.
+    /// Puts a piece of `pages` at `addr`. Moves the pages themselves where possible (their old place then reads as
+    /// zeros), and copies the rest.
     pub fn take_pages(&self, addr: u64, pages: &mut Pages, piece: Range<u64>) -> Result<(), OutOfRam> {
         let len = piece.end.saturating_sub(piece.start);
         let target = self.slice(addr, len)?;
         let out_of_ram = OutOfRam { addr, len };
         let moved = self.move_pages(addr, pages, &piece).unwrap_or_else(|e| {
-            log::debug!("the kernel is copied into the guest: {e}");
+            log::debug!("cannot move the kernel's pages into the guest, so they are copied: {e}");
             piece.start..piece.start
         });
-        // The rest is what lies on pages that are not wholly the piece's.
+        // The rest lies on pages that belong to the piece only in part.
         for part in [piece.start..moved.start, moved.end..piece.end] {
             let bytes = pages.get(part.start as usize..part.end as usize).ok_or(out_of_ram)?;
             let offset = (part.start - piece.start) as usize;
@@ -68,7 +69,7 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Moves the whole pages of the piece, if that fits the way this RAM is backed, and says which bytes it were.
+    /// Moves the whole pages of the piece, if this RAM's backing allows it, and returns the range of bytes moved.
     fn move_pages(&self, addr: u64, pages: &mut Pages, piece: &Range<u64>) -> io::Result<Range<u64>> {
         let whole = piece.start.next_multiple_of(PAGE_SIZE)..piece.end / PAGE_SIZE * PAGE_SIZE;
         let aligned = addr % PAGE_SIZE == piece.start % PAGE_SIZE;
@@ -79,7 +80,7 @@ impl GuestRam {
         let addr = addr + (whole.start - piece.start);
         let found = self.boot_regions().zip(&self.0.mappings).find(|(r, _)| (r.start..r.end()).contains(&addr));
         let (region, mapping) = found.ok_or(io::ErrorKind::InvalidInput)?;
-        // A file that was mapped here before is gone with its pages.
+        // Moved pages would replace a file mapped here earlier, which `images` would still list.
         let images = self.0.images.lock().unwrap_or_else(PoisonError::into_inner);
         let end = addr + (whole.end - whole.start);
         if images.iter().any(|image| image.start < end && addr < image.end) {
@@ -104,7 +105,7 @@ mod tests {
         pages
     }
 
-    /// Takes the piece and checks that RAM has it, and nothing around it.
+    /// Takes the piece and checks that RAM contains it, and nothing around it.
     fn take(ram: &GuestRam, addr: u64, piece: Range<u64>) -> Pages {
         let mut pages = filled(8 * MIB);
         let wanted = pages[piece.start as usize..piece.end as usize].to_vec();

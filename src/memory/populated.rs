@@ -1,5 +1,5 @@
-//! Which pages of guest memory have ever been used: who reads the others would only find zeros, and take memory for
-//! them.
+//! Finds the pages of guest memory that have ever been used. Reading the others would yield only zeros, and would
+//! allocate memory for them.
 
 use std::fs::File;
 use std::ops::Range;
@@ -12,36 +12,37 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use super::{Area, GuestRam, HugePages, RamRegion};
 use crate::layout::PAGE_SIZE;
 
-/// Bytes that are looked at at a time.
+/// Number of bytes examined at a time.
 const WINDOW: u64 = 64 << 20;
 /// Bits of an entry of /proc/self/pagemap: the page is present, or swapped out.
 const PRESENT_OR_SWAPPED: u64 = 3 << 62;
 
-/// Looks for pages in use, from the lowest on: pieces of consecutive pages, `(address, length)`.
+/// Iterator over pages in use, from the lowest address on: pieces of consecutive pages, `(address, length)`.
 pub struct Populated<'a> {
     ram: &'a GuestRam,
     pagemap: Option<&'a File>,
-    /// What is left to look at.
+    /// Addresses that are not examined yet.
     left: Range<u64>,
-    /// Pieces of the last window, the lowest at the end.
+    /// Pieces found in the last window, the lowest at the end.
     found: Vec<(u64, u64)>,
 }
 
-/// Which pages of this process are in use, if that can be known.
+/// `/proc/self/pagemap`, which shows the pages that this process uses; `None` if it cannot be opened.
 static PAGE_MAP: OnceLock<Option<File>> = OnceLock::new();
 
-/// Opens the map of this process's pages, which may be refused later.
+/// Opens the map of this process's pages. A later attempt to open it may be refused.
 pub fn open_page_map() {
     PAGE_MAP.get_or_init(|| File::open("/proc/self/pagemap").ok());
 }
 
 impl GuestRam {
-    /// RAM, and the memory that was added to it: all that the guest knows as memory for anything.
+    /// RAM and the memory plugged later: everything that the guest may use as general memory.
     pub fn all_ram(&self) -> impl Iterator<Item = RamRegion> + '_ {
         self.regions().zip(0..).filter(|(_, index)| !self.area(*index).is_some_and(Area::is_file)).map(|(r, _)| r)
     }
 
-    /// The pages of a region of [`GuestRam::all_ram`] that have been used. Where that cannot be known, it is all.
+    /// Returns the pages that have been used in a region of [`GuestRam::all_ram`], or all of them if that cannot be
+    /// known.
     pub fn populated(&self, region: RamRegion) -> Populated<'_> {
         open_page_map();
         let pagemap = PAGE_MAP.get().and_then(Option::as_ref);
@@ -69,7 +70,8 @@ impl Populated<'_> {
         let offset = window.start - region.start_addr().0;
         let config = &self.ram.0.config;
         match region.file_offset() {
-            // Other processes may have written pages that this one has never touched. (Of huge pages no file tells.)
+            // Other processes may have written pages that this one never touched. (A file of huge pages does not report
+            // holes.)
             Some(file) if config.shared && config.hugepages != HugePages::TwoMib => {
                 let start = file.start() + offset;
                 data_of(file.file(), start..start + (window.end - window.start), window.start)
@@ -83,7 +85,7 @@ impl Populated<'_> {
         let mut entries = vec![0u8; usize::try_from(pages).ok()? * 8];
         self.pagemap.as_ref()?.read_exact_at(&mut entries, host_addr / PAGE_SIZE * 8).ok()?;
         let (entries, _) = entries.as_chunks_mut();
-        // What nobody has touched of a mapped file is not zero.
+        // Untouched pages of a mapped file do not read as zeros, so they count as used.
         for image in self.ram.0.images.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             let page = |addr: u64| ((addr.clamp(window.start, window.end) - window.start) / PAGE_SIZE) as usize;
             entries[page(image.start)..page(image.end)].fill(u64::MAX.to_ne_bytes());
@@ -98,7 +100,7 @@ impl Populated<'_> {
     }
 }
 
-/// Adds a piece behind the others, to the last one if it touches that.
+/// Appends a piece, merging it with the last one if the two are adjacent.
 fn extend(pieces: &mut Vec<(u64, u64)>, addr: u64, len: u64) {
     match pieces.last_mut() {
         Some((last, last_len)) if *last + *last_len == addr => *last_len += len,
@@ -106,7 +108,7 @@ fn extend(pieces: &mut Vec<(u64, u64)>, addr: u64, len: u64) {
     }
 }
 
-/// The pieces of a file that are no holes, told as if `within` began at `addr`.
+/// Returns the pieces of a file within `within` that are not holes, at addresses that count from `addr`.
 fn data_of(file: &File, within: Range<u64>, addr: u64) -> Option<Vec<(u64, u64)>> {
     let mut found = Vec::new();
     let mut at = within.start;

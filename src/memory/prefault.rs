@@ -1,4 +1,4 @@
-//! Guest memory that the host provides before the guest touches it.
+//! Allocation of guest memory on the host before the guest touches it.
 
 use std::fs::File;
 use std::io;
@@ -8,11 +8,11 @@ use std::os::fd::AsRawFd;
 use super::mapping::Mapping;
 use crate::layout::PAGE_SIZE;
 
-/// Pages that one system call touches: the most that the kernel takes (UIO_MAXIOV).
+/// Number of pages that one system call touches: the kernel's maximum (UIO_MAXIOV).
 const PAGES: usize = 1024;
 
 impl Mapping {
-    /// Has the host provide every page of a piece. The piece holds zeros: it is memory that the guest has not had yet.
+    /// Makes the host provide every page of a piece. The piece must hold zeros: memory that the guest has not used yet.
     pub(super) fn populate(&self, piece: Range<u64>) -> io::Result<()> {
         match self.advise(piece.clone(), libc::MADV_POPULATE_WRITE) {
             // Linux before 5.14 does not know this advice.
@@ -21,8 +21,8 @@ impl Mapping {
         }
     }
 
-    /// The same by writing a zero to every page. The kernel writes them, which makes an error of a page that cannot be
-    /// had; by an instruction of ours it would be a SIGBUS.
+    /// Provides every page by writing a zero to it, for kernels without `MADV_POPULATE_WRITE`. The kernel does the
+    /// writing, so a page that the host cannot provide is an error; a write by vireo itself would be a SIGBUS.
     #[allow(unsafe_code)]
     fn touch(&self, piece: Range<u64>) -> io::Result<()> {
         let (addr, len) = self.checked(piece)?;
@@ -36,7 +36,8 @@ impl Mapping {
                 let touched = unsafe { libc::readv(zeros.as_raw_fd(), rest.as_ptr(), rest.len() as libc::c_int) };
                 match usize::try_from(touched) {
                     Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                    // Stopped by a signal, or before a page that cannot be had, which the next call says.
+                    // Interrupted by a signal, or stopped at a page that the host cannot provide; then the next call
+                    // fails.
                     Ok(touched) => rest = &rest[touched.min(rest.len())..],
                     Err(_) => return Err(io::Error::last_os_error()),
                 }
@@ -50,7 +51,7 @@ impl Mapping {
 mod tests {
     use super::*;
 
-    /// Pages of a mapping that are there, by the kernel's own word.
+    /// Returns the number of pages of a mapping that are in memory, according to the kernel.
     #[allow(unsafe_code)]
     fn present(mapping: &Mapping, pages: usize) -> usize {
         let (addr, len) = mapping.checked(0..mapping.len()).unwrap();
@@ -86,7 +87,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(PAGE_SIZE).unwrap();
         let mapping = Mapping::new(2 * PAGE_SIZE, Some((&file, 0)), libc::MAP_SHARED).unwrap();
-        // The second page is beyond the end of the file.
+        // The second page is past the end of the file.
         assert_eq!(mapping.touch(0..2 * PAGE_SIZE).unwrap_err().raw_os_error(), Some(libc::EFAULT));
     }
 }

@@ -1,8 +1,8 @@
-//! Giving pages of guest RAM back to the host, while the guest runs.
+//! Returns pages of guest RAM to the host while the guest runs.
 //!
-//! How depends on what backs them: private anonymous pages are dropped by `MADV_DONTNEED`, pages of a memory file by
-//! punching a hole into it, and a mapping of a kernel image, which `MADV_DONTNEED` would turn back into what the file
-//! has, by putting anonymous memory in its place. Whichever it was, the pages read as zeros afterwards.
+//! The method depends on what backs the pages. Private anonymous pages are dropped by `MADV_DONTNEED`. Pages of a
+//! memory file are freed by punching a hole into the file. A mapping of a kernel image is replaced by anonymous memory,
+//! because `MADV_DONTNEED` would restore the file's content. In every case the pages read as zeros afterwards.
 
 use std::io;
 use std::ops::Range;
@@ -15,7 +15,7 @@ use super::{Area, GuestRam, HugePages, Mapping};
 use crate::layout;
 
 impl GuestRam {
-    /// The smallest piece that the host takes back, in bytes: a page, a huge one with `hugepages=2M`.
+    /// Smallest piece that the host takes back, in bytes: a page, or a huge page with `hugepages=2M`.
     pub fn release_unit(&self) -> u64 {
         match self.0.config.hugepages {
             HugePages::TwoMib => 2 << 20,
@@ -23,9 +23,9 @@ impl GuestRam {
         }
     }
 
-    /// Gives back the units that lie wholly in `len` bytes at `addr`, and in RAM; returns their bytes. They read as
-    /// zeros from then on and take memory again when they are written. (With `hugepages=2M` from the host's pool; if
-    /// that is empty by then, the guest cannot go on.)
+    /// Releases the units that lie wholly in `len` bytes at `addr`, and in RAM; returns how many bytes that is. The
+    /// memory reads as zeros from then on and is allocated again when written. (With `hugepages=2M` it comes from the
+    /// host's pool; if the pool is empty by then, the guest cannot continue.)
     pub fn release(&self, addr: u64, len: u64) -> io::Result<u64> {
         let unit = self.release_unit();
         let end = addr.saturating_add(len);
@@ -46,7 +46,7 @@ impl GuestRam {
                 Some(file) => mapping.punch(file, piece)?,
                 None => self.release_anonymous(mapping, start, piece)?,
             }
-            // Who copies RAM elsewhere must know that these changed.
+            // Code that copies RAM elsewhere must learn that these pages changed.
             if let Ok(slice) = self.slice(from, to - from) {
                 vm_memory::bitmap::Bitmap::mark_dirty(slice.bitmap(), 0, slice.len());
             }
@@ -55,9 +55,10 @@ impl GuestRam {
         Ok(released)
     }
 
-    /// Takes the page around `addr` from the guest's second-level page tables, if it is RAM; its content stays, and the
-    /// guest's next access maps it again. For that it is made executable in this process and then not any more: every
-    /// change of protection makes the kernel tell KVM, and this one takes nothing from whoever uses the page meanwhile.
+    /// Removes the page around `addr` from the guest's second-level page tables, if it is RAM; its content stays, and
+    /// the guest's next access maps it again. To do so, the page is made executable in this process and then
+    /// non-executable again: on every change of protection the kernel notifies KVM, and this change disturbs no other
+    /// user of the page.
     pub fn unmap_from_guest(&self, addr: u64) {
         for (region, mapping) in self.boot_regions().zip(&self.0.mappings) {
             let page = addr / layout::PAGE_SIZE * layout::PAGE_SIZE;
@@ -67,7 +68,7 @@ impl GuestRam {
         }
     }
 
-    /// Drops private pages of the region at `start`; `piece` counts from there.
+    /// Drops private pages of the region at `start`; `piece` is relative to `start`.
     fn release_anonymous(&self, mapping: &Mapping, start: u64, piece: Range<u64>) -> io::Result<()> {
         let mut images = self.0.images.lock().unwrap_or_else(PoisonError::into_inner);
         let overlap = |image: &Range<u64>| {
@@ -77,7 +78,7 @@ impl GuestRam {
         if !images.iter().any(|image| overlap(image).is_some()) {
             return mapping.advise(piece, libc::MADV_DONTNEED);
         }
-        // Anonymous memory over all of it: what was anonymous before loses nothing but its pages.
+        // Put anonymous memory over the whole piece: parts that were anonymous before lose only their pages.
         mapping.replace(piece.clone(), None, libc::MAP_PRIVATE)?;
         let gone = start + piece.start..start + piece.end;
         let left = images
@@ -91,11 +92,11 @@ impl GuestRam {
 }
 
 impl Mapping {
-    /// `madvise` for a piece of the mapping, in bytes from its beginning.
+    /// Calls `madvise` for a piece of the mapping, given in bytes from its beginning.
     #[allow(unsafe_code)]
     pub(super) fn advise(&self, piece: Range<u64>, advice: libc::c_int) -> io::Result<()> {
         let (addr, len) = self.checked(piece)?;
-        // SAFETY: the range was just checked to lie inside this mapping of ours; the guest's memory is only accessed by
+        // SAFETY: the range was just checked to lie inside this mapping of ours; guest memory is only accessed by
         // volatile copies, for which it does not matter what the advice does to its contents.
         if unsafe { libc::madvise(addr as *mut libc::c_void, len, advice) } == 0 {
             Ok(())
@@ -104,7 +105,7 @@ impl Mapping {
         }
     }
 
-    /// Lets a piece be executed, and takes that back. Where the host refuses the first, nothing happens.
+    /// Makes a piece executable, then non-executable again. If the host refuses the former, nothing happens.
     #[allow(unsafe_code)]
     fn change_protection(&self, piece: Range<u64>) {
         let Ok((addr, len)) = self.checked(piece) else { return };
@@ -116,8 +117,7 @@ impl Mapping {
         }
     }
 
-    /// Says which pages are wanted. A kernel without transparent huge pages refuses that, and there is nothing to do about
-    /// it.
+    /// Requests a kind of pages. A kernel without transparent huge pages refuses, and callers can only ignore that.
     pub(super) fn advise_pages(&self, piece: Range<u64>, pages: HugePages) -> io::Result<()> {
         match pages {
             HugePages::Thp => self.advise(piece, libc::MADV_HUGEPAGE),
@@ -126,7 +126,7 @@ impl Mapping {
         }
     }
 
-    /// Frees a piece of the file that the mapping shows, and the copies of its pages that a private mapping has.
+    /// Frees a piece of the file behind the mapping, and the copies of its pages that a private mapping holds.
     #[allow(unsafe_code)]
     fn punch(&self, file: &FileOffset, piece: Range<u64>) -> io::Result<()> {
         if self.is_private() {
@@ -136,7 +136,8 @@ impl Mapping {
         let number = |n| libc::off_t::try_from(n).map_err(io::Error::other);
         let (offset, len) = (number(file.start() + piece.start)?, number(len as u64)?);
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: no memory of this process but the file's own pages, of which the mapping consists, is touched.
+        // SAFETY: the call touches no memory of this process except the file's own pages, of which the mapping
+        // consists.
         if unsafe { libc::fallocate(file.file().as_raw_fd(), mode, offset, len) } == 0 {
             Ok(())
         } else {
@@ -152,13 +153,13 @@ mod tests {
     use crate::options::Size;
     use std::io::Write;
 
-    /// Bytes of RAM that the host has pages for.
+    /// Bytes of RAM for which the host has allocated pages.
     #[allow(unsafe_code)]
     fn resident(ram: &GuestRam) -> u64 {
         let mut pages = 0;
         for region in ram.regions() {
             let mut seen = vec![0u8; (region.len / layout::PAGE_SIZE) as usize];
-            // SAFETY: the range is a mapping of ours and the vector has a byte for each of its pages.
+            // SAFETY: the range is a mapping of ours, and the vector has a byte for each of its pages.
             let result = unsafe { libc::mincore(region.host_addr as *mut _, region.len as usize, seen.as_mut_ptr()) };
             assert_eq!(result, 0);
             pages += seen.iter().filter(|page| **page & 1 == 1).count() as u64;
@@ -221,7 +222,7 @@ mod tests {
         let ram = ram("16M,hugepages=off");
         ram.map_file(0x1_0000, 0x8000, &file, 0).unwrap();
         ram.write_obj(0x1_3000, 1u8).unwrap();
-        // Some before it, and its first pages; then its middle; the rest stays.
+        // Pages before the image with its first ones; then one in its middle; the rest stays.
         assert_eq!(ram.release(0xF000, 0x2000).unwrap(), 0x2000);
         assert_eq!(ram.release(0x1_3000, 0x1000).unwrap(), 0x1000);
         let found: Vec<u8> = (0xE000..0x1_9000).step_by(0x1000).map(|at| ram.read_obj(at).unwrap()).collect();
@@ -232,7 +233,7 @@ mod tests {
         assert_eq!(ram.read_obj::<u8>(0x1_4000).unwrap(), 0);
     }
 
-    /// Returns whether all of this process's mapped pages in a range are left out of core dumps ("dd" in VmFlags).
+    /// Returns true if all of this process's mapped pages in a range are left out of core dumps ("dd" in VmFlags).
     fn undumped(from: u64, len: u64) -> bool {
         let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let (mut within, mut flags) = (false, Vec::new());
@@ -268,7 +269,7 @@ mod tests {
 
     #[test]
     fn huge_pages_only_as_a_whole() {
-        // Not every machine has a pool of them; what counts here is that only whole ones go.
+        // Not every machine has a hugetlb pool; this test only checks that whole huge pages are released.
         let mut ram = GuestRam::anonymous(16 << 20);
         std::sync::Arc::get_mut(&mut ram.0).unwrap().config.hugepages = HugePages::TwoMib;
         ram.write(0, &vec![0xAA; 4 << 20]).unwrap();
