@@ -155,8 +155,8 @@ fn wrong_usage_is_explained_and_exits_with_2() {
         ),
         (&["run", "--kernel", "x", "--timeout", "5d"], "'5d' is not a time; write a number with ms, s, m or h"),
         (&["run", "--kernel", "x", "--hang-timeout", "1s"], "must be at least 2s"),
-        (&["run", "--kernel", "x", "--expect", "("], "no regular expression: "),
-        (&["run", "--kernel", "x", "--fail-on", "[z-a]"], "no regular expression: "),
+        (&["run", "--kernel", "x", "--expect", "("], "invalid regular expression: "),
+        (&["run", "--kernel", "x", "--fail-on", "[z-a]"], "invalid regular expression: "),
         (&["run", "--kernel", "x", "--boot", "efi"], "expected one of auto, bzimage, direct, pvh, multiboot"),
         (&["run", "--kernel", "x", "--acpi", "maybe"], "possible values: on, off"),
         (&["run", "--kernel", "x", "--uuid", "1"], "expected a UUID, like "),
@@ -341,7 +341,7 @@ fn consoles_that_cannot_be_are_named() {
     contains(&refused(format!("file:{}", at(""))), "Is a directory");
     contains(&refused(format!("socket:{}", at("no/where"))), "No such file or directory");
     make_fifo(&path.join("fifo"));
-    contains(&refused(format!("file:{}", at("fifo"))), "nobody reads this FIFO; start its reader first");
+    contains(&refused(format!("file:{}", at("fifo"))), "this FIFO has no reader; start one first");
     fs::write(path.join("plain"), "precious").unwrap();
     contains(&refused(format!("socket:{}", at("plain"))), "a file that is not a socket is already there");
     assert_eq!(fs::read(path.join("plain")).unwrap(), b"precious");
@@ -376,7 +376,7 @@ fn reports_that_cannot_be_written_are_refused_before_the_guest_runs() {
     for (report, says) in [
         (path.join("no/where"), "No such file or directory"),
         (path.clone(), "is a directory"),
-        (fifo.clone(), "nobody reads this FIFO"),
+        (fifo.clone(), "this FIFO has no reader"),
         ("/proc/version/report".into(), "Not a directory"),
     ] {
         let line = refused(&["--kernel", kernel, "--report", path_text(&report)]);

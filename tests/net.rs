@@ -260,14 +260,14 @@ ip link del vm5; ip link del vm6; ip link del vm7
 "#;
     let ended = on_host(&["bash", "-c", script, "bash", &vireo, &kernel]).end();
     for text in [
-        "vireo: there is no tap nosuch, and making one needs CAP_NET_ADMIN; as root, this makes it: \
+        "vireo: there is no tap nosuch, and creating one needs CAP_NET_ADMIN; to create it as root: \
          ip tuntap add nosuch mode tap user $USER vnet_hdr && ip link set nosuch up\nstatus 125\n",
-        "vireo: cannot open tap vm5 (it belongs to somebody else; 'user $USER' when it is made would give it to you): \
+        "vireo: cannot open tap vm5 (it belongs to another user; create it with 'user $USER' to own it): \
          Operation not permitted (os error 1)\nstatus 125\n",
-        "vireo: tap vm5 has a single queue; one with several is made by: \
+        "vireo: tap vm5 has a single queue; to create one with several: \
          ip tuntap add vm5 mode tap user $USER vnet_hdr multi_queue\nstatus 125\n",
-        "vireo: vm7 is a network interface but no tap\nstatus 125\n",
-        "vireo: eth0 is a network interface but no tap\nstatus 125\n",
+        "vireo: vm7 is a network interface, but not a tap\nstatus 125\n",
+        "vireo: eth0 is a network interface, but not a tap\nstatus 125\n",
         "vireo: cannot forward tcp:0.0.0.0:7777:80: port 7777 of the host cannot be bound: \
          Address already in use (os error 98)\nstatus 125\n",
         "vireo: passt, which user networking needs, is not installed (package passt)\nstatus 125\n",

@@ -341,17 +341,17 @@ rm -f /tmp/silent.sock
     let initrd = image("initrd-busybox.cpio").display().to_string();
     let ended = on_host(&["bash", "-c", script, "bash", &vireo, &kernel, &initrd]).end();
     for text in [
-        "vireo: cannot open /dev/vhost-net (its owner is root; the group kvm may have it, or \
-         'setfacl -m u:$USER:rw /dev/vhost-net' gives it): Permission denied (os error 13)\nstatus 125\n",
-        "vireo: cannot open /dev/vhost-net (is the kernel's vhost_net module loaded? 'modprobe vhost_net' does it): \
+        "vireo: cannot open /dev/vhost-net (root owns it; try the group kvm, or \
+         'setfacl -m u:$USER:rw /dev/vhost-net' as root): Permission denied (os error 13)\nstatus 125\n",
+        "vireo: cannot open /dev/vhost-net (is the kernel's vhost_net module loaded? try 'modprobe vhost_net'): \
          No such file or directory (os error 2)\nstatus 125\n",
         "vireo: --net: vhost=on has no rate limits: the kernel moves the packets (tc can limit the tap)\n",
         "vireo: cannot connect to the vhost-user socket /tmp/none.sock (is the daemon running?): No such file or \
          directory (os error 2)\nstatus 125\n",
-        "vireo: /etc/passwd is no socket\nstatus 125\n",
-        "vireo: the vhost-user daemon at /tmp/silent.sock does not answer as one: it does not answer\nstatus 125\n",
-        "vireo: cannot connect to the vhost-user socket /tmp/silent.sock (nobody listens there: has the daemon ended?): \
-         Connection refused (os error 111)\nstatus 125\n",
+        "vireo: /etc/passwd is not a socket\nstatus 125\n",
+        "vireo: cannot use the vhost-user daemon at /tmp/silent.sock: it does not answer\nstatus 125\n",
+        "vireo: cannot connect to the vhost-user socket /tmp/silent.sock (nothing listens there; has the daemon \
+         ended?): Connection refused (os error 111)\nstatus 125\n",
     ] {
         assert!(ended.stdout.contains(text), "{text}\n---\n{ended}");
     }

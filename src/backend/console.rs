@@ -1,5 +1,4 @@
-//! Where a console leads on the host: standard streams, a file, a pair of FIFOs, a pseudo-terminal, a socket or a
-//! descriptor.
+//! Host ends of a console: standard streams, a file, a pair of FIFOs, a pseudo-terminal, a socket or a descriptor.
 
 #![allow(unsafe_code)]
 
@@ -22,49 +21,49 @@ use super::output_file::{Begin, live};
 use super::unix::{self, Listener};
 use crate::terminal;
 
-/// A console could not be opened.
+/// Failures to open a console.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// File or socket.
+    /// A file or descriptor could not be opened.
     #[error("cannot open {0} for the console")]
     Open(PathBuf, #[source] io::Error),
-    /// A socket to listen on.
+    /// A listening socket could not be created.
     #[error(transparent)]
     Socket(#[from] unix::Error),
-    /// No pseudo-terminal.
-    #[error("cannot make a pseudo-terminal for the console")]
+    /// A pseudo-terminal could not be created.
+    #[error("cannot create a pseudo-terminal for the console")]
     Pty(#[source] io::Error),
 }
 
-/// Where a console or a port leads, as `stdio`, `stdin`, `stdout`, `stderr`, `null`, `pty`, `file:PATH`, `pipe:PATH`,
-/// `socket:PATH` or `fd:N`.
+/// Host end of a console or a port, given as `stdio`, `stdin`, `stdout`, `stderr`, `null`, `pty`, `file:PATH`,
+/// `pipe:PATH`, `socket:PATH` or `fd:N`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum ConsoleEnd {
     /// Standard input and output.
     #[default]
     Stdio,
-    /// Standard input alone; the guest sees its end. Output is thrown away.
+    /// Standard input alone; the guest sees its end. Output is discarded.
     Stdin,
     /// Standard output alone.
     Stdout,
     /// Standard error.
     Stderr,
-    /// Output thrown away, no input.
+    /// Output is discarded, and there is no input.
     Null,
-    /// A new pseudo-terminal, whose name is told on stderr.
+    /// A new pseudo-terminal, whose name is printed on stderr.
     Pty,
-    /// Output written to a file, which is created or truncated; no input.
+    /// Output goes to a file, which is created or truncated; there is no input.
     File(PathBuf),
-    /// The FIFOs `PATH.in`, to the guest, and `PATH.out`, from it; output while nobody reads is thrown away.
+    /// The FIFOs `PATH.in`, to the guest, and `PATH.out`, from it; output is discarded while it has no reader.
     Pipe(PathBuf),
-    /// A listening unix socket; one client at a time, output without one is thrown away.
+    /// A listening unix socket with one client at a time; output without a client is discarded.
     Socket(PathBuf),
-    /// A descriptor that was inherited: a connected socket, say. The guest sees the end of its input.
+    /// An inherited descriptor, such as a connected socket. The guest sees the end of its input.
     Fd(RawFd),
 }
 
-/// For who gives an end that is none.
+/// The valid forms of a [`ConsoleEnd`], for the error about an invalid one.
 pub const ENDS: &str = "stdio, stdin, stdout, stderr, null, pty, file:PATH, pipe:PATH, socket:PATH and fd:NUMBER";
 
 impl FromStr for ConsoleEnd {
@@ -85,7 +84,7 @@ impl FromStr for ConsoleEnd {
             ("file", Some(path)) if !path.is_empty() => Ok(ConsoleEnd::File(path.into())),
             ("pipe", Some(path)) if !path.is_empty() => Ok(ConsoleEnd::Pipe(path.into())),
             ("socket", Some(path)) if !path.is_empty() => Ok(ConsoleEnd::Socket(path.into())),
-            _ => Err(format!("'{text}' is none of {ENDS}")),
+            _ => Err(format!("'{text}' is not one of {ENDS}")),
         }
     }
 }
@@ -122,7 +121,7 @@ impl fmt::Display for ConsoleEnd {
 }
 
 impl ConsoleEnd {
-    /// Which standard streams it uses: input, output, error.
+    /// Standard streams in use: input, output, error.
     pub fn streams(&self) -> [bool; 3] {
         match self {
             ConsoleEnd::Stdio => [true, true, false],
@@ -134,20 +133,20 @@ impl ConsoleEnd {
     }
 }
 
-/// What takes a console's input: a serial port, a port of a virtio console.
+/// Receiver of a console's input: a serial port or a port of a virtio console.
 pub trait Receiver: Send + Sync {
-    /// Gives the guest input and returns how many bytes it had room for. When it was not all,
-    /// [`crate::event::GuestEvent::ConsoleInputRoom`] tells when to try again.
+    /// Gives input to the guest and returns how many bytes it had room for. If it was not all,
+    /// [`crate::event::GuestEvent::ConsoleInputRoom`] reports when to try again.
     fn receive(&self, bytes: &[u8]) -> usize;
 
-    /// Whether somebody is at the host's end now.
+    /// Reports whether someone is at the host's end now.
     fn connected(&self, _connected: bool) {}
 
-    /// The window that shows the console has so many columns and rows.
+    /// Reports the size of the window that shows the console.
     fn resize(&self, _columns: u16, _rows: u16) {}
 }
 
-/// A file to read input from; or a FIFO or device, which must not wait for anybody.
+/// Opens a file to read input from. It may be a FIFO or a device, so opening and reading must not block.
 pub fn input_file(path: &Path) -> Result<Input, Error> {
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(held::path(path));
@@ -160,19 +159,19 @@ pub fn input_file(path: &Path) -> Result<Input, Error> {
 
 /// Both directions of a console.
 pub struct Console {
-    /// Where the guest's output goes; `None` throws it away.
+    /// Destination of the guest's output; `None` discards it.
     pub output: Option<Destination>,
-    /// Where input comes from.
+    /// Source of the guest's input.
     pub input: Input,
 }
 
 /// The input side of a console.
 pub enum Input {
-    /// There is none.
+    /// No input.
     None,
-    /// Standard input, a terminal or not; or a file.
+    /// Standard input, whether a terminal or not; or a file.
     Stdin(File),
-    /// The same, and the guest sees when it ends.
+    /// Standard input, a file or a descriptor whose end the guest sees.
     Stream(File),
     /// The master of a pseudo-terminal.
     Pty(File),
@@ -182,38 +181,38 @@ pub enum Input {
     Socket(SocketInput),
 }
 
-/// What [`Input::read`] found.
+/// Result of [`Input::read`].
 #[derive(Debug, PartialEq, Eq)]
 pub enum Got {
-    /// This many bytes, more than none.
+    /// This many bytes; at least one.
     Bytes(usize),
-    /// Nothing now; wait for readiness.
+    /// No bytes now; wait for readiness.
     Nothing,
-    /// Nobody is there now; somebody may come later without a readiness to wait for: look again after a while.
+    /// No one is at the other end now. Someone may come later, but readiness will not show it: try again after a while.
     Absent,
-    /// The end.
+    /// The input has ended.
     End,
 }
 
-/// The standard streams.
+/// Creates a console on standard input and output.
 pub fn stdio() -> Console {
     let input = duplicate(libc::STDIN_FILENO).map_or(Input::None, Input::Stdin);
     Console { output: Some(stream("stdout", libc::STDOUT_FILENO, false)), input }
 }
 
-/// Standard input alone.
+/// Creates a console on standard input alone.
 pub fn stdin() -> Console {
-    // One that was closed reads as one that has ended.
+    // A closed standard input reads as one that has ended.
     let input = duplicate(libc::STDIN_FILENO).or_else(|_| File::open("/dev/null"));
     Console { output: None, input: input.map_or(Input::None, Input::Stream) }
 }
 
-/// Standard output, or standard error, alone.
+/// Creates a console on standard output or standard error alone.
 pub fn output_stream(name: &str, fd: RawFd) -> Console {
     Console { output: Some(stream(name, fd, true)), input: Input::None }
 }
 
-/// A descriptor for both directions.
+/// Creates a console on a descriptor, which serves both directions.
 pub fn descriptor(fd: RawFd) -> Result<Console, Error> {
     let name = PathBuf::from(format!("/proc/self/fd/{fd}"));
     let open = || duplicate(fd).map_err(|e| Error::Open(name.clone(), e));
@@ -225,9 +224,9 @@ fn stream(name: &str, fd: RawFd, told: bool) -> Destination {
     Destination { name: name.into(), writer: Box::new(Unbuffered(fd)), eager: terminal::is_terminal(fd), told }
 }
 
-/// A descriptor of our own for reading: the standard library's handle has a buffer that would hide input from epoll.
+/// Duplicates a descriptor for reading: the standard library's handle has a buffer that would hide input from epoll.
 pub fn duplicate(fd: RawFd) -> io::Result<File> {
-    // SAFETY: dup gives a new descriptor, which is checked and then owned by the File alone.
+    // SAFETY: fcntl returns a new descriptor, which is checked and then owned by the File alone.
     match unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) } {
         -1 => Err(io::Error::last_os_error()),
         // SAFETY: see above.
@@ -250,15 +249,15 @@ impl Write for Unbuffered {
     }
 }
 
-/// A file for output, created or truncated. A FIFO must have its reader already: waiting for one could not be
-/// interrupted.
+/// Creates a console that writes to a file, which is created or truncated. A FIFO must have its reader already: waiting
+/// for one could not be interrupted.
 pub fn file(path: &Path) -> Result<Console, Error> {
     let file = live(path, Begin::Empty).map_err(|e| Error::Open(path.into(), e))?;
     let output = Destination { name: path.display().to_string(), writer: Box::new(file), eager: false, told: false };
     Ok(Console { output: Some(output), input: Input::None })
 }
 
-/// A new pseudo-terminal in raw mode. Returns the path of its terminal side, too.
+/// Creates a console on a new pseudo-terminal in raw mode. Also returns the path of its terminal side.
 pub fn pty() -> Result<(Console, PathBuf), Error> {
     let (master, path) = open_pty().map_err(Error::Pty)?;
     let writer = PtyWriter(master.try_clone().map_err(Error::Pty)?);
@@ -274,7 +273,7 @@ fn open_pty() -> io::Result<(File, PathBuf)> {
         if libc::openpty(&mut master, &mut slave, name.as_mut_ptr().cast(), std::ptr::null(), std::ptr::null()) != 0 {
             return Err(io::Error::last_os_error());
         }
-        // Closed again at once: from then on the master reads as hung up while nobody has the terminal open.
+        // Close the terminal side: from then on the master reads as hung up while no one has the terminal open.
         let slave = OwnedFd::from_raw_fd(slave);
         let master = File::from_raw_fd(master);
         let mut settings = std::mem::zeroed();
@@ -287,12 +286,12 @@ fn open_pty() -> io::Result<(File, PathBuf)> {
     }
 }
 
-/// Whether nobody has the terminal side of `master` open.
+/// Returns true if no one has the other side of `master` open.
 fn hung_up(master: RawFd) -> bool {
     poll_now(master, 0) & libc::POLLHUP != 0
 }
 
-/// What of `events`, and of hang-up and error, is so right now.
+/// Returns which of `events`, and of hang-up and error, are pending now.
 fn poll_now(fd: RawFd, events: i16) -> i16 {
     let mut poll = libc::pollfd { fd, events, revents: 0 };
     // SAFETY: one valid pollfd.
@@ -313,11 +312,11 @@ impl Write for PtyWriter {
 
 type Client = Arc<Mutex<Option<UnixStream>>>;
 
-/// The listening socket of a console.
+/// Listening socket of a console, and its client.
 pub struct SocketInput {
     listener: Listener,
     client: Client,
-    /// The client has closed its sending side; it may read on, until it goes or another one comes.
+    /// True if the client has closed its sending side. It may still read, until it disconnects or another one comes.
     silent: bool,
 }
 
@@ -328,7 +327,7 @@ impl Write for SocketWriter {
         let client = self.0.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(|c| c.try_clone().ok());
         let Some(mut client) = client else { return Ok(bytes.len()) };
         match client.write(bytes) {
-            // A client that went away is no failure of the console: the next one gets what comes then.
+            // A client that disconnects is not a failure of the console: the next client gets the output from then on.
             Err(e) if !matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => Ok(bytes.len()),
             result => result,
         }
@@ -339,7 +338,7 @@ impl Write for SocketWriter {
     }
 }
 
-/// A unix socket that listens at `path`. A socket that a dead process left there is replaced.
+/// Creates a console on a unix socket that listens at `path`. A socket left there by a dead process is replaced.
 pub fn socket(path: &Path) -> Result<Console, Error> {
     let listener = Listener::bind(path)?;
     let client = Client::default();
@@ -354,7 +353,7 @@ pub fn socket(path: &Path) -> Result<Console, Error> {
 }
 
 impl Input {
-    /// The descriptor to wait on now; changes after [`Got::End`] or a new client.
+    /// Descriptor to wait on now. It changes after [`Got::End`] or with a new client.
     pub fn fd(&self) -> Option<RawFd> {
         match self {
             Input::None => None,
@@ -368,12 +367,13 @@ impl Input {
         }
     }
 
-    /// Whether this is a terminal that somebody types on.
+    /// Returns true if the input is a terminal, so that somebody may type.
     pub fn is_terminal(&self) -> bool {
         matches!(self, Input::Stdin(file) | Input::Stream(file) if terminal::is_terminal(file.as_raw_fd()))
     }
 
-    /// Whether somebody is at the other end, as far as that can be known: a file or a standard stream always counts.
+    /// Returns true if someone is at the other end, as far as that can be known: a file or a standard stream always
+    /// counts.
     pub fn connected(&self) -> bool {
         match self {
             Input::None | Input::Stdin(_) | Input::Stream(_) | Input::Fifo(_) => true,
@@ -385,22 +385,22 @@ impl Input {
         }
     }
 
-    /// Whether nobody is at the other end once it has said [`Got::End`].
+    /// Returns true if the other end counts as disconnected after [`Got::End`].
     pub fn ends(&self) -> bool {
         matches!(self, Input::Stream(_))
     }
 
-    /// Reads what is there, without waiting for more.
+    /// Reads the available input, without waiting for more.
     pub fn read(&mut self, buffer: &mut [u8]) -> Got {
         let result = match self {
             Input::None => return Got::End,
-            // Typed for another job; reading it would stop this one.
+            // This input is typed for another job; reading it would stop this one.
             Input::Stdin(file) | Input::Stream(file) if terminal::in_background(file.as_raw_fd()) => {
                 return Got::Absent;
             }
             Input::Pty(file) if hung_up(file.as_raw_fd()) => return Got::Absent,
-            // Standard input is not ours alone to make non-blocking, and others may read what woke us; a
-            // pseudo-terminal that is open again need not have been typed on.
+            // Standard input is shared, so it stays blocking, and another process may read the bytes that woke us. A
+            // pseudo-terminal that was opened again may have no input yet.
             Input::Stdin(file) | Input::Stream(file) | Input::Pty(file)
                 if poll_now(file.as_raw_fd(), libc::POLLIN) == 0 =>
             {
@@ -415,7 +415,7 @@ impl Input {
             Ok(n) => Got::Bytes(n),
             Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => Got::Nothing,
             Err(_) if matches!(self, Input::Pty(_)) => Got::Absent,
-            // EIO: a terminal whose other side is gone.
+            // EIO: the other side of the terminal is gone.
             Err(_) => Got::End,
         }
     }
@@ -425,7 +425,7 @@ impl SocketInput {
     fn read(&mut self, buffer: &mut [u8]) -> Got {
         let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(current) = client.as_mut().filter(|_| !self.silent) else {
-            // Writing to it may wait: output has a thread of its own.
+            // Writing to the client may block: output has its own thread.
             if let Ok(Some(new)) = self.listener.accept()
                 && new.set_nonblocking(false).is_ok()
             {
@@ -473,7 +473,7 @@ mod tests {
             assert_eq!(writer.write(b"gone").unwrap(), 4);
             assert_eq!(console.input.read(&mut [0; 8]), Got::Nothing);
         }
-        // One that only listens from now on, until another one comes.
+        // A client that only reads from now on, until another one comes.
         let mut listener = UnixStream::connect(&path).unwrap();
         assert_eq!(console.input.read(&mut [0; 8]), Got::Nothing);
         listener.shutdown(std::net::Shutdown::Write).unwrap();

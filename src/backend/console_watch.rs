@@ -1,25 +1,25 @@
-//! What a console's text gives away about its guest.
+//! Detection of guest events from the text of its console.
 
 use crate::event::{GuestEvent, GuestEvents, PanicSource};
 
-/// Reads along with the console for the few lines of a Linux kernel that tell what nothing else does. A program in
-/// the guest can print them too, so what comes from here is called what it is: judged by the console.
+/// Reads the console's output for the few lines of a Linux kernel that report what no other source does. A program in
+/// the guest can print these lines too, so events found here are attributed to the console.
 pub struct ConsoleWatch {
     line: Vec<u8>,
     seen_byte: bool,
     events: GuestEvents,
 }
 
-/// Longest line that is looked at; all texts of interest stand at the beginning of theirs.
+/// Longest line that is examined; all texts of interest are at the beginning of a line.
 const LINE_MAX: usize = 128;
 
 impl ConsoleWatch {
-    /// Tells `events` what it finds.
+    /// Creates a watch that posts its findings to `events`.
     pub fn new(events: GuestEvents) -> Self {
         ConsoleWatch { line: Vec::with_capacity(LINE_MAX), seen_byte: false, events }
     }
 
-    /// Looks at the next bytes of the console.
+    /// Examines the next bytes of the console.
     pub fn scan(&mut self, bytes: &[u8]) {
         if !self.seen_byte && !bytes.is_empty() {
             self.seen_byte = true;
@@ -52,27 +52,27 @@ impl ConsoleWatch {
     }
 }
 
-/// Returns whether a kernel says with this line that it panicked.
+/// Returns true if a kernel reports with this line that it panicked.
 fn is_panic(text: &[u8]) -> bool {
     text.starts_with(b"Kernel panic - not syncing")
 }
 
-/// Returns whether a kernel says with this line that it is about to restart the machine.
+/// Returns true if a kernel reports with this line that it is about to restart the machine.
 fn is_restart(text: &[u8]) -> bool {
     text.starts_with(b"reboot: Restarting system") || text.starts_with(b"sysrq: Resetting")
 }
 
-/// The last words of a kernel that then reset the machine.
+/// Last message of a kernel that then reset the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LastWords {
-    /// It panicked.
+    /// The kernel panicked.
     Panic,
-    /// It was asked to restart.
+    /// The kernel was asked to restart.
     Restart,
 }
 
 impl LastWords {
-    /// What these last lines of a kernel's log say. A panic counts even if the kernel restarts after it.
+    /// Interprets the last lines of a kernel's log. A panic counts even if the kernel restarts after it.
     pub fn of<'a>(lines: impl IntoIterator<Item = &'a str>) -> Option<LastWords> {
         let word = |line: &'a str| match without_timestamp(line.as_bytes()) {
             text if is_panic(text) => Some(LastWords::Panic),
@@ -83,7 +83,7 @@ impl LastWords {
     }
 }
 
-/// Strips printk's `[    1.234567] `, and a caller id like `[T1]` or `[    T1]` behind it.
+/// Strips printk's `[    1.234567] `, and a caller id like `[T1]` or `[    T1]` after it.
 fn without_timestamp(mut line: &[u8]) -> &[u8] {
     while let Some(rest) = line.strip_prefix(b"[") {
         let Some(end) = rest.iter().position(|b| *b == b']') else { break };

@@ -1,4 +1,4 @@
-//! Recognition of image formats, by what an image begins with and by its name.
+//! Recognition of image formats, by an image's first and last bytes and by its name.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -10,22 +10,22 @@ use super::{AlignedBuffer, qcow2};
 /// A format that vireo does not read.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Foreign {
-    /// What it is called.
+    /// Name of the format.
     pub name: &'static str,
-    /// What `qemu-img` calls it.
+    /// Name of the format in `qemu-img`.
     pub driver: &'static str,
 }
 
-/// What the bytes of an image say of its format.
+/// Format of an image according to its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Content {
-    /// Nothing: it may be a raw disk.
+    /// No known mark: the image may be a raw disk.
     Unmarked,
     Qcow2,
     Foreign(&'static Foreign),
 }
 
-/// Where in its first page a format has which bytes.
+/// Marks of foreign formats: offset in the first page, and the bytes found there.
 static MARKS: [(usize, &[u8], Foreign); 11] = [
     (0, b"KDMV", Foreign { name: "VMDK", driver: "vmdk" }),
     (0, b"COWD", Foreign { name: "VMDK", driver: "vmdk" }),
@@ -40,10 +40,10 @@ static MARKS: [(usize, &[u8], Foreign); 11] = [
     (0, b"SKUL\xba\xbe", Foreign { name: "LUKS", driver: "luks" }),
 ];
 const VHD: Foreign = Foreign { name: "VHD", driver: "vpc" };
-/// A VHD of a fixed size is a raw disk and a footer.
+/// A VHD of a fixed size, which is a raw disk followed by a footer.
 static FIXED_VHD: Foreign = VHD;
 
-/// What an image is by its bytes. The file may be open for direct input and output only.
+/// Returns the format of an image according to its bytes. The file may be open for direct I/O only.
 pub(super) fn content(file: &File) -> io::Result<Content> {
     let mut page = AlignedBuffer::new(4096);
     let n = file.read_at(page.as_mut_slice(), 0)?;
@@ -55,7 +55,7 @@ pub(super) fn content(file: &File) -> io::Result<Content> {
     if let Some((_, _, foreign)) = MARKS.iter().find(marked) {
         return Ok(Content::Foreign(foreign));
     }
-    // What is read is whole blocks, the last one perhaps not in full.
+    // Direct I/O reads whole blocks; the last block may be incomplete.
     let end = (&mut &*file).seek(SeekFrom::End(0))?;
     let Some(last) = end.checked_sub(512) else { return Ok(Content::Unmarked) };
     let n = file.read_at(page.as_mut_slice(), last - last % 4096)?;
@@ -63,7 +63,7 @@ pub(super) fn content(file: &File) -> io::Result<Content> {
     Ok(if rest.starts_with(b"conectix") { Content::Foreign(&FIXED_VHD) } else { Content::Unmarked })
 }
 
-/// Returns whether the name of an image says that it is qcow2.
+/// Returns true if the name of an image says that it is qcow2.
 pub(super) fn is_named_qcow2(path: &Path) -> bool {
     let extension = path.extension().and_then(|extension| extension.to_str());
     extension.is_some_and(|extension| ["qcow2", "qcow"].iter().any(|name| extension.eq_ignore_ascii_case(name)))

@@ -1,8 +1,8 @@
-//! A console on a pair of FIFOs: `PATH.in` leads to the guest and `PATH.out` from it. Both are made if they are not there,
-//! and those that were made are removed when the VM ends.
+//! A console on a pair of FIFOs: `PATH.in` leads to the guest and `PATH.out` from it. Missing FIFOs are created, and
+//! those that were created are removed when the VM ends.
 //!
-//! Nobody is waited for: who opens `PATH.out` gets what comes from then on, and what comes while nobody has it open is
-//! thrown away.
+//! vireo does not wait for the other ends: a reader that opens `PATH.out` gets the output from then on, and output that
+//! arrives while no reader has it open is discarded.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -16,11 +16,12 @@ use super::held;
 use super::output::Destination;
 use super::place::{FileId, Place};
 
-/// A FIFO's file that is removed with this, if it was made by it and is still there.
+/// A FIFO's file; dropping this removes the file if this created it and it is still there.
 #[derive(Debug)]
 struct FifoFile {
     place: Place,
-    /// The file, if it was made here. Held open, or another file could get its inode number when it is removed.
+    /// The file, if it was created here. It is held open, or else another file could get its inode number after
+    /// removal.
     made: Option<OwnedFd>,
 }
 
@@ -39,12 +40,13 @@ impl FifoFile {
         };
         match place.stat().map_err(failed)? {
             Some(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Fifo => Ok(FifoFile { place, made }),
-            _ => Err(failed(io::Error::other("it is there and is not a FIFO"))),
+            _ => Err(failed(io::Error::other("the path exists and is not a FIFO"))),
         }
     }
 }
 
-/// Opens what is at `place` now without waiting for its other end. Anything but a FIFO might wait, or change by it.
+/// Opens the FIFO that is at `place` now, without waiting for its other end. Any other kind of file is refused, as
+/// opening it might block or change it.
 fn open(place: &Place, flags: OFlags) -> io::Result<File> {
     place.open_kind(FileType::Fifo, flags | OFlags::NONBLOCK)
 }
@@ -57,16 +59,16 @@ impl Drop for FifoFile {
     }
 }
 
-/// The FIFO that input comes from.
+/// FIFO that input comes from.
 pub struct FifoInput {
-    /// Not blocking.
+    /// The FIFO, non-blocking.
     pub(super) file: File,
-    /// Both, here because input ends in order; output has a thread of its own, which nobody waits for.
+    /// Files of both directions. They are here because input ends in order, while the output thread is not waited for.
     _files: [FifoFile; 2],
 }
 
 impl FifoInput {
-    /// Without a writer it reads as ended, but the next one may come.
+    /// Interprets the result of a read. Without a writer the FIFO reads as ended, but another writer may come.
     pub(super) fn got(result: io::Result<usize>) -> Got {
         match result {
             Ok(n) if n > 0 => Got::Bytes(n),
@@ -76,7 +78,7 @@ impl FifoInput {
     }
 }
 
-/// The FIFO that output goes to, open while somebody reads it.
+/// FIFO that output goes to, open while it has a reader.
 struct FifoWriter {
     place: Place,
     file: Option<File>,
@@ -86,13 +88,13 @@ impl Write for FifoWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.file.is_none() {
             self.file = open(&self.place, OFlags::WRONLY).ok();
-            // Only the opening must not wait: output has a thread of its own.
+            // Only the opening must not block: output has its own thread, which may.
             let waits = self.file.as_ref().is_none_or(|file| rustix::fs::fcntl_setfl(file, OFlags::empty()).is_ok());
             self.file.take_if(|_| !waits);
         }
         let Some(file) = &mut self.file else { return Ok(bytes.len()) };
         match file.write(bytes) {
-            // The reader is gone.
+            // The reader has closed the FIFO.
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
                 self.file = None;
                 Ok(bytes.len())
@@ -106,7 +108,7 @@ impl Write for FifoWriter {
     }
 }
 
-/// The pair at `path`.
+/// Creates a console on the pair of FIFOs at `path`.
 pub fn pair(path: &Path) -> Result<Console, Error> {
     let beside = |end: &str| {
         let mut name = path.as_os_str().to_os_string();

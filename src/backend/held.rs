@@ -1,9 +1,9 @@
-//! Files that the user named, kept for the life of the process.
+//! Files that the user named, held for the life of the process.
 //!
-//! A guest with a writable folder can exchange what lies in it, and a guest that hung is started again: the same path
-//! may by then lead to another file. So before the first guest runs, what each path leads to is opened as a mere name
-//! (O_PATH), and every later opening of that path is one of that file. This belongs to the process, as what a user types
-//! means one file for all of it.
+//! A guest with a writable folder can replace the files in it, and a guest that hung is started again: by then the same
+//! path may lead to another file. Therefore, before the first guest runs, each path is opened without access to the
+//! file's content (O_PATH), and every later opening of that path opens that file. This state is global because a path
+//! that the user typed means one file throughout the process.
 
 use std::fs::File;
 use std::io;
@@ -18,35 +18,35 @@ use super::place::{WritableFolders, descriptor_path, name_input_again};
 static HELD: RwLock<Held> = RwLock::new(Held::new());
 
 struct Held {
-    /// Paths are opened again, or lie where a guest changes them.
+    /// True if paths are opened again or lie where a guest can change them.
     is_needed: bool,
     folders: WritableFolders,
     files: Vec<(PathBuf, OwnedFd)>,
 }
 
-/// Remembers which folders the guest will be able to write to; from then on files are kept. `again` says whether the guest
-/// may be started again: without that and without folders there is nothing to keep them from.
+/// Remembers which folders the guest will be able to write to; from then on files are kept. `again` is true if the
+/// guest may be started again. Without restarts and writable folders, files need not be kept.
 pub fn begin(folders: WritableFolders, again: bool) {
     change(|held| held.begin(folders, again));
 }
 
-/// The folders that the guest can write to.
+/// Returns the folders that the guest can write to.
 pub fn folders() -> WritableFolders {
     HELD.read().unwrap_or_else(PoisonError::into_inner).folders.clone()
 }
 
-/// Keeps what `path` leads to now. What cannot be opened is left to whoever needs it and has a sentence for that; an
-/// error is a link that a guest may have made.
+/// Keeps the file that `path` leads to now. A path that cannot be opened is skipped: the code that needs the file
+/// reports the error. Fails only for a link that a guest may have created.
 pub fn keep(path: &Path) -> io::Result<()> {
     change(|held| held.keep(path))
 }
 
-/// Keeps what was just made at `path` and opened, like [`keep`].
+/// Keeps the file that was just created at `path` and opened, like [`keep`].
 pub fn keep_new(path: &Path, file: &File) {
     change(|held| held.keep_new(path, file));
 }
 
-/// The path by which to open what `path` led to when it was kept; `path` itself if it was not.
+/// Returns a path that opens the file to which `path` led when it was kept; `path` itself if it was not kept.
 pub fn path(path: &Path) -> PathBuf {
     HELD.read().unwrap_or_else(PoisonError::into_inner).path(path)
 }
@@ -86,7 +86,7 @@ impl Held {
         }
     }
 
-    /// Returns whether a path should be kept and is not yet.
+    /// Returns true if a path must be kept and is not yet.
     fn keeps(&self, path: &Path) -> bool {
         let new = !self.files.iter().any(|(name, _)| name == path);
         self.is_needed && new && Path::new("/proc/self/fd").exists()

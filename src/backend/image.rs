@@ -1,12 +1,14 @@
-//! Disk images: what may be opened and how, locked against other VMs, and by which format its bytes are read.
+//! Disk images: opening them, locking them against other VMs, and choosing the format by which their bytes are read.
 //!
-//! A raw image is the guest's to write, so what it holds is not believed the next time. Without `format=`:
-//! - An image that begins like qcow2 is written to as qcow2 only if its name says so too (`.qcow2`); otherwise the guest may
-//!   have written that, and the user is asked for the format. It is only read as qcow2 whatever its name.
+//! The guest writes a raw image, so the image's content is not trusted the next time. Without `format=`:
+//! - An image that begins like qcow2 is written to as qcow2 only if its name says so too (`.qcow2`); otherwise the
+//!   guest may have written that beginning, and the user is asked for the format. For reading only, it is used as qcow2
+//!   whatever its name.
 //! - A file that a qcow2 image refers to (its base image) is not opened: a guest could name any file of the host.
-//! - An image that is named qcow2 but does not begin like it is refused: as a raw disk its guest could make it qcow2.
-//! - Other formats are refused by name. All of this is also what a guest gets that writes such a beginning to its raw disk:
-//!   it runs on undisturbed, and at the next start the user is asked. Its first sector needs no protection.
+//! - An image that is named qcow2 but does not begin like it is refused: as a raw disk, its guest could make it qcow2.
+//! - Other formats are refused, and the error names them. A guest that writes such a beginning to its raw disk gets the
+//!   same treatment: it continues undisturbed, and at the next start the user is asked. The first sector needs no
+//!   protection.
 //!
 //! With `format=raw` all bytes are the guest's.
 
@@ -29,10 +31,10 @@ use super::qcow2::{self, Qcow2Disk};
 use super::raw::{DIRECT_BLOCK, RawDisk, RawKind};
 use super::{Disk, SECTOR};
 
-/// The longest wait for a lock that a process may only have for a moment.
+/// Maximum wait for a lock that another process may hold only for a moment.
 const LOCK_WAIT: Duration = Duration::from_millis(250);
 
-/// What is in an image.
+/// Format of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
@@ -42,13 +44,13 @@ pub enum Format {
     Qcow2,
 }
 
-/// Where writes go instead of to the image.
+/// Destination of writes other than the image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "PathBuf", into = "PathBuf")]
 pub enum Overlay {
-    /// Into a file that is gone when the VM ends (`tmp`).
+    /// A file that is removed when the VM ends (`tmp`).
     Tmp,
-    /// Into this qcow2 file, made if it is not there.
+    /// The given qcow2 file, which is created if it is missing.
     File(PathBuf),
 }
 
@@ -75,78 +77,78 @@ impl FromStr for Overlay {
     }
 }
 
-/// How to open an image.
+/// Options for opening an image.
 #[derive(Clone, Debug, Default)]
 pub struct ImageOptions {
-    /// The file or device.
+    /// Path of the file or device.
     pub path: PathBuf,
-    /// Bytes of a character device, which cannot tell.
+    /// Size in bytes of a character device, which cannot report it.
     pub size: Option<u64>,
-    /// Refuse writes, and share the image with other readers.
+    /// Refuses writes, and shares the image with other readers.
     pub readonly: bool,
-    /// Go around the host's page cache (O_DIRECT).
+    /// Bypasses the host's page cache (O_DIRECT).
     pub direct: bool,
-    /// What is in it; found by content and name when not given.
+    /// Format of the image; detected by content and name if not given.
     pub format: Option<Format>,
-    /// Write elsewhere.
+    /// Destination of writes, if not the image.
     pub overlay: Option<Overlay>,
 }
 
-/// Why a disk cannot be used. Displays as one sentence with the path.
+/// Reasons why a disk cannot be used. Displays as one sentence with the path.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be opened or examined.
     #[error("cannot open disk {}{hint}", path.display())]
     Open {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What would help; may be empty.
+        /// Advice for the user; may be empty.
         hint: &'static str,
         /// The OS error.
         source: io::Error,
     },
-    /// It is no file and no block device.
+    /// The path is neither a regular file nor a block device.
     #[error("disk {} is a {kind}; a regular file or a block device is needed{hint}", path.display())]
     Kind {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What it is.
+        /// Kind of file that it is.
         kind: &'static str,
-        /// What would be possible; may be empty.
+        /// Another possibility; may be empty.
         hint: &'static str,
     },
-    /// Not even one sector.
+    /// The disk is smaller than one sector.
     #[error("disk {} has {size} bytes, which is less than one sector of 512", path.display())]
     TooSmall {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its size.
+        /// Size of the file.
         size: u64,
     },
-    /// Direct input and output is in whole blocks.
-    #[error("disk {} has {size} bytes, which are no whole blocks of {DIRECT_BLOCK} as direct=on needs", path.display())]
+    /// The size is not a multiple of the blocks of direct I/O.
+    #[error("disk {} has {size} bytes; direct=on needs a multiple of {DIRECT_BLOCK}", path.display())]
     DirectSize {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its size.
+        /// Size of the file.
         size: u64,
     },
     /// Another process holds a lock that excludes ours.
     #[error("disk {} is in use by another VM{hint}", path.display())]
     InUse {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What would be possible; may be empty.
+        /// More about the other user; may be empty.
         hint: &'static str,
     },
-    /// It is (or refers to) an image that cannot be used.
+    /// The disk is an image that cannot be used, or refers to one.
     #[error("disk {} {what}", path.display())]
     Image {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Predicate of the sentence: what it cannot be.
+        /// Predicate of the sentence.
         what: &'static str,
-        /// What the format's driver says.
+        /// Error from the format's driver.
         source: io::Error,
     },
     /// An image in a format that vireo does not read.
@@ -156,62 +158,62 @@ pub enum Error {
         path.display(), foreign.name, foreign.driver
     )]
     Foreign {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The format.
+        /// Format of the image.
         foreign: &'static Foreign,
     },
     /// Content and name disagree, and a guest may have written the content.
     #[error("disk {} {why}", path.display())]
     Ambiguous {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The contradiction, and the key that resolves it.
+        /// Sentence about the contradiction, and the option that resolves it.
         why: &'static str,
     },
     /// The file for overlay=tmp cannot be created.
     #[error(
-        "overlay=tmp cannot have its file in the folder for temporary files, {}, which TMPDIR names{why}",
+        "cannot create the file for overlay=tmp in {} (set TMPDIR to use another folder){why}",
         folder.display()
     )]
     Temporary {
-        /// The folder.
+        /// Folder for temporary files.
         folder: PathBuf,
-        /// More of why; may be empty.
+        /// Further reason; may be empty.
         why: &'static str,
         /// The OS error.
         source: io::Error,
     },
-    /// An overlay of another base.
+    /// The overlay belongs to another base.
     #[error(
-        "overlay {} was made for the disk {found}, not for {}; remove it to start anew",
+        "overlay {} was created for the disk {found}, not for {}; remove it to start over",
         path.display(), base.display()
     )]
     OtherBase {
-        /// The overlay.
+        /// Path of the overlay.
         path: PathBuf,
-        /// What it says it lies over.
+        /// Base that the overlay names.
         found: String,
-        /// What it shall lie over.
+        /// Base that the overlay must have.
         base: PathBuf,
     },
-    /// Two keys that exclude each other.
+    /// Two options exclude each other.
     #[error("disk {}: {why}", path.display())]
     Keys {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Which, and why.
+        /// Names of the options, and the reason.
         why: &'static str,
     },
 }
 
-/// Opens and locks an image and what it refers to.
+/// Opens and locks an image and the images that it refers to.
 pub fn open(options: &ImageOptions) -> Result<Box<dyn Disk>, Error> {
     let ImageOptions { path, size, readonly, direct, format, overlay } = options;
     let keys = |why| Error::Keys { path: path.into(), why };
     if let Some(size) = *size {
         if overlay.is_some() || format.is_some_and(|format| format != Format::Raw) {
-            return Err(keys("size is that of a character device, which is a raw disk without overlay"));
+            return Err(keys("size is only for a character device, which must be a raw disk without overlay"));
         }
         let (file, metadata) = open_kinds(path, *readonly, *direct, true)?;
         if !metadata.file_type().is_char_device() {
@@ -232,7 +234,8 @@ pub fn open(options: &ImageOptions) -> Result<Box<dyn Disk>, Error> {
     })
 }
 
-/// The format that was asked for, or that content and name agree on; an image that is only read is known by its content.
+/// Returns the requested format, or the one on which content and name agree. For an image that is only read, the
+/// content decides.
 pub(super) fn found_format(file: &File, path: &Path, format: Option<Format>, write: bool) -> Result<Format, Error> {
     if let Some(format) = format {
         return Ok(format);
@@ -242,11 +245,11 @@ pub(super) fn found_format(file: &File, path: &Path, format: Option<Format>, wri
     match (content, detect::is_named_qcow2(path)) {
         (Content::Foreign(foreign), _) => Err(Error::Foreign { path: path.into(), foreign }),
         (Content::Qcow2, false) if write => ambiguous(
-            "begins like a qcow2 image, which its name does not say and a guest may have written: add format=qcow2 if \
-             it is one, or format=raw if all of its bytes are the guest's",
+            "begins like a qcow2 image, but is not named like one, and a guest may have written that: add format=qcow2 \
+             if it is one, or format=raw if all of its bytes are the guest's",
         ),
         (Content::Qcow2, _) => {
-            info!("disk {} is taken for a qcow2 image, as which it begins", path.display());
+            info!("disk {} begins like a qcow2 image and is used as one", path.display());
             Ok(Format::Qcow2)
         }
         (Content::Unmarked, true) => ambiguous(
@@ -256,7 +259,7 @@ pub(super) fn found_format(file: &File, path: &Path, format: Option<Format>, wri
     }
 }
 
-/// A disk on a file or block device, which knows its size.
+/// Creates a disk on a file or block device, which knows its size.
 fn sized_disk(mut file: File, path: &Path, metadata: &Metadata, direct: bool) -> Result<RawDisk, Error> {
     let failed = |source| Error::Open { path: path.into(), hint: "", source };
     let bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
@@ -264,7 +267,7 @@ fn sized_disk(mut file: File, path: &Path, metadata: &Metadata, direct: bool) ->
     raw_disk(file, path, kind, bytes, direct)
 }
 
-/// A disk on the file's bytes as they are; those behind the last whole sector are not shown.
+/// Creates a disk on the file's bytes as they are; bytes past the last whole sector are hidden.
 fn raw_disk(file: File, path: &Path, kind: RawKind, bytes: u64, direct: bool) -> Result<RawDisk, Error> {
     let size = bytes - bytes % SECTOR;
     if size == 0 {
@@ -275,7 +278,10 @@ fn raw_disk(file: File, path: &Path, kind: RawKind, bytes: u64, direct: bool) ->
     }
     if size != bytes {
         let path = path.display();
-        warn!("disk {path} has {bytes} bytes; the guest does not see the last {}, which are no sector", bytes - size);
+        warn!(
+            "disk {path} has {bytes} bytes; the last {} do not fill a sector and are hidden from the guest",
+            bytes - size
+        );
     }
     Ok(RawDisk::new(file, kind, direct, size))
 }
@@ -287,42 +293,44 @@ pub(super) fn open_raw(path: &Path, readonly: bool, direct: bool) -> Result<RawD
     sized_disk(file, path, &metadata, direct)
 }
 
-/// Opens and locks `path`. A writable disk excludes every other user, readers share. The lock goes with the file: it
-/// needs no cleaning up, however this process ends.
+/// Opens and locks `path`. A writable disk excludes every other user; readers share. The lock is released with the
+/// file, so it needs no cleaning up, however this process ends.
 pub(super) fn open_file(path: &Path, readonly: bool, direct: bool) -> Result<(File, Metadata), Error> {
     open_kinds(path, readonly, direct, false)
 }
 
-/// The same; a character device too, if it `may` be one.
+/// Opens and locks `path` like [`open_file`]; with `may`, a character device is allowed too.
 fn open_kinds(path: &Path, readonly: bool, direct: bool, may: bool) -> Result<(File, Metadata), Error> {
     let hint = if readonly { "" } else { " for writing (readonly shares it)" };
     let failed = |source: io::Error| {
         let denied = matches!(source.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem);
         let hint = match () {
             () if denied => hint,
-            () if direct && source.raw_os_error() == Some(libc::EINVAL) => ": its file system has no direct=on",
+            () if direct && source.raw_os_error() == Some(libc::EINVAL) => {
+                ": its file system does not support direct=on"
+            }
             () => "",
         };
         Error::Open { path: path.into(), hint, source }
     };
     let file = held::path(path);
-    // Before it is opened: opening a FIFO would wait for its other end, and some devices act on being opened.
+    // Check before opening: opening a FIFO would wait for its other end, and some devices act on being opened.
     check_kind(path, &file.metadata().map_err(failed)?, may)?;
     let mut options = OpenOptions::new();
     let direct = if direct { libc::O_DIRECT } else { 0 };
     options.read(true).write(!readonly).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | direct);
     let file = options.open(file).map_err(failed)?;
-    // And again, on what was really opened.
+    // Check again what was really opened.
     let metadata = file.metadata().map_err(failed)?;
     check_kind(path, &metadata, may)?;
-    // io_uring would take it for an order to fail rather than to wait.
+    // With O_NONBLOCK, io_uring would fail requests that must wait.
     let flags = rustix::fs::fcntl_getfl(&file).map_err(|e| failed(e.into()))?;
     rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(|e| failed(e.into()))?;
     lock_or_warn(&file, path, readonly)?;
     Ok((file, metadata))
 }
 
-/// Locks an open image; a file system without locks is told of and used.
+/// Locks an open image. If its file system has no locks, logs a warning and uses it unlocked.
 fn lock_or_warn(file: &File, path: &Path, readonly: bool) -> Result<(), Error> {
     if is_taken(file, path, readonly) {
         let hint = if readonly { ", which writes to it" } else { "" };
@@ -331,10 +339,11 @@ fn lock_or_warn(file: &File, path: &Path, readonly: bool) -> Result<(), Error> {
     Ok(())
 }
 
-/// Locks an open file, if its file system has locks. Returns whether somebody else has a lock that excludes this one.
+/// Locks an open file, if its file system has locks. Returns true if another process has a lock that excludes this one.
 ///
-/// Waits for up to [`LOCK_WAIT`]: a process that was just started has its parent's descriptors, and with them the locks,
-/// until it executes its own program. A VM that begins where another one has ended would be refused for that moment.
+/// Waits for up to [`LOCK_WAIT`]: a child process that was just forked has its parent's descriptors, and with them the
+/// locks, until it executes its own program. Without the wait, a VM that starts just after another one has ended could
+/// be refused.
 pub(super) fn is_taken(file: &File, path: &Path, readonly: bool) -> bool {
     let deadline = Instant::now() + LOCK_WAIT;
     loop {
@@ -347,7 +356,7 @@ pub(super) fn is_taken(file: &File, path: &Path, readonly: bool) -> bool {
                 thread::sleep(Duration::from_millis(1));
             }
             Err(e) => {
-                warn!("{} cannot be locked and is used unlocked: {e}", path.display());
+                warn!("cannot lock {}, using it unlocked: {e}", path.display());
                 return false;
             }
         }
@@ -360,13 +369,13 @@ fn check_kind(path: &Path, metadata: &Metadata, characters: bool) -> Result<(), 
         None => Ok(()),
         Some(_) if characters && character_device => Ok(()),
         Some(kind) => {
-            let hint = if character_device { ", or the size= that this one has" } else { "" };
+            let hint = if character_device { ", or size= with the size of this device" } else { "" };
             Err(Error::Kind { path: path.into(), kind, hint })
         }
     }
 }
 
-/// What it is, if it is neither a regular file nor a block device.
+/// Returns the kind of file if it is neither a regular file nor a block device.
 pub(super) fn unfit_kind(metadata: &Metadata) -> Option<&'static str> {
     let kind = metadata.file_type();
     match () {
@@ -379,8 +388,9 @@ pub(super) fn unfit_kind(metadata: &Metadata) -> Option<&'static str> {
     }
 }
 
-/// Locks all bytes, however many there will be. The lock belongs to the open file, not to the process (F_OFD_SETLK),
-/// so that closing another descriptor of the same file does not lose it; QEMU's locks collide with it as they should.
+/// Locks all bytes, also those that are added later. The lock belongs to the open file, not to the process
+/// (F_OFD_SETLK), so closing another descriptor of the same file does not release it. It conflicts with QEMU's locks,
+/// as it should.
 #[allow(unsafe_code)]
 fn lock(file: &File, readonly: bool) -> io::Result<()> {
     let l_type = if readonly { libc::F_RDLCK } else { libc::F_WRLCK } as libc::c_short;
@@ -402,7 +412,7 @@ mod tests {
         open(&options).map(|disk| disk.size()).map_err(|e| e.to_string())
     }
 
-    /// An empty qcow2 image of one megabyte, of the simplest form: header, first-level table, reference counts.
+    /// Creates an empty qcow2 image of one megabyte in the simplest form: header, first-level table, reference counts.
     fn qcow2() -> Vec<u8> {
         let mut image = vec![0; 4 * 65536];
         let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
@@ -427,7 +437,7 @@ mod tests {
         let len = qcow2().len() as u64;
         std::fs::write(&path, vec![0; qcow2().len()]).unwrap();
         assert_eq!(open_as(&path, |_| ()), Ok(len));
-        // Its guest writes a header.
+        // The guest writes a header.
         std::fs::write(&path, qcow2()).unwrap();
         let refused = open_as(&path, |_| ()).unwrap_err();
         assert!(
@@ -436,7 +446,7 @@ mod tests {
         );
         assert_eq!(open_as(&path, |options| options.format = Some(Format::Raw)), Ok(len));
         assert_eq!(open_as(&path, |options| options.format = Some(Format::Qcow2)), Ok(1 << 20));
-        // To be read it may be what it looks like: it refers to nothing.
+        // For reading only, it may be what it looks like: it refers to nothing.
         assert_eq!(open_as(&path, |options| options.readonly = true), Ok(1 << 20));
         assert_eq!(open_as(&path, |options| options.overlay = Some(Overlay::Tmp)), Ok(1 << 20));
     }
@@ -452,7 +462,7 @@ mod tests {
                 assert!(refused.contains("is named like a qcow2 image but does not begin like one"), "{refused}");
             }
             assert_eq!(open_as(&path, |options| options.format = Some(Format::Raw)), Ok(65536));
-            // A header that its guest wrote makes it a qcow2 image only without `format=raw`, and no other file is opened then.
+            // A header written by the guest counts only without `format=raw`, and no other file is opened then.
             std::fs::write(&path, qcow2()).unwrap();
             assert_eq!(open_as(&path, |_| ()), Ok(1 << 20));
         }
@@ -487,7 +497,7 @@ mod tests {
             }
             assert_eq!(open_as(&path, |options| options.format = Some(Format::Raw)), Ok(65536));
         }
-        // Only where they belong.
+        // The marks count only at their proper offsets.
         let mut bytes = vec![0; 65536];
         bytes[512..516].copy_from_slice(b"KDMV");
         std::fs::write(&path, bytes).unwrap();

@@ -1,12 +1,12 @@
-//! Files that the guest sees as memory: opened, locked, and of a size that memory can have.
+//! Files that the guest sees as memory: opening, locking, and the sizes that they can have.
 //!
-//! Guests take such memory in units of 2 MiB ([`UNIT`]). Where a file ends within one, zeros follow, and what is written
-//! to them is gone with the VM. So a file that shall keep all writes must be whole units; one that keeps none may have
-//! any size.
+//! Guests use such memory in units of 2 MiB ([`UNIT`]). If a file ends within a unit, zeros follow; writes to them are
+//! lost when the VM ends. Therefore a file that must keep all writes has to consist of whole units, while a file that
+//! keeps none may have any size.
 //!
-//! The file must not become shorter while the guest lives, nor its file system run out of space for its holes. The lock
-//! keeps other VMs away, not somebody with `truncate`: then the guest's next access to what is gone, or vireo's for it
-//! (SIGBUS), ends the VM with a sentence that says so.
+//! While the guest runs, the file must not be truncated, and its file system must not run out of space for the file's
+//! holes. The lock excludes other VMs, but not a user of `truncate`: in that case the next access to the missing part,
+//! by the guest or by vireo for it (SIGBUS), ends the VM with a message that says so.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
@@ -18,63 +18,63 @@ use super::{held, image};
 use crate::memory::{Access, Backing};
 use crate::options::Size;
 
-/// What the size of a file in memory is rounded up to: 2 MiB.
+/// Unit to which the size of a mapped file is rounded up: 2 MiB.
 pub const UNIT: u64 = 2 << 20;
 
-/// Why a file cannot be memory. Displays as one sentence with the path.
+/// Reasons why a file cannot be memory. Displays as one sentence with the path.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be opened or examined.
     #[error("cannot open {}{hint}", path.display())]
     Open {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What would help; may be empty.
+        /// Advice for the user; may be empty.
         hint: &'static str,
         /// The OS error.
         source: io::Error,
     },
-    /// It cannot be made larger.
-    #[error("cannot make {} as large as size={size}", path.display())]
+    /// The file cannot be extended.
+    #[error("cannot extend {} to size={size}", path.display())]
     Grow {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What was asked for.
+        /// Requested size.
         size: Size,
         /// The OS error.
         source: io::Error,
     },
-    /// It is no file and no block device.
+    /// The path is neither a regular file nor a block device.
     #[error("{} is a {kind}; a regular file or a block device is needed", path.display())]
     Kind {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What it is.
+        /// Kind of file that it is.
         kind: &'static str,
     },
-    /// Nothing to show.
+    /// The file is empty.
     #[error("{} is empty; size= makes it larger", .0.display())]
     Empty(PathBuf),
     /// Writes to the last bytes would be lost.
     #[error(
-        "{} has {size} bytes, and what the guest writes up to the next 2M would be lost: size={rounded} makes it larger, \
-         readonly and overlay=tmp take it as it is",
+        "{} has {size} bytes, and guest writes past its end, up to the next 2M, would be lost: size={rounded} extends \
+         it, readonly and overlay=tmp take it as it is",
         path.display()
     )]
     PartialUnit {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its size.
+        /// Size of the file.
         size: u64,
-        /// The size it should have.
+        /// Size that the file should have.
         rounded: Size,
     },
     /// Another process holds a lock that excludes ours.
     #[error("{} is in use by another VM{hint}", path.display())]
     InUse {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What would be possible; may be empty.
+        /// More about the other user; may be empty.
         hint: &'static str,
     },
 }
@@ -85,15 +85,15 @@ pub struct MappedFile {
     file: Arc<File>,
     path: PathBuf,
     access: Access,
-    /// Bytes of the file that are shown.
+    /// Number of bytes of the file that the guest sees.
     shown: u64,
-    /// Bytes of memory.
+    /// Number of bytes of memory.
     len: u64,
 }
 
 impl MappedFile {
-    /// Opens and locks `path`. With `size`, a multiple of [`UNIT`], that much of it is shown; a file that is shorter is
-    /// made larger if writes go to it. Files that are only read are shared with other VMs that only read them.
+    /// Opens and locks `path`. With `size`, a multiple of [`UNIT`], the memory has that size; a shorter file is
+    /// extended if writes go to it. A file that is only read is shared with other VMs that only read it.
     pub fn open(path: &Path, access: Access, size: Option<u64>) -> Result<Self, Error> {
         let shared = access == Access::Shared;
         let failed = |source: io::Error| {
@@ -102,12 +102,12 @@ impl MappedFile {
             Error::Open { path: path.into(), hint, source }
         };
         let unfit = |metadata| image::unfit_kind(&metadata).map(|kind| Error::Kind { path: path.into(), kind });
-        // Before it is opened: opening a FIFO would wait for its other end, and some devices act on being opened.
+        // Check before opening: opening a FIFO would wait for its other end, and some devices act on being opened.
         let named = held::path(path);
         unfit(named.metadata().map_err(failed)?).map_or(Ok(()), Err)?;
         let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
         let mut file = OpenOptions::new().read(true).write(shared).custom_flags(flags).open(named).map_err(failed)?;
-        // And again, on what was really opened.
+        // Check again what was really opened.
         unfit(file.metadata().map_err(failed)?).map_or(Ok(()), Err)?;
         if image::is_taken(&file, path, !shared) {
             let hint = if shared { "" } else { ", which writes to it" };
@@ -134,19 +134,19 @@ impl MappedFile {
         Ok(MappedFile { file: Arc::new(file), path: path.into(), access, shown: bytes.min(len), len })
     }
 
-    /// Bytes of memory it takes: a multiple of [`UNIT`], not 0.
+    /// Number of bytes of memory that the file takes: a multiple of [`UNIT`], not 0.
     pub fn memory_len(&self) -> u64 {
         self.len
     }
 
-    /// What is mapped.
+    /// Returns the backing for the guest's memory.
     pub fn backing(&self) -> Backing {
         let MappedFile { file, path, access, shown, len: _ } = self;
         Backing::File { file: file.clone(), path: path.clone(), len: *shown, access: *access }
     }
 
-    /// Returns when what was written to the memory before would survive a power failure. There is nothing to do if the
-    /// file keeps no writes.
+    /// Returns when earlier writes to the memory would survive a power failure. Does nothing if the file keeps no
+    /// writes.
     pub fn sync(&self) -> io::Result<()> {
         if self.access == Access::Shared { self.file.sync_data() } else { Ok(()) }
     }
@@ -173,8 +173,8 @@ mod tests {
         let (_dir, path) = file(UNIT + 1);
         assert_eq!(
             refused(&path, Access::Shared, None),
-            "F has 2097153 bytes, and what the guest writes up to the next 2M would be lost: size=4M makes it larger, \
-             readonly and overlay=tmp take it as it is"
+            "F has 2097153 bytes, and guest writes past its end, up to the next 2M, would be lost: size=4M extends \
+             it, readonly and overlay=tmp take it as it is"
         );
         for access in [Access::Private, Access::ReadOnly] {
             let mapped = MappedFile::open(&path, access, None).unwrap();
@@ -195,7 +195,7 @@ mod tests {
     fn what_cannot_be_memory_is_refused() {
         let (dir, path) = file(0);
         assert_eq!(refused(&path, Access::ReadOnly, None), "F is empty; size= makes it larger");
-        assert!(refused(&path, Access::Shared, Some(1 << 63)).starts_with("cannot make F as large as size="));
+        assert!(refused(&path, Access::Shared, Some(1 << 63)).starts_with("cannot extend F to size="));
         assert_eq!(
             refused(dir.path(), Access::Shared, None),
             "F is a directory; a regular file or a block device is needed"

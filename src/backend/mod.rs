@@ -1,4 +1,4 @@
-//! The host's side of devices: files, block devices, terminals, sockets. Nothing here knows of virtio or of the guest.
+//! The host's side of devices: files, block devices, terminals, sockets. Nothing here knows about virtio or the guest.
 
 pub mod console;
 pub mod console_watch;
@@ -28,10 +28,10 @@ use std::os::fd::BorrowedFd;
 
 use crate::memory::RamSlice;
 
-/// The unit of a disk's size.
+/// Unit of a disk's size.
 pub const SECTOR: u64 = 512;
 
-/// What a block device stands on. Shared by the workers of a device, so every function takes `&self`.
+/// Storage behind a block device. The workers of a device share it, so every function takes `&self`.
 pub trait Disk: Send + Sync {
     /// Size in bytes.
     fn size(&self) -> u64;
@@ -45,29 +45,29 @@ pub trait Disk: Send + Sync {
     /// Returns when all that was written before would survive a power failure.
     fn flush(&self) -> io::Result<()>;
 
-    /// Gives up the contents of a range: it may read as anything afterwards, best as zeros that take no space.
+    /// Discards the contents of a range: it may read as anything afterwards, preferably as zeros that take no space.
     fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
 
-    /// Makes a range read as zeros; with `may_unmap` its space may be given up.
+    /// Makes a range read as zeros; with `may_unmap`, its space may be freed.
     fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()>;
 
-    /// Makes the disk larger, and its file if that must be: to `size` bytes, which is not less than [`Disk::size`].
+    /// Grows the disk to `size` bytes, and its file if necessary. `size` must not be less than [`Disk::size`].
     fn resize(&self, size: u64) -> io::Result<()>;
 
-    /// The file that has every byte of the disk at the same offset, if there is one: reads, writes and flushes may then
-    /// be left to the kernel (io_uring).
+    /// Returns the file that has every byte of the disk at the same offset, if there is one: the kernel may then do
+    /// reads, writes and flushes (io_uring).
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
-    /// Whether the file behind [`Disk::fd`] takes these buffers at this offset; else they must go through
-    /// [`Disk::read`] and [`Disk::write`], which take everything.
+    /// Returns true if the file behind [`Disk::fd`] accepts these buffers at this offset. Otherwise they must go
+    /// through [`Disk::read`] and [`Disk::write`], which accept all buffers.
     fn takes(&self, _buffers: &[RamSlice<'_>], _offset: u64) -> bool {
         true
     }
 }
 
-/// Zeros at an address that direct input and output takes on any device.
+/// Zeroed memory at an address that direct I/O accepts on any device.
 struct AlignedBuffer {
     bytes: Vec<u8>,
     len: usize,
@@ -86,8 +86,8 @@ impl AlignedBuffer {
     }
 }
 
-/// Opens what was locked until just now. A lock lasts as long as its descriptor in any process, and what another test has
-/// forked has all of ours until it executes its program.
+/// Opens a file that was locked until just now. A lock lasts as long as its descriptor is open in any process, and a
+/// child forked by another test keeps all our descriptors open until it executes its program.
 #[cfg(test)]
 fn when_free<T, E: std::fmt::Display>(open: impl Fn() -> Result<T, E>) -> T {
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);

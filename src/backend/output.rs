@@ -1,7 +1,7 @@
 //! Console output on its way to the host: a bounded buffer and one thread that writes it.
 //!
-//! The thread does plain blocking writes, so every kind of destination works the same (terminal, pipe, file, socket),
-//! nobody's descriptor is switched to non-blocking, and a reader that sleeps holds up only this thread. A vCPU that
+//! The thread does plain blocking writes. Therefore every kind of destination works alike (terminal, pipe, file,
+//! socket), no descriptor has to be made non-blocking, and a reader that sleeps holds up only this thread. A vCPU that
 //! pushed more than [`LIMIT`] waits in [`Output::wait_room`] before it enters the guest again; it never waits in the
 //! middle of an exit, so pause, time limit and Ctrl-A X always get through.
 
@@ -16,33 +16,34 @@ use crate::event;
 /// Buffered bytes beyond which vCPUs wait: 64 KiB.
 pub const LIMIT: usize = 64 << 10;
 
-/// Bytes for which the thread is woken though no line is complete.
+/// Number of buffered bytes for which the thread is woken even without a complete line.
 const CHUNK: usize = 1024;
 
-/// Where output goes: something to write to, and its name for messages.
+/// Destination of output: a writer, and its name for messages.
 pub struct Destination {
-    /// How messages call it: `stdout`, or a path.
+    /// Name in messages: `stdout`, or a path.
     pub name: String,
-    /// What is written to.
+    /// Writer that receives the output.
     pub writer: Box<dyn Write + Send>,
-    /// Somebody watches: write each byte as it comes, not line by line.
+    /// Writes each byte as it comes, not line by line, because somebody may be watching.
     pub eager: bool,
-    /// Whoever writes in the guest is told when nobody takes it any more ([`Output::has_failed`]), and whoever waits for
-    /// the guest's end hears why ([`Output::lost`]); nobody else need be.
+    /// Reports failures instead of logging a warning: the writing program in the guest learns that its output is no
+    /// longer taken ([`Output::has_failed`]), and the caller that waits for the guest's end learns the reason
+    /// ([`Output::lost`]).
     pub told: bool,
 }
 
-/// A buffered, asynchronous writer. Cloning shares it.
+/// A buffered, asynchronous writer. Clones share it.
 #[derive(Clone)]
 pub struct Output(Arc<Shared>);
 
 struct Shared {
     state: Mutex<State>,
-    /// The thread waits here for bytes.
+    /// Condition on which the thread waits for bytes.
     filled: Condvar,
-    /// vCPUs wait here for room.
+    /// Condition on which vCPUs wait for room.
     drained: Condvar,
-    /// Signalled when there is room for who asked for it.
+    /// Signalled when there is room after [`Output::has_room`] returned false.
     room: EventFd,
     /// Signalled when the buffer is empty after [`Output::close`].
     done: EventFd,
@@ -53,20 +54,20 @@ struct State {
     buffer: Vec<u8>,
     /// Bytes that the thread has taken but not yet written.
     in_flight: usize,
-    /// Bytes that ever came.
+    /// Total number of bytes ever pushed.
     pushed: u64,
     closing: bool,
-    /// The destination failed: everything is thrown away.
+    /// The destination failed or there is none: everything is discarded.
     broken: bool,
-    /// It is broken because it failed, not because it leads nowhere.
+    /// Output is discarded because the destination failed, not because there is none.
     failed: bool,
-    /// Why, if it was no reader that went and somebody wanted what came ([`Destination::told`]).
+    /// Reason why output was lost, if the failure matters ([`Destination::told`]) and was not a reader that closed.
     lost: Option<String>,
-    /// The thread sleeps and must be woken.
+    /// True while the thread sleeps and must be woken.
     idle: bool,
-    /// [`Output::has_room`] said no.
+    /// True after [`Output::has_room`] returned false.
     room_wanted: bool,
-    /// Wake the thread for every byte.
+    /// Wakes the thread for every byte.
     eager: bool,
 }
 
@@ -94,7 +95,7 @@ impl Output {
         Ok(output)
     }
 
-    /// An output that throws everything away.
+    /// Creates an output that discards everything.
     pub fn discard() -> io::Result<Self> {
         Ok(Output(Arc::new(Shared {
             state: Mutex::new(State { broken: true, ..State::default() }),
@@ -109,8 +110,9 @@ impl Output {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds bytes; never waits. Unless somebody watches, the thread is woken only for whole lines or larger pieces:
-    /// waking it for each of a UART's bytes would cost more than the bytes. The rest waits for [`Output::flush`].
+    /// Adds bytes; never waits. Unless the destination is eager, the thread is woken only for whole lines or larger
+    /// pieces: waking it for each of a UART's bytes would cost more than the bytes. The rest waits for
+    /// [`Output::flush`].
     pub fn push(&self, bytes: &[u8]) {
         let mut state = self.lock();
         state.pushed += bytes.len() as u64;
@@ -123,7 +125,7 @@ impl Output {
         }
     }
 
-    /// Has what was pushed written now, without waiting for it.
+    /// Makes the thread write all pushed bytes now; does not wait for it.
     pub fn flush(&self) {
         let mut state = self.lock();
         if !state.buffer.is_empty() {
@@ -138,35 +140,35 @@ impl Output {
         }
     }
 
-    /// How many bytes ever came.
+    /// Total number of bytes ever pushed.
     pub fn pushed(&self) -> u64 {
         self.lock().pushed
     }
 
-    /// Whether what comes is thrown away because writing failed: nobody is there any more.
+    /// Returns true if output is discarded because writing failed: the destination is gone.
     pub fn has_failed(&self) -> bool {
         self.lock().failed
     }
 
-    /// Why output did not reach whoever wanted it, if that was the host's fault: a sentence.
+    /// Returns a sentence on why output did not reach its destination, if that was the host's fault.
     pub fn lost(&self) -> Option<String> {
         self.lock().lost.clone()
     }
 
-    /// Whether the buffer is over its limit.
+    /// Returns true if the buffer is over [`LIMIT`].
     pub fn is_full(&self) -> bool {
         self.lock().pending() > LIMIT
     }
 
-    /// Whether the buffer has no more than `limit` bytes. If it has, [`Output::room`] will be signalled when it is
-    /// within [`LIMIT`].
+    /// Returns true if the buffer holds no more than `limit` bytes. If it holds more, [`Output::room`] is signalled
+    /// once it is within [`LIMIT`].
     pub fn has_room(&self, limit: usize) -> bool {
         let mut state = self.lock();
         state.room_wanted = state.pending() > limit;
         !state.room_wanted
     }
 
-    /// Readable when [`Output::has_room`] said no and would say yes now.
+    /// Eventfd that becomes readable once there is room after [`Output::has_room`] returned false.
     pub fn room(&self) -> &EventFd {
         &self.0.room
     }
@@ -179,7 +181,7 @@ impl Output {
         }
     }
 
-    /// Waits until there is room, or until `interrupted` says true after a [`Output::wake`].
+    /// Waits until there is room, or until `interrupted` returns true after a call of [`Output::wake`].
     pub fn wait_room(&self, interrupted: impl Fn() -> bool) {
         let mut state = self.lock();
         while state.pending() > LIMIT && !interrupted() {
@@ -187,14 +189,14 @@ impl Output {
         }
     }
 
-    /// Lets everyone in [`Output::wait_room`] look at their `interrupted` again.
+    /// Makes every thread in [`Output::wait_room`] check its `interrupted` again.
     pub fn wake(&self) {
-        // Under the lock, or a waiter between its look and its sleep would miss it.
+        // Hold the lock, or a waiter between its check and its sleep would miss the notification.
         let _state = self.lock();
         self.0.drained.notify_all();
     }
 
-    /// Declares that no more will come. [`Output::done`] is signalled when the last byte is out.
+    /// Declares that no more bytes will be pushed. [`Output::done`] is signalled when the last byte is written.
     pub fn close(&self) {
         let mut state = self.lock();
         state.closing = true;
@@ -204,7 +206,7 @@ impl Output {
         self.0.filled.notify_one();
     }
 
-    /// Readable once everything was written, or thrown away, after [`Output::close`].
+    /// Eventfd that is readable once everything was written or discarded after [`Output::close`].
     pub fn done(&self) -> &EventFd {
         &self.0.done
     }
@@ -215,14 +217,14 @@ impl Output {
             let mut state = self.lock();
             state.in_flight = 0;
             self.tell_room(&mut state);
-            // Sleep until woken; what came in while the last chunk was written goes out at once.
+            // Sleep until woken; bytes that arrived while the last chunk was written are written immediately.
             state.idle = state.buffer.is_empty();
             while state.idle && !state.closing {
                 state = self.0.filled.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
             if state.buffer.is_empty() && state.closing {
                 drop(state);
-                // Who reads along hears of the end before anybody asks what was read.
+                // Close the destination first: a reader must see the end before anyone asks what it has read.
                 drop(destination);
                 let _ = self.0.done.write(1);
                 return;
@@ -235,8 +237,8 @@ impl Output {
             if let Err(e) = write_all(&mut *destination.writer, &chunk) {
                 let Destination { name, told, .. } = destination;
                 let level = if told { log::Level::Debug } else { log::Level::Warn };
-                log::log!(level, "{name}: cannot write console output ({e}); it is thrown away from here on");
-                // Of a pipe, and of a socket.
+                log::log!(level, "{name}: cannot write console output ({e}); further output is discarded");
+                // The former comes from a pipe, the latter from a socket.
                 let gone = matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset);
                 let lost = told && !gone;
                 let lost = lost.then(|| format!("cannot write the command's output to {name}: {e}"));
@@ -253,14 +255,14 @@ impl Output {
     }
 }
 
-/// Like `write_all` and `flush`, but waits where somebody else made the descriptor non-blocking.
+/// Like `write_all` and `flush`, but waits where another process made the descriptor non-blocking.
 fn write_all(writer: &mut dyn Write, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match writer.write(bytes) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(n) => bytes = &bytes[n..],
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            // There is no descriptor to wait on behind a `Write`; a millisecond is no load.
+            // A `Write` offers no descriptor to wait on, and polling every millisecond is no load.
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => thread::sleep(std::time::Duration::from_millis(1)),
             Err(e) => return Err(e),
         }
@@ -341,7 +343,7 @@ mod tests {
             assert!(std::time::Instant::now() < limit);
         }
         assert!(output.has_room(LIMIT));
-        // Who is gone takes everything.
+        // A reader that has closed leaves room for everything.
         output.push(&vec![b'x'; 1 << 20]);
         assert!(!output.has_room(LIMIT));
         drop(reader);

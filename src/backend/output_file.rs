@@ -1,12 +1,13 @@
-//! The one way in which vireo writes files that a user names: reports, core files, logs.
+//! The only code that writes files named by the user: reports, core files, logs.
 //!
 //! ```text
 //! OutputFile   written in one piece at the end, beside its name, and renamed: never half a report
 //! live()       written as things happen: a console, a log
 //! ```
 //!
-//! Either way the path is followed when the command line has been read, before a guest runs ([`Place`]): what the guest
-//! does with links and folders from then on changes nothing. Files beside are new, under names that cannot be guessed.
+//! In both cases the path is resolved when the command line has been read, before a guest runs ([`Place`]): changes
+//! that the guest makes to links and folders afterwards have no effect. Temporary files beside the target are new files
+//! with unguessable names.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -21,7 +22,7 @@ use super::console;
 use super::held;
 use super::place::Place;
 
-/// Attempts to find a name that is free; a guest that could guess one would not stop the next.
+/// Number of attempts to find a free name; even a guest that guessed one would not block the next.
 const ATTEMPTS: usize = 8;
 
 /// Mode of a file that anyone may read.
@@ -37,15 +38,15 @@ pub struct OutputFile {
 
 #[derive(Debug)]
 enum Target {
-    /// Replaced.
+    /// A regular file, which is replaced.
     Named(Place),
-    /// A FIFO, device or inherited descriptor, open from the start and written to where it stands.
+    /// A FIFO, device or inherited descriptor. It is open from the start and written to at its current position.
     Open(File),
 }
 
 impl OutputFile {
-    /// Fails if the file cannot be written: now rather than when the guest has run for an hour. Anyone may read what the
-    /// umask allows.
+    /// Prepares to write the file that `path` names. Fails if the file cannot be written: better now than after the
+    /// guest has run for an hour. The file is readable by everyone whom the umask allows.
     pub fn new(path: &Path) -> io::Result<Self> {
         if let Some(fd) = own_descriptor(path) {
             let target = Target::Open(console::duplicate(fd)?);
@@ -54,7 +55,7 @@ impl OutputFile {
         let place = Place::find(path, &held::folders())?;
         match place.stat()? {
             Some(stat) if is(&stat, FileType::Directory) => Err(io::ErrorKind::IsADirectory.into()),
-            // What has no name has no place beside it, either.
+            // A file without a name has no directory for a file beside it, either.
             Some(stat) if !is(&stat, FileType::RegularFile) || stat.st_nlink == 0 => {
                 let target = Target::Open(open_without_waiting(&place, OFlags::empty())?);
                 Ok(OutputFile { path: path.into(), mode: READABLE, target })
@@ -63,7 +64,7 @@ impl OutputFile {
         }
     }
 
-    /// A regular file that only the user may read.
+    /// Prepares to write a regular file that only the user may read.
     pub fn private(path: &Path) -> io::Result<Self> {
         let place = Place::find(path, &held::folders())?;
         match place.stat()? {
@@ -73,12 +74,12 @@ impl OutputFile {
         }
     }
 
-    /// Fails if there can be no file beside it.
+    /// Fails if no file can be created beside the target.
     fn tried(self) -> io::Result<Self> {
         self.draft().map(|_| self)
     }
 
-    /// A file at a place that holds no link.
+    /// Prepares to write the file at `place`, which is not a link.
     pub fn at(place: &Place) -> Self {
         OutputFile { path: place.path().into(), mode: READABLE, target: Target::Named(place.clone()) }
     }
@@ -88,21 +89,21 @@ impl OutputFile {
         &self.path
     }
 
-    /// Writes all of it.
+    /// Writes `bytes` as the file's whole content.
     pub fn write(&self, bytes: &[u8]) -> io::Result<()> {
         match &self.target {
             Target::Open(file) => (&mut &*file).write_all(bytes),
             Target::Named(_) => {
                 let draft = self.draft()?;
                 (&mut &draft.file).write_all(bytes)?;
-                // Or a host that crashes soon might have an empty file under the name.
+                // Without this, a host that crashes soon might leave an empty file under the name.
                 fsync(&draft.file)?;
                 draft.publish()
             }
         }
     }
 
-    /// A new, empty file in the same folder, which becomes this one when it is published and is gone otherwise.
+    /// Creates an empty file in the same folder. It replaces the target when it is published, and is removed otherwise.
     pub fn draft(&self) -> io::Result<Draft> {
         match &self.target {
             Target::Named(place) => Draft::new(place, self.mode),
@@ -111,17 +112,17 @@ impl OutputFile {
     }
 }
 
-/// A file that has its content before it has its name.
+/// A file that gets its content before it gets its name.
 #[derive(Debug)]
 pub struct Draft {
-    /// Open for writing.
+    /// The draft, open for writing.
     pub file: File,
-    /// The place that it is for, and its name until then.
+    /// Place of the published file, and the draft's name until then.
     beside: Option<(Place, OsString)>,
 }
 
 impl Draft {
-    /// A draft for `place`.
+    /// Creates a draft for `place`.
     pub fn new(place: &Place, mode: Mode) -> io::Result<Self> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         for _ in 0..ATTEMPTS {
@@ -136,7 +137,7 @@ impl Draft {
         Err(Errno::EXIST.into())
     }
 
-    /// Gives it its name, in the place of whatever has that.
+    /// Renames the draft to its final name, replacing any file of that name.
     pub fn publish(mut self) -> io::Result<()> {
         let Some((place, beside)) = &self.beside else { return Ok(()) };
         let (dir, name) = place.parts();
@@ -154,16 +155,16 @@ impl Drop for Draft {
     }
 }
 
-/// How a [`live`] file is begun.
+/// Initial state of a [`live`] file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Begin {
-    /// Empty.
+    /// The file is emptied.
     Empty,
-    /// After what is there.
+    /// Writes go after the existing content.
     Append,
 }
 
-/// Opens a file for what is written as it happens; creates it if it is not there. A FIFO must have its reader already:
+/// Opens a file that is written as things happen, and creates it if it is missing. A FIFO must have its reader already:
 /// waiting for one could not be interrupted.
 pub fn live(path: &Path, begin: Begin) -> io::Result<File> {
     if let Some(fd) = own_descriptor(path) {
@@ -173,12 +174,12 @@ pub fn live(path: &Path, begin: Begin) -> io::Result<File> {
     open_without_waiting(&Place::find(path, &held::folders())?, how | OFlags::CREATE)
 }
 
-/// Only the opening does not wait.
+/// Opens a file for writing without blocking; later writes may block.
 fn open_without_waiting(place: &Place, flags: OFlags) -> io::Result<File> {
     let file = place.open(OFlags::WRONLY | OFlags::NONBLOCK | flags, Mode::from_bits_retain(0o666));
     let file = file.map_err(|e| match e.raw_os_error() {
         Some(libc::ENXIO) if place.stat().ok().flatten().is_some_and(|stat| is(&stat, FileType::Fifo)) => {
-            io::Error::other("nobody reads this FIFO; start its reader first")
+            io::Error::other("this FIFO has no reader; start one first")
         }
         _ => e,
     })?;
@@ -190,7 +191,7 @@ fn is(stat: &Stat, kind: FileType) -> bool {
     FileType::from_raw_mode(stat.st_mode) == kind
 }
 
-/// The descriptor of this process that a path means: written to where it stands, and not replaced.
+/// Returns the descriptor of this process that a path denotes. It is written to at its current position, not replaced.
 pub fn own_descriptor(path: &Path) -> Option<RawFd> {
     match path.to_str()? {
         "/dev/stdout" => Some(libc::STDOUT_FILENO),

@@ -1,5 +1,5 @@
-//! Network packets, whichever way they leave: what a port is, and the two system calls that move a packet between
-//! guest memory and a descriptor.
+//! Network packets, independent of the kind of connection: the `Port` trait, and the two system calls that move a
+//! packet between guest memory and a descriptor.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -9,69 +9,69 @@ use vm_memory::bitmap::Bitmap;
 use super::vectored::{MAX_BUFFERS, iovec};
 use crate::memory::RamSlice;
 
-/// Bytes before each frame: `struct virtio_net_hdr_v1` of Linux's taps, little-endian.
+/// Bytes of header before each frame: `struct virtio_net_hdr_v1` of Linux's taps, little-endian.
 pub const HEADER: usize = 12;
-/// A frame at least has addresses and a type.
+/// Minimum length of a frame: the addresses and a type.
 pub const MIN_FRAME: usize = 14;
-/// The largest IP packet with an Ethernet header and a VLAN tag.
+/// Maximum length of a frame: the largest IP packet with an Ethernet header and a VLAN tag.
 pub const MAX_FRAME: usize = 65_535 + 14 + 4;
-/// How many buffers of guest memory a packet may have: one is for our own.
+/// Maximum number of guest memory buffers per packet: one buffer of the system call is for our own.
 pub const MAX_SLICES: usize = MAX_BUFFERS - 1;
 
-/// Which work may be left to the receiver of a packet.
+/// Work that the sender of a packet may leave to its receiver.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offloads {
-    /// Checksums.
+    /// Computing checksums.
     pub csum: bool,
-    /// Segments of IPv4 TCP that are yet to be cut.
+    /// Segmenting TCP over IPv4.
     pub tso4: bool,
-    /// The same for IPv6.
+    /// Segmenting TCP over IPv6.
     pub tso6: bool,
-    /// Cutting them with ECN.
+    /// Segmenting TCP that uses ECN.
     pub ecn: bool,
 }
 
-/// What came of receiving.
+/// Result of receiving.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Received {
-    /// A packet of so many bytes, header included.
+    /// A packet of this many bytes, header included.
     Packet(usize),
-    /// The next packet has so many bytes, more than there was room for. It stays in the port until it is received or
-    /// skipped. The room's contents are undefined.
+    /// The next packet has this many bytes, more than the buffers can hold. It stays in the port until it is received
+    /// or skipped. The buffers' contents are undefined.
     NoRoom(usize),
 }
 
-/// Where a network card is plugged in: one pair of directions, never blocking. An error other than
+/// Network connection of a network card: one pair of directions, never blocking. An error other than
 /// [`io::ErrorKind::WouldBlock`] from `receive` means that the other side is gone.
 pub trait Port: Send {
-    /// To wait on: readable when there are packets, writable when there is room for some.
+    /// Descriptor to wait on: readable when there are packets, writable when there is room to send.
     fn fd(&self) -> RawFd;
 
-    /// Takes the next packet, beginning with a header of [`HEADER`] bytes whose last two are undefined.
+    /// Receives the next packet into `room`, beginning with a header of [`HEADER`] bytes whose last two are undefined.
     fn receive(&mut self, room: &[RamSlice<'_>]) -> io::Result<Received>;
 
-    /// Forgets the packet that there was no room for.
+    /// Drops the packet that did not fit ([`Received::NoRoom`]).
     fn skip(&mut self);
 
-    /// Takes a packet for sending, or nothing of it. [`Port::flush`] must follow.
+    /// Accepts a packet for sending, or refuses it entirely. [`Port::flush`] must follow.
     fn send(&mut self, header: &[u8; HEADER], frame: &[RamSlice<'_>]) -> io::Result<()>;
 
-    /// Sends what is left of the packets before, [`io::ErrorKind::WouldBlock`] if some of it remains.
+    /// Sends what is left of earlier packets; [`io::ErrorKind::WouldBlock`] if some of it remains.
     fn flush(&mut self) -> io::Result<()>;
 
-    /// Sets what may be left to the receiver.
+    /// Sets which work senders may leave to the receiver.
     fn set_offloads(&mut self, offloads: Offloads) -> io::Result<()>;
 
-    /// Takes part in the network or not, as one of several ports to the same.
+    /// Attaches this port to the network, or detaches it, where several ports lead to one network.
     fn set_active(&mut self, active: bool) -> io::Result<()>;
 }
 
-/// Total bytes.
+/// Returns the total number of bytes.
 pub fn len(slices: &[RamSlice<'_>]) -> usize {
     slices.iter().map(|s| s.len()).sum()
 }
 
-/// Reads once into guest memory, and what has no room there into `overflow`. At most [`MAX_SLICES`] slices.
+/// Makes one read into guest memory; bytes that do not fit go into `overflow`. Uses at most [`MAX_SLICES`] slices.
 #[allow(unsafe_code)]
 pub fn read(fd: BorrowedFd<'_>, room: &[RamSlice<'_>], overflow: &mut [u8]) -> io::Result<usize> {
     let room = room.get(..MAX_SLICES).unwrap_or(room);
@@ -91,7 +91,7 @@ pub fn read(fd: BorrowedFd<'_>, room: &[RamSlice<'_>], overflow: &mut [u8]) -> i
     Ok(n)
 }
 
-/// Writes once: `head`, then guest memory without its first `skip` bytes. At most [`MAX_SLICES`] slices.
+/// Makes one write: `head`, then guest memory without its first `skip` bytes. Takes at most [`MAX_SLICES`] slices.
 #[allow(unsafe_code)]
 pub fn write(fd: BorrowedFd<'_>, head: &[u8], slices: &[RamSlice<'_>], skip: usize) -> io::Result<usize> {
     if slices.len() > MAX_SLICES {
@@ -111,7 +111,7 @@ pub fn write(fd: BorrowedFd<'_>, head: &[u8], slices: &[RamSlice<'_>], skip: usi
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
-/// Copies the first bytes of guest memory, as many as `to` has room for; returns how many there were.
+/// Copies bytes of guest memory into `to`, from the first on, until `to` is full; returns the number copied.
 pub fn copy_from_guest(slices: &[RamSlice<'_>], mut to: &mut [u8]) -> usize {
     let room = to.len();
     for slice in slices {
@@ -121,7 +121,7 @@ pub fn copy_from_guest(slices: &[RamSlice<'_>], mut to: &mut [u8]) -> usize {
     room - to.len()
 }
 
-/// Copies to guest memory, as much as there is room.
+/// Copies bytes to guest memory, as many as fit.
 pub fn copy_to_guest(mut from: &[u8], slices: &[RamSlice<'_>]) {
     for slice in slices {
         let (now, later) = from.split_at(from.len().min(slice.len()));

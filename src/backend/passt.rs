@@ -1,18 +1,19 @@
-//! A network without privilege: the passt program turns the guest's packets into sockets of the user's.
+//! Networking without privileges: the passt program translates the guest's packets to sockets of the user.
 //!
-//! passt takes Ethernet frames from a unix stream socket, each behind its length as a big-endian `u32`, as QEMU's
-//! `-netdev stream` sends them. It is started with its end of a socket pair as standard input, and ends by itself when
-//! the other end, ours, is closed, however this process ends.
+//! passt takes Ethernet frames from a unix stream socket, each after its length as a big-endian `u32`, as QEMU's
+//! `-netdev stream` sends them. It is started with its end of a socket pair as standard input. When our end is closed,
+//! it ends by itself, however this process ends.
 //!
-//! It sends as much of a connection's data as the guest's window allows, without waiting for room in the socket, and what
-//! does not fit is lost. Some versions (that of March 2023 in Debian 12) do not notice: they learn of it from the guest,
-//! and for each repeated acknowledgement, even that of a packet that came twice, send the whole window again, until most
-//! of what the guest gets is what it has already. So the socket is given as much room as may be, and the guest the
-//! largest MTU: a fortieth of the packets, acknowledgements and repetitions.
+//! passt sends as much of a connection's data as the guest's window allows, without waiting for room in the socket, and
+//! data that does not fit is lost. Some versions (that of March 2023 in Debian 12) do not notice. They learn of the
+//! loss from the guest, and for each repeated acknowledgement, even that of a packet that came twice, they send the
+//! whole window again, until most of what the guest receives is data that it already has. Therefore the socket gets as
+//! much buffer space as possible, and the guest gets the largest MTU: that means a fortieth of the packets,
+//! acknowledgements and repetitions.
 //!
-//! A frame becomes a connection of this host to the frame's destination, and a guest may write any destination. Debian
-//! 12's version connects to 127.0.0.1 for it, whatever its options say, and Debian 13's ends at an IPv4 address in an IPv6
-//! header. So frames to the loopback never reach passt.
+//! passt turns a frame into a connection of this host to the frame's destination, and a guest may write any
+//! destination. Debian 12's version then connects to 127.0.0.1 in spite of its options, and Debian 13's ends when it
+//! meets an IPv4 address in an IPv6 header. Therefore frames to the loopback never reach passt.
 
 mod forward;
 mod process;
@@ -31,38 +32,38 @@ pub use forward::{Forward, Protocol};
 use process::Process;
 pub use process::{NAME_SERVER, Options};
 
-/// Bytes of the length before each frame.
+/// Size of the length before each frame.
 const LENGTH: usize = 4;
-/// Bytes of a frame up to the end of an IPv6 destination.
+/// Length of a frame up to the end of an IPv6 destination address.
 const ADDRESSES: usize = 54;
-/// How much is read from passt at once, at least one frame.
+/// Number of bytes read from passt in one call; at least one frame.
 const BUFFER: usize = 128 << 10;
-/// How much passt may have sent before we read it, if the user may have so much: a window of a guest is no larger by
-/// default (Linux's `tcp_rmem`). The kernel counts memory, not bytes, and is generous by twice.
+/// Bytes that passt may send ahead of our reading, if the user may have such a large buffer. A guest's window is no
+/// larger by default (Linux's `tcp_rmem`). The kernel counts memory, not bytes, and doubles the value.
 const ROOM: usize = 6 << 20;
-/// The guest's MTU unless told otherwise, passt's own choice: nothing here sees a cable, and connections end in passt.
+/// Default MTU of the guest, which is passt's default too: no cable limits it, and connections end in passt.
 pub const MTU: u16 = 65_520;
-/// How long passt may take to answer a first question, or to say why it cannot.
+/// Time that passt has to answer a first request, or to report why it cannot.
 const START: Duration = Duration::from_secs(2);
 
-/// Why there is no network. Displays as one sentence.
+/// Reasons why there is no network. Displays as one sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Not installed.
+    /// passt is not installed.
     #[error("passt, which user networking needs, is not installed (package passt)")]
     NotInstalled,
-    /// It cannot be started.
+    /// passt cannot be started.
     #[error("cannot start passt")]
     Start(#[source] io::Error),
-    /// It ended at once.
-    #[error("passt ended at once{0}")]
+    /// passt ended immediately.
+    #[error("passt ended immediately{0}")]
     Ended(String),
-    /// A host port is taken.
+    /// A port of the host is taken.
     #[error("cannot forward {forward}: port {port} of the host cannot be bound")]
     Port {
-        /// The forwarding.
+        /// Requested forwarding.
         forward: Forward,
-        /// The host's port.
+        /// Port of the host.
         port: u16,
         /// The OS error.
         source: io::Error,
@@ -73,18 +74,18 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Passt {
     socket: UnixStream,
-    /// Absent if something else has started it.
+    /// Absent if vireo did not start this passt.
     process: Option<Process>,
-    /// What came and was not delivered: lengths and frames, from `start` to `end`.
+    /// Received bytes that were not delivered yet: lengths and frames, from `start` to `end`.
     buffer: Vec<u8>,
     start: usize,
     end: usize,
-    /// The rest of a frame of which a part was sent.
+    /// Rest of a frame that was sent in part.
     unsent: Vec<u8>,
 }
 
 impl Passt {
-    /// Starts passt and waits until it is there.
+    /// Starts passt and waits until it is ready.
     pub fn start(options: &Options) -> Result<Self, Error> {
         options.forwards.iter().try_for_each(Forward::check)?;
         let (socket, its) = UnixStream::pair().map_err(Error::Start)?;
@@ -96,7 +97,7 @@ impl Passt {
         Ok(passt)
     }
 
-    /// A connection to a passt that something else has started; the socket must not block.
+    /// Uses a connection to a passt that vireo did not start; the socket must be non-blocking.
     pub fn over(socket: UnixStream) -> Self {
         Passt { socket, process: None, buffer: vec![0; BUFFER], start: 0, end: 0, unsent: Vec::new() }
     }
@@ -105,8 +106,8 @@ impl Passt {
         self.process.as_mut().map_or(String::new(), Process::last_words)
     }
 
-    /// Asks for an address that nobody has: passt answers for all, so an answer shows that it is there. Without IPv4 it
-    /// says nothing; then it has at least not ended in the time it had.
+    /// Sends an ARP request for an unused address. passt answers for all addresses, so an answer shows that it is
+    /// ready. Without IPv4 it does not answer; then at least it has not ended within the time limit.
     fn wait_until_there(&mut self, mac: [u8; 6]) -> Result<(), Error> {
         let question = arp_request(mac);
         let length = (question.len() as u32).to_be_bytes();
@@ -123,7 +124,7 @@ impl Passt {
         }
     }
 
-    /// Where in the buffer the next whole frame is; reads if there is none.
+    /// Returns the range of the next whole frame in the buffer; reads if there is none.
     fn next(&mut self) -> io::Result<std::ops::Range<usize>> {
         loop {
             if let Some(frame) = self.buffered()? {
@@ -139,7 +140,8 @@ impl Passt {
         }
     }
 
-    /// A frame that is in the buffer as a whole. A length that is none means that we do not understand each other.
+    /// Returns the range of a frame that is in the buffer completely. An invalid length means that the protocol is
+    /// broken.
     fn buffered(&self) -> io::Result<Option<std::ops::Range<usize>>> {
         let have = self.buffer.get(self.start..self.end).unwrap_or_default();
         let Some((length, rest)) = have.split_first_chunk::<LENGTH>() else { return Ok(None) };
@@ -185,7 +187,7 @@ impl Port for Passt {
     fn send(&mut self, _header: &[u8; HEADER], frame: &[RamSlice<'_>]) -> io::Result<()> {
         self.flush()?;
         let len = packet::len(frame);
-        // A copy: the guest may change the frame after it was checked.
+        // Copy these bytes: the guest may change the frame after the check.
         let mut head = [0; LENGTH + ADDRESSES];
         let (length, addresses) = head.split_at_mut(LENGTH);
         length.copy_from_slice(&(len as u32).to_be_bytes());
@@ -196,7 +198,7 @@ impl Port for Passt {
         let head = head.get(..LENGTH + copied).unwrap_or(&head);
         let sent = packet::write(self.socket.as_fd(), head, frame, copied)?;
         if sent < LENGTH + len {
-            // The stream is full: the rest has to come before anything else.
+            // The stream is full: the rest must be sent before anything else.
             let mut whole = vec![0; LENGTH + len];
             packet::copy_from_guest(frame, whole.get_mut(LENGTH..).unwrap_or_default());
             whole.iter_mut().zip(head).for_each(|(to, from)| *to = *from);
@@ -206,7 +208,7 @@ impl Port for Passt {
         Ok(())
     }
 
-    /// passt waits for the rest of a frame and does nothing else meanwhile.
+    /// Sends the rest of a frame. passt waits for it and does nothing else in the meantime.
     fn flush(&mut self) -> io::Result<()> {
         while !self.unsent.is_empty() {
             let n = packet::write(self.socket.as_fd(), &self.unsent, &[], 0)?;
@@ -215,7 +217,7 @@ impl Port for Passt {
         Ok(())
     }
 
-    /// There are none: passt wants whole packets.
+    /// Does nothing: passt has no offloads and needs whole packets.
     fn set_offloads(&mut self, _offloads: Offloads) -> io::Result<()> {
         Ok(())
     }
@@ -225,8 +227,8 @@ impl Port for Passt {
     }
 }
 
-/// Room for what is sent on `socket`: with privilege as much as wanted, else up to the host's `net.core.wmem_max`. It works
-/// with less, only slower.
+/// Enlarges the send buffer of `socket`: with privileges to the full size, otherwise up to the host's
+/// `net.core.wmem_max`. A smaller buffer works too, only slower.
 fn make_room(socket: &UnixStream) {
     if rustix::net::sockopt::set_socket_send_buffer_size_force(socket, ROOM).is_err() {
         let _ = rustix::net::sockopt::set_socket_send_buffer_size(socket, ROOM);
@@ -236,8 +238,8 @@ fn make_room(socket: &UnixStream) {
     }
 }
 
-/// Whether a frame, of which these are the first bytes, is for an address that a host takes for its loopback: 127.0.0.0/8
-/// and ::1, the addresses of zeros, which Linux connects to itself, and IPv4 addresses written as IPv6 ones.
+/// Returns true if a frame with these first bytes is addressed to the host's loopback: 127.0.0.0/8 and ::1, the
+/// addresses of zeros, which Linux connects to itself, and IPv4 addresses written as IPv6 addresses.
 fn is_to_loopback(frame: &[u8]) -> bool {
     match frame.get(12..14) {
         Some([0x08, 0x00]) => matches!(frame.get(30), Some(0 | 127)),
@@ -251,7 +253,7 @@ fn is_to_loopback(frame: &[u8]) -> bool {
     }
 }
 
-/// Who has 169.254.1.1? (RFC 826, from an address of zeros as RFC 5227 has it.)
+/// Builds an ARP request for 169.254.1.1 (RFC 826, with a sender address of zeros as in RFC 5227).
 fn arp_request(mac: [u8; 6]) -> Vec<u8> {
     let ethernet_ipv4_request = [0, 1, 8, 0, 6, 4, 0, 1];
     [&[0xFF; 6][..], &mac, &[8, 6], &ethernet_ipv4_request, &mac, &[0; 4], &[0; 6], &[169, 254, 1, 1]].concat()
@@ -357,7 +359,7 @@ mod tests {
         };
         let mut sent = |frame: &[u8]| {
             ram.write(0, frame).unwrap();
-            // Cut in the middle of the addresses.
+            // Split the frame in the middle of the addresses.
             let slices = [ram.slice(0, 32).unwrap(), ram.slice(32, frame.len() as u64 - 32).unwrap()];
             let error = passt.send(&[0; HEADER], &slices).err().map(|e| e.to_string());
             let mut got = vec![0; 4096];
@@ -379,7 +381,7 @@ mod tests {
         assert!(
             [[0xFE80, 0, 0, 0, 0, 0, 0, 1], [0xFF02, 0, 0, 0, 0, 0, 0, 1]].map(ipv6).iter().all(|frame| sent(frame))
         );
-        // No more than the shortest frame there is.
+        // The shortest possible frame.
         ram.write(0, &[8; MIN_FRAME]).unwrap();
         passt.send(&[0; HEADER], &[ram.slice(0, MIN_FRAME as u64).unwrap()]).unwrap();
         let mut got = [0; 4096];

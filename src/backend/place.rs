@@ -1,9 +1,10 @@
-//! Names on the host that are kept: a path that the user typed is followed once, and from then on the file is a name in a
-//! directory that is held open. Whatever becomes of the directories and links on the way there, it stays in that
+//! Host paths that are resolved once: a path that the user typed is followed once, and from then on the file is a name
+//! in a directory that is held open. Whatever happens to the directories and links on the path, the name stays in that
 //! directory, and a link that appears under the name itself is never followed.
 //!
-//! A guest that can write to a shared folder ([`WritableFolders`]) can plant links there, for this run or for the next one.
-//! So links in such a folder are not followed, not even by [`Place::find`]; the user names their target instead.
+//! A guest that can write to a shared folder ([`WritableFolders`]) can plant links there, for this run or for the next
+//! one. Therefore links in such a folder are not followed, not even by [`Place::find`]; the user must name their target
+//! instead.
 
 use std::ffi::{CStr, OsStr, OsString};
 use std::fs::File;
@@ -19,12 +20,12 @@ use rustix::io::Errno;
 
 use super::mounts::Location;
 
-/// Links that are followed on the way to one file, as many as Linux follows.
+/// Maximum number of links followed on the way to one file; Linux's own limit.
 const MAX_LINKS: usize = 40;
 /// Flags of a descriptor that only names a directory.
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-/// Identity of a file: the same for all its names. A block device is the same in all its nodes.
+/// Identity of a file: equal for all its names. All nodes of a block device have the same identity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileId {
     dev: u64,
@@ -33,7 +34,7 @@ pub struct FileId {
 }
 
 impl FileId {
-    /// The file that `stat` is of.
+    /// Identity of the file that `stat` describes.
     pub fn of(stat: &Stat) -> Self {
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::BlockDevice => FileId { dev: 0, ino: 0, block_device: Some(stat.st_rdev) },
@@ -65,23 +66,23 @@ impl Folder {
 }
 
 impl WritableFolders {
-    /// No folder.
+    /// Creates an empty set.
     pub const fn none() -> Self {
         WritableFolders(Vec::new())
     }
 
-    /// Those of `paths` that are there; opening the others as shares fails later, with a sentence.
+    /// Collects the `paths` that exist. For the others, opening them as shares fails later and reports the error.
     pub fn new<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Self {
         WritableFolders(paths.into_iter().filter_map(|path| Folder::open(path).ok()).collect())
     }
 
-    /// Returns whether there are none.
+    /// Returns true if there are no folders.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The folder that `dir` is, or lies in, as the user named it; also where a bind mount gives a part of the folder another
-    /// name.
+    /// Returns the folder that `dir` is, or lies in, as the user named it; also if a bind mount gives a part of the
+    /// folder another name.
     pub fn containing(&self, dir: BorrowedFd<'_>) -> Option<&Path> {
         if self.is_empty() {
             return None;
@@ -111,18 +112,18 @@ impl WritableFolders {
     }
 }
 
-/// A name in a directory that is held.
+/// A name in a directory that is held open.
 #[derive(Clone, Debug)]
 pub struct Place {
     dir: Arc<OwnedFd>,
     name: OsString,
-    /// As the user typed it.
+    /// Path as the user typed it.
     path: PathBuf,
-    /// The name is one of procfs's links, which lead to files and not to names.
+    /// True if the name is one of procfs's links, which lead to files rather than to names.
     magic: bool,
 }
 
-/// What becomes of a link that is the last component of a path.
+/// Treatment of a link that is the last component of a path.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Last {
     Followed,
@@ -130,22 +131,22 @@ enum Last {
 }
 
 impl Place {
-    /// The place that `path` leads to, by way of links that are there now. The file itself need not exist.
+    /// Finds the place that `path` leads to, following the links that exist now. The file itself need not exist.
     pub fn find(path: &Path, folders: &WritableFolders) -> io::Result<Self> {
         Walk::new(path, folders)?.end(Last::Followed)?.place(path)
     }
 
-    /// The same, but a link that is there under the last name is what the place holds.
+    /// Like [`Place::find`], but does not follow a link under the last name: the place then holds that link.
     pub fn find_new(path: &Path, folders: &WritableFolders) -> io::Result<Self> {
         Walk::new(path, folders)?.end(Last::Kept)?.place(path)
     }
 
-    /// The place `name` in a directory, which `path` is for messages.
+    /// Creates the place `name` in a directory; `path` is its path in messages.
     pub fn within(dir: OwnedFd, name: OsString, path: PathBuf) -> Self {
         Place { dir: dir.into(), name, path, magic: false }
     }
 
-    /// The place with `suffix` added to its name.
+    /// Returns the place with `suffix` appended to its name.
     pub fn with_suffix(&self, suffix: &str) -> Self {
         let longer = |text: &OsStr| {
             let mut text = text.to_os_string();
@@ -156,22 +157,22 @@ impl Place {
         Place { dir: self.dir.clone(), name: longer(&self.name), path, magic: false }
     }
 
-    /// The path as the user typed it, for messages.
+    /// Path as the user typed it, for messages.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The directory, and the name in it.
+    /// Directory, and the name in it.
     pub fn parts(&self) -> (BorrowedFd<'_>, &OsStr) {
         (self.dir.as_fd(), &self.name)
     }
 
-    /// Identity of the directory, and the name in it: equal for two places exactly if they are the same.
+    /// Identity of the directory, and the name in it. Two places have equal keys exactly if they are the same.
     pub fn key(&self) -> io::Result<(FileId, OsString)> {
         Ok((FileId::of(&fstat(&self.dir)?), self.name.clone()))
     }
 
-    /// What is there now; `None` for nothing.
+    /// Returns the status of the file that is there now; `None` if there is none.
     pub fn stat(&self) -> io::Result<Option<Stat>> {
         let flags = if self.magic { AtFlags::empty() } else { AtFlags::SYMLINK_NOFOLLOW };
         match statat(&self.dir, &self.name, flags) {
@@ -181,19 +182,19 @@ impl Place {
         }
     }
 
-    /// Identity of what is there now.
+    /// Identity of the file that is there now.
     pub fn id(&self) -> Option<FileId> {
         self.stat().ok().flatten().map(|stat| FileId::of(&stat))
     }
 
-    /// Opens what is there, or creates it with `mode` if `flags` say so. A link is an error.
+    /// Opens the file, or creates it with `mode` if `flags` say so. A link is an error.
     pub fn open(&self, flags: OFlags, mode: Mode) -> io::Result<File> {
         let follow = if self.magic { OFlags::empty() } else { OFlags::NOFOLLOW };
         Ok(openat(&self.dir, &self.name, flags | follow | OFlags::CLOEXEC | OFlags::NOCTTY, mode)?.into())
     }
 
-    /// Opens what is there if it is of this `kind`, and not otherwise: nothing acts on being opened or waits. Without /proc
-    /// there are no shared folders, so nothing can have been exchanged between the look and the opening.
+    /// Opens the file only if it is of this `kind`: opening another kind might block or trigger an action of a device.
+    /// Without /proc there are no shared folders, so nothing can replace the file between the check and the opening.
     pub fn open_kind(&self, kind: FileType, flags: OFlags) -> io::Result<File> {
         let named = self.name_kind(kind)?;
         match rustix::fs::open(descriptor_path(&named), flags | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty()) {
@@ -202,39 +203,40 @@ impl Place {
         }
     }
 
-    /// A descriptor that only names what is there, which must be of this `kind`.
+    /// Opens a descriptor that only names the file, which must be of this `kind`.
     pub fn name_kind(&self, kind: FileType) -> io::Result<OwnedFd> {
         let named = self.open(OFlags::PATH, Mode::empty())?;
         match FileType::from_raw_mode(fstat(&named)?.st_mode) {
             found if found == kind => Ok(named.into()),
-            FileType::Symlink => Err(io::Error::other("it is a symbolic link now, which is not followed")),
-            _ => Err(io::Error::other("it is something else now")),
+            FileType::Symlink => Err(io::Error::other("it is now a symbolic link, which is not followed")),
+            _ => Err(io::Error::other("it is now another kind of file")),
         }
     }
 
-    /// Removes what is there if it still is the file `id`.
+    /// Removes the file if it still is the file `id`.
     pub fn remove_if(&self, id: FileId) -> io::Result<()> {
         if self.id() == Some(id) { self.remove() } else { Ok(()) }
     }
 
-    /// Removes what is there; a directory stays.
+    /// Removes the file; a directory stays.
     pub fn remove(&self) -> io::Result<()> {
         Ok(unlinkat(&self.dir, &self.name, AtFlags::empty())?)
     }
 
-    /// The writable folder that it lies in.
+    /// Returns the writable folder that the place lies in.
     pub fn folder<'a>(&self, folders: &'a WritableFolders) -> Option<&'a Path> {
         folders.containing(self.dir.as_fd())
     }
 }
 
-/// The path by which this process reaches an open descriptor's file.
+/// Returns the path by which this process reaches an open descriptor's file.
 pub fn descriptor_path(fd: &impl AsRawFd) -> PathBuf {
     format!("/proc/self/fd/{}", fd.as_raw_fd()).into()
 }
 
-/// Opens what an input's path leads to as a mere name (O_PATH), so that it stays this file whatever becomes of the path.
-/// Links in a writable folder may lead to what the guest can reach anyway, but not out of the folders.
+/// Opens the file that an input's path leads to, without access to its content (O_PATH), so that it stays this file
+/// whatever happens to the path. Links in a writable folder may lead to files that the guest can reach anyway, but not
+/// out of the folders.
 pub fn name_input(path: &Path, folders: &WritableFolders) -> io::Result<OwnedFd> {
     input_end(path, folders)?.name_file()
 }
@@ -253,31 +255,32 @@ fn input_end(path: &Path, folders: &WritableFolders) -> io::Result<End> {
     let end = walk.end(Last::Followed)?;
     if let Some(folder) = end.through.as_ref().filter(|_| folders.containing(end.dir.as_fd()).is_none()) {
         return Err(io::Error::other(format!(
-            "a symbolic link in {}, where the guest can make such links, leads out of it; name its target instead",
+            "a symbolic link in {}, where the guest can create links, leads out of it; name its target instead",
             folder.display()
         )));
     }
     Ok(end)
 }
 
-/// On the way along a path.
+/// Walk along a path.
 struct Walk<'a> {
     dir: OwnedFd,
-    /// Components that are left, the next one at the end.
+    /// Components still to be walked, the next one at the end.
     rest: Vec<OsString>,
     links: usize,
     folders: &'a WritableFolders,
-    /// Links in writable folders are followed and remembered rather than refused.
+    /// Follows links in writable folders and records them in `through`, rather than refusing them.
     within: bool,
     through: Option<PathBuf>,
 }
 
-/// The end of a path.
+/// Result of a walk along a path.
 struct End {
     dir: OwnedFd,
-    /// The name in the directory, and whether it is one of procfs's links; without one it is the directory.
+    /// Name in the directory, and whether it is one of procfs's links; `None` if the path leads to the directory
+    /// itself.
     name: Option<(OsString, bool)>,
-    /// The writable folder that a link on the way lies in.
+    /// Writable folder that contained a link on the path.
     through: Option<PathBuf>,
 }
 
@@ -312,7 +315,7 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Puts a path, or a link's target, before what is left.
+    /// Puts a path, or a link's target, before the remaining components.
     fn add(&mut self, path: &Path) -> io::Result<()> {
         if path.is_absolute() {
             self.dir = directory(c"/")?;
@@ -339,7 +342,7 @@ impl<'a> Walk<'a> {
                 Err(Errno::NOENT) if is_last => None,
                 Err(e) => return Err(e.into()),
             };
-            // Only the kernel makes links there, and their texts are not always paths.
+            // Only the kernel creates links in procfs, and their texts are not always paths.
             let magic = target.is_some() && fstatfs(&self.dir)?.f_type == PROC_SUPER_MAGIC;
             match target.filter(|_| !magic) {
                 Some(target) => self.follow(&name, Path::new(OsStr::from_bytes(target.as_bytes())))?,
@@ -363,7 +366,7 @@ impl<'a> Walk<'a> {
         match self.folders.containing(self.dir.as_fd()) {
             Some(folder) if !self.within => {
                 return Err(io::Error::other(format!(
-                    "'{}' is a symbolic link in {}, where the guest can make such links; name its target instead",
+                    "'{}' is a symbolic link in {}, where the guest can create links; name its target instead",
                     name.display(),
                     folder.display()
                 )));
@@ -385,7 +388,7 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
 
-    /// A folder with `inside`, which a guest writes to, and `outside`, which it does not.
+    /// Creates a folder with `inside`, which a guest can write to, and `outside`, which it cannot.
     fn folders() -> (tempfile::TempDir, [PathBuf; 2], WritableFolders) {
         let dir = tempfile::tempdir().unwrap();
         let paths = ["inside", "outside"].map(|name| dir.path().join(name));
@@ -401,7 +404,7 @@ mod tests {
         fs::create_dir(&sub).unwrap();
         let place = Place::find(&sub.join("file"), &folders).unwrap();
         assert_eq!(place.folder(&folders), Some(inside.as_path()));
-        // What a guest does meanwhile.
+        // Changes that a guest makes in the meantime.
         fs::rename(&sub, inside.join("moved")).unwrap();
         symlink(&outside, &sub).unwrap();
         symlink(outside.join("victim"), inside.join("moved/file")).unwrap();

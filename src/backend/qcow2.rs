@@ -1,14 +1,14 @@
 //! qcow2 images and copy-on-write overlays: base images, compressed clusters, zero clusters.
 //!
-//! An overlay is a qcow2 image over the disk that the user named: what is written goes there, what was never written
-//! is read from below, and the base is opened for reading only.
+//! An overlay is a qcow2 image over the disk that the user named: writes go to the overlay, data that was never written
+//! is read from the base, and the base is opened only for reading.
 //!
-//! The imago crate reads and writes the format. It expects sound images, so `header` and `tables` check everything that an
-//! image says before imago gets it, by way of `storage`; `zstd` unpacks what imago cannot. Guest memory changes at any
+//! The imago crate reads and writes the format. It expects sound images, so `header` and `tables` check everything in
+//! an image before imago gets it through `storage`; `zstd` unpacks what imago cannot. Guest memory may change at any
 //! time, which a slice of bytes must not, so imago only sees copies of it.
 //!
-//! If another process changes an image while it is in use, in spite of its lock, the guest may get wrong data and errors,
-//! and in the worst case vireo ends; other files are not reached.
+//! If another process changes an image in use, in spite of its lock, the guest may get wrong data and errors, and in
+//! the worst case vireo ends; other files are never affected.
 
 mod header;
 mod storage;
@@ -41,19 +41,19 @@ pub(super) use header::MAGIC;
 use storage::{Checked, ImageFile};
 use zstd::Zstd;
 
-/// How many images may lie below another.
+/// Maximum number of images below another.
 const MAX_DEPTH: usize = 16;
-/// Bytes of guest memory that are copied at a time. A cluster is a part of it, or the other way round.
+/// Number of bytes of guest memory copied at a time. Either it is a multiple of the cluster size, or the reverse.
 const MAX_PIECE: usize = 256 << 10;
 
 /// A disk in a format that imago reads and writes.
 pub struct Qcow2Disk {
-    /// Locked for writing while clusters are discarded: no other thread may use a place that it has looked up before.
+    /// Locked for writing while clusters are discarded: another thread must not use a cluster that it looked up before.
     image: RwLock<FormatAccess<ImageFile>>,
-    /// Writing needs the same lock, for it moves clusters too.
+    /// True if writing needs the write lock as well, because it also moves clusters.
     exclusive: bool,
     size: AtomicU64,
-    /// Buffers for copies of guest memory that are not in use.
+    /// Unused buffers for copies of guest memory.
     spare: Mutex<Vec<AlignedBuffer>>,
 }
 
@@ -85,12 +85,12 @@ impl Qcow2Disk {
         self.image.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Calls `change` with the image: at the same time as other threads where the image allows it.
+    /// Calls `change` with the image; concurrently with other threads if the image allows it.
     fn change<T>(&self, change: impl FnOnce(&FormatAccess<ImageFile>) -> T) -> T {
         if self.exclusive { change(&self.alone()) } else { change(&self.shared()) }
     }
 
-    /// Writes zeros as any other data.
+    /// Writes zeros like any other data.
     fn write_zeros(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
         let mut zeros = AlignedBuffer::new(MAX_PIECE);
         while len > 0 {
@@ -102,7 +102,8 @@ impl Qcow2Disk {
         Ok(())
     }
 
-    /// Goes through the buffers in pieces: `step` gets an empty one, its offset on the disk and the buffers' part.
+    /// Processes the buffers in pieces: `step` gets a buffer for the piece, the piece's offset on the disk, and its
+    /// part of the guest's buffers.
     fn piecewise(
         &self,
         buffers: &[RamSlice<'_>],
@@ -115,7 +116,7 @@ impl Qcow2Disk {
         let mut from = 0;
         let mut result = Ok(());
         while left > 0 && result.is_ok() {
-            // To a bound, or a cluster would be written in two pieces.
+            // End pieces at multiples of MAX_PIECE, so that no cluster is written in two pieces.
             let len = left.min(MAX_PIECE - (offset % MAX_PIECE as u64) as usize);
             let piece = buffer.as_mut_slice().get_mut(..len).unwrap_or_default();
             result = step(piece, offset, Pieces { buffers, skip: from });
@@ -126,7 +127,7 @@ impl Qcow2Disk {
     }
 }
 
-/// Guest buffers without this many of their first bytes.
+/// Guest buffers without their first `skip` bytes.
 #[derive(Clone, Copy)]
 struct Pieces<'a, 'b> {
     buffers: &'a [RamSlice<'b>],
@@ -134,7 +135,7 @@ struct Pieces<'a, 'b> {
 }
 
 impl<'b> Pieces<'_, 'b> {
-    /// Goes through the buffers beside the bytes that they are copied to or from.
+    /// Calls `copy` for each guest buffer with the bytes that are copied to or from it.
     fn beside(&self, bytes: &mut [u8], copy: impl Fn(&RamSlice<'b>, &mut [u8])) -> io::Result<()> {
         let (mut skip, mut rest) = (self.skip, bytes);
         for buffer in self.buffers {
@@ -173,14 +174,14 @@ impl<'a> Image<'a> {
         Ok(Image { header, file, checked: Checked::new(pieces), path, write, direct })
     }
 
-    /// Opens it over the base, or over none.
+    /// Opens the image over `base`, if there is one.
     fn open(self, base: Option<FormatAccess<ImageFile>>) -> io::Result<FormatAccess<ImageFile>> {
         let Image { header, file, checked, path, write, direct } = self;
         if write && header.autoclear != 0 {
             clear_autoclear(&file, path)?;
         }
         let storage = ImageFile::new(file.try_clone()?, path, write, direct, checked.clone())?;
-        // The base is given, so nothing else is opened.
+        // The base is passed in, so imago opens no other file.
         let image = Qcow2::<ImageFile>::builder(storage).write(write).backing(base);
         let image = image.open(DenyImplicitOpenGate::default())?;
         checked.give_up();
@@ -191,16 +192,19 @@ impl<'a> Image<'a> {
     }
 }
 
-/// Clears the bits of features that do not survive a writer without them, which we are about to become.
+/// Clears the bits of features whose data becomes invalid when a program without these features writes, as we will.
 fn clear_autoclear(file: &File, path: &Path) -> io::Result<()> {
     const AUTOCLEAR: u64 = 88;
-    warn!("{}: its dirty bitmaps, or what else depends on them, become invalid, for it is written to", path.display());
+    warn!(
+        "{}: writing to it invalidates its dirty bitmaps and other data that vireo does not maintain",
+        path.display()
+    );
     write_at(file, AUTOCLEAR, &[0; 8])?;
     file.sync_data()
 }
 
-/// Writes bytes within a file that may be open for direct input and output. No other thread may write to it. Where the file
-/// ends within a block, it is extended to the end of that block.
+/// Writes bytes within a file that may be open for direct I/O. No other thread may write to the file. If the file ends
+/// within a block, it is extended to the end of that block.
 fn write_at(file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
     if !rustix::fs::fcntl_getfl(file)?.contains(OFlags::DIRECT) {
         return file.write_all_at(bytes, offset);
@@ -217,7 +221,7 @@ fn write_at(file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
     file.write_all_at(buffer.as_mut_slice(), offset - before as u64)
 }
 
-/// Reads bytes of a file that may be open for direct input and output; bytes past its end are zeros.
+/// Reads bytes of a file that may be open for direct I/O; bytes past its end are zeros.
 fn read_at(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
     const BLOCK: u64 = 4096;
     let before = (offset % BLOCK) as usize;
@@ -229,7 +233,7 @@ fn read_at(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
             Ok(0) => break,
             Ok(n) => done += n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            // Past the end of a file that ends within the block that was just read.
+            // EINVAL: the file ends within the block just read, so this offset is not aligned.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) && done % 512 != 0 => break,
             Err(e) => return Err(e),
         }
@@ -239,7 +243,7 @@ fn read_at(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
 
 const NO_OVERLAY: &str = "cannot be used as an overlay";
 
-/// Opens the image of `options` with an overlay for what is written.
+/// Opens the image of `options` with an overlay that receives all writes.
 pub(super) fn over(options: &ImageOptions, overlay: &Overlay) -> Result<Qcow2Disk, Error> {
     let ImageOptions { path, direct, format, .. } = options;
     let failed = |what, source| Error::Image { path: path.clone(), what, source };
@@ -260,25 +264,25 @@ pub(super) fn over(options: &ImageOptions, overlay: &Overlay) -> Result<Qcow2Dis
     Qcow2Disk::new(image.open(Some(base)).map_err(failed)?, &top_path, exclusive)
 }
 
-/// An open, locked overlay, which is made if it is not there.
+/// Opens and locks an overlay; creates it if it is missing.
 fn overlay_file(options: &ImageOptions, path: &Path, format: Format, size: u64) -> Result<File, Error> {
     let ImageOptions { path: base, direct, .. } = options;
     let base = base.canonicalize().unwrap_or_else(|_| base.into());
     if !path.exists() {
-        // A name that no other VM takes, nor one that was killed while it made this one.
+        // A name that no other VM uses, nor left behind when it was killed while creating its overlay.
         let mut new = path.as_os_str().to_owned();
-        let cannot = |source| Error::Open { path: path.into(), hint: ": the overlay cannot be made", source };
+        let cannot = |source| Error::Open { path: path.into(), hint: ": cannot create the overlay", source };
         new.push(format!(".new.{:x}", rand().map_err(cannot)?));
         let new = Path::new(&new);
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create_new(true).mode(0o600).open(new).map_err(cannot)?;
-        // Beside and renamed, or a full disk would leave half an overlay under the name.
+        // Create the file beside and rename it; otherwise a full disk would leave half an overlay under the name.
         let made = create(&file, new, size, Some((&base, format)))
             .and_then(|()| file.sync_all())
             .and_then(|()| give_name(new, path));
         let _ = std::fs::remove_file(new);
         match made {
-            // Another VM was faster: it has the overlay, and this one will find it locked; or it has ended.
+            // Another VM was faster. Either it holds the overlay, which is then found locked below, or it has ended.
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             made => made.map_err(cannot)?,
         }
@@ -291,47 +295,47 @@ fn overlay_file(options: &ImageOptions, path: &Path, format: Format, size: u64) 
     match top.base {
         Some(found) if Path::new(&found.name) == base => Ok(file),
         found => {
-            let found = found.map_or("that is none".into(), |found| found.name);
+            let found = found.map_or("(none)".into(), |found| found.name);
             Err(Error::OtherBase { path: path.into(), found, base })
         }
     }
 }
 
-/// An overlay without a name.
+/// Creates an overlay without a name, which vanishes when it is closed.
 fn throw_away(folder: &Path, size: u64, direct: bool) -> Result<File, Error> {
     let cannot = |why| move |source| Error::Temporary { folder: folder.into(), why, source };
     let file = temporary_file(folder).map_err(cannot(""))?;
     create(&file, folder, size, None).map_err(cannot(""))?;
     if direct {
-        // Not sooner: it is made in pieces that are no whole blocks.
+        // Set only now: creation writes pieces that are not whole blocks.
         let flags = rustix::fs::fcntl_getfl(&file).map(|flags| flags | OFlags::DIRECT);
         let set = flags.and_then(|flags| rustix::fs::fcntl_setfl(&file, flags));
-        set.map_err(|e| cannot(", for its file system has no direct=on")(e.into()))?;
+        set.map_err(|e| cannot(": its file system does not support direct=on")(e.into()))?;
     }
     Ok(file)
 }
 
-/// Gives a file that is at `from` the name `to`, if nothing has that. It may be left at `from` too.
+/// Renames the file `from` to `to`, unless `to` exists. The file may remain at `from` too.
 fn give_name(from: &Path, to: &Path) -> io::Result<()> {
     match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // Not every file system knows that.
+        // Not every file system supports RENAME_NOREPLACE.
         Err(Errno::INVAL | Errno::NOSYS) => std::fs::hard_link(from, to),
         result => Ok(result?),
     }
 }
 
-/// Makes an empty qcow2 image of `size` bytes in an empty file.
+/// Creates an empty qcow2 image of `size` bytes in an empty file.
 fn create(file: &File, path: &Path, size: u64, base: Option<(&Path, Format)>) -> io::Result<()> {
     let mut builder = Qcow2::<ImageFile>::create_builder(file_of(file.try_clone()?, path, true, false)?).size(size);
     if let Some((path, format)) = base {
-        let path = path.to_str().ok_or_else(|| io::Error::other("the path of its base is no UTF-8"))?;
+        let path = path.to_str().ok_or_else(|| io::Error::other("the path of its base is not UTF-8"))?;
         let format = if format == Format::Raw { "raw" } else { "qcow2" };
         builder = builder.backing(path.into(), format.into());
     }
     builder.create()
 }
 
-/// A file without a name.
+/// Creates a file without a name.
 fn temporary_file(folder: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).mode(0o600);
@@ -352,14 +356,14 @@ fn rand() -> io::Result<u64> {
     Ok(u64::from_le_bytes(bytes))
 }
 
-/// A file of which nothing was checked, for there is nothing in it to be checked.
+/// Wraps a file without checked pieces: a raw or empty file has nothing to be checked.
 fn file_of(file: File, path: &Path, write: bool, direct: bool) -> io::Result<ImageFile> {
     ImageFile::new(file, path, write, direct, Checked::default())
 }
 
-/// Opens images that are only read, with what they refer to.
+/// Opens images that are only read, and the images that they refer to.
 struct Below {
-    /// The user vouches for the image.
+    /// True if the user vouches for the image.
     trusted: bool,
     direct: bool,
     depth: usize,
@@ -374,7 +378,7 @@ impl Below {
         self.over_base(Image::check(file, path, false, self.direct)?)
     }
 
-    /// Opens an image, written to or not, over its base. Nothing is opened for its name alone but here.
+    /// Opens an image, writable or not, over its base. Only this code opens a file because an image names it.
     fn over_base(&self, image: Image<'_>) -> io::Result<FormatAccess<ImageFile>> {
         let base = match &image.header.base {
             Some(base) => Some(self.base(image.path, base)?),
@@ -383,30 +387,34 @@ impl Below {
         image.open(base)
     }
 
-    /// A base image. Of what format it is must be said: a raw one is some guest's to write, who could make it look like
-    /// another that refers to any file of the host.
+    /// Opens a base image. The referring image must state the base's format: a guest may have written to a raw base,
+    /// and could make it look like another format that refers to any file of the host.
     fn base(&self, image: &Path, base: &header::Base) -> io::Result<FormatAccess<ImageFile>> {
         let name = &base.name;
         let path = &image.parent().unwrap_or(Path::new("")).join(name);
         let refused = |why| Err(io::Error::other(why));
         if !self.trusted {
             let path = path.display();
-            return refused(format!("it refers to the base image {path}; say format=qcow2 if it may open that"));
+            return refused(format!("it refers to the base image {path}; add format=qcow2 to allow that"));
         }
         let format = match base.format.as_deref() {
             Some("raw" | "file") => Format::Raw,
             Some("qcow2") => Format::Qcow2,
-            Some(other) => return refused(format!("its base image {name} is {other:?}, neither raw nor qcow2")),
+            Some(other) => {
+                return refused(format!(
+                    "its base image {name} has the format {other:?}, but only raw and qcow2 are supported"
+                ));
+            }
             None => {
                 return refused(format!(
-                    "{} does not say whether its base image is raw or qcow2, and a guest can make the one look like \
-                     the other; 'qemu-img rebase -u -b {name} -F raw' (or qcow2) has it say so",
+                    "{} does not say whether its base image is raw or qcow2, and a guest can make one look like the \
+                     other; 'qemu-img rebase -u -b {name} -F raw' (or qcow2) records the format",
                     image.display()
                 ));
             }
         };
         if self.depth >= MAX_DEPTH {
-            return refused(format!("more than {MAX_DEPTH} images lie below each other, or it is its own base"));
+            return refused(format!("it has more than {MAX_DEPTH} base images below each other, or is its own base"));
         }
         let (file, _) = open_file(path, true, self.direct).map_err(|error| match error {
             Error::Open { source, .. } => {
@@ -455,13 +463,13 @@ impl Disk for Qcow2Disk {
 
     fn flush(&self) -> io::Result<()> {
         let image = self.shared();
-        // First the tables from the cache into the file, then the file to the disk.
+        // First write the cached tables to the file, then the file to the disk.
         image.flush()?;
         image.sync()
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        // To zeros rather than to anything: over a base "anything" would be the base's old contents.
+        // Discard to zeros, not to arbitrary data: over a base, the base's old contents could reappear.
         self.alone().discard_to_zero(offset, len)
     }
 
@@ -470,7 +478,7 @@ impl Disk for Qcow2Disk {
             return self.discard(offset, len);
         }
         match self.change(|image| image.write_zeroes(offset, len)) {
-            // Version 2 has no clusters of zeros.
+            // Version 2 has no zero clusters.
             Err(e) if e.kind() == io::ErrorKind::Unsupported => self.write_zeros(offset, len),
             result => result,
         }

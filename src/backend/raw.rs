@@ -1,8 +1,7 @@
 //! A file or device as a disk, byte for byte.
 //!
-//! With `direct=on` the host's page cache is gone around, and then the kernel wants whole blocks. What the guest asks for
-//! in smaller pieces goes through a buffer: the blocks around it are read, changed and written, one such write at a
-//! time.
+//! `direct=on` bypasses the host's page cache, and then the kernel requires whole blocks. Smaller requests of the guest
+//! go through a buffer: the blocks around them are read, changed and written, one such write at a time.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -18,22 +17,22 @@ use super::vectored::{Direction, transfer};
 use super::{AlignedBuffer, Disk, packet};
 use crate::memory::RamSlice;
 
-/// What offsets and lengths of direct requests are multiples of; no disk has larger blocks.
+/// Alignment of offsets and lengths of direct requests; no disk has larger blocks.
 pub(super) const DIRECT_BLOCK: u64 = 4096;
-/// What addresses of direct requests are multiples of; no disk needs more.
+/// Alignment of addresses in direct requests; no disk needs more.
 const DIRECT_ADDRESS: usize = 512;
 
-/// Bytes that go through a buffer at once.
+/// Maximum number of bytes per step through a buffer.
 const MAX_PIECE: usize = 1 << 20;
 
-/// What a raw disk lies on: each has its own ways to discard and to write zeros.
+/// Kind of file behind a raw disk: each has its own way to discard and to write zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RawKind {
     /// A regular file.
     File,
     /// A block device.
     Blocks,
-    /// A character device, flash memory for example.
+    /// A character device, such as flash memory.
     Characters,
 }
 
@@ -43,23 +42,24 @@ pub struct RawDisk {
     file: File,
     kind: RawKind,
     size: AtomicU64,
-    /// For direct disks: held while blocks are read, changed and written, and while pieces of blocks become zero.
+    /// Present for direct disks. Held while blocks are read, changed and written, and while parts of blocks are zeroed.
     direct: Option<Mutex<()>>,
 }
 
 impl RawDisk {
-    /// A disk on an open, locked file or device, of which the guest sees `size` bytes: whole blocks, if it is
-    /// open for `direct` input and output.
+    /// Creates a disk on an open, locked file or device. The guest sees `size` bytes, which must be whole blocks if the
+    /// file is open for `direct` I/O.
     pub(super) fn new(file: File, kind: RawKind, direct: bool, size: u64) -> Self {
         RawDisk { file, kind, size: AtomicU64::new(size), direct: direct.then(Mutex::default) }
     }
 
-    /// Keeps others from changing pieces of blocks, on a direct disk.
+    /// Prevents other threads from changing parts of blocks, on a direct disk.
     fn alone(&self) -> Option<MutexGuard<'_, ()>> {
         self.direct.as_ref().map(|lock| lock.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The same for a range that the kernel changes: what is in whole blocks gets in nobody's way.
+    /// Does the same as `alone` for a range that the kernel changes; whole blocks conflict with no one and need no
+    /// lock.
     fn alone_in(&self, offset: u64, len: u64) -> Option<MutexGuard<'_, ()>> {
         if (offset | len).is_multiple_of(DIRECT_BLOCK) { None } else { self.alone() }
     }
@@ -75,8 +75,8 @@ impl RawDisk {
         }
     }
 
-    /// A request that is not in whole blocks, by way of a buffer that is: `copy` moves between the guest's buffers and
-    /// the piece of it that they are about.
+    /// Executes a request that is not in whole blocks, using a buffer of whole blocks: `copy` copies between the
+    /// guest's buffers and the request's part of the buffer.
     fn through_blocks(
         &self,
         len: u64,
@@ -95,7 +95,7 @@ impl RawDisk {
         if write { self.file.write_all_at(blocks, start) } else { Ok(()) }
     }
 
-    /// The same in pieces, so that a request's size is not that of our memory.
+    /// Executes such a request in pieces, so that the request's size does not determine our use of memory.
     fn piecewise(&self, buffers: &[RamSlice<'_>], mut offset: u64, write: bool) -> io::Result<()> {
         for buffer in buffers {
             let mut at = 0;
@@ -137,7 +137,7 @@ impl Disk for RawDisk {
             return self.piecewise(buffers, offset, false);
         }
         let result = whole(&self.file, buffers, offset, Direction::Read);
-        // Also after an error: some of it may have arrived.
+        // Even after an error, as some of the data may have arrived.
         for buffer in buffers {
             buffer.bitmap().mark_dirty(0, buffer.len());
         }
@@ -153,14 +153,14 @@ impl Disk for RawDisk {
 
     fn resize(&self, size: u64) -> io::Result<()> {
         if self.kind == RawKind::Characters {
-            return Err(io::Error::other("a character device has the size it was opened with"));
+            return Err(io::Error::other("the size of a character device cannot change"));
         }
         let now = (&self.file).seek(SeekFrom::End(0))?;
         if size > now && self.kind == RawKind::Blocks {
             return Err(io::Error::other(format!("the block device has only {now} bytes")));
         }
         if self.direct.is_some() && !size.is_multiple_of(DIRECT_BLOCK) {
-            return Err(io::Error::other(format!("direct=on needs whole blocks of {DIRECT_BLOCK}")));
+            return Err(io::Error::other(format!("direct=on needs a multiple of {DIRECT_BLOCK}")));
         }
         if size > now {
             self.file.set_len(size)?;
@@ -177,7 +177,7 @@ impl Disk for RawDisk {
 
     fn flush(&self) -> io::Result<()> {
         match self.file.sync_data() {
-            // It keeps nothing back.
+            // Such a device holds nothing back.
             Err(e) if self.kind == RawKind::Characters && is_unsupported(&e) => Ok(()),
             result => result,
         }
@@ -203,7 +203,7 @@ impl Disk for RawDisk {
     }
 }
 
-/// All of it, or an error.
+/// Transfers all of the buffers, or returns an error.
 fn whole(file: &File, buffers: &[RamSlice<'_>], offset: u64, way: Direction) -> io::Result<()> {
     let (moved, result) = transfer(file, buffers, offset, way);
     result?;
@@ -239,12 +239,12 @@ fn fallocate(file: &File, flags: FallocateFlags, offset: u64, len: u64) -> io::R
     }
 }
 
-/// Whether the file system, or the device, cannot do this at all.
+/// Returns true if the file system or the device does not support the operation at all.
 pub(crate) fn is_unsupported(e: &io::Error) -> bool {
     e.kind() == io::ErrorKind::Unsupported || matches!(e.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL))
 }
 
-/// The slow way: really writes them.
+/// Writes the zeros as data, for files and devices that offer no faster way.
 fn write_zeros(file: &File, mut offset: u64, mut len: u64) -> io::Result<()> {
     let mut zeros = AlignedBuffer::new((64 << 10).min(len) as usize);
     let zeros = zeros.as_mut_slice();
@@ -347,8 +347,8 @@ mod tests {
     #[test]
     fn what_is_no_disk_is_refused_without_waiting() {
         let dir = tempfile::tempdir().unwrap();
-        // A pipe that nobody writes to opens like a FIFO, and takes no mkfifo program: while one is started, every
-        // descriptor of this process is open twice, and another test's file stays locked.
+        // A pipe without a writer opens like a FIFO, and needs no mkfifo program: while a program is being started,
+        // every descriptor of this process is open twice, and another test's file stays locked.
         let (pipe, _) = io::pipe().unwrap();
         let fifo = std::path::PathBuf::from(format!("/proc/self/fd/{}", pipe.as_raw_fd()));
         let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("socket")).unwrap();
@@ -360,7 +360,7 @@ mod tests {
         ] {
             for readonly in [false, true] {
                 let error = RawDisk::open(path, readonly).unwrap_err().to_string();
-                let hint = if kind == "character device" { ", or the size= that this one has" } else { "" };
+                let hint = if kind == "character device" { ", or size= with the size of this device" } else { "" };
                 let path = path.display();
                 assert_eq!(error, format!("disk {path} is a {kind}; a regular file or a block device is needed{hint}"));
             }
@@ -444,7 +444,7 @@ mod tests {
         let slice = |at, len| [ram.slice(at, len).unwrap()];
         let ended = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
-            // What another queue writes to the same block.
+            // Another queue writes to the same block.
             scope.spawn(|| {
                 while !ended.load(Ordering::Relaxed) {
                     disk.write(&slice(512, 512), 5 * 512).unwrap();
@@ -487,7 +487,7 @@ mod tests {
             Err(e) => assert!(is_unsupported(&e), "{e}"),
         }
         assert_eq!(read().len(), 1 << 20);
-        // What the file system does not know is done by hand.
+        // The slow way, for file systems that lack these operations.
         write_zeros(&disk.file, 100, 200_000).unwrap();
         assert!(read()[100..200_100].iter().all(|&b| b == 0));
         disk.discard(0, 0).unwrap();

@@ -1,4 +1,4 @@
-//! A tap interface of the host: a network card whose cable ends here.
+//! A tap interface of the host, which connects a network card to the host.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -13,52 +13,53 @@ use super::packet::{self, HEADER, MAX_FRAME, Offloads, Port, Received};
 use crate::memory::RamSlice;
 
 const DEV_TUN: &str = "/dev/net/tun";
-/// Why a tap cannot be used. Displays as one sentence.
+/// Reasons why a tap cannot be used. Displays as one sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No tap at all on this host.
+    /// The host offers no taps, or not to us.
     #[error("cannot open {DEV_TUN}{hint}")]
     Device {
-        /// What would help; may be empty.
+        /// Advice for the user; may be empty.
         hint: &'static str,
         /// The OS error.
         source: io::Error,
     },
-    /// There is no such tap, and we may not make one.
+    /// There is no such tap, and this process may not create one.
     #[error(
-        "there is no tap {name}, and making one needs CAP_NET_ADMIN; as root, this makes it: \
+        "there is no tap {name}, and creating one needs CAP_NET_ADMIN; to create it as root: \
          ip tuntap add {name} mode tap user $USER vnet_hdr{multi_queue} && ip link set {name} up"
     )]
     Missing {
-        /// The interface.
+        /// Name of the interface.
         name: String,
-        /// A word to add to the command; may be empty.
+        /// Word to add to the command; may be empty.
         multi_queue: &'static str,
     },
-    /// Not a tap.
-    #[error("{0} is a network interface but no tap")]
+    /// The interface is not a tap.
+    #[error("{0} is a network interface, but not a tap")]
     Kind(String),
-    /// It was made without `multi_queue`.
+    /// The tap was created without `multi_queue`.
     #[error(
-        "tap {0} has a single queue; one with several is made by: ip tuntap add {0} mode tap user $USER vnet_hdr multi_queue"
+        "tap {0} has a single queue; to create one with several: \
+         ip tuntap add {0} mode tap user $USER vnet_hdr multi_queue"
     )]
     SingleQueue(String),
-    /// The kernel refused.
+    /// The kernel refused to open the tap.
     #[error("cannot open tap {name}{hint}")]
     Open {
-        /// The interface.
+        /// Name of the interface.
         name: String,
-        /// What would help; may be empty.
+        /// Advice for the user; may be empty.
         hint: &'static str,
         /// The OS error.
         source: io::Error,
     },
-    /// It cannot be configured as needed.
+    /// The tap cannot be configured as needed.
     #[error("cannot {what} tap {name}")]
     Configure {
-        /// What failed.
+        /// Step that failed, as a verb.
         what: &'static str,
-        /// The interface.
+        /// Name of the interface.
         name: String,
         /// The OS error.
         source: io::Error,
@@ -70,15 +71,15 @@ pub enum Error {
 pub struct Tap {
     file: File,
     active: bool,
-    /// Receives what the guest had no room for: allocated once it is needed.
+    /// Buffer for the part of a packet that does not fit the guest's buffers; allocated when it is first needed.
     overflow: Vec<u8>,
-    /// The packet that there was no room for.
+    /// Packet that did not fit the guest's buffers.
     kept: Vec<u8>,
 }
 
 impl Tap {
-    /// Opens all `queues` queues of the tap called `name`; makes it, and brings it up, if there is none. A tap that was
-    /// made goes with the last of its queues.
+    /// Opens all `queues` queues of the tap called `name`. If it does not exist, creates it and brings it up; such a
+    /// tap vanishes with the last of its queues.
     pub fn open(name: &str, queues: u16) -> Result<Vec<Tap>, Error> {
         let existing = existing_flags(name)?;
         let multi_queue = queues > 1 || existing.is_some_and(|flags| flags & libc::IFF_MULTI_QUEUE != 0);
@@ -100,7 +101,7 @@ impl Tap {
             |source| {
                 let hint = match source.kind() {
                     io::ErrorKind::NotFound => " (is the kernel's tun module loaded?)",
-                    io::ErrorKind::PermissionDenied => " (it usually is open to everybody)",
+                    io::ErrorKind::PermissionDenied => " (usually everybody may open it)",
                     _ => "",
                 };
                 Error::Device { hint, source }
@@ -114,9 +115,7 @@ impl Tap {
             }
             errno => {
                 let hint = match errno {
-                    Some(libc::EPERM) => {
-                        " (it belongs to somebody else; 'user $USER' when it is made would give it to you)"
-                    }
+                    Some(libc::EPERM) => " (it belongs to another user; create it with 'user $USER' to own it)",
                     Some(libc::EBUSY) => " (another VM uses it)",
                     _ => "",
                 };
@@ -137,8 +136,8 @@ impl Port for Tap {
         self.file.as_raw_fd()
     }
 
-    /// The kernel writes the packet straight into guest memory, and what has no room there into memory of ours: it
-    /// cannot tell the size before.
+    /// Receives a packet. The kernel writes it directly into guest memory, and the part that does not fit into our
+    /// memory, because it cannot report the size in advance.
     fn receive(&mut self, room: &[RamSlice<'_>]) -> io::Result<Received> {
         let space = packet::len(room.get(..packet::MAX_SLICES).unwrap_or(room));
         if !self.kept.is_empty() {
@@ -191,7 +190,7 @@ impl Port for Tap {
     }
 }
 
-/// What the kernel says about an interface of this name, if there is one; without sysfs, as if there were none.
+/// Returns the kernel's flags of the interface of this name, if there is one. Without sysfs there appears to be none.
 fn existing_flags(name: &str) -> Result<Option<libc::c_int>, Error> {
     let dir = format!("/sys/class/net/{name}");
     match fs::read_to_string(format!("{dir}/tun_flags")) {
@@ -246,7 +245,7 @@ fn set_queue(file: &File, attached: bool) -> io::Result<()> {
     checked(unsafe { ioctl_with_ref(file, libc::TUNSETQUEUE, &request.0) })
 }
 
-/// Any socket will do to speak of interfaces.
+/// Brings the interface up. The request goes through any socket.
 #[allow(unsafe_code)]
 fn bring_up(name: &str) -> io::Result<()> {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).or_else(|_| UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)))?;
@@ -262,7 +261,7 @@ mod tests {
     use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixDatagram;
 
-    /// A socket that keeps packets apart does for a tap, which takes a privilege.
+    /// Uses a datagram socket in place of a tap, which would need privileges.
     fn setup() -> (GuestRam, Tap, UnixDatagram) {
         let (ours, its) = UnixDatagram::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
@@ -302,7 +301,7 @@ mod tests {
 
     #[test]
     fn interfaces_that_are_no_taps() {
-        assert_eq!(existing_flags("lo").unwrap_err().to_string(), "lo is a network interface but no tap");
+        assert_eq!(existing_flags("lo").unwrap_err().to_string(), "lo is a network interface, but not a tap");
         assert_eq!(existing_flags("no-such-one").unwrap(), None);
     }
 }

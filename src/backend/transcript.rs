@@ -1,8 +1,8 @@
-//! What a console has said: its last lines for who asks how it went, a file with the time of each line, and the
-//! patterns that end a run.
+//! Transcript of the consoles: their last lines for reports, a file with the time of each line, and the patterns that
+//! end a run.
 //!
-//! It reads along in the thread that writes the console's output, so a guest waits for it no more than for the output
-//! itself.
+//! The transcript is written by the thread that writes the console's output, so a guest waits for it no more than for
+//! the output itself.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -18,11 +18,11 @@ use super::output::Destination;
 use crate::event::{GuestEvent, GuestEvents};
 use crate::printable::is_hidden;
 
-/// How many lines are kept.
+/// Number of lines kept.
 pub const LINES: usize = 50;
-/// Bytes of a line beyond which it counts as two.
+/// Maximum length of a line in bytes; a longer one counts as several.
 const LINE_MAX: usize = 4096;
-/// A line that for so long nothing was added to waits for somebody, like a prompt: it is judged as it is.
+/// Time after which an unfinished line is matched as it is: like a prompt, it may be waiting for input.
 const PROMPT: Duration = Duration::from_secs(1);
 
 /// A regular expression that a line of the console may match.
@@ -33,7 +33,7 @@ impl FromStr for Pattern {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        Regex::new(text).map(Pattern).map_err(|e| format!("no regular expression: {e}"))
+        Regex::new(text).map(Pattern).map_err(|e| format!("invalid regular expression: {e}"))
     }
 }
 
@@ -43,27 +43,27 @@ impl fmt::Display for Pattern {
     }
 }
 
-/// What is looked for.
+/// Patterns that end a run.
 #[derive(Clone, Default)]
 pub struct Patterns {
-    /// The first of these ends the run, which was a success.
+    /// Patterns of success: the first one seen ends the run.
     pub expect: Vec<Pattern>,
-    /// The first of these ends the run, which was none.
+    /// Patterns of failure: the first one seen ends the run.
     pub fail_on: Vec<Pattern>,
 }
 
-/// A pattern was seen.
+/// A pattern that was seen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// Whether it was to be expected.
+    /// True if the pattern is one of [`Patterns::expect`].
     pub good: bool,
-    /// The pattern.
+    /// Text of the pattern.
     pub pattern: String,
-    /// The line.
+    /// Line that matched.
     pub line: String,
 }
 
-/// The transcript of a machine's consoles. Cloning shares it.
+/// Transcript of a machine's consoles. Clones share it.
 #[derive(Clone)]
 pub struct Transcript(Arc<Mutex<State>>);
 
@@ -74,13 +74,13 @@ struct State {
     patterns: Patterns,
     verdict: Option<Verdict>,
     events: Option<GuestEvents>,
-    /// How each console's last line begins, and since when it has stood so; those that were not judged yet.
+    /// Last, unfinished line of each console and the time of its last change; lines already matched are removed.
     unfinished: BTreeMap<usize, (String, Instant)>,
     readers: usize,
 }
 
 impl Transcript {
-    /// Times count from `start`; every line goes to `log`, too.
+    /// Creates a transcript whose times count from `start`. Every line also goes to `log`.
     pub fn new(start: Instant, log: Option<File>, patterns: Patterns) -> Self {
         let (last, unfinished) = (VecDeque::with_capacity(LINES), BTreeMap::new());
         let state = State { start, last, log, patterns, verdict: None, events: None, unfinished, readers: 0 };
@@ -91,12 +91,12 @@ impl Transcript {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Who hears that a pattern was seen ([`GuestEvent::Judged`]).
+    /// Sets the queue that is notified when a pattern was seen ([`GuestEvent::Judged`]).
     pub fn tell(&self, events: &GuestEvents) {
         self.lock().events = Some(events.clone());
     }
 
-    /// A destination that is read along with; without one the text goes nowhere else.
+    /// Wraps a destination so that its output also goes to the transcript. Without `inner`, it goes only there.
     pub fn destination(&self, inner: Option<Destination>) -> Destination {
         let (name, eager, told, inner) = match inner {
             Some(Destination { name, writer, eager, told }) => (name, eager, told, Some(writer)),
@@ -115,12 +115,12 @@ impl Transcript {
         self.lock().last.iter().cloned().collect()
     }
 
-    /// Whether there are patterns that a run succeeds by.
+    /// Returns true if there are patterns of success.
     pub fn expects(&self) -> bool {
         !self.lock().patterns.expect.is_empty()
     }
 
-    /// Judges lines that have stood unfinished for a second; to be called now and then.
+    /// Matches lines that have been unfinished for a second. Call this now and then.
     pub fn look(&self, now: Instant) {
         let mut state = self.lock();
         let waits = |line: &(String, Instant)| now.saturating_duration_since(line.1) >= PROMPT;
@@ -133,14 +133,14 @@ impl Transcript {
         }
     }
 
-    /// The first pattern that was seen.
+    /// Returns the first pattern that was seen.
     pub fn verdict(&self) -> Option<Verdict> {
         self.lock().verdict.clone()
     }
 }
 
 impl State {
-    /// Whether a pattern is in the line.
+    /// Matches a line against the patterns, unless one was seen already.
     fn judge(&mut self, line: &str) {
         if self.verdict.is_some() {
             return;
@@ -149,7 +149,7 @@ impl State {
         let all = fail_on.iter().map(|pattern| (false, pattern)).chain(expect.iter().map(|pattern| (true, pattern)));
         let found = all.into_iter().find(|(_, pattern)| pattern.0.is_match(line));
         if let Some((good, pattern)) = found {
-            // It will be part of a sentence.
+            // The line will be part of a message.
             let line = line.chars().filter(|c| !is_hidden(*c)).collect();
             self.verdict = Some(Verdict { good, pattern: pattern.to_string(), line });
             self.events.iter().for_each(|events| events.post(GuestEvent::Judged));
@@ -159,9 +159,9 @@ impl State {
 
 struct Reader {
     transcript: Transcript,
-    /// Which of the consoles it reads.
+    /// Number of the console that this reads.
     id: usize,
-    /// What messages call it.
+    /// Name of the console in messages.
     console: String,
     line: Vec<u8>,
     inner: Option<Box<dyn Write + Send>>,
@@ -177,12 +177,12 @@ impl Write for Reader {
             Some(Err(e)) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {
                 return Err(e);
             }
-            // Whoever only reads along goes on.
+            // Continue the transcript even if the destination fails.
             Some(result) => {
                 let error = result.err().unwrap_or_else(|| io::ErrorKind::WriteZero.into());
                 let level = if self.told { log::Level::Debug } else { log::Level::Warn };
                 let name = &self.console;
-                log::log!(level, "{name}: cannot write console output ({error}); it is thrown away from here on");
+                log::log!(level, "{name}: cannot write console output ({error}); further output is discarded");
                 self.inner = None;
                 bytes.len()
             }
@@ -205,7 +205,7 @@ impl Write for Reader {
 }
 
 impl Reader {
-    /// For [`Transcript::look`], if anything is looked for.
+    /// Records the unfinished line for [`Transcript::look`], if there are patterns to match.
     fn note_unfinished(&self) {
         let mut state = self.transcript.lock();
         if state.verdict.is_some() || state.patterns.expect.is_empty() && state.patterns.fail_on.is_empty() {
@@ -224,7 +224,7 @@ impl Reader {
         let mut state = self.transcript.lock();
         let time = state.start.elapsed().as_secs_f64();
         if let Some(Err(e)) = state.log.as_mut().map(|log| log.write_all(format!("{time:12.6} {line}\n").as_bytes())) {
-            log::warn!("cannot write the console's log ({e}); it ends here");
+            log::warn!("cannot write the console's log ({e}); no more lines are logged");
             state.log = None;
         }
         state.judge(&line);
@@ -236,7 +236,7 @@ impl Reader {
 }
 
 impl Drop for Reader {
-    /// What came last need not have ended in a newline.
+    /// Ends the last line, which may lack a newline.
     fn drop(&mut self) {
         if !self.line.is_empty() {
             self.end_line();

@@ -1,4 +1,4 @@
-//! Unix stream sockets, none of whose calls waits for anybody.
+//! Unix stream sockets whose calls never block.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -16,10 +16,10 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::held;
 use super::place::{FileId, Place, descriptor_path};
 
-/// Longest path of a socket in bytes: `sun_path` has 108 of them, one for the zero at the end.
+/// Maximum length of a socket's path in bytes: `sun_path` has 108 bytes, one of them for the final zero.
 pub const MAX_PATH: usize = 107;
 
-/// A socket could not be opened for listening.
+/// Failures to open a socket for listening.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The OS refused.
@@ -30,7 +30,7 @@ pub enum Error {
     Taken(PathBuf, &'static str),
 }
 
-/// A listening socket. Removes its file when dropped, if that is still what has the name.
+/// A listening socket. Dropping it removes its file, if the file of that name is still the same.
 #[derive(Debug)]
 pub struct Listener {
     socket: UnixListener,
@@ -44,7 +44,7 @@ impl Listener {
         Listener::listen(path, Mode::from_bits_retain(0o777))
     }
 
-    /// The same for nobody but the user.
+    /// Like [`Listener::bind`], but only the user may connect.
     pub fn bind_private(path: &Path) -> Result<Self, Error> {
         Listener::listen(path, Mode::RUSR | Mode::WUSR)
     }
@@ -61,11 +61,11 @@ impl Listener {
                 Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
                     place.remove_if(FileId::of(&stat)).map_err(open)?;
                 }
-                // Also with a full backlog, or of another type: it is not ours to judge.
+                // Other results include a full backlog and a socket of another type, which are not ours to remove.
                 _ => return Err(Error::Taken(path.into(), "another process listens there")),
             }
         }
-        // By the held directory where a guest may exchange it; otherwise by the name that tools show then.
+        // Bind through the held directory if a guest could replace it; otherwise by the name, which tools then show.
         let (dir, name) = place.parts();
         let held = place.folder(&folders).map(|_| descriptor_path(&dir).join(name));
         let socket = bound(held.as_deref().unwrap_or(path), mode).map_err(|e| open(e.into()))?;
@@ -73,12 +73,12 @@ impl Listener {
         Ok(Listener { socket: socket.into(), place, file })
     }
 
-    /// Where it listens.
+    /// Place of the socket's file.
     pub fn place(&self) -> &Place {
         &self.place
     }
 
-    /// The next client, non-blocking; `None` when there is none now.
+    /// Accepts the next client, non-blocking; `None` if there is none now.
     pub fn accept(&self) -> io::Result<Option<UnixStream>> {
         loop {
             match self.socket.accept() {
@@ -105,8 +105,8 @@ impl Drop for Listener {
     }
 }
 
-/// A listening socket whose file has `mode`, less what the umask takes, from the start: Linux makes it with the mode of
-/// the descriptor.
+/// Creates a listening socket whose file has `mode`, minus the umask, from the start: Linux creates the file with the
+/// descriptor's mode.
 fn bound(path: &Path, mode: Mode) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -116,8 +116,8 @@ fn bound(path: &Path, mode: Mode) -> Result<OwnedFd, Errno> {
     Ok(socket)
 }
 
-/// Connects to the socket at `path`; the stream is non-blocking. `WouldBlock`: somebody listens there who has too many
-/// clients waiting; there is nothing to wait on, so try again after a while.
+/// Connects to the socket at `path`; the stream is non-blocking. `WouldBlock` means that the listener's backlog is
+/// full. There is nothing to wait on in that case, so try again after a while.
 pub fn dial(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -129,22 +129,22 @@ pub fn dial(path: &Path) -> io::Result<UnixStream> {
     }
 }
 
-/// The same for a socket in a held directory: what is no socket there, or a link, is an error.
+/// Connects to a socket in a held directory. A link, or anything else that is not a socket, is an error.
 pub fn dial_at(place: &Place) -> io::Result<UnixStream> {
     let socket = place.name_kind(FileType::Socket)?;
     match dial(&descriptor_path(&socket)) {
-        // Without /proc there are no shared folders, and a name is what it was.
+        // Without /proc there are no shared folders, so nothing has replaced the file.
         Err(e) if e.kind() == io::ErrorKind::NotFound => dial(place.path()),
         result => result,
     }
 }
 
-/// Looks at what `stream` has to read without taking it; returns how many bytes of `buffer` are filled, 0 at the end.
+/// Reads from `stream` without consuming the bytes; returns how many bytes of `buffer` are filled, 0 at the end.
 pub fn peek(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(recv(stream, buffer, RecvFlags::PEEK | RecvFlags::DONTWAIT)?.0)
 }
 
-/// Whether both directions of `stream` have ended: the other side closed it rather than shut down its sending half.
+/// Returns true if both directions of `stream` have ended: the other side closed it, not just its sending half.
 pub fn hung_up(stream: &UnixStream) -> bool {
     let mut fds = [PollFd::new(stream, PollFlags::empty())];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -154,7 +154,7 @@ pub fn hung_up(stream: &UnixStream) -> bool {
 /// Raises the soft limit of file descriptors so that there is room for `more`, as far as the hard limit goes.
 pub fn make_room_for_descriptors(more: u64) {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    // What else a monitor has open is far less than this.
+    // A monitor's other descriptors are far fewer than these.
     let wanted = more.saturating_add(512).min(maximum.unwrap_or(u64::MAX));
     if current.is_some_and(|current| current < wanted)
         && let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum })
@@ -203,7 +203,7 @@ mod tests {
         drop(listener);
         assert_eq!(fs::read(&path).unwrap(), b"precious");
         fs::remove_file(&path).unwrap();
-        // Nor what is at the same path by way of another folder.
+        // It does not remove a file at the same path in another folder, either.
         let folder = dir.path().join("folder");
         fs::create_dir(&folder).unwrap();
         let listener = Listener::bind(&folder.join("socket")).unwrap();
@@ -226,7 +226,7 @@ mod tests {
         assert!(dial_at(&place).unwrap_err().to_string().contains("a symbolic link"));
         fs::remove_file(inside.join("vsock_52")).unwrap();
         fs::write(inside.join("vsock_52"), "").unwrap();
-        assert!(dial_at(&place).unwrap_err().to_string().contains("something else"));
+        assert!(dial_at(&place).unwrap_err().to_string().contains("another kind of file"));
         fs::remove_file(inside.join("vsock_52")).unwrap();
         let service = Listener::bind(&inside.join("vsock_52")).unwrap();
         fs::rename(&inside, dir.path().join("moved")).unwrap();

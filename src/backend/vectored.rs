@@ -1,4 +1,4 @@
-//! Guest memory in the form that system calls take it in, and files read into it and written from it without a copy.
+//! Guest memory in the form that system calls take, and transfers between files and guest memory without a copy.
 
 use std::fs::File;
 use std::io;
@@ -6,15 +6,16 @@ use std::os::fd::AsRawFd;
 
 use crate::memory::RamSlice;
 
-/// How many buffers one system call takes (`UIO_MAXIOV`).
+/// Maximum number of buffers of one system call (`UIO_MAXIOV`).
 pub const MAX_BUFFERS: usize = 1024;
 
-/// A piece of guest memory as the kernel wants it.
+/// Converts a piece of guest memory to the kernel's form.
 pub fn iovec(slice: &RamSlice<'_>) -> libc::iovec {
     libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() }
 }
 
-/// Buffers on their way: those that are left. Only addresses: who hands them to the kernel sees to the memory.
+/// Part of a transfer's buffers that is still to be moved. It holds only addresses: the code that passes them to the
+/// kernel must keep the memory valid.
 #[derive(Debug, Default)]
 pub struct Vector {
     pieces: Vec<libc::iovec>,
@@ -22,7 +23,7 @@ pub struct Vector {
 }
 
 impl Vector {
-    /// Forgets what it had and takes these. Empty ones are left out, so that 0 from the kernel can only mean the end of a
+    /// Replaces the buffers by these. Empty ones are left out, so that 0 from the kernel can only mean the end of a
     /// file.
     pub fn fill(&mut self, buffers: &[RamSlice<'_>]) {
         self.first = 0;
@@ -30,12 +31,12 @@ impl Vector {
         self.pieces.extend(buffers.iter().filter(|b| !b.is_empty()).map(iovec));
     }
 
-    /// What is left of them.
+    /// Returns the buffers still to be moved.
     pub fn rest(&self) -> &[libc::iovec] {
         self.pieces.get(self.first..).unwrap_or_default()
     }
 
-    /// So many bytes were moved.
+    /// Removes the first `moved` bytes, which have been transferred.
     pub fn advance(&mut self, mut moved: usize) {
         for piece in self.pieces.get_mut(self.first..).unwrap_or_default() {
             let here = moved.min(piece.iov_len);
@@ -50,7 +51,7 @@ impl Vector {
     }
 }
 
-/// Which way bytes go.
+/// Direction of a transfer.
 #[derive(Clone, Copy, Debug)]
 pub enum Direction {
     /// From the file into guest memory.
@@ -59,9 +60,9 @@ pub enum Direction {
     Write(libc::c_int),
 }
 
-/// Moves bytes between guest memory and the file from `offset` on, however many system calls it takes, until all is done
-/// or nothing more is. Returns how many were moved, and the error that ended it; fewer than all without one is the end of
-/// the file.
+/// Moves bytes between guest memory and the file from `offset` on, in as many system calls as it takes, until all are
+/// moved, the file ends or an error occurs. Returns the number moved, and the error if there was one; fewer bytes than
+/// requested without an error mean the end of the file.
 pub fn transfer(file: &File, buffers: &[RamSlice<'_>], offset: u64, way: Direction) -> (usize, io::Result<()>) {
     let mut vector = Vector::default();
     vector.fill(buffers);
@@ -80,7 +81,7 @@ pub fn transfer(file: &File, buffers: &[RamSlice<'_>], offset: u64, way: Directi
     (done, Ok(()))
 }
 
-/// One system call. `iov` points into guest memory: only [`transfer`] may call this.
+/// Makes one system call. `iov` points into guest memory: only [`transfer`] may call this.
 #[allow(unsafe_code)]
 fn once(file: &File, iov: &[libc::iovec], offset: u64, way: Direction) -> io::Result<usize> {
     let (fd, count) = (file.as_raw_fd(), iov.len().min(MAX_BUFFERS) as libc::c_int);
@@ -90,7 +91,7 @@ fn once(file: &File, iov: &[libc::iovec], offset: u64, way: Direction) -> io::Re
     let n = unsafe {
         match way {
             Direction::Read => libc::preadv(fd, iov.as_ptr(), count, offset),
-            // The older call, which every kernel and file system has.
+            // The older call, which every kernel and file system supports.
             Direction::Write(0) => libc::pwritev(fd, iov.as_ptr(), count, offset),
             Direction::Write(flags) => libc::pwritev2(fd, iov.as_ptr(), count, offset, flags),
         }

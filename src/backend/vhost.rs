@@ -1,8 +1,8 @@
-//! Rings that somebody else serves: what they are told of one ([`Ring`]), and the kernel's vhost-net, which moves packets
-//! between rings and a tap without this process.
+//! Virtqueues that another process or the kernel serves: their description ([`Ring`]), and the kernel's vhost-net,
+//! which moves packets between virtqueues and a tap without this process.
 //!
-//! The kernel works with the addresses at which guest memory is mapped here, on behalf of the process that has called
-//! `VHOST_SET_OWNER`. Kicks and interrupts are eventfds, so that neither passes through this process either.
+//! The kernel uses the addresses at which guest memory is mapped in this process, which has called `VHOST_SET_OWNER`.
+//! Kicks and interrupts are eventfds, so they bypass this process too.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -13,50 +13,50 @@ use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref};
 
 use crate::memory::RamRegion;
 
-/// The device of vhost-net.
+/// Path of the vhost-net device.
 pub const DEV_VHOST_NET: &str = "/dev/vhost-net";
 
-/// One ring, as whoever shall serve it is told of it. It was checked to lie in guest memory.
+/// Description of one virtqueue for whatever serves it. It has been checked to lie in guest memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Ring<'a> {
-    /// Its number, as the other side counts.
+    /// Number of the virtqueue, as the serving side counts.
     pub index: u16,
-    /// Entries, a power of two.
+    /// Number of entries, a power of two.
     pub size: u16,
-    /// The next available entry to take.
+    /// Next available entry to take.
     pub next_avail: u16,
-    /// Descriptor table, guest-physical.
+    /// Guest-physical address of the descriptor table.
     pub desc: u64,
-    /// Available ring, guest-physical.
+    /// Guest-physical address of the available ring.
     pub avail: u64,
-    /// Used ring, guest-physical.
+    /// Guest-physical address of the used ring.
     pub used: u64,
-    /// Signalled by the driver for new buffers.
+    /// Eventfd that the driver signals when there are new buffers.
     pub kick: &'a EventFd,
-    /// To be signalled for used buffers.
+    /// Eventfd to signal when there are used buffers.
     pub call: &'a EventFd,
 }
 
-/// vhost-net cannot be used. Displays as one sentence.
+/// Reasons why vhost-net cannot be used. Displays as one sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No such device, or not for us.
+    /// The device is missing or cannot be opened.
     #[error("cannot open {DEV_VHOST_NET}{hint}")]
     Open {
-        /// What would help; may be empty.
+        /// Advice for the user; may be empty.
         hint: &'static str,
         /// The OS error.
         source: io::Error,
     },
-    /// It refused to be set up.
+    /// The kernel refused the setup.
     #[error("cannot set up {DEV_VHOST_NET}")]
     SetUp(#[source] io::Error),
 }
 
 use requests::*;
 
-/// `linux/vhost.h`.
-#[allow(missing_docs)] // the macros make functions of their names
+/// Requests of `linux/vhost.h`.
+#[allow(missing_docs)] // the macros create functions of these names
 mod requests {
     use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
@@ -104,7 +104,7 @@ struct VringAddr {
     log: u64,
 }
 
-/// `struct vhost_memory` with room for what [`crate::memory::GuestRam`] may have.
+/// `struct vhost_memory` with room for all regions that [`crate::memory::GuestRam`] may have.
 #[repr(C)]
 struct MemoryTable {
     regions: u32,
@@ -112,7 +112,7 @@ struct MemoryTable {
     table: [MemoryRegion; MAX_REGIONS],
 }
 
-/// Fewer than the kernel takes by default, 64.
+/// Maximum number of regions; fewer than the kernel's default limit of 64.
 const MAX_REGIONS: usize = 32;
 
 /// `struct vhost_memory_region`.
@@ -125,7 +125,7 @@ struct MemoryRegion {
     padding: u64,
 }
 
-/// A pair of rings, number 0 to receive and 1 to transmit, that the kernel serves.
+/// A pair of virtqueues that the kernel serves: number 0 receives and number 1 transmits.
 #[derive(Debug)]
 pub struct VhostNet {
     file: File,
@@ -136,9 +136,9 @@ impl VhostNet {
     pub fn open() -> Result<Self, Error> {
         let file = OpenOptions::new().read(true).write(true).open(DEV_VHOST_NET).map_err(|source| {
             let hint = match source.kind() {
-                io::ErrorKind::NotFound => " (is the kernel's vhost_net module loaded? 'modprobe vhost_net' does it)",
+                io::ErrorKind::NotFound => " (is the kernel's vhost_net module loaded? try 'modprobe vhost_net')",
                 io::ErrorKind::PermissionDenied => {
-                    " (its owner is root; the group kvm may have it, or 'setfacl -m u:$USER:rw /dev/vhost-net' gives it)"
+                    " (root owns it; try the group kvm, or 'setfacl -m u:$USER:rw /dev/vhost-net' as root)"
                 }
                 _ => "",
             };
@@ -148,13 +148,13 @@ impl VhostNet {
         Ok(VhostNet { file })
     }
 
-    /// Features of rings and of network cards that the kernel knows.
+    /// Returns the virtqueue and network features that the kernel supports.
     pub fn features(&self) -> Result<u64, Error> {
         features(&self.file).map_err(Error::SetUp)
     }
 
-    /// Tells it of memory and of its rings, which then wait for [`VhostNet::plug`]. `features` are what the driver
-    /// negotiated of [`VhostNet::features`].
+    /// Describes guest memory and the virtqueues to the kernel; they are not served before [`VhostNet::plug`].
+    /// `features` is the subset of [`VhostNet::features`] that the driver negotiated.
     pub fn set_up(&self, features: u64, memory: &[RamRegion], rings: &[Ring<'_>]) -> io::Result<()> {
         set_features(&self.file, features).map_err(named("VHOST_SET_FEATURES"))?;
         set_memory(&self.file, memory).map_err(named("VHOST_SET_MEM_TABLE"))?;
@@ -182,21 +182,21 @@ impl VhostNet {
         Ok(())
     }
 
-    /// Connects ring `index` with a tap: it is served from now on. Or with nothing: when this returns, nothing is in
-    /// flight.
+    /// Connects virtqueue `index` to a tap and starts serving it; or, with `None`, disconnects it. In the latter case
+    /// nothing is in flight when this returns.
     pub fn plug(&self, index: u16, tap: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let backend = VringFile { index: index.into(), fd: tap.map_or(-1, |tap| tap.as_raw_fd()) };
         set_file(&self.file, VHOST_NET_SET_BACKEND(), backend).map_err(named("VHOST_NET_SET_BACKEND"))
     }
 
-    /// The next available entry of an unplugged ring.
+    /// Returns the next available entry of an unplugged virtqueue.
     pub fn position(&self, index: u16) -> io::Result<u16> {
         let num = get_base(&self.file, index.into()).map_err(named("VHOST_GET_VRING_BASE"))?;
         u16::try_from(num).map_err(io::Error::other)
     }
 }
 
-/// For `map_err`: says which call it was.
+/// Names the failed call in an error; for `map_err`.
 fn named(what: &'static str) -> impl Fn(io::Error) -> io::Error {
     move |e| io::Error::new(e.kind(), format!("{what} of {DEV_VHOST_NET}: {e}"))
 }
@@ -225,8 +225,8 @@ fn set_features(file: &File, features: u64) -> io::Result<()> {
     checked(unsafe { ioctl_with_ref(file, VHOST_SET_FEATURES(), &features) })
 }
 
-/// The kernel reads and writes at these addresses from now on, as the guest tells it: they must be guest memory, which is
-/// never unmapped while a machine exists.
+/// Gives guest memory to the kernel, which from now on reads and writes at these addresses as the guest directs. They
+/// must be guest memory, which is never unmapped while a machine exists.
 #[allow(unsafe_code)]
 fn set_memory(file: &File, memory: &[RamRegion]) -> io::Result<()> {
     if memory.len() > MAX_REGIONS {
@@ -237,14 +237,14 @@ fn set_memory(file: &File, memory: &[RamRegion]) -> io::Result<()> {
     for (to, from) in table.table.iter_mut().zip(memory) {
         *to = MemoryRegion { guest: from.start, size: from.len, host: from.host_addr, padding: 0 };
     }
-    // SAFETY: the kernel reads the header and as many regions as it says, which `table` has. What they name is memory
-    // of a GuestRam, which only the guest's data is in and which no reference points into.
+    // SAFETY: the kernel reads the header and the number of regions that it states, which `table` has. They refer to
+    // memory of a GuestRam, which contains only the guest's data and into which no reference points.
     checked(unsafe { ioctl_with_ref(file, VHOST_SET_MEM_TABLE(), &table) })
 }
 
 #[allow(unsafe_code)]
 fn set_ring(file: &File, request: libc::c_ulong, state: &VringState) -> io::Result<()> {
-    // SAFETY: the requests that this is called with read a VringState.
+    // SAFETY: all requests passed to this function read a VringState.
     checked(unsafe { ioctl_with_ref(file, request, state) })
 }
 
@@ -256,7 +256,7 @@ fn set_addr(file: &File, addr: &VringAddr) -> io::Result<()> {
 
 #[allow(unsafe_code)]
 fn set_file(file: &File, request: libc::c_ulong, argument: VringFile) -> io::Result<()> {
-    // SAFETY: the requests that this is called with read a VringFile; the kernel takes its own reference to the file.
+    // SAFETY: all requests passed to this function read a VringFile; the kernel takes its own reference to the file.
     checked(unsafe { ioctl_with_ref(file, request, &argument) })
 }
 
@@ -272,7 +272,7 @@ fn get_base(file: &File, index: u32) -> io::Result<u32> {
 mod tests {
     use super::*;
 
-    /// As `linux/vhost.h` has them.
+    /// Compares the request numbers with those of `linux/vhost.h`.
     #[test]
     fn request_numbers() {
         assert_eq!(VHOST_GET_FEATURES(), 0x8008_AF00);

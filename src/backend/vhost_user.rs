@@ -1,19 +1,21 @@
-//! The front end of vhost-user: has a daemon at a unix socket serve rings in guest memory, which it maps.
+//! The vhost-user frontend: makes a daemon behind a unix socket serve virtqueues in guest memory, which the daemon
+//! maps.
 //!
 //! ```text
 //!   connect ─ features ─ protocol features, queues, owner ─┬─ start: features, memory, rings ─ stop: positions ─┐
 //!                                                          └──────────────────────◀─────────────────────────────┘
 //! ```
 //!
-//! Messages are a header of three `u32` (request, flags, size of what follows) and a payload, in the byte order of this
-//! machine; file descriptors travel beside them. Addresses in the protocol are "the front end's": ours are simply
-//! guest-physical, so that a daemon learns nothing of where things are in this process.
+//! A message is a header of three `u32` (request, flags, size of the payload) and a payload, in the byte order of this
+//! machine; file descriptors accompany it. Addresses in the protocol are those of the frontend: ours are simply
+//! guest-physical, so that a daemon learns nothing about this process's address space.
 //!
-//! The daemon is another program, and may be anything: its answers have a shape, and all that one call here asks for has
-//! one deadline, since a vCPU may wait for it. A daemon that breaks either ends the connection. Guest memory it shares as
-//! a whole; the file of RAM is sealed, so that it cannot be cut off under the guest. A file that `--pmem` lets the guest
-//! write is guest memory too, which any request may be about, and no seal can be put on a user's file: the daemon can change
-//! all of it. If it makes the file shorter, vireo ends with a sentence (`backend::mapped`).
+//! The daemon is another program and is not trusted. Its answers must have the right form, and all requests of one call
+//! here share one deadline, because a vCPU may wait for them. A daemon that violates either loses the connection. The
+//! daemon shares all of guest memory; the file behind RAM is sealed, so that it cannot be truncated while the guest
+//! uses it. A file that `--pmem` lets the guest write is guest memory too: any request may refer to it, and a user's
+//! file cannot be sealed, so the daemon can change all of it. If the daemon truncates the file, vireo ends with a
+//! message (`backend::mapped`).
 
 #[cfg(test)]
 #[allow(missing_docs)]
@@ -38,7 +40,7 @@ use super::vhost::Ring;
 use crate::memory::SharedRegion;
 use wire::*;
 
-/// How long a daemon may take for all answers to one call.
+/// Time that a daemon has for all answers to one call.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`, among the device's features.
@@ -47,17 +49,17 @@ const PROTOCOL_MQ: u64 = 1 << 0;
 const PROTOCOL_REPLY_ACK: u64 = 1 << 3;
 const PROTOCOL_BACKEND_REQ: u64 = 1 << 5;
 const PROTOCOL_CONFIG: u64 = 1 << 9;
-/// What we make use of.
+/// Protocol features that we use.
 const OURS: u64 = PROTOCOL_MQ | PROTOCOL_REPLY_ACK | PROTOCOL_BACKEND_REQ | PROTOCOL_CONFIG;
 
 /// Largest configuration space (`VHOST_USER_MAX_CONFIG_SIZE`).
 const MAX_CONFIG: usize = 256;
 /// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`, from the daemon.
 const CONFIG_CHANGE: u32 = 2;
-/// Largest payload that we take of a request of the daemon's.
+/// Largest payload accepted in a request of the daemon.
 const MAX_REQUEST: usize = 512;
 
-/// What the daemon is asked for.
+/// Request to the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 enum Request {
@@ -80,28 +82,28 @@ enum Request {
     SetConfig = 25,
 }
 
-/// No daemon, or none that we can work with. Displays as one sentence.
+/// Reasons why there is no usable daemon. Displays as one sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Nobody is there.
+    /// The socket cannot be connected to.
     #[error("cannot connect to the vhost-user socket {path}{hint}")]
     Connect {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// What would help; may be empty.
+        /// Advice for the user; may be empty.
         hint: &'static str,
         /// The OS error.
         source: io::Error,
     },
-    /// Something else is at the path.
-    #[error("{0} is no socket")]
+    /// The path is not a socket.
+    #[error("{0} is not a socket")]
     NoSocket(PathBuf),
-    /// It does not speak the protocol.
-    #[error("the vhost-user daemon at {path} does not answer as one")]
+    /// The daemon does not follow the protocol.
+    #[error("cannot use the vhost-user daemon at {path}")]
     Handshake {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// What was wrong.
+        /// Violation of the protocol.
         source: io::Error,
     },
 }
@@ -114,20 +116,20 @@ pub struct Frontend {
     features: u64,
     protocol: u64,
     max_queues: Option<u16>,
-    /// How long the daemon may take, for all that one call asks for.
+    /// Time that the daemon has for everything that one call asks for.
     patience: Duration,
-    /// When the answers to the call of now must be there.
+    /// Deadline of the answers to the current call.
     deadline: Instant,
-    /// Where the daemon tells that its configuration has changed.
+    /// Channel on which the daemon reports changes of its configuration.
     channel: Option<Channel>,
-    /// We understood each other at first.
+    /// True once the handshake has succeeded.
     greeted: bool,
-    /// Why nothing more will come of it.
+    /// Reason why the connection has ended.
     broken: Option<String>,
 }
 
 impl Frontend {
-    /// Connects to the daemon that listens at `place`, and learns what it can.
+    /// Connects to the daemon that listens at `place` and queries its features.
     pub fn connect(place: &Place) -> Result<Self, Error> {
         let path = place.path();
         let stream = unix::dial_at(place).map_err(|source| {
@@ -137,8 +139,8 @@ impl Frontend {
             }
             let hint = match source.kind() {
                 io::ErrorKind::NotFound => " (is the daemon running?)",
-                io::ErrorKind::ConnectionRefused => " (nobody listens there: has the daemon ended?)",
-                io::ErrorKind::WouldBlock => " (whoever listens there does not take connections)",
+                io::ErrorKind::ConnectionRefused => " (nothing listens there; has the daemon ended?)",
+                io::ErrorKind::WouldBlock => " (the listening process does not accept connections)",
                 _ => "",
             };
             Error::Connect { path: path.into(), hint, source }
@@ -146,8 +148,8 @@ impl Frontend {
         Self::over(stream, path, PATIENCE)
     }
 
-    /// The same on a connection that is there, which must not block, with a daemon that may take so long for a call.
-    /// `path` is for messages.
+    /// Uses an existing connection, which must be non-blocking. The daemon has `patience` to answer a call. `path` is
+    /// used in messages.
     pub fn over(stream: UnixStream, path: &Path, patience: Duration) -> Result<Self, Error> {
         let mut frontend = Frontend {
             stream,
@@ -187,61 +189,61 @@ impl Frontend {
         Ok(())
     }
 
-    /// Features of rings and device that the daemon offers, but for those of the protocol.
+    /// Returns the virtqueue and device features that the daemon offers, without those of the protocol.
     pub fn features(&self) -> u64 {
         self.features & !PROTOCOL_FEATURES
     }
 
-    /// How many queues it serves, if it says so.
+    /// Number of queues that the daemon serves, if it reports that.
     pub fn max_queues(&self) -> Option<u16> {
         self.max_queues
     }
 
-    /// Whether it has a configuration space.
+    /// Returns true if the daemon has a configuration space.
     pub fn has_config(&self) -> bool {
         self.protocol & PROTOCOL_CONFIG != 0
     }
 
-    /// Why nothing more will come of this connection, if it has ended.
+    /// Returns the reason why the connection has ended, if it has.
     pub fn broken(&self) -> Option<&str> {
         self.broken.as_deref()
     }
 
-    /// To wait on: readable when [`Frontend::look`] has something to say.
+    /// Descriptor to wait on: readable when [`Frontend::look`] should be called.
     pub fn fd(&self) -> RawFd {
         self.stream.as_raw_fd()
     }
 
-    /// The same for [`Frontend::config_changed`].
+    /// Descriptor to wait on: readable when [`Frontend::config_changed`] should be called.
     pub fn channel_fd(&self) -> Option<RawFd> {
         self.channel.as_ref().map(|channel| channel.stream.as_raw_fd())
     }
 
-    /// Whether the connection is sound while nobody has asked for anything.
+    /// Checks the connection while no answer is due: fails if the daemon closed it or sent anything.
     pub fn look(&mut self) -> io::Result<()> {
         self.check()?;
         match unix::peek(&self.stream, &mut [0]) {
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(()),
             Err(e) => Err(self.fail(e)),
             Ok(0) => Err(self.fail(io::Error::new(io::ErrorKind::UnexpectedEof, "it has closed the connection"))),
-            Ok(_) => Err(self.fail(invalid("it answers what nobody asked"))),
+            Ok(_) => Err(self.fail(invalid("it sent an answer without a request"))),
         }
     }
 
-    /// Takes the daemon's requests, at most a few; whether its configuration has changed.
+    /// Handles a limited number of the daemon's requests; returns true if its configuration has changed.
     pub fn config_changed(&mut self) -> io::Result<bool> {
         let Some(channel) = &mut self.channel else { return Ok(false) };
         match channel.take(Instant::now() + self.patience) {
             Ok(changed) => Ok(changed),
             Err(e) => {
-                // Without it, it is still a device.
+                // The device works without the channel.
                 self.channel = None;
                 Err(e)
             }
         }
     }
 
-    /// The first `len` bytes of configuration space, at most 256.
+    /// Returns the first `len` bytes of configuration space, at most 256.
     pub fn config(&mut self, len: usize) -> io::Result<Vec<u8>> {
         self.begin(self.patience);
         let len = len.min(MAX_CONFIG);
@@ -263,8 +265,8 @@ impl Frontend {
         self.tell(Request::SetConfig, &[&config_header(offset, data.len())[..], data].concat(), &[])
     }
 
-    /// Hands it these rings, with what the driver negotiated of [`Frontend::features`]; they wait for
-    /// [`Frontend::enable`].
+    /// Gives the daemon these virtqueues, and the part of [`Frontend::features`] that the driver negotiated. The
+    /// virtqueues pass no requests before [`Frontend::enable`].
     pub fn start(&mut self, features: u64, memory: &[SharedRegion<'_>], rings: &[Ring<'_>]) -> io::Result<()> {
         self.begin(self.patience);
         let features = features & self.features | self.features & PROTOCOL_FEATURES;
@@ -296,7 +298,7 @@ impl Frontend {
         self.tell(Request::SetMemTable, &payload, &fds)
     }
 
-    /// Lets rings pass requests, or not.
+    /// Makes virtqueues pass requests, or stops them.
     pub fn enable(&mut self, rings: impl IntoIterator<Item = (u16, bool)>) -> io::Result<()> {
         if self.features & PROTOCOL_FEATURES == 0 {
             return Ok(());
@@ -306,9 +308,10 @@ impl Frontend {
         rings.try_for_each(|(ring, on)| self.tell(Request::SetVringEnable, &pair(ring.into(), on.into()), &[]))
     }
 
-    /// Has it finish what it has begun with rings and leave them alone; the next available entry of each.
+    /// Makes the daemon finish the requests it has begun and leave the virtqueues; returns each one's next available
+    /// entry.
     pub fn stop(&mut self, rings: &[u16]) -> io::Result<Vec<u16>> {
-        // What it has begun may take longer than an answer.
+        // Requests that the daemon has begun may take longer than an answer.
         self.begin(self.patience * 2);
         rings.iter().map(|ring| self.stop_ring(*ring)).collect()
     }
@@ -320,16 +323,16 @@ impl Frontend {
         let (index, next) = (u32::from_ne_bytes([i0, i1, i2, i3]), u32::from_ne_bytes([n0, n1, n2, n3]));
         match u16::try_from(next) {
             Ok(next) if n == answer.len() && index == u32::from(ring) => Ok(next),
-            _ => Err(self.fail(invalid("it does not know where it is in a ring"))),
+            _ => Err(self.fail(invalid("it reported an invalid position in a ring"))),
         }
     }
 
-    /// A call begins, all of which must be over in time.
+    /// Begins a call, all parts of which must finish within `limit`.
     fn begin(&mut self, limit: Duration) {
         self.deadline = Instant::now() + limit;
     }
 
-    /// A message that has no answer of its own. Where the daemon can say whether it obeys, it must.
+    /// Sends a message that has no answer of its own. A daemon that can acknowledge it must do so.
     fn tell(&mut self, request: Request, payload: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let acknowledged = self.protocol & PROTOCOL_REPLY_ACK != 0;
         self.send(request, if acknowledged { NEED_REPLY } else { 0 }, payload, fds)?;
@@ -353,7 +356,7 @@ impl Frontend {
         }
     }
 
-    /// A message and its answer; returns how long that is.
+    /// Sends a message and receives its answer; returns the answer's length.
     fn ask(&mut self, request: Request, payload: &[u8], answer: &mut [u8]) -> io::Result<usize> {
         self.send(request, 0, payload, &[])?;
         self.receive(request, answer)
@@ -365,7 +368,7 @@ impl Frontend {
         send_all(&self.stream, &message, fds, self.deadline).map_err(|e| self.fail(e))
     }
 
-    /// Takes the answer to `request`; returns how long it is.
+    /// Receives the answer to `request`; returns its length.
     fn receive(&mut self, request: Request, answer: &mut [u8]) -> io::Result<usize> {
         let received = receive(&mut self.stream, request as u32, answer, self.deadline);
         received.map_err(|e| self.fail(e))
@@ -378,9 +381,9 @@ impl Frontend {
         }
     }
 
-    /// Ends the connection: who is not understood once cannot be believed later.
+    /// Ends the connection: a daemon that violated the protocol once cannot be trusted afterwards.
     fn fail(&mut self, e: io::Error) -> io::Error {
-        // Else the caller names it.
+        // During the handshake, the caller names the daemon.
         let why = match self.greeted {
             true => format!("the vhost-user daemon at {} is gone: {e}", self.path.display()),
             false => e.to_string(),
@@ -392,7 +395,7 @@ impl Frontend {
     }
 }
 
-/// Requests of the daemon's.
+/// Channel for requests from the daemon.
 #[derive(Debug)]
 struct Channel {
     stream: UnixStream,
@@ -400,7 +403,7 @@ struct Channel {
 }
 
 impl Channel {
-    /// Takes what is there; whether one of it says that configuration space has changed.
+    /// Handles the available requests; returns true if one reports that configuration space has changed.
     fn take(&mut self, deadline: Instant) -> io::Result<bool> {
         let mut changed = false;
         let mut bytes = [0; MAX_REQUEST];
@@ -413,7 +416,7 @@ impl Channel {
         while let Some((head, rest)) = self.buffer.split_first_chunk::<HEADER>() {
             let (request, flags, size) = parse(head);
             if size > MAX_REQUEST {
-                return Err(invalid("a request of the daemon's is too large"));
+                return Err(invalid("a request from the daemon is too large"));
             }
             if rest.len() < size {
                 break;

@@ -1,4 +1,4 @@
-//! Ports of the host that lead to ports of the guest.
+//! Forwarding of host ports to guest ports.
 
 use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
 use std::str::FromStr;
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Error;
 
-/// `tcp` or `udp`.
+/// Transport protocol: `tcp` or `udp`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
     /// TCP.
@@ -16,19 +16,19 @@ pub enum Protocol {
     Udp,
 }
 
-/// Address of forwarded ports unless the user names one: a guest's service is not shown to the host's network unasked.
+/// Address of forwarded ports unless the user names one: a guest's service is exposed to the network only on request.
 const DEFAULT_ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
-/// A port of the host that leads to one of the guest: `tcp:8080:80`, `udp:0.0.0.0:53:5353`, `tcp:[::1]:8080:80`.
+/// A host port that leads to a guest port: `tcp:8080:80`, `udp:0.0.0.0:53:5353`, `tcp:[::1]:8080:80`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Forward {
     /// Protocol of both ports.
     pub protocol: Protocol,
-    /// The host's address to listen at; without one, 127.0.0.1.
+    /// Address of the host to listen at; 127.0.0.1 if none is given.
     pub address: Option<IpAddr>,
-    /// The host's port.
+    /// Port of the host.
     pub host: u16,
-    /// The guest's port.
+    /// Port of the guest.
     pub guest: u16,
 }
 
@@ -81,7 +81,7 @@ impl<'de> Deserialize<'de> for Forward {
 }
 
 impl Forward {
-    /// Checks that the host's port can be bound: passt itself would start without it.
+    /// Checks that the host's port can be bound; passt itself would start without it.
     pub(super) fn check(&self) -> Result<(), Error> {
         let to = (self.address(), self.host);
         let bound = match self.protocol {
@@ -95,7 +95,7 @@ impl Forward {
         self.address.unwrap_or(DEFAULT_ADDRESS)
     }
 
-    /// The same in passt's own syntax.
+    /// Returns the forwarding in passt's own syntax.
     pub(super) fn option(&self) -> [String; 2] {
         let option = if self.protocol == Protocol::Tcp { "-t" } else { "-u" };
         [option.into(), format!("{}/{}:{}", self.address(), self.host, self.guest)]

@@ -1,9 +1,9 @@
-//! The passt program: what it is asked for, and its life.
+//! The passt program: its command line, start and end.
 //!
-//! By itself passt answers for the gateway's address with the host's own loopback, so that a guest reaches services that
-//! were bound to 127.0.0.1 to keep them private. That is off unless the user opens it. The host's name server, which is on
-//! the loopback as well where systemd-resolved or dnsmasq runs, then has an address of its own ([`NAME_SERVER`]), at which
-//! only DNS is answered.
+//! By default passt maps the gateway's address to the host's own loopback, so that a guest reaches services that were
+//! bound to 127.0.0.1 to keep them private. This is off unless the user enables it. The host's name server, which is
+//! also on the loopback where systemd-resolved or dnsmasq runs, then gets an address of its own ([`NAME_SERVER`]),
+//! which only answers DNS.
 
 use std::fs;
 use std::io::{self, PipeReader, Read};
@@ -17,25 +17,25 @@ use log::debug;
 use super::{Error, Forward};
 use crate::child;
 
-/// Where the guest reaches a name server of the host's loopback. Recent versions of passt announce it by DHCP; that of
-/// Debian 12 announces none then.
+/// Address at which the guest reaches a name server on the host's loopback. Recent versions of passt announce it by
+/// DHCP; in that case, Debian 12's version announces none.
 pub const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 53);
 
-/// A guest's network, as passt is asked for it.
+/// Configuration of a guest's network.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Forwarded ports.
+    /// Ports to forward.
     pub forwards: Vec<Forward>,
     /// The guest's MAC address.
     pub mac: [u8; 6],
-    /// MTU that DHCP announces.
+    /// MTU to announce by DHCP.
     pub mtu: u16,
     /// Makes the gateway's address lead to the host's loopback.
     pub map_gateway: bool,
 }
 
 impl Options {
-    /// The command line; `resolv_conf` is the host's.
+    /// Builds the command line; `resolv_conf` is the text of the host's file.
     fn arguments(&self, resolv_conf: &str) -> Vec<String> {
         let mut arguments: Vec<String> = ["--foreground", "--quiet", "--stderr", "--fd", "0"].map(String::from).into();
         arguments.extend(self.forwards.iter().flat_map(Forward::option));
@@ -50,14 +50,14 @@ impl Options {
     }
 }
 
-/// Whether the host's first IPv4 name server, which is the one that passt forwards to, is on its loopback. With none,
-/// passt would forward to 0.0.0.0.
+/// Returns true if the host's first IPv4 name server, to which passt forwards, is on the host's loopback. If there is
+/// none, passt would forward to 0.0.0.0.
 fn resolver_is_local(resolv_conf: &str) -> bool {
     let servers = resolv_conf.lines().filter_map(|line| line.strip_prefix("nameserver "));
     servers.filter_map(|server| server.trim().parse().ok()).next().is_some_and(|server: Ipv4Addr| server.is_loopback())
 }
 
-/// The passt process: ended and reaped at the latest when dropped.
+/// A passt process. It is ended and reaped when dropped, or earlier.
 #[derive(Debug)]
 pub(super) struct Process {
     child: Child,
@@ -66,7 +66,7 @@ pub(super) struct Process {
 
 impl Process {
     pub(super) fn start(socket: OwnedFd, options: &Options) -> Result<Self, Error> {
-        // A full pipe must not stop passt: what nobody reads is lost, and what we read may be nothing.
+        // A full pipe must not stop passt: text that does not fit is lost, and there may be nothing to read.
         let (stderr, its_stderr) = io::pipe().map_err(Error::Start)?;
         for end in [stderr.as_fd(), its_stderr.as_fd()] {
             rustix::io::ioctl_fionbio(end, true).map_err(|e| Error::Start(e.into()))?;
@@ -75,7 +75,7 @@ impl Process {
         let resolv_conf = fs::read("/etc/resolv.conf").unwrap_or_default();
         command.args(options.arguments(&String::from_utf8_lossy(&resolv_conf)));
         command.stdin(socket).stdout(Stdio::null()).stderr(its_stderr);
-        // Ctrl-C on the terminal asks the guest to end, which may want its network for that.
+        // Ctrl-C on the terminal asks the guest to end, and the guest may need its network to do so.
         command.process_group(0);
         child::deliver_signals(&mut command);
         child::inherit_nothing(&mut command);
@@ -87,7 +87,7 @@ impl Process {
         Ok(Process { child, stderr })
     }
 
-    /// Ends it, and tells what it said that may be the reason.
+    /// Ends the process and returns those of its messages that may be the reason.
     pub(super) fn last_words(&mut self) -> String {
         self.end();
         let mut text = vec![0; 64 << 10];
@@ -98,7 +98,7 @@ impl Process {
         if words.is_empty() { String::new() } else { format!(": {}", words.join("; ")) }
     }
 
-    /// It keeps nothing that a kill could damage.
+    /// Kills the process, which holds nothing that a kill could damage.
     fn end(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();

@@ -1,4 +1,4 @@
-//! The entries of a directory, as the kernel gives them: many at a time, each with a position to go on from.
+//! Entries of a directory as the kernel returns them: many at a time, each with the position of the next.
 
 use std::ffi::CString;
 use std::io;
@@ -7,29 +7,29 @@ use std::os::fd::AsFd;
 
 use rustix::fs::{FileType, RawDir, SeekFrom, seek};
 
-/// Bytes of entries that are read at once.
+/// Number of bytes of entries read in one call.
 const BYTES: usize = 32 << 10;
 
-/// A name in a directory.
+/// Entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirEntry {
-    /// The file's number, or that of a directory that something is mounted on.
+    /// Inode number of the file; for a mount point, that of the directory below the mount.
     pub ino: u64,
-    /// Where the next entry is.
+    /// Position of the next entry.
     pub next: u64,
-    /// What it is, where the file system says so here.
+    /// Type of the file, if the file system reports it here.
     pub kind: FileType,
-    /// `.` and `..` too.
+    /// Name of the entry, which may be `.` or `..`.
     pub name: CString,
 }
 
-/// Goes to a position that an entry had in `next`, or 0, the beginning.
+/// Moves to a position: the `next` of an entry, or 0 for the beginning.
 pub fn seek_entries(dir: impl AsFd, position: u64) -> io::Result<()> {
     seek(dir, SeekFrom::Start(position))?;
     Ok(())
 }
 
-/// The next entries; none at the end.
+/// Returns the next entries; none at the end.
 pub fn read_entries(dir: impl AsFd) -> io::Result<Vec<DirEntry>> {
     let mut buffer = vec![MaybeUninit::uninit(); BYTES];
     let mut raw = RawDir::new(dir, &mut buffer);

@@ -1,5 +1,5 @@
-//! As whom files are made. A thread has a user and group for files of its own (setfsuid(2)), so that one can make a file
-//! that belongs to somebody else from its first moment.
+//! Ownership of new files. Each thread has its own user and group for file access (setfsuid(2)), so a thread can create
+//! a file that belongs to another user from the first moment.
 
 use std::cell::Cell;
 use std::io;
@@ -18,25 +18,25 @@ pub struct Owner {
     pub gid: u32,
 }
 
-/// What this process may do about owners.
+/// Ability of this process to set owners.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Identity {
-    /// It is root: files are made for whoever they shall belong to.
+    /// The process is root: it creates files for any owner.
     Root,
-    /// It is an ordinary user, to whom all belongs that it makes.
+    /// The process belongs to an ordinary user, who owns all files that it creates.
     User,
 }
 
 impl Identity {
-    /// Finds out.
+    /// Determines the identity of this process.
     pub fn of_process() -> Self {
         let needed = CapabilitySet::SETUID | CapabilitySet::SETGID | CapabilitySet::DAC_OVERRIDE;
         let able = capabilities(None).is_ok_and(|sets| sets.effective.contains(needed));
         if able && geteuid().is_root() { Identity::Root } else { Identity::User }
     }
 
-    /// Does something, like making a file, that gives it to `owner` if we can. Whether the owner might do it is not
-    /// asked: who calls this has done that.
+    /// Calls `make`, which creates a file or the like, so that the file belongs to `owner` if possible. This does not
+    /// check whether `owner` has permission to do that: the caller must have checked it.
     pub fn make_as<T>(self, owner: Owner, make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         let own = Owner { uid: geteuid().as_raw(), gid: getegid().as_raw() };
         if self == Identity::User || owner == own {
@@ -44,7 +44,8 @@ impl Identity {
         }
         set_ids(owner)
             .and_then(|()| {
-                // Gone with the user id 0. Not so CAP_FSETID, that a set-group-id bit is judged as for the owner.
+                // The change of user id dropped this capability. CAP_FSETID stays dropped, so that the kernel treats a
+                // set-group-id bit as it would for the owner.
                 let sets = capabilities(None)?;
                 set_capabilities(None, sets.with(CapabilitySet::DAC_OVERRIDE))?;
                 make()
@@ -52,7 +53,7 @@ impl Identity {
             .also(|| set_ids(own))
     }
 
-    /// Does something, like writing, after which the set-user-id bit is gone as it would be for an ordinary user.
+    /// Calls `write`, which writes a file or the like, so that it clears the set-user-id bit as for an ordinary user.
     pub fn without_fsetid<T>(self, write: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         if self == Identity::User {
             return write();
@@ -64,7 +65,7 @@ impl Identity {
     }
 }
 
-/// More of the effective set, as far as permitted.
+/// Extension of the effective set, as far as permitted.
 trait With {
     fn with(self, more: CapabilitySet) -> Self;
 }
@@ -75,7 +76,7 @@ impl With for CapabilitySets {
     }
 }
 
-/// Something that must be done afterwards, whatever came out.
+/// Action that must follow, whatever the result is.
 trait Also {
     fn also(self, then: impl FnOnce() -> io::Result<()>) -> Self;
 }
@@ -86,21 +87,21 @@ impl<T> Also for io::Result<T> {
     }
 }
 
-/// This thread's ids for files.
+/// Sets this thread's ids for file access.
 #[allow(unsafe_code)]
 fn set_ids(Owner { uid, gid }: Owner) -> io::Result<()> {
-    // All ones asks and sets nothing; no file can belong to them either.
+    // An id of all ones would only query the current one; no file can belong to such an id, either.
     if uid == u32::MAX || gid == u32::MAX {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
-    // SAFETY: these system calls take numbers and concern nothing but this thread's ids. They tell no error; what is
-    // set is asked for.
+    // SAFETY: these system calls take numbers and affect only this thread's ids. They report no errors, so the
+    // resulting ids are queried.
     let set = unsafe {
         libc::setfsgid(gid);
         libc::setfsuid(uid);
         (libc::setfsuid(u32::MAX) as u32, libc::setfsgid(u32::MAX) as u32)
     };
-    // Ids that this user namespace does not have.
+    // The ids differ if this user namespace does not have them.
     if set == (uid, gid) { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EINVAL)) }
 }
 
@@ -108,23 +109,23 @@ thread_local! {
     static OWN_UMASK: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Gives this thread a umask of its own, of 0, so that files are made with the mode that a guest asks for. Not every
-/// container permits that; then the process's umask applies.
+/// Gives this thread its own umask, 0, so that files are created with the mode that a guest asks for. Not every
+/// container permits that; in that case the process's umask applies.
 #[allow(unsafe_code)]
 pub fn take_own_umask() {
-    // SAFETY: no descriptors are unshared, only umask, root and working directory.
+    // SAFETY: no descriptors are unshared, only the umask, the root and the working directory.
     if unsafe { unshare_unsafe(UnshareFlags::FS) }.is_ok() {
         umask(Mode::empty());
         OWN_UMASK.set(true);
     }
 }
 
-/// Returns whether this thread has a umask of its own.
+/// Returns true if this thread has its own umask.
 pub fn has_own_umask() -> bool {
     OWN_UMASK.get()
 }
 
-/// Makes a file under this umask, which a directory's default access control list overrides; in a thread that has its own.
+/// Calls `make` under this umask, if the thread has its own. A directory's default access control list overrides it.
 pub fn with_umask<T>(mask: u32, make: impl FnOnce() -> T) -> T {
     if mask == 0 || !has_own_umask() {
         return make();
@@ -135,7 +136,7 @@ pub fn with_umask<T>(mask: u32, make: impl FnOnce() -> T) -> T {
     made
 }
 
-/// Has a write beyond `ulimit -f` fail, for this thread, instead of ending the process by SIGXFSZ.
+/// Makes writes beyond `ulimit -f` fail in this thread, instead of ending the process by SIGXFSZ.
 #[allow(unsafe_code)]
 pub fn ignore_file_size_limit() -> io::Result<()> {
     let mut set = MaybeUninit::uninit();

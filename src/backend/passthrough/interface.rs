@@ -1,20 +1,21 @@
-//! File systems whose files are no data but the host kernel's interfaces: reading one tells about the host or waits for
-//! it, writing one reconfigures it. A share neither starts in such a file system nor crosses into one.
+//! File systems whose files are interfaces of the host's kernel rather than data: reading such a file reveals something
+//! about the host or waits for it, and writing it reconfigures the host. A share neither starts in such a file system
+//! nor crosses into one.
 //!
-//! The kernel identifies a file system by its magic number (statfs(2)), which is asked of the open descriptor, never of a
-//! path: what is mounted over a name a moment later changes nothing about a file that is already held.
+//! The kernel identifies a file system by its magic number (statfs(2)). It is queried on the open descriptor, never on
+//! a path: a mount over a name a moment later does not affect a file that is already held.
 //!
-//! Automount points (autofs) are something between: what the host has mounted there is data, but looking for anything else
-//! makes the host's daemon mount it, from whatever server the name says.
+//! Automount points (autofs) are in between: file systems that the host has mounted there are data, but looking up any
+//! other name makes the host's daemon mount it, from whatever server the name refers to.
 
 use std::io;
 use std::os::fd::AsFd;
 
 use rustix::fs::fstatfs;
 
-/// Magic numbers and names, as in the kernel's `linux/magic.h` or in the source of the file system.
+/// Magic numbers and names, from the kernel's `linux/magic.h` or the source of the file system.
 const INTERFACES: [(u32, &str); 37] = [
-    // Processes, devices, and what the kernel knows and can be told about itself.
+    // Processes, devices, and the kernel's own state and settings.
     (0x0000_9FA0, "proc"),
     (0x6265_6572, "sysfs"),
     (0x6462_6720, "debugfs"),
@@ -43,7 +44,7 @@ const INTERFACES: [(u32, &str); 37] = [
     (0x0072_6A77, "ipathfs"),
     (0x6264_6576, "bdev"),
     (0x6461_7864, "dax"),
-    // Other parts of the kernel, and what processes talk through.
+    // Other parts of the kernel, and communication between processes.
     (0x6573_5543, "fusectl"),
     (0x6E66_7364, "nfsd"),
     (0x6759_6969, "rpc_pipefs"),
@@ -55,25 +56,25 @@ const INTERFACES: [(u32, &str); 37] = [
     (0x6E73_6673, "nsfs"),
     (0x5049_4446, "pidfs"),
 ];
-/// Files here are memory that an administrator set aside for certain programs.
+/// File system of huge pages, which an administrator set aside for certain programs.
 const HUGETLBFS: (u32, &str) = (0x9584_58F6, "hugetlbfs");
 
 const AUTOFS: u32 = 0x0187;
 
-/// A file system, as far as shares are concerned.
+/// Kind of file system, as far as shares are concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Files with data.
+    /// File system whose files have data.
     Data,
-    /// Places where the host mounts file systems when somebody looks.
+    /// Directory where the host mounts a file system when a name is looked up.
     Automount,
-    /// The kernel interface of this name.
+    /// Kernel interface of this name.
     Interface(&'static str),
 }
 
-/// The kind of the file system that an open file is on.
+/// Returns the kind of the file system that an open file is on.
 pub(super) fn kind(fd: impl AsFd) -> io::Result<Kind> {
-    // All magic numbers have 32 bits, in a field of 64.
+    // All magic numbers have 32 bits; the field has 64.
     let magic = fstatfs(fd)?.f_type as u32;
     if magic == AUTOFS {
         return Ok(Kind::Automount);
@@ -86,7 +87,7 @@ pub(super) fn kind(fd: impl AsFd) -> io::Result<Kind> {
 mod tests {
     use super::*;
 
-    /// Every interface that this machine happens to have mounted is known.
+    /// Checks that all interfaces mounted on this machine are known.
     #[test]
     fn mounted_interfaces_are_found() {
         let data =

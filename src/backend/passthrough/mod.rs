@@ -1,16 +1,17 @@
-//! A folder of the host for a file server: every file below it is a [`Node`], a descriptor that names it whatever becomes
-//! of its name (O_PATH), and every way to another node is one [`Name`], a single component that is neither `.` nor `..`.
-//! So there is no path that could lead out: no symbolic link is ever followed, and nothing but what was opened beneath
-//! the folder is reached. (A directory that somebody on the host moves out of the folder meanwhile goes on to be
-//! reachable by who holds its node, as it does for a process that works in it.)
+//! A shared folder of the host. Every file in it is a [`Node`]: a descriptor that refers to the file whatever happens
+//! to its name (O_PATH). Every step to another node is one [`Name`], a single component that is neither `.` nor `..`.
+//! Therefore no path can lead out: no symbolic link is ever followed, and only files opened beneath the folder are
+//! reached. (If somebody on the host moves a directory out of the folder in the meantime, it remains reachable through
+//! its node, as it does for a process whose working directory it is.)
 //!
-//! What is mounted inside the folder belongs to it, but for the kernel's interfaces (/proc, /sys and the like): an empty
-//! directory stands in for each.
+//! File systems mounted inside the folder belong to it, except the kernel's interfaces (/proc, /sys and the like): an
+//! empty directory replaces each of these.
 //!
-//! Regular files and directories can be opened for their contents, anything else cannot: opening a FIFO may wait for
-//! ever, and opening a device may do anything.
+//! Only regular files and directories can be opened for their contents: opening a FIFO may block forever, and opening a
+//! device may have any effect.
 //!
-//! Calls that want a path get `/proc/self/fd/N`, which is the file itself and no lookup; so /proc must be there.
+//! Calls that need a path get `/proc/self/fd/N`, which denotes the file itself without a lookup; so /proc must be
+//! mounted.
 
 mod data;
 mod directory;
@@ -32,36 +33,36 @@ use rustix::process::{Resource, getrlimit};
 
 use super::held;
 
-/// Why a folder cannot be shared. Displays as one sentence with the path.
+/// Reasons why a folder cannot be shared. Displays as one sentence with the path.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It is not there, is no folder, or may not be read.
+    /// The path does not exist, is not a folder, or may not be read.
     #[error("cannot share {}", path.display())]
     Open {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
         /// The OS error.
         source: io::Error,
     },
-    /// It is one of the kernel's interfaces.
+    /// The folder belongs to one of the kernel's interfaces.
     #[error("cannot share {}: it is the host kernel's {name}, not a file system with data", path.display())]
     Interface {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
-        /// The file system's name.
+        /// Name of the file system.
         name: &'static str,
     },
-    /// Without /proc there is no way to most system calls.
-    #[error("cannot share {}: /proc/self/fd is needed for that", path.display())]
+    /// /proc is missing, which most system calls here need.
+    #[error("cannot share {}: this needs /proc/self/fd", path.display())]
     NoProc {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
         /// The OS error.
         source: io::Error,
     },
 }
 
-/// Opens the folder that is shared, which must be readable; returns the node that everything else is beneath.
+/// Opens the folder to be shared, which must be readable; returns its node, which is above all others.
 pub fn open_root(path: &Path) -> Result<(Node, Stat), Error> {
     let fail = |source: io::Error| Error::Open { path: path.into(), source };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -73,15 +74,15 @@ pub fn open_root(path: &Path) -> Result<(Node, Stat), Error> {
     Ok((node, stat))
 }
 
-/// Raises the soft limit of open files to the hard one, and returns how many this process may have then.
+/// Raises the soft limit of open files to the hard limit, and returns the new limit.
 pub fn raise_descriptor_limit() -> u64 {
     super::unix::make_room_for_descriptors(u64::MAX);
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-/// The bits that this process takes off every new file's mode.
+/// Returns the bits that this process's umask removes from every new file's mode.
 pub fn umask() -> u32 {
-    // There is no call that only asks. Without the line (Linux before 4.7) nothing is mended.
+    // No system call only reads the umask. Without this line in the file (Linux before 4.7), it counts as 0.
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let umask = status.lines().find_map(|line| line.strip_prefix("Umask:"));
     umask.and_then(|octal| u32::from_str_radix(octal.trim(), 8).ok()).unwrap_or(0)

@@ -1,4 +1,4 @@
-//! Files of any kind by their descriptors, and what can be done with them and with the names in a directory.
+//! Files of any kind, held by descriptor, and the operations on them and on names in a directory.
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -13,15 +13,15 @@ use rustix::io::Errno;
 
 use super::interface::{self, Kind};
 
-/// One component of a path: not empty, without `/`, neither `.` nor `..`.
+/// A single component of a path: not empty, without `/`, neither `.` nor `..`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Name<'a>(&'a CStr);
 
-/// In the place of a name for a file that has none (O_TMPFILE). No call finds anything by it.
+/// Placeholder name for a file without a name (O_TMPFILE). No call finds anything by it.
 pub const NOWHERE: Name<'static> = Name(c"");
 
 impl<'a> Name<'a> {
-    /// Checks.
+    /// Checks that `name` is a valid component.
     pub fn new(name: &'a CStr) -> io::Result<Self> {
         match name.to_bytes() {
             b"" | b"." | b".." => Err(Errno::INVAL.into()),
@@ -31,13 +31,13 @@ impl<'a> Name<'a> {
         }
     }
 
-    /// The name.
+    /// Returns the name as a C string.
     pub fn as_c_str(self) -> &'a CStr {
         self.0
     }
 }
 
-/// Seconds and nanoseconds since 1970.
+/// Time since 1970.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time {
     /// Seconds.
@@ -52,14 +52,14 @@ impl From<StatxTimestamp> for Time {
     }
 }
 
-/// What becomes of a time of a file.
+/// Change of one of a file's times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TimeChange {
-    /// It stays.
+    /// Keep the time.
     Keep,
-    /// The host's clock.
+    /// Set the time to the host's current time.
     Now,
-    /// This.
+    /// Set the time to this value.
     Set(Time),
 }
 
@@ -74,56 +74,57 @@ impl From<TimeChange> for Timespec {
     }
 }
 
-/// What is known of a file.
+/// Status of a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stat {
-    /// The file system it is on.
+    /// Device number of the file system.
     pub dev: u64,
-    /// Where that is mounted; 0 where the kernel does not say (before 5.8).
+    /// Id of the mount; 0 if the kernel does not report it (before 5.8).
     pub mount: u64,
-    /// Its number there.
+    /// Inode number.
     pub ino: u64,
-    /// Type and permissions.
+    /// File type and permissions.
     pub mode: u32,
-    /// Names.
+    /// Number of names.
     pub nlink: u32,
-    /// User.
+    /// User id of the owner.
     pub uid: u32,
-    /// Group.
+    /// Group id.
     pub gid: u32,
-    /// Of a device, major and minor.
+    /// Major and minor number, if the file is a device.
     pub rdev: (u32, u32),
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// Units of 512 bytes that it takes.
+    /// Space that the file takes, in units of 512 bytes.
     pub blocks: u64,
-    /// Preferred bytes per read.
+    /// Preferred number of bytes per read.
     pub blksize: u32,
-    /// Last read.
+    /// Time of the last read.
     pub atime: Time,
-    /// Last change of contents.
+    /// Time of the last change of the contents.
     pub mtime: Time,
-    /// Last change.
+    /// Time of the last change of the contents or status.
     pub ctime: Time,
-    /// When it was made; 0 where the file system does not say.
+    /// Time of creation; 0 if the file system does not report it.
     pub born: Time,
 }
 
 impl Stat {
-    /// Of an open file.
+    /// Queries an open file.
     pub fn of(fd: impl AsFd) -> io::Result<Self> {
         let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID;
         Ok(fs::statx(fd, c"", AtFlags::EMPTY_PATH, wanted)?.into())
     }
 
-    /// The empty directory that stands in for a mount of the host: nothing of the original but its identity.
+    /// Returns the status of the empty directory that replaces a mount of the host; only its identity is the
+    /// original's.
     fn closed(&self) -> Self {
         let Stat { dev, mount, ino, blksize, .. } = *self;
         let mode = FileType::Directory.as_raw_mode() | 0o555;
         Stat { dev, mount, ino, blksize, mode, nlink: 2, ..Stat::default() }
     }
 
-    /// The type bits of the mode.
+    /// Returns the file type from the mode.
     pub fn kind(&self) -> FileType {
         FileType::from_raw_mode(self.mode)
     }
@@ -151,33 +152,33 @@ impl From<Statx> for Stat {
     }
 }
 
-/// A file of any kind, held by a descriptor that names it and opens nothing.
+/// A file of any kind, held by a descriptor that refers to the file without opening it.
 #[derive(Debug)]
 pub struct Node {
     held: Held,
     kind: FileType,
 }
 
-/// What stands for the file.
+/// Representation of the file.
 #[derive(Debug)]
 enum Held {
     File {
         fd: OwnedFd,
-        /// The file system, and where it is mounted.
+        /// Device number of the file system, and id of the mount (in `mount`).
         dev: u64,
         mount: u64,
-        /// Looking for a name may make the host mount something.
+        /// True if looking up a name here may make the host mount a file system.
         automount: bool,
     },
-    /// Nothing: the host has one of the kernel's interfaces here (see `interface`), and the guest sees an empty
-    /// directory that nobody can write to.
+    /// One of the kernel's interfaces (see `interface`), of which no descriptor is held: the guest sees an empty
+    /// directory that cannot be written to.
     Closed(Stat),
 }
 
 const NO_MODE: Mode = Mode::empty();
 
 impl Node {
-    /// The folder that is shared; or what it is instead of a file system with data.
+    /// Creates the node of the shared folder, or returns the name of the kernel interface that it is.
     pub(super) fn root(fd: OwnedFd) -> io::Result<Result<(Self, Stat), &'static str>> {
         let kind = interface::kind(&fd)?;
         if let Kind::Interface(name) = kind {
@@ -191,7 +192,7 @@ impl Node {
         Node { held: Held::File { fd, dev: stat.dev, mount: stat.mount, automount }, kind: stat.kind() }
     }
 
-    /// The descriptor, for calls that a closed directory refuses.
+    /// Returns the descriptor, for calls that a closed directory refuses.
     pub(super) fn fd(&self) -> io::Result<&OwnedFd> {
         match &self.held {
             Held::File { fd, .. } => Ok(fd),
@@ -199,7 +200,7 @@ impl Node {
         }
     }
 
-    /// The descriptor of a directory in which names are made and removed: not where the host mounts things.
+    /// Returns the descriptor for creating and removing names in this directory; refused where the host automounts.
     fn directory(&self) -> io::Result<&OwnedFd> {
         match &self.held {
             Held::File { fd, automount: false, .. } => Ok(fd),
@@ -207,17 +208,17 @@ impl Node {
         }
     }
 
-    /// Its path for calls that follow it, one step, to the file itself.
+    /// Returns a path that leads in one step to the file itself, for calls that follow links.
     pub(super) fn path(&self) -> io::Result<String> {
         Ok(format!("/proc/self/fd/{}", self.fd()?.as_raw_fd()))
     }
 
-    /// Returns whether this is the empty directory that stands in for a kernel interface of the host.
+    /// Returns true if this is the empty directory that replaces a kernel interface of the host.
     pub fn is_closed(&self) -> bool {
         matches!(self.held, Held::Closed(_))
     }
 
-    /// What is known of it.
+    /// Returns the status of the file.
     pub fn stat(&self) -> io::Result<Stat> {
         match &self.held {
             Held::File { fd, .. } => Stat::of(fd),
@@ -229,8 +230,8 @@ impl Node {
         Ok(fs::stat(self.path()?)?.st_mode)
     }
 
-    /// What has this name in this directory, whatever it is; where one of the kernel's interfaces begins, an empty
-    /// directory.
+    /// Looks up a name in this directory; the file may be of any kind. Where one of the kernel's interfaces begins, the
+    /// result is an empty directory.
     pub fn child(&self, name: Name<'_>) -> io::Result<(Node, Stat)> {
         let Held::File { dev, mount, automount, .. } = self.held else { return Err(Errno::NOENT.into()) };
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -250,8 +251,8 @@ impl Node {
         Ok((Node { held: Held::Closed(stat), kind: FileType::Directory }, stat))
     }
 
-    /// A child that the kernel finds without asking anybody (Linux 5.12): what is mounted in a directory of automount
-    /// points already. Other names count as not there.
+    /// Looks up a child that the kernel finds without asking a daemon (Linux 5.12): a file system that is already
+    /// mounted in a directory of automount points. Other names count as missing.
     fn known_child(&self, name: Name<'_>, flags: OFlags) -> io::Result<OwnedFd> {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::CACHED;
         match fs::openat2(self.fd()?, name.0, flags, NO_MODE, resolve) {
@@ -263,7 +264,7 @@ impl Node {
     fn open_beneath(&self, name: Name<'_>, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
         match fs::openat2(self.fd()?, name.0, flags, mode, resolve) {
-            // Linux before 5.6, and containers that do not know the call: a single name leads nowhere else anyway.
+            // Linux before 5.6 and some containers lack this call; a single name cannot lead out anyway.
             Err(Errno::NOSYS | Errno::PERM) => Ok(fs::openat(self.fd()?, name.0, flags, mode)?),
             result => Ok(result?),
         }
@@ -276,7 +277,7 @@ impl Node {
             FileType::Directory => return Err(Errno::ISDIR.into()),
             _ => return Err(Errno::NXIO.into()),
         }
-        // Some files of /proc and /sys have readers wait; and one who holds a lease.
+        // Reading some files of /proc and /sys blocks, and so does opening a file on which a process holds a lease.
         let flags = flags | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         Ok(File::from(fs::open(self.path()?, flags, NO_MODE)?))
     }
@@ -287,15 +288,15 @@ impl Node {
         Ok(fs::openat(self.fd()?, c".", flags, NO_MODE)?)
     }
 
-    /// Makes a regular file and opens it; there must be none of this name.
+    /// Creates a regular file and opens it; the name must not exist.
     pub fn create(&self, name: Name<'_>, flags: OFlags, mode: u32) -> io::Result<File> {
         let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         self.directory()?;
         Ok(File::from(self.open_beneath(name, flags, permissions(mode))?))
     }
 
-    /// Makes a regular file in this directory that has no name, and opens it; it can be given a name later unless it is
-    /// `exclusive`. Returns its node too.
+    /// Creates a regular file without a name in this directory, and opens it. It can get a name later unless it is
+    /// `exclusive`. Also returns its node.
     pub fn create_unnamed(&self, flags: OFlags, mode: u32, exclusive: bool) -> io::Result<(File, Node, Stat)> {
         let fd = self.directory()?;
         let exclusive = if exclusive { OFlags::EXCL } else { OFlags::empty() };
@@ -307,13 +308,13 @@ impl Node {
         Ok((file, Node::new(fd, &stat, false), stat))
     }
 
-    /// Makes a directory.
+    /// Creates a directory.
     pub fn make_dir(&self, name: Name<'_>, mode: u32) -> io::Result<()> {
         Ok(fs::mkdirat(self.directory()?, name.0, permissions(mode))?)
     }
 
-    /// Makes a regular file, a FIFO, a socket, or the character device 0:0 that overlay file systems know as "not there".
-    /// No other device: those would be the host's, and open to whom the guest pleases.
+    /// Creates a regular file, a FIFO, a socket, or the character device 0:0, which overlay file systems use as a
+    /// whiteout. Other devices are refused: they would be the host's, accessible to anyone the guest chooses.
     pub fn make_node(&self, name: Name<'_>, mode: u32, rdev: u32) -> io::Result<()> {
         let kind = FileType::from_raw_mode(mode);
         match kind {
@@ -324,7 +325,7 @@ impl Node {
         Ok(fs::mknodat(self.directory()?, name.0, kind, permissions(mode), 0)?)
     }
 
-    /// Makes a symbolic link.
+    /// Creates a symbolic link.
     pub fn make_symlink(&self, name: Name<'_>, target: &CStr) -> io::Result<()> {
         Ok(fs::symlinkat(target, self.directory()?, name.0)?)
     }
@@ -334,7 +335,7 @@ impl Node {
         Ok(fs::linkat(fs::CWD, file.path()?, self.directory()?, name.0, AtFlags::SYMLINK_FOLLOW)?)
     }
 
-    /// Takes a name away from what is no directory.
+    /// Removes the name of a file that is not a directory.
     pub fn unlink(&self, name: Name<'_>) -> io::Result<()> {
         Ok(fs::unlinkat(self.directory()?, name.0, AtFlags::empty())?)
     }
@@ -344,17 +345,17 @@ impl Node {
         Ok(fs::unlinkat(self.directory()?, name.0, AtFlags::REMOVEDIR)?)
     }
 
-    /// renameat2(2) with its flags.
+    /// Renames a file as renameat2(2), with its flags.
     pub fn rename(&self, name: Name<'_>, to: &Node, new_name: Name<'_>, flags: u32) -> io::Result<()> {
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         if flags.is_empty() {
-            // Not every file system knows the other call.
+            // Not every file system supports renameat2.
             return Ok(fs::renameat(self.directory()?, name.0, to.directory()?, new_name.0)?);
         }
         Ok(fs::renameat_with(self.directory()?, name.0, to.directory()?, new_name.0, flags)?)
     }
 
-    /// Where a symbolic link leads.
+    /// Returns the target of a symbolic link.
     pub fn read_link(&self) -> io::Result<CString> {
         Ok(fs::readlinkat(self.fd()?, c"", Vec::new())?)
     }
@@ -364,7 +365,7 @@ impl Node {
         Ok(fs::chmod(self.path()?, permissions(mode))?)
     }
 
-    /// Changes user, group, or at least the time of the last change, as chown(2).
+    /// Changes user and group as chown(2); even with neither, the time of the last change is updated.
     pub fn chown(&self, uid: Option<u32>, gid: Option<u32>) -> io::Result<()> {
         let (uid, gid) = (uid.filter(|id| *id != u32::MAX), gid.filter(|id| *id != u32::MAX));
         Ok(fs::chownat(self.fd()?, c"", uid.map(Uid::from_raw), gid.map(Gid::from_raw), AtFlags::EMPTY_PATH)?)
@@ -375,18 +376,18 @@ impl Node {
         Ok(fs::ftruncate(self.open(OFlags::WRONLY)?, size)?)
     }
 
-    /// Sets times.
+    /// Sets the times of the last read and of the last change of the contents.
     pub fn set_times(&self, atime: TimeChange, mtime: TimeChange) -> io::Result<()> {
         let times = Timestamps { last_access: atime.into(), last_modification: mtime.into() };
         Ok(fs::utimensat(fs::CWD, self.path()?, &times, AtFlags::empty())?)
     }
 
-    /// About the file system it is on.
+    /// Returns the status of the file system that the file is on.
     pub fn stat_fs(&self) -> io::Result<StatFs> {
         Ok(fs::fstatfs(self.fd()?)?)
     }
 
-    /// Has the whole file system it is on written to disk.
+    /// Writes the whole file system that the file is on to disk.
     pub fn sync_fs(&self) -> io::Result<()> {
         match self.kind {
             _ if self.is_closed() => Ok(()),

@@ -1,4 +1,4 @@
-//! Nodes on whatever file system the temporary folder is on, and the ways out that must not be.
+//! Tests of nodes on the file system of the temporary folder, and of ways out of a folder, which must not exist.
 
 use std::ffi::{CStr, CString};
 use std::fs;
@@ -70,12 +70,12 @@ fn no_way_leads_out() {
         assert_eq!(errno(node.open_dir()), libc::ENOTDIR);
         assert_eq!(errno(node.child(name(c"etc"))), libc::ENOTDIR);
         assert_eq!(errno(node.truncate(0)), libc::ENXIO);
-        // What is made does not follow it either.
+        // Creating a file does not follow the link either.
         assert_eq!(errno(folder.root.create(name(link), OFlags::WRONLY, 0o600)), libc::EEXIST);
         assert!(folder.root.link(name(c"hard"), &node).is_ok());
         assert_eq!(folder.root.child(name(c"hard")).unwrap().1.kind(), FileType::Symlink);
         folder.root.unlink(name(c"hard")).unwrap();
-        // Permissions, owners and times are the link's.
+        // Permissions, owners and times are those of the link.
         let _ = node.chmod(0o777);
         node.set_times(TimeChange::Set(Time { sec: 1000, nsec: 5 }), TimeChange::Keep).unwrap();
         let outside = fs::metadata(folder.dir.path().join("outside")).unwrap();
@@ -94,7 +94,7 @@ fn a_node_stays_what_it_was() {
     fs::write(folder.path("dir/in"), "inside").unwrap();
     let (file, before) = folder.root.child(name(c"file")).unwrap();
     let (dir, _) = folder.root.child(name(c"dir")).unwrap();
-    // The host swaps both for links that lead out.
+    // The host replaces both by links that lead out.
     fs::rename(folder.path("file"), folder.path("renamed")).unwrap();
     symlink("/etc/passwd", folder.path("file")).unwrap();
     fs::rename(folder.path("dir"), folder.path("moved")).unwrap();
@@ -115,7 +115,7 @@ fn nothing_special_is_opened() {
     let kinds = [(c"fifo", libc::S_IFIFO), (c"socket", libc::S_IFSOCK), (c"whiteout", libc::S_IFCHR)];
     for (text, kind) in kinds {
         if folder.root.make_node(name(text), kind | 0o600, 0).is_err() && kind == libc::S_IFCHR {
-            continue; // not for everybody on old kernels
+            continue; // old kernels do not permit this to everybody
         }
         let (node, stat) = folder.root.child(name(text)).unwrap();
         assert_eq!(stat.kind().as_raw_mode(), kind);
@@ -156,7 +156,7 @@ fn the_kernels_interfaces_are_closed() {
     assert_eq!(errno(root.rename(name(c"nothing"), &proc, name(c"x"), 0)), libc::EROFS);
 }
 
-/// What is mounted is judged when it is opened, by what is open: also a single file, and what was not there before.
+/// A mount is judged when it is opened, by the open file; this includes single files and mounts that appear later.
 #[test]
 fn a_mount_that_comes_later_is_closed() {
     let folder = Folder::new();
@@ -177,7 +177,7 @@ fn a_mount_that_comes_later_is_closed() {
         assert!(root.child(name(c"dir")).unwrap().0.is_closed());
         assert_eq!(errno(root.child(name(c"file"))), libc::EACCES);
         assert_eq!(errno(before.child(name(c"self"))), libc::ENOENT, "the directory below the mount");
-        // What has data is crossed into.
+        // File systems with data are entered.
         mount("tmpfs", folder.path("dir"), "tmpfs", MountFlags::empty(), None).unwrap();
         fs::write(folder.path("dir/in"), "").unwrap();
         assert!(root.child(name(c"dir")).unwrap().0.child(name(c"in")).is_ok());
@@ -187,7 +187,7 @@ fn a_mount_that_comes_later_is_closed() {
     assert!(run.is_some() || !rustix::process::geteuid().is_root(), "root may mount");
 }
 
-/// Looking for a name in a directory of automount points asks no daemon to mount it; what is mounted there is data.
+/// Looking up a name in a directory of automount points asks no daemon to mount it; existing mounts there are data.
 #[test]
 fn nothing_is_mounted_for_a_guest() {
     use std::os::unix::process::CommandExt;
@@ -200,7 +200,7 @@ fn nothing_is_mounted_for_a_guest() {
         #[allow(unsafe_code)]
         unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.ok()?;
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
-        // Its process group is the daemon's: these may look, and nobody waits for them.
+        // The daemon's process group may look up names without waiting for a mount.
         let mut daemon = Command::new("sleep").arg("1000").process_group(0).spawn().unwrap();
         let (requests, to_daemon) = std::io::pipe().unwrap();
         let group = daemon.id();
@@ -268,7 +268,7 @@ fn attributes_of_the_host_stay_there() {
     }
     assert_eq!(errno(node.set_xattr(c"user.x", b"x", 0x80, false)), libc::EINVAL);
     match node.set_xattr(c"user.x", b"value", 0, true) {
-        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => return, // not on this file system
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => return, // this file system has no user attributes
         result => result.unwrap(),
     }
     let mut value = [0; 10];
@@ -287,7 +287,7 @@ fn root_makes_files_for_others() {
     let ids = || rustix::thread::capabilities(None).unwrap();
     let before = ids();
     match identity {
-        // Even though that user could not write here.
+        // The file belongs to a user who could not write here.
         Identity::Root => {
             made.unwrap();
             let stat = folder.root.child(name(c"dir")).unwrap().1;
@@ -324,7 +324,7 @@ fn entries_have_positions() {
     assert_eq!(read_entries(&dir).unwrap()[0], seen[1001]);
     seek_entries(&dir, 0).unwrap();
     assert_eq!(read_entries(&dir).unwrap()[0], seen[0]);
-    // Whatever the guest says: no harm, and nothing that is not there.
+    // Any position is harmless, and yields no entries that do not exist.
     for position in [1, 12345, u64::MAX, 1 << 63, i64::MAX as u64] {
         if seek_entries(&dir, position).is_ok() {
             let _ = read_entries(&dir);

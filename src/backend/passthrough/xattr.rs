@@ -1,6 +1,6 @@
-//! Extended attributes. Those of users, those that only root may set and that file systems on top of this one or programs
-//! in it live by, and access control lists for a guest that knows them. Not those that mean something to the host alone:
-//! its labels.
+//! Extended attributes. The guest sees those of users, those that only root may set and on which stacked file systems
+//! or programs depend, and access control lists if the guest supports them. It does not see those that only concern the
+//! host, such as security labels.
 
 use std::ffi::CStr;
 use std::io;
@@ -10,12 +10,12 @@ use rustix::io::Errno;
 
 use super::Node;
 
-/// The kernel's own limit of a list of names (XATTR_LIST_MAX).
+/// Maximum size of a list of names, the kernel's own limit (XATTR_LIST_MAX).
 const MAX_BYTES: usize = 64 << 10;
-/// What most lists have room in.
+/// Size in which most lists fit.
 const FEW_BYTES: usize = 1 << 10;
 
-/// An access control list, and that of new files in a directory.
+/// Names of the access control list of a file, and of that for new files in a directory.
 const LISTS: [&[u8]; 2] = [b"system.posix_acl_access", b"system.posix_acl_default"];
 
 fn is_passed(name: &[u8], lists: bool) -> bool {
@@ -27,9 +27,9 @@ fn checked(name: &CStr, lists: bool) -> io::Result<&CStr> {
     if is_passed(name.to_bytes(), lists) { Ok(name) } else { Err(Errno::OPNOTSUPP.into()) }
 }
 
-/// In all of these, `lists` has access control lists count too.
+/// Operations on extended attributes. In all of them, `lists` also admits access control lists.
 impl Node {
-    /// Fills `value` with an attribute's value and returns its length; without room for anything only that.
+    /// Fills `value` with an attribute's value and returns its length; if `value` is empty, only returns the length.
     pub fn xattr(&self, name: &CStr, value: &mut [u8], lists: bool) -> io::Result<usize> {
         let name = checked(name, lists)?;
         if self.is_closed() {
@@ -41,18 +41,18 @@ impl Node {
         Ok(fs::getxattr(self.path()?, name, value)?)
     }
 
-    /// Sets one, by the flags of setxattr(2).
+    /// Sets an attribute, with the flags of setxattr(2).
     pub fn set_xattr(&self, name: &CStr, value: &[u8], flags: u32, lists: bool) -> io::Result<()> {
         let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
         Ok(fs::setxattr(self.path()?, checked(name, lists)?, value, flags)?)
     }
 
-    /// Takes one away.
+    /// Removes an attribute.
     pub fn remove_xattr(&self, name: &CStr, lists: bool) -> io::Result<()> {
         Ok(fs::removexattr(self.path()?, checked(name, lists)?)?)
     }
 
-    /// The names there are, each with a NUL behind it.
+    /// Returns the names of all attributes, each followed by a NUL.
     pub fn xattr_names(&self, lists: bool) -> io::Result<Vec<u8>> {
         if self.is_closed() {
             return Ok(Vec::new());
@@ -69,7 +69,7 @@ impl Node {
         Ok(all.filter(|name| is_passed(name.strip_suffix(b"\0").unwrap_or(name), lists)).flatten().copied().collect())
     }
 
-    /// Whether new files in this directory get an access control list rather than what the umask leaves.
+    /// Returns true if new files in this directory get an access control list instead of obeying the umask.
     pub fn has_default_acl(&self) -> bool {
         self.path().is_ok_and(|path| fs::getxattr_query(path, c"system.posix_acl_default").is_ok_and(|len| len > 0))
     }

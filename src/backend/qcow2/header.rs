@@ -1,8 +1,8 @@
 //! The header of a qcow2 image, read and checked before the format's driver sees it.
 //!
-//! Images come from strangers, and a guest may have written to them, while the driver (imago) expects an image that QEMU
-//! made. So every field is checked here, a feature that is not supported is refused by name and with what helps, and the
-//! driver is given [`Header::served`] in the place of what the file has. Fields and limits are those of QEMU's
+//! Images come from strangers, and a guest may have written to them, while the driver (imago) expects an image that
+//! QEMU created. So every field is checked here. A feature that is not supported is refused with its name and a remedy.
+//! The driver reads [`Header::served`] instead of the header in the file. Fields and limits are those of QEMU's
 //! docs/interop/qcow2.txt.
 
 use std::fs::File;
@@ -11,17 +11,17 @@ use std::path::Path;
 
 use super::read_at;
 
-/// What every qcow2 image begins with.
+/// First bytes of every qcow2 image.
 pub(crate) const MAGIC: &[u8; 4] = b"QFI\xFB";
 
-/// Bytes of a header of version 2, and of the shortest one of version 3.
+/// Length in bytes of a header of version 2, and of the shortest header of version 3.
 const V2_BYTES: usize = 72;
 const V3_BYTES: usize = 104;
 /// QEMU's limits of the tables that are kept in memory.
 const MAX_L1_BYTES: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 const MAX_SNAPSHOTS: u32 = 65536;
-/// The longest name of a base image.
+/// Maximum length of a base image's name.
 const MAX_NAME: u32 = 1023;
 
 const DIRTY: u64 = 1 << 0;
@@ -36,15 +36,15 @@ const END: u32 = 0;
 const BASE_FORMAT: u32 = 0xE279_2ACA;
 const FEATURE_NAMES: u32 = 0x6803_F857;
 
-/// Where a table is.
+/// Place of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Table {
     pub(super) offset: u64,
-    /// Entries of 8 bytes.
+    /// Number of entries, of 8 bytes each.
     pub(super) entries: u64,
 }
 
-/// The name of a base image, and its format if the image says it.
+/// Name of a base image, and its format if the image states it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Base {
     pub(super) name: String,
@@ -63,7 +63,7 @@ pub(super) struct Header {
     pub(super) base: Option<Base>,
     /// Feature bits that a writer without these features must clear.
     pub(super) autoclear: u64,
-    /// Compressed clusters are zstd frames rather than deflate streams.
+    /// True if compressed clusters are zstd frames rather than deflate streams.
     pub(super) zstd: bool,
     v2: [u8; V2_BYTES],
 }
@@ -72,7 +72,7 @@ fn refuse<T>(why: impl Into<String>) -> io::Result<T> {
     Err(io::Error::new(io::ErrorKind::InvalidData, why.into()))
 }
 
-/// Reads numbers, which are big endian; what is not there is zero, as past the end of the file.
+/// Reads a big-endian number. Missing bytes, as past the end of the file, are zero.
 fn number<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     bytes.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
 }
@@ -86,7 +86,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 }
 
 impl Header {
-    /// Reads and checks the header of `file`, which is named `path` in remedies. `end` is the size of the file.
+    /// Reads and checks the header of `file`, whose size is `end`. Error messages call the file `path` in remedies.
     pub(super) fn read(file: &File, path: &Path, end: u64, writable: bool) -> io::Result<Self> {
         let start = read_at(file, 0, 4096)?;
         if !start.starts_with(MAGIC) {
@@ -97,12 +97,12 @@ impl Header {
         match version {
             2 | 3 => {}
             1 => return refuse(format!("it has the old qcow format; {}", convert("qcow", path, ""))),
-            _ => return refuse(format!("it has version {version} of the format, and only 2 and 3 are known")),
+            _ => return refuse(format!("it has version {version} of the format; only 2 and 3 are supported")),
         }
         if !(9..=21).contains(&cluster_bits) {
             return refuse(format!("its clusters of 2^{cluster_bits} bytes are not in the range 512 bytes to 2M"));
         }
-        // All of the header, its extensions and the base's name are in the first cluster.
+        // The header, its extensions and the base's name all lie in the first cluster.
         let first = read_at(file, 0, 1 << cluster_bits)?;
         let Some(v2) = first.first_chunk().copied() else { return refuse("it is too short") };
         let (length, features, autoclear, refcount_order) = if version == 2 {
@@ -110,12 +110,12 @@ impl Header {
         } else {
             let length = u32_at(&first, 100) as usize;
             if length < V3_BYTES || length > first.len() || !length.is_multiple_of(8) {
-                return refuse(format!("its header says that it is {length} bytes long"));
+                return refuse(format!("its header cannot be {length} bytes long"));
             }
             (length, u64_at(&first, 72), u64_at(&first, 88), u32_at(&first, 96))
         };
         if refcount_order > 6 {
-            return refuse(format!("its reference counts of 2^{refcount_order} bits have more than 64"));
+            return refuse(format!("its reference counts of 2^{refcount_order} bits are larger than 64 bits"));
         }
         let extensions = Extensions::read(&first, length)?;
         check_features(features, &extensions, path, writable)?;
@@ -124,7 +124,7 @@ impl Header {
         let zstd = match (features & COMPRESSION_TYPE != 0, compression) {
             (false, 0) => false,
             (true, 1) => true,
-            (_, kind) => return refuse(format!("its compression type {kind} is not known or not announced")),
+            (_, kind) => return refuse(format!("its compression type {kind} is unknown or not announced")),
         };
         let header = Header {
             version,
@@ -148,7 +148,7 @@ impl Header {
     /// Checks the size of the disk against its tables, and the places of all tables.
     fn check_places(&self, size: u64, snapshots_at: u64, end: u64) -> io::Result<()> {
         let (cluster, snapshots) = (self.cluster(), self.snapshots);
-        // An L2 table of one cluster has entries of 8 bytes for as many clusters.
+        // An L2 table fills one cluster with 8-byte entries, each for one cluster.
         let covered = u128::from(self.l1.entries) << (2 * self.cluster_bits - 3);
         if size > i64::MAX as u64 || u128::from(size) > covered {
             return refuse(format!("its first-level table does not cover the {size} bytes of the disk"));
@@ -158,11 +158,11 @@ impl Header {
             if bytes > max {
                 return refuse(format!("its {what} is larger than {} MiB", max >> 20));
             }
-            // The last cluster of a file need not be there in full.
+            // The last cluster of a file may be incomplete.
             let last = end.checked_next_multiple_of(cluster).unwrap_or(u64::MAX);
             let inside = table.offset.checked_add(bytes).is_some_and(|table_end| table_end <= last);
             if !inside || table.offset < cluster || !table.offset.is_multiple_of(cluster) {
-                return refuse(format!("its {what} at {:#x} is not where one can be", table.offset));
+                return refuse(format!("its {what} at {:#x} is misplaced", table.offset));
             }
             Ok(())
         };
@@ -176,7 +176,7 @@ impl Header {
         }
         in_file("table of reference counts", self.refcounts, MAX_REFCOUNT_TABLE_BYTES)?;
         if snapshots > MAX_SNAPSHOTS {
-            return refuse(format!("it says that it has {snapshots} snapshots"));
+            return refuse(format!("it claims to have {snapshots} snapshots"));
         }
         if snapshots > 0 {
             in_file("table of snapshots", Table { offset: snapshots_at, entries: 1 }, MAX_L1_BYTES)?;
@@ -184,13 +184,14 @@ impl Header {
         Ok(())
     }
 
-    /// Bytes of a cluster.
+    /// Size of a cluster in bytes.
     pub(super) fn cluster(&self) -> u64 {
         1 << self.cluster_bits
     }
 
-    /// What the driver reads instead of the file's first bytes: the fields of version 2 as they are, for the driver writes
-    /// them back; of version 3 no feature, of which none is left that concerns it; no header extension.
+    /// Returns the bytes that the driver reads instead of the file's first bytes. The fields of version 2 are as in the
+    /// file, because the driver writes them back. Of version 3, no feature is set, as none remains that concerns the
+    /// driver. There are no header extensions.
     pub(super) fn served(&self) -> Vec<u8> {
         let mut bytes = self.v2.to_vec();
         if self.version > 2 {
@@ -203,10 +204,10 @@ impl Header {
     }
 }
 
-/// A command that rewrites an image.
+/// Returns advice with a command that rewrites the image.
 fn convert(format: &str, path: &Path, options: &str) -> String {
     let path = path.display();
-    format!("'qemu-img convert -f {format} -O qcow2{options} {path} {path}.new' writes it as one that vireo can use")
+    format!("'qemu-img convert -f {format} -O qcow2{options} {path} {path}.new' converts it for vireo")
 }
 
 fn check_features(features: u64, extensions: &Extensions, path: &Path, writable: bool) -> io::Result<()> {
@@ -217,9 +218,9 @@ fn check_features(features: u64, extensions: &Extensions, path: &Path, writable:
         let name = extensions.feature_name(bit);
         return refuse(format!("it needs a feature that vireo does not have: incompatible feature {bit}{name}"));
     }
-    // Reading goes by what is sound even then; only reference counts may be wrong.
+    // Reading uses only data that is sound even if dirty: only reference counts may be wrong.
     if features & DIRTY != 0 && writable {
-        return refuse(format!("it was not closed and its reference counts may be wrong (dirty); {repair}"));
+        return refuse(format!("it was not closed cleanly and its reference counts may be wrong (dirty); {repair}"));
     }
     if features & CORRUPT != 0 {
         return refuse(format!("it is marked as corrupt; {repair}"));
@@ -245,28 +246,28 @@ fn check_encryption(method: u32, path: &Path) -> io::Result<()> {
     let path = path.display();
     refuse(format!(
         "it is encrypted ({name}), which is not supported; 'qemu-img convert --object secret,id=key,file=KEYFILE \
-         --image-opts driver=qcow2,file.filename={path},encrypt.key-secret=key -O qcow2 {path}.new' writes it decrypted"
+         --image-opts driver=qcow2,file.filename={path},encrypt.key-secret=key -O qcow2 {path}.new' decrypts it"
     ))
 }
 
-/// The name of the base image, if there is one.
+/// Returns the name and format of the base image, if there is one.
 fn base(first: &[u8], length: usize, format: Option<String>) -> io::Result<Option<Base>> {
     let (offset, len) = (u64_at(first, 8), u32_at(first, 16));
     if offset == 0 {
         return Ok(None);
     }
     let name = usize::try_from(offset).ok().filter(|_| (1..=MAX_NAME).contains(&len));
-    // The driver wants it to end before the cluster does.
+    // The driver expects the name to end before the cluster does.
     let name = name.filter(|at| *at >= length && at.saturating_add(len as usize) < first.len());
     let name = name.and_then(|at| first.get(at..at + len as usize));
     match name.map(|name| String::from_utf8(name.to_vec())) {
         Some(Ok(name)) if !name.contains('\0') => Ok(Some(Base { name, format })),
         Some(_) => refuse("the name of its base image is not text"),
-        None => refuse("the name of its base image is not where one can be"),
+        None => refuse("the name of its base image is misplaced"),
     }
 }
 
-/// What matters of the header extensions.
+/// Relevant contents of the header extensions.
 #[derive(Default)]
 struct Extensions {
     base_format: Option<String>,
@@ -274,7 +275,7 @@ struct Extensions {
 }
 
 impl Extensions {
-    /// Walks the extensions from `at` on, to their end, the base's name or the end of the cluster.
+    /// Reads the extensions from `at` on, up to their end mark, the base's name or the end of the cluster.
     fn read(first: &[u8], mut at: usize) -> io::Result<Self> {
         let name = usize::try_from(u64_at(first, 8)).unwrap_or(usize::MAX);
         let end = if name == 0 { first.len() } else { name.min(first.len()) };
@@ -286,14 +287,14 @@ impl Extensions {
             }
             at += 8;
             let Some(data) = at.checked_add(len).filter(|e| *e <= end).and_then(|e| first.get(at..e)) else {
-                return refuse(format!("its header extension {kind:#x} of {len} bytes goes too far"));
+                return refuse(format!("its header extension {kind:#x} of {len} bytes is too long"));
             };
             match kind {
                 BASE_FORMAT => match String::from_utf8(data.to_vec()) {
                     Ok(format) if found.base_format.as_ref().is_none_or(|before| *before == format) => {
                         found.base_format = Some(format);
                     }
-                    _ => return refuse("the format of its base image is said twice or is not text"),
+                    _ => return refuse("the format of its base image is given twice or is not text"),
                 },
                 FEATURE_NAMES => found.names = data.to_vec(),
                 _ => {}
@@ -303,7 +304,7 @@ impl Extensions {
         Ok(found)
     }
 
-    /// The image's own name for an incompatible feature, for people: ` (name)`, or nothing.
+    /// Returns the image's own name for an incompatible feature, to be shown: ` (name)`, or nothing.
     fn feature_name(&self, bit: u32) -> String {
         let entry = self.names.chunks_exact(48).find(|entry| matches!(entry, [0, b, ..] if u32::from(*b) == bit));
         let text = entry.and_then(|entry| entry.get(2..)).unwrap_or_default();

@@ -1,7 +1,7 @@
-//! The file of an image as the format's driver (imago) sees it.
+//! File of an image as the format's driver (imago) sees it.
 //!
-//! While the image is opened, the driver gets those pieces of the file that were checked from memory, as they were when
-//! they were checked: a change of the file in between has no effect.
+//! While the image is opened, the driver reads the checked pieces of the file from memory, as they were when they were
+//! checked: a change of the file since then has no effect.
 
 #![allow(unsafe_code)]
 
@@ -19,10 +19,10 @@ use imago::{Storage, StorageOpenOptions};
 
 use crate::backend::AlignedBuffer;
 
-/// A piece of a file, and where it is.
+/// Piece of a file: its offset and its bytes.
 pub(super) type Piece = (u64, Vec<u8>);
 
-/// Pieces that are read from memory until they are given up.
+/// Pieces that are read from memory until they are released.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Checked(Arc<Mutex<Vec<Piece>>>);
 
@@ -31,7 +31,7 @@ impl Checked {
         Checked(Arc::new(Mutex::new(pieces)))
     }
 
-    /// From now on everything is read from the file.
+    /// Releases the pieces: from now on everything is read from the file.
     pub(super) fn give_up(&self) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
@@ -41,7 +41,7 @@ impl Checked {
         pieces.iter().any(|(at, bytes)| *at < offset.saturating_add(len) && offset < at + bytes.len() as u64)
     }
 
-    /// Puts the pieces over what was read into `buffer` from `offset` on.
+    /// Replaces data in `buffer`, which was read from `offset` on, by the pieces where they overlap.
     fn overlay(&self, buffer: &mut [u8], offset: u64) {
         for (at, bytes) in &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
             let start = (*at).max(offset);
@@ -57,7 +57,7 @@ impl Checked {
     }
 }
 
-/// A file for the driver.
+/// File that the driver uses.
 #[derive(Debug)]
 pub(super) struct ImageFile {
     file: File,
@@ -100,7 +100,7 @@ impl Storage for ImageFile {
 
     unsafe fn pure_readv(&self, mut bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
         if !self.checked.touches(offset, bufv.len()) {
-            // SAFETY: the caller's promises are the same as ours.
+            // SAFETY: the caller's promises are those that the inner call needs.
             return unsafe { self.file.pure_readv(bufv, offset) };
         }
         let len = usize::try_from(bufv.len()).map_err(io::Error::other)?;
@@ -114,7 +114,7 @@ impl Storage for ImageFile {
     }
 
     unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
-        // SAFETY: the caller's promises are the same as ours, here and below.
+        // SAFETY: the caller's promises are those that the inner call needs, here and below.
         unsafe { self.file.pure_writev(bufv, offset) }
     }
 

@@ -1,12 +1,13 @@
 //! The tables of a qcow2 image, checked before the format's driver uses them.
 //!
-//! An image that is only read needs a sound first-level table: everything else the driver checks when it comes to it. An
-//! image that is written to is checked as a whole. Every cluster in use must be counted, or the driver would hand it out
-//! a second time; those of tables must not be anything else, or a guest could write to tables by writing to its disk; and
-//! where the driver writes in place, nothing else may refer to.
+//! An image that is only read needs a sound first-level table: the driver checks everything else when it uses it. An
+//! image that is written to is checked as a whole. Every cluster in use must be counted, or the driver would allocate
+//! it a second time. A table's clusters must have no other use, or a guest could change tables by writing to its disk.
+//! Clusters that the driver writes in place must have only one user.
 //!
-//! A monitor that was killed leaves clusters that are in use and not counted: imago writes an entry of the first level
-//! before the count of what it leads to. They are counted again, as QEMU does with images that were not closed.
+//! A monitor that was killed leaves clusters in use that are not counted: imago writes an entry of the first level
+//! before the count of the table that it refers to. Such clusters are counted here, as QEMU does for images that were
+//! not closed.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -19,10 +20,10 @@ use super::header::{Header, Table};
 use super::storage::Piece;
 use super::{read_at, write_at};
 
-/// The most clusters of a file that is written to: what is noted of each takes a byte.
+/// Maximum number of clusters in a file that is written to: the check takes a byte of memory for each.
 const MAX_CLUSTERS: u64 = 1 << 28;
 
-/// Bits of an entry of the first level: the table's offset, what must be zero, and "referred to by nothing else".
+/// Bits of an entry of the first level: the table's offset, reserved bits, and "no other reference".
 const OFFSET: u64 = 0x00FF_FFFF_FFFF_FE00;
 const L1_RESERVED: u64 = 0x7F00_0000_0000_01FF;
 const COPIED: u64 = 1 << 63;
@@ -30,11 +31,11 @@ const COPIED: u64 = 1 << 63;
 const L2_RESERVED: u64 = 0x3F00_0000_0000_01FE;
 const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
-/// Bits of an entry of the table of reference counts that must be zero.
+/// Reserved bits of an entry of the reference count table.
 const REFCOUNTS_RESERVED: u64 = 0xFF00_0000_0000_01FF;
 
-/// Reads and checks the tables; counts what is not counted. Returns those tables that the driver keeps in memory, as they
-/// were checked. `end` is the size of the file.
+/// Reads and checks the tables, and adds missing reference counts. Returns the tables that the driver keeps in memory,
+/// as they were when checked. `end` is the size of the file.
 pub(super) fn check(file: &File, header: &Header, end: u64, writable: bool) -> io::Result<Vec<Piece>> {
     let read = |table: Table| read_at(file, table.offset, (table.entries * 8) as usize);
     let l1 = read(header.l1)?;
@@ -47,7 +48,7 @@ pub(super) fn check(file: &File, header: &Header, end: u64, writable: bool) -> i
     }
     if check.clusters > MAX_CLUSTERS {
         return broken(format!(
-            "its file has {} clusters, and vireo writes to images of at most {MAX_CLUSTERS}; larger clusters help: \
+            "its file has {} clusters, but vireo writes only to images of at most {MAX_CLUSTERS}; use larger clusters: \
              'qemu-img convert -O qcow2 -o cluster_size=2M'",
             check.clusters
         ));
@@ -68,7 +69,7 @@ pub(super) fn check(file: &File, header: &Header, end: u64, writable: bool) -> i
     Ok(vec![(header.l1.offset, l1), (header.refcounts.offset, refcounts)])
 }
 
-/// Notes the second-level tables, all before any of their entries is looked at.
+/// Notes all second-level tables, before any of their entries is examined.
 fn l1_tables(check: &mut Check<'_>, l1: &[u8]) -> io::Result<Vec<(u64, bool)>> {
     let mut tables = Vec::new();
     for entry in entries(l1) {
@@ -114,7 +115,7 @@ fn broken<T>(why: impl Into<String>) -> io::Result<T> {
     Err(io::Error::new(io::ErrorKind::InvalidData, why.into()))
 }
 
-/// What is noted of a cluster: how often it is counted (0, once, more), and what refers to it.
+/// Bits of a note about a cluster: its reference count (0, once, more), and its uses.
 const ONCE: u8 = 1;
 const MORE: u8 = 2;
 const TABLE: u8 = 4;
@@ -124,14 +125,14 @@ const PACKED: u8 = 16;
 struct Check<'a> {
     file: &'a File,
     header: &'a Header,
-    /// Clusters of the file, the last one perhaps not in full.
+    /// Number of clusters in the file; the last one may be incomplete.
     clusters: u64,
     notes: Vec<u8>,
-    /// The offsets of blocks of reference counts, by the first cluster that each counts.
+    /// Offsets of the reference count blocks, by the first cluster that each counts.
     blocks: BTreeMap<u64, u64>,
-    /// Pieces of compressed data in each cluster; empty if nothing is compressed.
+    /// Number of pieces of compressed data in each cluster; empty if no cluster is compressed.
     pieces: Vec<u32>,
-    /// Clusters that are in use, once, and not counted.
+    /// Clusters that are used once but not counted.
     missing: Vec<u64>,
 }
 
@@ -145,7 +146,7 @@ impl<'a> Check<'a> {
         (self.header.cluster() * 8) >> self.header.refcount_order
     }
 
-    /// The offset in a table's entry, which must be that of a cluster of the file; `None` if there is none.
+    /// Returns the offset in a table's entry, which must be that of a cluster in the file; `None` for an empty entry.
     fn table_at(&self, entry: u64, reserved: u64, what: &str) -> io::Result<Option<u64>> {
         let offset = entry & OFFSET;
         if entry & reserved != 0 || offset & (self.header.cluster() - 1) != 0 {
@@ -157,7 +158,7 @@ impl<'a> Check<'a> {
         Ok((offset != 0).then_some(offset))
     }
 
-    /// Notes the reference counts of all clusters that the file has.
+    /// Notes the reference counts of all clusters in the file.
     fn reference_counts(&mut self, table: &[u8]) -> io::Result<()> {
         let (cluster, order) = (self.header.cluster(), self.header.refcount_order);
         let per_block = self.per_block();
@@ -192,7 +193,7 @@ impl<'a> Check<'a> {
         there.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a cluster is past the end of the file"))
     }
 
-    /// Notes that all clusters of these bytes are a table's, which nothing else is.
+    /// Notes that a table occupies all clusters of these bytes. They must have no other use.
     fn tables(&mut self, offset: u64, bytes: u64) -> io::Result<()> {
         let bits = self.header.cluster_bits;
         for cluster in offset >> bits..(offset + bytes).div_ceil(1 << bits) {
@@ -201,7 +202,7 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
-    /// Notes what a cluster is used for. Only compressed data shares clusters, with its like.
+    /// Notes a use of a cluster. Only pieces of compressed data may share a cluster with each other.
     fn refer(&mut self, cluster: u64, what: u8) -> io::Result<()> {
         let note = self.note(cluster)?;
         let others = *note & (TABLE | DATA | PACKED);
@@ -211,7 +212,7 @@ impl<'a> Check<'a> {
             return broken(format!("cluster {cluster} of its file is used for two things"));
         }
         if !counted {
-            // How often compressed data and snapshots refer to it is not known.
+            // The number of references from compressed data and snapshots is not known.
             if what == PACKED || self.header.snapshots > 0 {
                 return broken(format!("its reference counts are broken: cluster {cluster} is in use and not counted"));
             }
@@ -220,16 +221,16 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
-    /// Checks that what is written to in place is counted once.
+    /// Checks that a cluster that is written in place is not counted more than once.
     fn alone(&mut self, offset: u64) -> io::Result<()> {
         let cluster = offset >> self.header.cluster_bits;
         if *self.note(cluster)? & MORE != 0 {
-            return broken(format!("cluster {cluster} of its file is shared, and marked as if it were not"));
+            return broken(format!("cluster {cluster} of its file is shared, but marked as not shared"));
         }
         Ok(())
     }
 
-    /// Counts the clusters that are in use and were not counted, now that everything else is sound.
+    /// Counts the clusters that are in use but not counted, once everything else is known to be sound.
     fn count_missing(&mut self) -> io::Result<()> {
         let mut missing = std::mem::take(&mut self.missing);
         missing.sort_unstable();
@@ -266,11 +267,11 @@ impl<'a> Check<'a> {
                 self.compressed(entry)?;
                 continue;
             }
-            // Version 2 does not know clusters of zeros.
+            // Version 2 has no zero clusters.
             let zero = if self.header.version == 2 { 0 } else { ZERO };
             let Some(offset) = self.table_at(entry & !zero, L2_RESERVED | ZERO, "a cluster")? else { continue };
             self.refer(offset >> bits, DATA)?;
-            // In a table that is shared no mark counts: the driver copies the table first, and forgets them.
+            // Marks in a shared table do not count: the driver copies the table before it writes, and drops them.
             if copied && entry & COPIED != 0 {
                 self.alone(offset)?;
             }
@@ -295,12 +296,12 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
-    /// Checks that clusters with compressed data are counted for each piece of it, or they would be free too soon.
+    /// Checks that clusters with compressed data are counted for each piece; otherwise they would be freed too early.
     fn shares(&self) -> io::Result<()> {
         for (first, offset) in self.blocks.range(..self.clusters) {
             let pieces = self.pieces.get(*first as usize..).unwrap_or_default();
             let pieces = pieces.get(..self.per_block() as usize).unwrap_or(pieces);
-            // One piece has a count already.
+            // A single piece has a count already.
             if pieces.iter().all(|pieces| *pieces <= 1) {
                 continue;
             }
@@ -316,7 +317,7 @@ impl<'a> Check<'a> {
     }
 }
 
-/// Where compressed data is, and how many bytes it has at most (at least one).
+/// Returns the offset of compressed data and its maximum length in bytes (at least 1).
 pub(super) fn compressed_range(entry: u64, cluster_bits: u32) -> (u64, u64) {
     let offset_bits = 70 - cluster_bits;
     let descriptor = entry & ((1 << 62) - 1);
@@ -324,7 +325,7 @@ pub(super) fn compressed_range(entry: u64, cluster_bits: u32) -> (u64, u64) {
     (offset, ((descriptor >> offset_bits) + 1) * 512 - offset % 512)
 }
 
-/// The reference count of 2^`order` bits with the number `n` in a block; those of less than a byte begin with its lowest
+/// Returns reference count `n` of a block, which has 2^`order` bits; counts smaller than a byte start at its lowest
 /// bits.
 fn count(block: &[u8], n: usize, order: u32) -> u64 {
     let byte = |n: usize| block.get(n).copied().unwrap_or(0);
@@ -337,7 +338,7 @@ fn count(block: &[u8], n: usize, order: u32) -> u64 {
     (0..bytes).fold(0, |value, i| value << 8 | u64::from(byte(n * bytes + i)))
 }
 
-/// Makes a count that is 0 one.
+/// Changes a count of 0 to 1.
 fn count_once(block: &mut [u8], n: usize, order: u32) {
     let (byte, bit) = if order < 3 {
         let per_byte = 8 >> order;

@@ -1,4 +1,4 @@
-//! qcow2 images of our own, of qemu-img and of strangers.
+//! qcow2 images created by vireo, by qemu-img and by strangers.
 
 use super::*;
 use crate::backend::image;
@@ -92,20 +92,20 @@ fn an_overlay_leaves_its_base_alone() {
         assert!(now[..512] == content[512..1024] && now[512..1024] == [1; 512] && now[1024..] == content[1536..2560]);
         assert_eq!(read(&*disk, 128 << 10, 512), [0; 512], "not what the base has there");
         assert_eq!(std::fs::read(&base).unwrap(), content);
-        // Others may read the base meanwhile, and lay their own overlay over it; nobody may write to it.
+        // Others may read the base in the meantime, and put their own overlay over it; no one may write to it.
         assert!(error(&options(&base)).contains("in use by another VM"));
         image::open(&ImageOptions { overlay: Some(Overlay::Tmp), ..options(&base) }).unwrap();
     }
-    // The file is still there, and remembers.
+    // The overlay file is kept, with its data.
     let again = ImageOptions { overlay: Some(Overlay::File(top.clone())), ..options(&base) };
     assert_eq!(read(&*image::open(&again).unwrap(), 1024, 512), [1; 512]);
     let left: Vec<_> = dir.path().read_dir().unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left.len(), 2, "{left:?}");
-    // But not over something else.
+    // But the overlay is refused over another disk.
     let other = dir.path().join("other.img");
     std::fs::write(&other, &content).unwrap();
     let message = error(&ImageOptions { path: other, ..again });
-    assert!(message.contains("was made for the disk") && message.contains("base.img"), "{message}");
+    assert!(message.contains("was created for the disk") && message.contains("base.img"), "{message}");
     std::fs::write(&top, "precious").unwrap();
     assert!(
         error(&ImageOptions { overlay: Some(Overlay::File(top.clone())), ..options(&base) })
@@ -140,14 +140,14 @@ fn an_overlay_is_made_once_however_many_want_it() {
     let disk = crate::backend::when_free(|| image::open(&over));
     assert_eq!(read(&*disk, 512, 512), [7; 512], "what the one wrote");
     assert_eq!(dir.path().read_dir().unwrap().count(), 2, "nothing else is left");
-    // What came first stays.
+    // The first file stays.
     assert_eq!(give_name(&base, &top).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
     assert!(std::fs::read(&top).unwrap().starts_with(b"QFI"));
 }
 
 #[test]
 fn direct_is_for_all_of_an_images_files() {
-    // On the file system of the checkout, which has O_DIRECT where a temporary folder may not.
+    // Use the checkout's file system, which supports O_DIRECT; that of temporary folders may not.
     let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     let (below, base, top) = (dir.path().join("below"), dir.path().join("base"), dir.path().join("top"));
     std::fs::write(&below, vec![3; SIZE as usize]).unwrap();
@@ -172,7 +172,7 @@ fn direct_is_for_all_of_an_images_files() {
         }
         assert!([&below, &base, &top].iter().all(|file| open.contains(file)), "{open:?}");
         if !again {
-            // Neither whole blocks nor on their bounds, nor in memory that is.
+            // Neither the disk's ranges nor the memory are aligned to blocks.
             write(&*disk, 512 * 7, &[5; 3 * 512]);
             write(&*disk, 512 * 200, &[6; 80 * 512]);
             disk.write_zeroes(512 * 8, 512, false).unwrap();
@@ -197,11 +197,11 @@ fn a_guest_cannot_have_files_opened_by_what_it_writes() {
     std::fs::write(&secret, vec![42; 64 << 10]).unwrap();
     qcow2(&disk, SIZE, Some((&secret, Format::Raw)));
     let message = error(&options(&disk));
-    assert!(message.contains("refers to the base image") && message.contains("say format=qcow2"), "{message}");
-    // If the user says so, it is.
+    assert!(message.contains("refers to the base image") && message.contains("add format=qcow2"), "{message}");
+    // The base is opened if the user says so.
     let trusted = ImageOptions { format: Some(Format::Qcow2), ..options(&disk) };
     assert_eq!(read(&*image::open(&trusted).unwrap(), 0, 512), [42; 512]);
-    // But only as what it is said to be, and that must be said: another guest could have written to it as raw bytes.
+    // But its format must be stated: another guest could have written to the base as raw bytes.
     let mut header = vec![0; 4096];
     let image = File::options().read(true).write(true).open(&disk).unwrap();
     image.read_exact_at(&mut header, 0).unwrap();
@@ -210,16 +210,16 @@ fn a_guest_cannot_have_files_opened_by_what_it_writes() {
     drop(image);
     let message = error(&trusted);
     assert!(message.contains("whether its base image") && message.contains("-F raw"), "{message}");
-    // As raw bytes it is harmless anyway.
+    // The image is harmless as raw bytes in any case.
     let raw = ImageOptions { format: Some(Format::Raw), ..options(&disk) };
     assert_eq!(&read(&*image::open(&raw).unwrap(), 0, 4), b"QFI\xfb");
-    // Its own base: bounded, not endless.
+    // An image that is its own base must not cause an endless recursion.
     qcow2(&own, SIZE, Some((&own, Format::Qcow2)));
     let own = ImageOptions { format: Some(Format::Qcow2), readonly: true, ..options(&own) };
     assert!(error(&own).contains("its own base"), "{}", error(&own));
 }
 
-/// The error of an image once no process has it open any more.
+/// Returns the error of an image once no other process has it open.
 fn when_unlocked(error: impl Fn() -> String) -> String {
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
     loop {
@@ -249,8 +249,8 @@ fn what_a_header_cannot_say_is_refused() {
     let cases: &[(u64, &[u8], &str)] = &[
         (4, &[0, 0, 0, 1], "the old qcow format; 'qemu-img convert -f qcow -O qcow2"),
         (4, &[0, 0, 0, 4], "version 4 of the format"),
-        (8, &[0, 0, 0, 0, 0, 0, 0, 104, 0, 0, 4, 0], "the name of its base image is not where one can be"),
-        (8, &[0, 0, 0, 0, 0, 0, 0xFF, 0xF0, 0, 0, 0, 16], "the name of its base image is not where one can be"),
+        (8, &[0, 0, 0, 0, 0, 0, 0, 104, 0, 0, 4, 0], "the name of its base image is misplaced"),
+        (8, &[0, 0, 0, 0, 0, 0, 0xFF, 0xF0, 0, 0, 0, 16], "the name of its base image is misplaced"),
         (8, &[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 8], "clusters of 2^8 bytes"),
         (20, &[0, 0, 0, 22], "clusters of 2^22 bytes"),
         (20, &[0xFF; 4], "clusters of 2^4294967295 bytes"),
@@ -261,9 +261,9 @@ fn what_a_header_cannot_say_is_refused() {
         (32, &[0, 0, 0, 3], "an unknown method (3)"),
         (36, &[0, 0x80, 0, 0], "its first-level table is larger than 32 MiB"),
         (36, &[0, 0, 0, 0], "does not cover"),
-        (40, &[0, 0, 0, 0, 0, 0, 1], "its first-level table at 0x100 is not where"),
-        (40, &[0x40], "is not where one can be"),
-        (40, &[0; 8], "its first-level table at 0x0 is not where"),
+        (40, &[0, 0, 0, 0, 0, 0, 1], "its first-level table at 0x100 is misplaced"),
+        (40, &[0x40], "is misplaced"),
+        (40, &[0; 8], "its first-level table at 0x0 is misplaced"),
         (48, &[0x40], "its table of reference counts at"),
         (56, &[0; 4], "its reference counts are broken: their table has no clusters"),
         (56, &[0xFF; 4], "its table of reference counts is larger than 8 MiB"),
@@ -279,7 +279,7 @@ fn what_a_header_cannot_say_is_refused() {
         (100, &[0, 0, 0, 96], "96 bytes long"),
         (100, &[0, 0, 0, 105], "105 bytes long"),
         (100, &[0xFF; 4], "bytes long"),
-        (108, &[0xFF; 4], "goes too far"),
+        (108, &[0xFF; 4], "is too long"),
     ];
     for (n, (at, bytes, why)) in cases.iter().enumerate() {
         let path = dir.path().join(format!("{n}.qcow2"));
@@ -296,8 +296,7 @@ fn what_a_header_cannot_say_is_refused() {
 #[test]
 fn tables_that_would_harm_are_refused_before_anything_is_written() {
     let dir = tempfile::tempdir().unwrap();
-    // What imago makes: the header, the table of reference counts, their block, then the first-level table; what is written
-    // to comes after it.
+    // imago writes the header, the reference count table, its block, and the first-level table; data follows.
     let fresh = |name: String| {
         let path = dir.path().join(format!("{name}.qcow2"));
         qcow2(&path, SIZE, None);
@@ -319,8 +318,8 @@ fn tables_that_would_harm_are_refused_before_anything_is_written() {
         (refcounts, entry(1 << 40), "past the end of the file"),
         (refcounts + 8, entry(block), "used for two things"),
         (refcounts + 8, entry(l2), "used for two things"),
-        (block + 2 * (data >> 16), vec![0, 2], "is shared, and marked as if it were not"),
-        (block + 2 * (l2 >> 16), vec![0, 2], "is shared, and marked as if it were not"),
+        (block + 2 * (data >> 16), vec![0, 2], "is shared, but marked as not shared"),
+        (block + 2 * (l2 >> 16), vec![0, 2], "is shared, but marked as not shared"),
         (l1, entry(l2 | 1 << 62 | copied), "makes no sense"),
         (l1, entry(copied | 1 << 40), "past the end of the file"),
         (l1, entry(copied | block), "used for two things"),
@@ -354,14 +353,14 @@ fn what_a_killed_monitor_did_not_count_is_counted() {
         qcow2(&path, SIZE, None);
         write(&*image::open(&options(&path)).unwrap(), 0, &[3; 4096]);
         let number = |at| u64::from_be_bytes(read_at(&File::open(&path).unwrap(), at, 8).unwrap().try_into().unwrap());
-        // All that the file has was never counted.
+        // Pretend that none of the file's clusters was ever counted.
         patch(&path, number(number(48)), &[0; 64]);
         let disk = crate::backend::when_free(|| image::open(&ImageOptions { direct, ..options(&path) }));
         write(&*disk, 128 << 10, &[5; 100 << 10]);
         assert_eq!(read(&*disk, 0, 4096), [3; 4096]);
         drop(disk);
         qemu_img(&["check", "-q", path.to_str().unwrap()]);
-        // Not if there is a snapshot, which may have it too.
+        // Missing counts are not added if there is a snapshot, which may refer to the clusters too.
         qemu_img(&["snapshot", "-c", "now", path.to_str().unwrap()]);
         patch(&path, number(number(48)), &[0; 64]);
         let message = when_unlocked(|| error(&options(&path)));
@@ -414,7 +413,7 @@ fn images_of_qemu_are_read_written_and_sound_afterwards() {
     let raw = dir.path().join("raw");
     let mut content: Vec<u8> = (0..3u32 << 20).map(|i| (i / 7 % 251) as u8 ^ (i >> 13) as u8).collect();
     content[1 << 20..(1 << 20) + 300_000].fill(0);
-    // The last cluster is not a whole one.
+    // The last cluster is incomplete.
     content.truncate((3 << 20) - 512 * 77);
     std::fs::write(&raw, &content).unwrap();
     for (n, how) in [
@@ -432,7 +431,7 @@ fn images_of_qemu_are_read_written_and_sound_afterwards() {
         let path = dir.path().join(format!("{n}.qcow2"));
         let (from, to) = (text(&raw), text(&path));
         qemu_img(&[&["convert", "-f", "raw", "-O", "qcow2"], how, &[&from, &to]].concat());
-        // Below an overlay that is thrown away, and by itself.
+        // Test it below a temporary overlay, then by itself.
         let mut overlay = Some(Overlay::Tmp);
         let expected = loop {
             let last = overlay.is_none();
@@ -521,10 +520,7 @@ fn a_folder_for_temporary_files_that_is_not_there() {
     let folder = dir.path().join("none");
     assert_eq!(
         throw_away(&folder, SIZE, false).unwrap_err().to_string(),
-        format!(
-            "overlay=tmp cannot have its file in the folder for temporary files, {}, which TMPDIR names",
-            folder.display()
-        )
+        format!("cannot create the file for overlay=tmp in {} (set TMPDIR to use another folder)", folder.display())
     );
 }
 
@@ -535,7 +531,7 @@ fn what_is_checked_is_what_is_used() {
     qcow2(&path, SIZE, None);
     let file = File::options().read(true).write(true).open(&path).unwrap();
     let image = Image::check(file, &path, true, false).unwrap();
-    // Somebody changes the header and the tables in between.
+    // Change the header and the tables between the check and the use.
     let file = File::options().read(true).write(true).open(&path).unwrap();
     file.write_all_at(&[0xFF; 4], 20).unwrap();
     file.write_all_at(&[0xFF; 40], 104).unwrap();
@@ -546,9 +542,9 @@ fn what_is_checked_is_what_is_used() {
     assert_eq!(read(&disk, 4096, 4096), [9; 4096]);
 }
 
-/// What a stranger's image says, in places that matter.
+/// Byte changes of a stranger's image, in places that matter.
 fn flips() -> impl Strategy<Value = Vec<(u64, u8)>> {
-    // Mostly in the header, and where tables are: in the first five clusters.
+    // Mostly in the header and in the tables, which are in the first five clusters.
     let at =
         prop_oneof![3 => 0..120u64, 2 => (1..6u64, 0..64u64).prop_map(|(n, at)| n * 65536 + at), 1 => 0..6 * 65536u64];
     proptest::collection::vec((at, any::<u8>()), 1..6)
@@ -556,7 +552,7 @@ fn flips() -> impl Strategy<Value = Vec<(u64, u8)>> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
-    /// An image with flipped bytes is refused, or read and written with errors at most.
+    /// An image with changed bytes is refused, or reading and writing it causes errors at most.
     #[test]
     fn broken_images_are_no_crash(flips in flips(), readonly: bool) {
         let dir = tempfile::tempdir().unwrap();

@@ -1,8 +1,8 @@
 //! qcow2 images whose compressed clusters are zstd frames, which the format's driver (imago) does not read.
 //!
-//! [`Zstd`] is that driver, but for compressed clusters: it finds and unpacks them itself, and unpacks one into a cluster
-//! of its own before a part of it is written. While something is written to such an image nothing may be read from it:
-//! the cluster that is being unpacked could become another's.
+//! [`Zstd`] wraps that driver and handles compressed clusters itself: it finds and unpacks them, and unpacks one into a
+//! plain cluster before a part of it is written. While such an image is written to, nothing may be read from it: the
+//! cluster being unpacked could be reassigned.
 
 #![allow(unsafe_code)]
 
@@ -21,10 +21,10 @@ use super::read_at;
 use super::storage::ImageFile;
 use super::tables::compressed_range;
 
-/// The most that a frame may keep of what it has unpacked, in bytes. A cluster has at most 2 MiB.
+/// Maximum number of unpacked bytes that a frame may refer back to. A cluster has at most 2 MiB.
 const MAX_WINDOW: u64 = 8 << 20;
 
-/// A driver of such images.
+/// Driver of images with zstd clusters.
 pub(super) struct Zstd {
     inner: Qcow2<ImageFile>,
     file: File,
@@ -32,7 +32,7 @@ pub(super) struct Zstd {
 }
 
 impl Zstd {
-    /// The driver of the image in `file`, given the one that cannot unpack.
+    /// Creates a driver for the image in `file` on top of the driver that cannot unpack.
     pub(super) fn new(inner: Qcow2<ImageFile>, file: File, cluster_bits: u32) -> Self {
         Zstd { inner, file, cluster_bits }
     }
@@ -46,8 +46,9 @@ impl Zstd {
         Ok(bytes.first_chunk().copied().map_or(0, u64::from_be_bytes))
     }
 
-    /// Unpacks the compressed cluster that has the byte `offset` of the disk. The tables are read from the file: entries of
-    /// the first level are there as soon as they change, and one of a compressed cluster was not changed.
+    /// Unpacks the compressed cluster that contains the byte `offset` of the disk. The tables are read from the file:
+    /// first-level entries are written as soon as they change, and the entry of a compressed cluster has not been
+    /// changed.
     fn unpack(&self, offset: u64) -> io::Result<Vec<u8>> {
         let broken = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why.to_string());
         let entries_bits = self.cluster_bits - 3;
@@ -56,14 +57,14 @@ impl Zstd {
         let l2 = self.number(l1.saturating_add((cluster >> entries_bits) * 8))? & 0x00FF_FFFF_FFFF_FE00;
         let entry = self.number(l2 + (cluster & ((1 << entries_bits) - 1)) * 8)?;
         if l2 == 0 || entry & 1 << 62 == 0 {
-            return Err(broken("a compressed cluster is no longer one"));
+            return Err(broken("a cluster is no longer compressed"));
         }
         let (at, len) = compressed_range(entry, self.cluster_bits);
         let packed = read_at(&self.file, at, len as usize)?;
         unpack(&packed, self.cluster() as usize)
     }
 
-    /// Unpacks those compressed clusters of a range that will not be overwritten as a whole.
+    /// Unpacks the compressed clusters of a range that will not be overwritten as a whole.
     fn make_writable(&self, offset: u64, length: u64, overwrite: bool) -> io::Result<()> {
         let end = offset + length;
         let mut start = offset - offset % self.cluster();
@@ -82,7 +83,7 @@ impl Zstd {
         let bytes = self.unpack(start)?;
         let len = self.cluster().min(self.size() - start);
         if len < self.cluster() {
-            // The driver would unpack what is past the end of the disk.
+            // Otherwise the driver would unpack the part past the end of the disk.
             self.inner.ensure_zero_mapping(start, len)?;
         }
         let mapping = self.inner.prepare_data_mapping(start, len, true)?;
@@ -92,7 +93,7 @@ impl Zstd {
     }
 }
 
-/// Unpacks the first frame of `packed`, which must have `len` bytes or more.
+/// Unpacks the first frame of `packed`, which must yield at least `len` bytes.
 fn unpack(packed: &[u8], len: usize) -> io::Result<Vec<u8>> {
     let mut decoder = StreamingDecoder::new_with_max_window_size(packed, MAX_WINDOW).map_err(io::Error::other)?;
     let mut bytes = vec![0; len];
@@ -120,7 +121,7 @@ impl FormatDriverInstance for Zstd {
     }
 
     unsafe fn probe(storage: &ImageFile) -> io::Result<bool> {
-        // SAFETY: the caller's promises are the same as ours.
+        // SAFETY: the caller's promises are those that the inner call needs.
         unsafe { Qcow2::<ImageFile>::probe(storage) }
     }
 
@@ -163,7 +164,7 @@ impl FormatDriverInstance for Zstd {
     }
 
     unsafe fn discard_to_zero_unsafe(&self, offset: u64, length: u64) -> io::Result<(u64, u64)> {
-        // SAFETY: the caller's promises are the same as ours.
+        // SAFETY: the caller's promises are those that the inner call needs.
         unsafe { self.inner.discard_to_zero_unsafe(offset, length) }
     }
 

@@ -1,30 +1,30 @@
-//! A daemon for tests, that answers as it is told.
+//! A daemon for tests, with configurable answers.
 
 use super::*;
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc::{Receiver, channel};
 
-/// What a daemon does with a request.
+/// Reaction of a daemon to a request.
 pub enum Answer {
-    /// What a good one does: acknowledge, or answer with this payload.
+    /// Correct reaction: acknowledges the request, or answers with this payload.
     Good(Vec<u8>),
-    /// These bytes, whatever they are.
+    /// Sends these bytes as they are.
     Raw(Vec<u8>),
-    /// Nothing.
+    /// Does not answer.
     Silence,
-    /// It ends.
+    /// Closes the connection.
     End,
 }
 
-/// A daemon in a thread, for as many connections one after the other as there come.
+/// A daemon in a thread, which serves any number of connections one after the other.
 pub struct FakeDaemon {
     pub path: PathBuf,
-    /// Requests and their payloads, in order.
+    /// Requests received, with their payloads, in order.
     pub requests: Receiver<(u32, Vec<u8>)>,
     _dir: tempfile::TempDir,
 }
 
-/// How a good daemon with these features answers a request.
+/// Returns the answer of a correct daemon with these features.
 pub fn good(features: u64, request: u32, payload: &[u8]) -> Vec<u8> {
     match request {
         1 => (features | PROTOCOL_FEATURES).to_ne_bytes().to_vec(),
@@ -71,12 +71,12 @@ impl FakeDaemon {
         FakeDaemon { path, requests, _dir: dir }
     }
 
-    /// A good one with these features.
+    /// Starts a correct daemon with these features.
     pub fn good(features: u64) -> Self {
         Self::start(move |request, payload| Answer::Good(good(features, request, payload)))
     }
 
-    /// The requests until now.
+    /// Returns the requests received since the last call.
     pub fn seen(&self) -> Vec<u32> {
         self.requests.try_iter().map(|(request, _)| request).collect()
     }

@@ -52,13 +52,13 @@ fn who_is_not_there() {
     let shown = path.display();
     assert_eq!(refused(&path), format!("cannot connect to the vhost-user socket {shown} (is the daemon running?)"));
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-    assert!(refused(&path).ends_with("(nobody listens there: has the daemon ended?)"));
+    assert!(refused(&path).ends_with("(nothing listens there; has the daemon ended?)"));
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, "").unwrap();
-    assert_eq!(refused(&path), format!("{shown} is no socket"));
+    assert_eq!(refused(&path), format!("{shown} is not a socket"));
 }
 
-/// A daemon that misbehaves at one request; what comes of it.
+/// Runs a daemon that misbehaves at one request; returns the resulting error.
 fn misbehaves(at: u32, answer: fn() -> Answer) -> String {
     let daemon = FakeDaemon::start(move |request, payload| match request == at {
         true => answer(),
@@ -72,7 +72,7 @@ fn misbehaves(at: u32, answer: fn() -> Answer) -> String {
     let result = frontend.config(8).and_then(|_| start(&mut frontend, &ram())).and_then(|()| frontend.stop(&[1]));
     let why = result.unwrap_err().to_string();
     if why.contains("is gone") {
-        // Nobody waits for it again.
+        // Later calls fail without waiting.
         let look = frontend.look().unwrap_err().to_string();
         let again = start(&mut frontend, &ram()).unwrap_err().to_string();
         assert!([look, again].iter().all(|why| why.contains("is gone")));
@@ -85,7 +85,7 @@ fn no_daemon_is_waited_for_for_ever() {
     std::thread::scope(|scope| {
         for at in [1, 15, 5, 24, 11] {
             scope.spawn(move || assert!(misbehaves(at, || Answer::Silence).contains("it does not answer"), "{at}"));
-            // Half an answer.
+            // A truncated answer.
             let half = || Answer::Raw(vec![5, 0, 0]);
             scope.spawn(move || assert!(misbehaves(at, half).contains("it does not answer"), "{at}"));
             assert!(misbehaves(at, || Answer::End).contains("it has closed the connection"), "{at}");
@@ -103,7 +103,7 @@ fn a_call_has_one_deadline_however_many_messages_it_has() {
             Answer::Good(good(FEATURES, request, payload))
         });
         let mut frontend = connect(&daemon.path).unwrap();
-        // Twice that for a stop: each answer comes within it, and all of them do not.
+        // A stop has twice this time. Each answer comes within it, but all of them together do not.
         frontend.patience = Duration::from_millis(100);
         let (kick, call) = (eventfd().unwrap(), eventfd().unwrap());
         let ring = |index| Ring { index, size: 8, next_avail: 0, desc: 0, avail: 0, used: 0, kick: &kick, call: &call };
@@ -122,7 +122,7 @@ fn a_call_has_one_deadline_however_many_messages_it_has() {
 fn answers_have_a_shape() {
     for at in [1, 15, 17, 5, 9, 18, 24, 11] {
         let wrong = misbehaves(at, || Answer::Raw(header(77, 5, 0).to_vec()));
-        assert!(wrong.contains("it answers something else than it was asked"), "{at}: {wrong}");
+        assert!(wrong.contains("its answer does not match the request"), "{at}: {wrong}");
         let long = misbehaves(at, || Answer::Good(vec![0; 4000]));
         assert!(long.contains("its answer is too long"), "{at}: {long}");
         let empty = misbehaves(at, || Answer::Good(vec![]));
@@ -133,7 +133,7 @@ fn answers_have_a_shape() {
         assert!(refused.contains(" refuses Set"), "{refused}");
     }
     let lost = misbehaves(11, || Answer::Good([1u32.to_ne_bytes(), 65_536u32.to_ne_bytes()].concat()));
-    assert!(lost.contains("it does not know where it is in a ring"), "{lost}");
+    assert!(lost.contains("it reported an invalid position in a ring"), "{lost}");
 }
 
 #[test]
@@ -145,7 +145,7 @@ fn who_speaks_unasked_is_not_believed() {
     let mut frontend = connect(&daemon.path).unwrap();
     frontend.look().unwrap();
     start(&mut frontend, &ram()).unwrap();
-    assert!(frontend.look().unwrap_err().to_string().contains("it answers what nobody asked"));
+    assert!(frontend.look().unwrap_err().to_string().contains("it sent an answer without a request"));
 }
 
 #[test]
@@ -182,7 +182,7 @@ fn shared_memory_cannot_be_cut_off() {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, cases: 64, ..ProptestConfig::default() })]
 
-    /// Answers with some bits flipped or anything appended are survived, in time.
+    /// Answers with flipped bits or appended bytes are survived, within the time limit.
     #[test]
     fn any_answer_is_survived(
         flips in prop::collection::vec((0..24usize, 0..8u8, any::<bool>()), 1..30),
@@ -199,7 +199,7 @@ proptest! {
                 }
                 bytes.extend(&tail);
             }
-            // What is not waited for must not be sent.
+            // Answers that are not waited for must not be sent.
             if matches!(request, 2 | 3 | 16) && step < 4 { Answer::Silence } else { Answer::Raw(bytes) }
         });
         if let Ok(mut frontend) = connect(&daemon.path) {

@@ -1,4 +1,4 @@
-//! Messages on the wire: a header of three `u32`, a payload, and descriptors beside the first byte.
+//! Messages on the wire: a header of three `u32`, a payload, and descriptors that accompany the first byte.
 
 use std::io::{self, Read};
 use std::mem::MaybeUninit;
@@ -15,16 +15,16 @@ pub(super) const HEADER: usize = 12;
 pub(super) const VERSION: u32 = 1;
 pub(super) const REPLY: u32 = 1 << 2;
 pub(super) const NEED_REPLY: u32 = 1 << 3;
-/// Most regions in one message.
+/// Maximum number of regions in one message.
 pub(super) const MAX_REGIONS: usize = 8;
-/// Offset, size and flags before its contents.
+/// Length of the fields before the contents of a configuration message: offset, size and flags.
 pub(super) const CONFIG_HEADER: usize = 12;
 
 pub(super) fn invalid(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
-/// Sends a message, descriptors with its first byte.
+/// Sends a message, with the descriptors attached to its first byte.
 pub(super) fn send_all(
     stream: &UnixStream,
     mut message: &[u8],
@@ -49,7 +49,7 @@ pub(super) fn send_all(
     Ok(())
 }
 
-/// Takes an answer of at most `answer.len()` bytes; returns how many it has.
+/// Receives an answer of at most `answer.len()` bytes; returns its length.
 pub(super) fn receive(
     stream: &mut UnixStream,
     request: u32,
@@ -60,7 +60,7 @@ pub(super) fn receive(
     receive_all(stream, &mut head, deadline)?;
     let (its_request, flags, size) = parse(&head);
     if its_request != request || flags & 3 != VERSION || flags & REPLY == 0 {
-        return Err(invalid("it answers something else than it was asked"));
+        return Err(invalid("its answer does not match the request"));
     }
     let payload = answer.get_mut(..size).ok_or_else(|| invalid("its answer is too long"))?;
     receive_all(stream, payload, deadline)?;
@@ -100,7 +100,7 @@ pub(super) fn header(request: u32, flags: u32, size: usize) -> [u8; HEADER] {
     bytes
 }
 
-/// Request, flags and size.
+/// Returns the request, the flags and the size of the payload.
 pub(super) fn parse(head: &[u8; HEADER]) -> (u32, u32, usize) {
     let [r0, r1, r2, r3, f0, f1, f2, f3, s0, s1, s2, s3] = *head;
     let size = u32::from_ne_bytes([s0, s1, s2, s3]) as usize;

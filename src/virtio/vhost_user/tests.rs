@@ -78,7 +78,7 @@ fn daemons_of_another_kind() {
     assert!(why(&fs, "type=fs,tag=x,queues=5").contains("it serves 5 queues, but 6 are needed"));
     assert!(why(&fs, "type=blk,queues=2").contains("it supports only one queue"));
     let old = FakeDaemon::good(RING_FEATURES);
-    assert!(why(&old, "type=blk").contains("does not answer as one"));
+    assert!(why(&old, "type=blk").contains("cannot use the vhost-user daemon"));
     let no_config = FakeDaemon::start(|request, payload| match request {
         24 => Answer::Good(vec![0; 12]),
         _ => Answer::Good(good(VERSION_1, request, payload)),
