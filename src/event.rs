@@ -94,9 +94,9 @@ pub fn eventfd() -> io::Result<EventFd> {
 pub struct Signals(OwnedFd);
 
 impl Signals {
-    /// Blocks `signals` for this thread and those it starts, and collects them here. Signals that are ignored stay
-    /// ignored: nohup and shells ignore signals for background jobs, and the kernel would queue a blocked signal even
-    /// so.
+    /// Blocks `signals` for this thread and those it starts, and collects them here. Signals that are ignored are left
+    /// alone: nohup and shells ignore signals for background jobs. (The kernel would queue a blocked signal even if it
+    /// is ignored.)
     #[allow(unsafe_code)]
     pub fn new(signals: &[i32]) -> io::Result<Self> {
         // SAFETY: sigemptyset initialises the set; the action is plain numbers, for which zeros are valid, and

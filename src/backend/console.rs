@@ -157,7 +157,7 @@ pub fn input_file(path: &Path) -> Result<Input, Error> {
     }
 }
 
-/// Both directions of a console.
+/// The two directions of a console.
 pub struct Console {
     /// Destination of the guest's output; `None` discards it.
     pub output: Option<Destination>,

@@ -262,7 +262,7 @@ fn write_all(writer: &mut dyn Write, mut bytes: &[u8]) -> io::Result<()> {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(n) => bytes = &bytes[n..],
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            // A `Write` offers no descriptor to wait on, and polling every millisecond is no load.
+            // A `Write` offers no descriptor to wait on; polling every millisecond costs little.
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => thread::sleep(std::time::Duration::from_millis(1)),
             Err(e) => return Err(e),
         }

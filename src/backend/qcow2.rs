@@ -43,7 +43,7 @@ use zstd::Zstd;
 
 /// Maximum number of images below another.
 const MAX_DEPTH: usize = 16;
-/// Number of bytes of guest memory copied at a time. Either it is a multiple of the cluster size, or the reverse.
+/// Number of bytes of guest memory copied at a time. It is a multiple of the cluster size, or divides it.
 const MAX_PIECE: usize = 256 << 10;
 
 /// A disk in a format that imago reads and writes.
@@ -269,14 +269,14 @@ fn overlay_file(options: &ImageOptions, path: &Path, format: Format, size: u64) 
     let ImageOptions { path: base, direct, .. } = options;
     let base = base.canonicalize().unwrap_or_else(|_| base.into());
     if !path.exists() {
-        // A name that no other VM uses, nor left behind when it was killed while creating its overlay.
+        // A name that no other VM uses, and that no VM left behind when it was killed during this step.
         let mut new = path.as_os_str().to_owned();
         let cannot = |source| Error::Open { path: path.into(), hint: ": cannot create the overlay", source };
         new.push(format!(".new.{:x}", rand().map_err(cannot)?));
         let new = Path::new(&new);
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create_new(true).mode(0o600).open(new).map_err(cannot)?;
-        // Create the file beside and rename it; otherwise a full disk would leave half an overlay under the name.
+        // Create the file beside `path` and rename it; otherwise a full disk would leave half an overlay at `path`.
         let made = create(&file, new, size, Some((&base, format)))
             .and_then(|()| file.sync_all())
             .and_then(|()| give_name(new, path));

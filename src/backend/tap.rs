@@ -16,7 +16,7 @@ const DEV_TUN: &str = "/dev/net/tun";
 /// Reasons why a tap cannot be used. Displays as one sentence.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The host offers no taps, or not to us.
+    /// The host has no tap device, or we may not open it.
     #[error("cannot open {DEV_TUN}{hint}")]
     Device {
         /// Advice for the user; may be empty.

@@ -61,7 +61,7 @@ impl<'a> PageTable<'a> {
 
     /// Searches `table` and the tables below it. `base` holds the address bits that the tables above determine.
     fn first_below(&self, table: u64, level: u32, from: u64, base: u64, steps: &mut u32) -> Option<u64> {
-        // In meaningful tables a search needs at most two tables of each level.
+        // A search of meaningful tables needs at most two tables of each level.
         const STEPS_MAX: u32 = 3 * 2 * ENTRIES as u32;
         let first = from >> shift(level) & (ENTRIES - 1);
         (first..ENTRIES).find_map(|index| {
