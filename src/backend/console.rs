@@ -84,7 +84,7 @@ impl FromStr for ConsoleEnd {
             ("file", Some(path)) if !path.is_empty() => Ok(ConsoleEnd::File(path.into())),
             ("pipe", Some(path)) if !path.is_empty() => Ok(ConsoleEnd::Pipe(path.into())),
             ("socket", Some(path)) if !path.is_empty() => Ok(ConsoleEnd::Socket(path.into())),
-            _ => Err(format!("'{text}' is not one of {ENDS}")),
+            _ => Err(format!("'{text}' is none of {ENDS}")),
         }
     }
 }
