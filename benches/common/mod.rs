@@ -117,7 +117,7 @@ pub fn in_host(options: &[&str], script: &str, args: &[&str], facts: &mut Facts)
 /// Nothing that is measured takes so long. Once in some 50,000 interrupts the emulated SVM of a host that counts
 /// instructions interrupts a guest that has them switched off, whatever the monitor; then the guest waits for itself for
 /// ever, in a loop that hardly moves that host's clock. So this is looked for from outside.
-const STUCK: Duration = Duration::from_secs(240);
+const STUCK: Duration = Duration::from_secs(120);
 /// Ends the guest; the script sees that nothing comes any more.
 const KILL: &str = "pids=$(pidof vireo qemu-system-x86_64) && kill -9 $pids";
 
