@@ -235,3 +235,15 @@ fn vireo_gains_no_privileges_and_cannot_be_read_by_others() {
     drop(config);
     running.end().expect(125);
 }
+
+#[test]
+fn a_report_keeps_the_mode_of_the_one_it_replaces() {
+    let (_folder, path) = folder();
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
+    let report = path.join("end.json");
+    fs::write(&report, "before").unwrap();
+    fs::set_permissions(&report, fs::Permissions::from_mode(0o600)).unwrap();
+    Running::start(kernel.command(&["--report", text(&report)])).end().expect(0);
+    assert!(fs::read_to_string(&report).unwrap().contains("powered-off"));
+    assert_eq!(fs::metadata(&report).unwrap().permissions().mode() & 0o7777, 0o600);
+}

@@ -15,7 +15,7 @@ use std::io::{self, Write};
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, fsync, openat, renameat, unlinkat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, fchmod, fsync, openat, renameat, unlinkat};
 use rustix::io::Errno;
 
 use super::console;
@@ -33,6 +33,8 @@ const READABLE: Mode = Mode::RUSR.union(Mode::WUSR).union(Mode::RGRP).union(Mode
 pub struct OutputFile {
     path: PathBuf,
     mode: Mode,
+    /// That of the file which is replaced. Found before the guest starts, which may put another one there.
+    kept: Option<Mode>,
     target: Target,
 }
 
@@ -46,11 +48,12 @@ enum Target {
 
 impl OutputFile {
     /// Prepares to write the file that `path` names. Fails if the file cannot be written: better now than after the
-    /// guest has run for an hour. The file is readable by everyone whom the umask allows.
+    /// guest has run for an hour. A file that is replaced keeps its mode; a new one is readable by everyone whom the umask
+    /// allows.
     pub fn new(path: &Path) -> io::Result<Self> {
         if let Some(fd) = own_descriptor(path) {
             let target = Target::Open(console::duplicate(fd)?);
-            return Ok(OutputFile { path: path.into(), mode: READABLE, target });
+            return Ok(OutputFile { path: path.into(), mode: READABLE, kept: None, target });
         }
         let place = Place::find(path, &held::folders())?;
         match place.stat()? {
@@ -58,7 +61,7 @@ impl OutputFile {
             // A file without a name has no directory for a file beside it, either.
             Some(stat) if !is(&stat, FileType::RegularFile) || stat.st_nlink == 0 => {
                 let target = Target::Open(open_without_waiting(&place, OFlags::empty())?);
-                Ok(OutputFile { path: path.into(), mode: READABLE, target })
+                Ok(OutputFile { path: path.into(), mode: READABLE, kept: None, target })
             }
             _ => OutputFile::at(&place).tried(),
         }
@@ -70,7 +73,7 @@ impl OutputFile {
         match place.stat()? {
             Some(stat) if is(&stat, FileType::Directory) => Err(io::ErrorKind::IsADirectory.into()),
             Some(stat) if !is(&stat, FileType::RegularFile) => Err(io::Error::other("a regular file is needed")),
-            _ => OutputFile { mode: Mode::RUSR | Mode::WUSR, ..OutputFile::at(&place) }.tried(),
+            _ => OutputFile { mode: Mode::RUSR | Mode::WUSR, kept: None, ..OutputFile::at(&place) }.tried(),
         }
     }
 
@@ -81,7 +84,8 @@ impl OutputFile {
 
     /// Prepares to write the file at `place`, which is not a link.
     pub fn at(place: &Place) -> Self {
-        OutputFile { path: place.path().into(), mode: READABLE, target: Target::Named(place.clone()) }
+        let (path, kept) = (place.path().into(), mode_of(place));
+        OutputFile { path, mode: READABLE, kept, target: Target::Named(place.clone()) }
     }
 
     /// The path as the user typed it.
@@ -106,10 +110,25 @@ impl OutputFile {
     /// Creates an empty file in the same folder. It replaces the target when it is published, and is removed otherwise.
     pub fn draft(&self) -> io::Result<Draft> {
         match &self.target {
-            Target::Named(place) => Draft::new(place, self.mode),
+            Target::Named(place) => {
+                let draft = Draft::new(place, self.kept.unwrap_or(self.mode))?;
+                self.kept.into_iter().for_each(|mode| set_mode(&draft.file, mode));
+                Ok(draft)
+            }
             Target::Open(file) => Ok(Draft { file: file.try_clone()?, beside: None }),
         }
     }
+}
+
+/// Returns the permissions of the regular file at `place`, if there is one; never set-user-id or its like.
+pub fn mode_of(place: &Place) -> Option<Mode> {
+    let stat = place.stat().ok().flatten().filter(|stat| is(stat, FileType::RegularFile))?;
+    Some(Mode::from_raw_mode(stat.st_mode) & (Mode::RWXU | Mode::RWXG | Mode::RWXO))
+}
+
+/// Gives a new file its mode in spite of the umask. Errors are ignored: some file systems have no modes.
+pub fn set_mode(file: &File, mode: Mode) {
+    let _ = fchmod(file, mode);
 }
 
 /// A file that gets its content before it gets its name.
@@ -204,7 +223,7 @@ pub fn own_descriptor(path: &Path) -> Option<RawFd> {
 mod tests {
     use super::*;
     use std::fs;
-    use std::os::unix::fs::{MetadataExt, symlink};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
     #[test]
     fn what_a_guest_plants_meanwhile_is_replaced_and_not_followed() {
@@ -250,6 +269,34 @@ mod tests {
         fs::remove_file(&link).unwrap();
         symlink(dir.path().join("no/where"), &link).unwrap();
         assert!(OutputFile::new(&link).is_err() && live(&link, Begin::Empty).is_err(), "it leads nowhere");
+    }
+
+    #[test]
+    fn what_is_replaced_keeps_its_permissions() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("end.json");
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o7777;
+        for (before, after) in [(0o600, 0o600), (0o666, 0o666), (0o4750, 0o750), (0o400, 0o400)] {
+            fs::write(&path, "before").unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(before)).unwrap();
+            let report = OutputFile::new(&path).unwrap();
+            for _ in 0..2 {
+                report.write(b"after").unwrap();
+                assert_eq!((fs::read_to_string(&path).unwrap().as_str(), mode(&path)), ("after", after), "{before:o}");
+            }
+            fs::remove_file(&path).unwrap();
+        }
+        // What is put there meanwhile says nothing of what the user wants.
+        let report = OutputFile::new(&path).unwrap();
+        fs::write(&path, "planted").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
+        report.write(b"after").unwrap();
+        assert_eq!(mode(&path) & 0o133, 0);
+        let core = dir.path().join("core");
+        fs::write(&core, "before").unwrap();
+        fs::set_permissions(&core, fs::Permissions::from_mode(0o644)).unwrap();
+        OutputFile::private(&core).unwrap().write(b"core").unwrap();
+        assert_eq!(mode(&core), 0o600);
     }
 
     #[test]
