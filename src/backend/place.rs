@@ -15,7 +15,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, PROC_SUPER_MAGIC, Stat, fstat, fstatfs, openat, readlinkat, statat};
-use rustix::fs::{CWD, unlinkat};
+use rustix::fs::{CWD, mkdirat, unlinkat};
 use rustix::io::Errno;
 
 use super::mounts::Location;
@@ -262,6 +262,28 @@ fn input_end(path: &Path, folders: &WritableFolders) -> io::Result<End> {
     Ok(end)
 }
 
+/// Opens the directory that `path` leads to by the rules of [`name_input`], without access to its content. Creates it and its
+/// parents where they are missing, and only where these rules allow the path to lead.
+pub fn make_directory(path: &Path, folders: &WritableFolders) -> io::Result<OwnedFd> {
+    let path: PathBuf = path.components().collect();
+    let (mut here, mut missing) = (path.as_path(), Vec::new());
+    let mut dir = loop {
+        match name_input(here, folders) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => missing.push(here.file_name().ok_or(e)?),
+            found => break found?,
+        }
+        here = here.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    };
+    for name in missing.into_iter().rev() {
+        match mkdirat(&dir, name, Mode::from_bits_retain(0o777)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(e) => return Err(e.into()),
+        }
+        dir = openat(&dir, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?;
+    }
+    Ok(openat(&dir, c".", DIRECTORY, Mode::empty())?)
+}
+
 /// Walk along a path.
 struct Walk<'a> {
     dir: OwnedFd,
@@ -464,6 +486,37 @@ mod tests {
         }
         assert_eq!(name(&inside.join("missing")).unwrap_err().raw_os_error(), Some(libc::ENOENT));
         assert!(name(Path::new("/")).is_ok() && name(Path::new(".")).is_ok());
+    }
+
+    #[test]
+    fn directories_are_made_only_where_no_planted_link_leads() {
+        let (dir, [inside, outside], folders) = folders();
+        symlink("../outside", inside.join("planted")).unwrap();
+        symlink("../outside/dangling", inside.join("gone")).unwrap();
+        symlink("outside", dir.path().join("link")).unwrap();
+        for path in ["planted", "planted/new", "planted/new/deep", "gone", "gone/new"] {
+            let refused = make_directory(&inside.join(path), &folders).unwrap_err().to_string();
+            assert!(refused.contains("leads out of it"), "{path}: {refused}");
+        }
+        assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+        symlink("a", inside.join("good")).unwrap();
+        for (path, made) in [
+            (inside.join("a"), inside.join("a")),
+            (inside.join("good/b/c/"), inside.join("a/b/c")),
+            (dir.path().join("link/x/y"), outside.join("x/y")),
+            (dir.path().join("./new/"), dir.path().join("new")),
+        ] {
+            for _ in 0..2 {
+                let found = fstat(make_directory(&path, &folders).unwrap()).unwrap();
+                assert_eq!(FileId::of(&found), FileId::of(&rustix::fs::stat(&made).unwrap()), "{}", path.display());
+            }
+        }
+        fs::write(inside.join("file"), "").unwrap();
+        for path in ["file", "file/new"] {
+            let error = make_directory(&inside.join(path), &folders).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ENOTDIR), "{path}");
+        }
+        assert_eq!(make_directory(Path::new(""), &folders).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

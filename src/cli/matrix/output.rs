@@ -1,7 +1,7 @@
 //! Output of a matrix's runs. It is read from a pipe, so that a run that floods it costs no more memory than is shown,
 //! and written where the user wants it.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, PipeReader, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::Error;
 use crate::backend::held;
 use crate::backend::output_file::OutputFile;
-use crate::backend::place::{Place, descriptor_path, name_input};
+use crate::backend::place::{Place, descriptor_path, make_directory};
 use crate::child;
 use crate::cli::Failure;
 use crate::cli::report::FileError;
@@ -32,12 +32,8 @@ pub(super) struct Output {
 
 impl Output {
     pub(super) fn new(wanted: Option<&Path>) -> Result<Self, FileError> {
-        let open = |path: &Path| {
-            fs::create_dir_all(path)?;
-            // Follows the links that exist now, except those that a guest may have created.
-            let dir = name_input(path, &held::folders())?;
-            Ok((rustix::fs::openat(&dir, c".", DIRECTORY, Mode::empty())?, path.to_path_buf()))
-        };
+        // Follows the links that exist now, except those that a guest may have created.
+        let open = |path: &Path| Ok((make_directory(path, &held::folders())?, path.to_path_buf()));
         let dir = wanted.map(|path| open(path).map_err(|e| FileError::Write(path.into(), e)));
         Ok(Output { dir: dir.transpose()? })
     }
@@ -170,6 +166,7 @@ fn create(place: &Place) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::os::unix::fs::symlink;
 
     #[test]
