@@ -138,26 +138,113 @@ fn consoles_in_a_guest_s_folder_follow_no_links() {
     assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
 }
 
+/// A qcow2 image over a base, which it names by its absolute path.
+fn over(base: &Path, top: &Path) {
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
+    let format = if base.extension().is_some_and(|end| end == "qcow2") { "qcow2" } else { "raw" };
+    let disk = format!("{},format={format},overlay={}", text(base), text(top));
+    Running::start(kernel.command(&["--disk", &disk])).end().expect(0);
+}
+
+/// The numbers of the files that a process has open.
+fn open_files(pid: u32) -> Vec<u64> {
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    open.filter_map(|fd| Some(fs::metadata(fd.path()).ok()?.ino())).collect()
+}
+
 #[test]
-fn a_second_attempt_has_the_same_disk() {
+fn a_second_attempt_has_the_same_disk_and_base() {
+    let kernel = Kernel::new(&elf(crate::guests::say_and_sleep()));
+    for is_base in [false, true] {
+        let (_folder, path) = folder();
+        let (_elsewhere, elsewhere) = folder();
+        let (file, top) = (path.join("disk"), elsewhere.join("top.qcow2"));
+        File::create(&file).unwrap().set_len(1 << 20).unwrap();
+        let mut disk = text(&file).to_string();
+        if is_base {
+            over(&file, &top);
+            disk = format!("{},format=qcow2", text(&top));
+        }
+        let id = fs::metadata(&file).unwrap().ino();
+        let arguments = ["--share", text(&path), "--disk", &disk, "--hang-timeout", "2s", "--retry-on-hang", "1"];
+        let mut running = Running::start(kernel.command(&arguments));
+        running.stdout.wait_for("up");
+        fs::rename(&file, path.join("moved")).unwrap();
+        File::create(path.join("other")).unwrap().set_len(1 << 20).unwrap();
+        symlink(path.join("other"), &file).unwrap();
+        running.stdout.wait_for("upup");
+        let open = open_files(running.child.id());
+        let other = fs::metadata(path.join("other")).unwrap().ino();
+        assert!(open.contains(&id) && !open.contains(&other), "{open:?}");
+        running.signal(libc::SIGQUIT);
+        running.wait();
+    }
+}
+
+#[test]
+fn a_second_attempt_opens_no_base_that_the_guest_wrote_into_its_image() {
     let (_folder, path) = folder();
-    let (disk, kernel) = (path.join("disk"), Kernel::new(&elf(crate::guests::say_and_sleep())));
-    File::create(&disk).unwrap().set_len(1 << 20).unwrap();
-    let id = fs::metadata(&disk).unwrap().ino();
-    let arguments = ["--share", text(&path), "--disk", text(&disk), "--hang-timeout", "2s", "--retry-on-hang", "1"];
-    let mut running = Running::start(kernel.command(&arguments));
+    let [share, other] = ["share", "other"].map(|name| path.join(name));
+    for folder in [&share, &other] {
+        fs::create_dir(folder).unwrap();
+        File::create(folder.join("base")).unwrap().set_len(1 << 20).unwrap();
+    }
+    let top = share.join("top.qcow2");
+    over(&share.join("base"), &top);
+    let kernel = Kernel::new(&elf(crate::guests::say_and_sleep()));
+    let disk = format!("{},format=qcow2", text(&top));
+    let arguments = ["--share", text(&share), "--disk", &disk, "--hang-timeout", "2s", "--retry-on-hang", "1"];
+    let running = Running::start(kernel.command(&arguments));
     running.stdout.wait_for("up");
-    fs::rename(&disk, path.join("moved")).unwrap();
-    File::create(path.join("other")).unwrap().set_len(1 << 20).unwrap();
-    symlink(path.join("other"), &disk).unwrap();
-    running.stdout.wait_for("upup");
-    let open: Vec<_> = fs::read_dir(format!("/proc/{}/fd", running.child.id())).unwrap().flatten().collect();
-    let open = open.iter().filter_map(|fd| Some((fs::metadata(fd.path()).ok()?.ino(), fs::read_link(fd.path()).ok()?)));
-    let open: Vec<_> = open.collect();
-    let other = fs::metadata(path.join("other")).unwrap().ino();
-    assert!(open.iter().any(|(ino, _)| *ino == id) && !open.iter().any(|(ino, _)| *ino == other), "{open:?}");
-    running.signal(libc::SIGQUIT);
-    running.wait();
+    let mut image = fs::read(&top).unwrap();
+    let (from, to) = (share.join("base"), other.join("base"));
+    let at = image.windows(text(&from).len()).position(|bytes| bytes == text(&from).as_bytes()).unwrap();
+    image[at..at + text(&to).len()].copy_from_slice(text(&to).as_bytes());
+    fs::write(&top, image).unwrap();
+    running.end().expect(125).says("where the guest can write its name into");
+}
+
+#[test]
+fn base_images_are_inputs() {
+    let (_folder, path) = folder();
+    let [share, outside] = ["share", "outside"].map(|name| path.join(name));
+    [&share, &outside].iter().for_each(|dir| fs::create_dir(dir).unwrap());
+    let (base, secret, middle) = (share.join("base.img"), outside.join("secret.img"), outside.join("middle.qcow2"));
+    let top = path.join("top.qcow2");
+    fs::write(&base, vec![7; 1 << 20]).unwrap();
+    fs::write(&secret, vec![8; 1 << 20]).unwrap();
+    over(&base, &middle);
+    over(&middle, &top);
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
+    let run = |arguments: &[&str]| Running::start(kernel.command(arguments)).end();
+    let disk = format!("{},format=qcow2", text(&top));
+    for (below, flag) in [
+        (&base, "--report"),
+        (&base, "--junit"),
+        (&base, "--vmcore"),
+        (&base, "--console-log"),
+        (&base, "--log-file"),
+        (&middle, "--report"),
+    ] {
+        let ended = run(&["--disk", &disk, flag, text(below)]);
+        says(ended, 2, &["base image", text(below), flag, "are the same file, which vireo would overwrite"]);
+    }
+    // Not opened, and not overwritten by the report of that.
+    says(run(&["--disk", text(&middle), "--report", text(&base)]), 2, &["base image", "--report", "the same file"]);
+    says(run(&["--disk", &disk, "--disk", text(&base)]), 2, &["base image", "are the same disk"]);
+    run(&["--disk", &disk, "--share", text(&share)]).expect(0);
+    assert!(fs::read(&base).unwrap() == vec![7; 1 << 20]);
+    // What a guest plants.
+    fs::rename(&base, share.join("kept")).unwrap();
+    symlink("../outside/secret.img", &base).unwrap();
+    let ended = run(&["--disk", &disk, "--share", text(&share)]);
+    says(ended, 2, &["base image", text(&base), "a symbolic link in", "leads out of it"]);
+    run(&["--disk", &disk, "--share", &format!("{},readonly", text(&share))]).expect(0);
+    let own = share.join("own.qcow2");
+    over(&secret, &own);
+    let own = format!("{},format=qcow2", text(&own));
+    says(run(&["--disk", &own, "--share", text(&share)]), 2, &["base image", text(&secret), "it is not in"]);
+    run(&["--disk", &own, "--share", &format!("{},readonly", text(&share))]).expect(0);
 }
 
 #[test]

@@ -7,13 +7,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock};
 
 use rustix::fs::{Mode, OFlags};
 
-use super::place::{WritableFolders, descriptor_path, name_input_again};
+use super::place::{Input, WritableFolders, descriptor_path, find_input};
 
 static HELD: RwLock<Held> = RwLock::new(Held::new());
 
@@ -21,7 +20,7 @@ struct Held {
     /// True if paths are opened again or lie where a guest can change them.
     is_needed: bool,
     folders: WritableFolders,
-    files: Vec<(PathBuf, OwnedFd)>,
+    files: Vec<(PathBuf, Input)>,
 }
 
 /// Remembers which folders the guest will be able to write to; from then on files are kept. `again` is true if the
@@ -39,6 +38,12 @@ pub fn folders() -> WritableFolders {
 /// reports the error. Fails only for a link that a guest may have created.
 pub fn keep(path: &Path) -> io::Result<()> {
     change(|held| held.keep(path))
+}
+
+/// Keeps the base image at `path`, which the image at `image` names. A guest that can write to an image can write any
+/// name into it, as it can create a link; so a base outside the guest's folders is then an error, too.
+pub fn keep_base(image: &Path, path: &Path) -> io::Result<()> {
+    change(|held| held.keep_base(image, path))
 }
 
 /// Keeps the file that was just created at `path` and opened, like [`keep`].
@@ -69,20 +74,34 @@ impl Held {
         if !self.keeps(path) {
             return Ok(());
         }
-        match name_input_again(path, &self.folders) {
-            Ok(Some(file)) => self.files.push((path.into(), file)),
-            Ok(None) => {}
+        match find_input(path, &self.folders) {
+            Ok(input) if input.magic => {}
+            Ok(input) => self.files.push((path.into(), input)),
             Err(e) if e.raw_os_error().is_none() => return Err(e),
             Err(_) => {}
         }
         Ok(())
     }
 
+    fn keep_base(&mut self, image: &Path, path: &Path) -> io::Result<()> {
+        let folder = self.files.iter().find(|(name, _)| name == image).and_then(|(_, input)| input.folder.clone());
+        if let Some(folder) = folder
+            && find_input(path, &self.folders)?.folder.is_none()
+        {
+            return Err(io::Error::other(format!(
+                "it is not in {}, where the guest can write its name into {}; keep that image in another folder",
+                folder.display(),
+                image.display()
+            )));
+        }
+        self.keep(path)
+    }
+
     fn keep_new(&mut self, path: &Path, file: &File) {
         if self.keeps(path)
             && let Ok(file) = rustix::fs::open(descriptor_path(file), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
         {
-            self.files.push((path.into(), file));
+            self.files.push((path.into(), Input { file, folder: None, magic: false }));
         }
     }
 
@@ -94,7 +113,7 @@ impl Held {
 
     fn path(&self, path: &Path) -> PathBuf {
         let kept = self.files.iter().find(|(name, _)| name == path);
-        kept.map_or_else(|| path.into(), |(_, file)| descriptor_path(file))
+        kept.map_or_else(|| path.into(), |(_, input)| descriptor_path(&input.file))
     }
 }
 
@@ -140,5 +159,32 @@ mod tests {
             assert!(held.keep(path).unwrap_err().to_string().contains("leads out of it"), "{path:?}");
         }
         assert_eq!(held.path(&disk), disk);
+    }
+
+    #[test]
+    fn an_image_that_a_guest_writes_to_names_no_base_elsewhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let [inside, outside] = ["inside", "outside"].map(|name| dir.path().join(name));
+        for folder in [&inside, &outside] {
+            fs::create_dir(folder).unwrap();
+            ["image", "base"].iter().for_each(|name| fs::write(folder.join(name), "").unwrap());
+        }
+        let mut held = Held::new();
+        held.keep_base(&inside.join("image"), &outside.join("base")).unwrap();
+        held.begin(WritableFolders::new([inside.as_path()]), false);
+        let images = [inside.join("image"), outside.join("image")];
+        images.iter().for_each(|image| held.keep(image).unwrap());
+        let refused = |held: &mut Held, base: &Path| held.keep_base(&images[0], base).unwrap_err().to_string();
+        for base in [outside.join("base"), inside.join("../outside/base"), "/proc/self/fd/0".into(), "/".into()] {
+            assert!(refused(&mut held, &base).contains("it is not in "), "{}", base.display());
+            assert_eq!(held.path(&base), base);
+        }
+        let missing = held.keep_base(&images[0], &inside.join("missing")).unwrap_err();
+        assert_eq!(missing.raw_os_error(), Some(libc::ENOENT));
+        for (image, base) in [(&images[0], inside.join("base")), (&images[1], outside.join("base"))] {
+            held.keep_base(image, &base).unwrap();
+            assert_ne!(held.path(&base), base);
+        }
+        held.keep_base(&images[1], &inside.join("base")).unwrap();
     }
 }

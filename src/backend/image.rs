@@ -301,6 +301,13 @@ pub(super) fn open_file(path: &Path, readonly: bool, direct: bool) -> Result<(Fi
 
 /// Opens and locks `path` like [`open_file`]; with `may`, a character device is allowed too.
 fn open_kinds(path: &Path, readonly: bool, direct: bool, may: bool) -> Result<(File, Metadata), Error> {
+    let (file, metadata) = open_unlocked(path, readonly, direct, may)?;
+    lock_or_warn(&file, path, readonly)?;
+    Ok((file, metadata))
+}
+
+/// The same without a lock, for a look that keeps nobody away.
+pub(super) fn open_unlocked(path: &Path, readonly: bool, direct: bool, may: bool) -> Result<(File, Metadata), Error> {
     let hint = if readonly { "" } else { " for writing (readonly shares it)" };
     let failed = |source: io::Error| {
         let denied = matches!(source.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem);
@@ -326,7 +333,6 @@ fn open_kinds(path: &Path, readonly: bool, direct: bool, may: bool) -> Result<(F
     // With O_NONBLOCK, io_uring would fail requests that must wait.
     let flags = rustix::fs::fcntl_getfl(&file).map_err(|e| failed(e.into()))?;
     rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(|e| failed(e.into()))?;
-    lock_or_warn(&file, path, readonly)?;
     Ok((file, metadata))
 }
 

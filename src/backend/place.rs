@@ -241,12 +241,22 @@ pub fn name_input(path: &Path, folders: &WritableFolders) -> io::Result<OwnedFd>
     input_end(path, folders)?.name_file()
 }
 
-/// The same for a path that may be used again; `None` if it is one of procfs's links, which lead to what this process has
-/// open already.
-pub fn name_input_again(path: &Path, folders: &WritableFolders) -> io::Result<Option<OwnedFd>> {
+/// What an input's path leads to.
+#[derive(Debug)]
+pub struct Input {
+    /// A mere name for it, as of [`name_input`].
+    pub file: OwnedFd,
+    /// The writable folder that it lies in.
+    pub folder: Option<PathBuf>,
+    /// The path is one of procfs's links, which lead to what this process has open already.
+    pub magic: bool,
+}
+
+/// Does the same as [`name_input`] for a path that may be used again.
+pub fn find_input(path: &Path, folders: &WritableFolders) -> io::Result<Input> {
     let end = input_end(path, folders)?;
-    let magic = matches!(end.name, Some((_, true)));
-    if magic { Ok(None) } else { end.name_file().map(Some) }
+    let folder = folders.containing(end.dir.as_fd()).map(Path::to_path_buf);
+    Ok(Input { file: end.name_file()?, folder, magic: matches!(end.name, Some((_, true))) })
 }
 
 fn input_end(path: &Path, folders: &WritableFolders) -> io::Result<End> {

@@ -10,6 +10,7 @@
 //! If another process changes an image in use, in spite of its lock, the guest may get wrong data and errors, and in
 //! the worst case vireo ends; other files are never affected.
 
+mod bases;
 mod header;
 mod storage;
 mod tables;
@@ -36,6 +37,7 @@ use rustix::io::Errno;
 use super::image::{Error, Format, ImageOptions, Overlay, found_format, open_file};
 use super::{AlignedBuffer, Disk, SECTOR, held};
 use crate::memory::RamSlice;
+pub use bases::bases;
 use header::Header;
 pub(super) use header::MAGIC;
 use storage::{Checked, ImageFile};
@@ -391,7 +393,7 @@ impl Below {
     /// and could make it look like another format that refers to any file of the host.
     fn base(&self, image: &Path, base: &header::Base) -> io::Result<FormatAccess<ImageFile>> {
         let name = &base.name;
-        let path = &image.parent().unwrap_or(Path::new("")).join(name);
+        let path = &bases::path_of(image, name);
         let refused = |why| Err(io::Error::other(why));
         if !self.trusted {
             let path = path.display();
@@ -416,10 +418,12 @@ impl Below {
         if self.depth >= MAX_DEPTH {
             return refused(format!("it has more than {MAX_DEPTH} base images below each other, or is its own base"));
         }
+        let failed =
+            |e: io::Error| io::Error::new(e.kind(), format!("its base image {} cannot be opened: {e}", path.display()));
+        // Already kept, unless the name has changed since the guest was first started.
+        held::keep_base(image, path).map_err(failed)?;
         let (file, _) = open_file(path, true, self.direct).map_err(|error| match error {
-            Error::Open { source, .. } => {
-                io::Error::new(source.kind(), format!("its base image {} cannot be opened: {source}", path.display()))
-            }
+            Error::Open { source, .. } => failed(source),
             error => io::Error::other(format!("its base image: {error}")),
         })?;
         let below = Below { depth: self.depth + 1, ..*self };

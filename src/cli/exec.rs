@@ -130,7 +130,7 @@ impl ExecArgs {
         self.share.iter().for_each(|folder| named.add_folder("--share", &folder.host, folder.writable));
         match &self.root {
             RootFrom::Path(root) if root.is_dir() => named.add_folder("--root", root, self.rw),
-            RootFrom::Path(root) => named.add("--root", root, if self.rw { Use::Disk } else { Use::ReadDisk }),
+            RootFrom::Path(root) => named.add_disk("--root", root, self.rw, None),
             RootFrom::Initramfs => {}
         }
         named.add_some("--modules", self.modules.as_deref(), Use::Folder);

@@ -9,9 +9,10 @@ use rustix::fs::FileType;
 
 use crate::backend::console::ConsoleEnd;
 use crate::backend::held;
-use crate::backend::image::Overlay;
+use crate::backend::image::{Format, Overlay};
 use crate::backend::output_file::own_descriptor;
 use crate::backend::place::{FileId, Place, WritableFolders};
+use crate::backend::qcow2;
 use crate::boot::pack::InitramfsConfig;
 use crate::config::MachineConfig;
 
@@ -87,6 +88,8 @@ pub(super) enum Error {
 pub(super) struct NamedFiles {
     files: Vec<Named>,
     writable: Vec<PathBuf>,
+    /// Disks that may be over base images, and what the user says that they are.
+    images: Vec<(Named, Option<Format>)>,
 }
 
 impl NamedFiles {
@@ -118,7 +121,7 @@ impl NamedFiles {
         config.boot.initramfs.iter().for_each(|packed| self.add_packed(packed));
         for disk in &config.disks {
             let written = !disk.readonly && disk.overlay.is_none();
-            self.add("--disk", &disk.path, if written { Use::Disk } else { Use::ReadDisk });
+            self.add_disk("--disk", &disk.path, written, disk.format);
             if let Some(Overlay::File(path)) = &disk.overlay {
                 self.add("overlay", path, Use::Disk);
             }
@@ -135,6 +138,12 @@ impl NamedFiles {
             self.add_end("--console-port", &port.to);
             self.add_some("--console-port from", port.from.as_deref(), Use::Read);
         }
+    }
+
+    /// Adds a disk, and with it the images that are below it.
+    pub(super) fn add_disk(&mut self, flag: &'static str, path: &Path, written: bool, format: Option<Format>) {
+        self.add(flag, path, if written { Use::Disk } else { Use::ReadDisk });
+        self.images.extend(self.files.last().cloned().map(|disk| (disk, format)));
     }
 
     fn add_packed(&mut self, packed: &InitramfsConfig) {
@@ -164,12 +173,21 @@ impl NamedFiles {
     /// Fails if two files exclude each other, or if a link that a guest may have created leads an input out of the
     /// guest's folders. Holds inputs open that a guest could replace, and for a restart if `again` is set. Opens
     /// nothing for writing.
-    pub(super) fn settle(&self, again: bool) -> Result<(), Error> {
+    pub(super) fn settle(&mut self, again: bool) -> Result<(), Error> {
         let folders = WritableFolders::new(self.writable.iter().map(PathBuf::as_path));
+        held::begin(folders.clone(), again);
+        self.add_bases()?;
         self.check(&folders)?;
-        held::begin(folders, again);
-        for file in self.files.iter().filter(|file| file.purpose.is_input()) {
-            held::keep(&file.path).map_err(|e| Error::Planted(file.clone(), e))?;
+        self.files.iter().filter(|file| file.purpose.is_input()).try_for_each(Named::keep)
+    }
+
+    /// Adds the images below the disks.
+    fn add_bases(&mut self) -> Result<(), Error> {
+        for (disk, format) in std::mem::take(&mut self.images) {
+            disk.keep()?;
+            let base = |path| Named { flag: "base image", path, purpose: Use::ReadDisk };
+            let found = qcow2::bases(&disk.path, format).map_err(|(path, e)| Error::Planted(base(path), e))?;
+            self.files.extend(found.into_iter().map(base));
         }
         Ok(())
     }
@@ -204,6 +222,13 @@ impl NamedFiles {
             });
         }
         Ok(())
+    }
+}
+
+impl Named {
+    /// Holds an input open, if that is needed.
+    fn keep(&self) -> Result<(), Error> {
+        held::keep(&self.path).map_err(|e| Error::Planted(self.clone(), e))
     }
 }
 

@@ -579,3 +579,24 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn all_images_below_one_are_known_before_any_is_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let [top, middle, base, own] = ["top", "middle", "base", "own"].map(|name| dir.path().join(name));
+    qcow2(&top, SIZE, Some((&middle, Format::Qcow2)));
+    qcow2(&middle, SIZE, Some((Path::new("base"), Format::Raw)));
+    qcow2(&own, SIZE, Some((&own, Format::Qcow2)));
+    let found = |path: &Path, format| bases(path, format).unwrap();
+    assert_eq!(found(&top, Some(Format::Qcow2)), [middle.clone(), base.clone()]);
+    // A raw image is not believed, whatever it looks like.
+    qcow2(&base, SIZE, Some((&own, Format::Qcow2)));
+    assert_eq!(found(&top, Some(Format::Qcow2)), [middle.clone(), base]);
+    // What is not opened leads no further.
+    assert_eq!(found(&top, None), std::slice::from_ref(&middle));
+    assert!(found(&top, Some(Format::Raw)).is_empty());
+    assert_eq!(found(&own, Some(Format::Qcow2)).len(), MAX_DEPTH);
+    std::fs::remove_file(&middle).unwrap();
+    assert_eq!(found(&top, Some(Format::Qcow2)), [middle]);
+    assert!(found(dir.path(), None).is_empty() && found(&dir.path().join("missing"), None).is_empty());
+}
