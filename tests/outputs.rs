@@ -334,3 +334,46 @@ fn a_report_keeps_the_mode_of_the_one_it_replaces() {
     assert!(fs::read_to_string(&report).unwrap().contains("powered-off"));
     assert_eq!(fs::metadata(&report).unwrap().permissions().mode() & 0o7777, 0o600);
 }
+
+/// A matrix in a folder of its own; the words follow its file's name.
+fn matrix(path: &Path, file: &str, words: &[&str]) -> Ended {
+    fs::write(path.join("m.toml"), file).unwrap();
+    let mut command = vireo();
+    command.current_dir(path).args(["exec", "--matrix", "m.toml"]).args(words).args(["--", "true"]);
+    Running::start(command).end()
+}
+
+#[test]
+fn a_matrix_overwrites_nothing_that_its_runs_need() {
+    let (_folder, path) = folder();
+    fs::write(path.join("k"), elf(crate::guests::power_off())).unwrap();
+    let kept = ["k", "disk", "run.log", "top.qcow2"];
+    ["disk", "run.log"].iter().for_each(|name| fs::write(path.join(name), vec![b'x'; 1 << 20]).unwrap());
+    over(&path.join("disk"), &path.join("top.qcow2"));
+    let before = kept.map(|name| fs::read(path.join(name)).unwrap());
+    for (file, words, parts) in [
+        ("disk = 'disk'", &["--report", "disk"][..], ["--report disk", "--disk disk of the run run"]),
+        ("", &["--junit", "k"], ["--junit k", "--kernel k of the run run"]),
+        ("console-log = 'm.toml'", &[], ["--matrix m.toml", "--console-log m.toml of the run run"]),
+        ("log-file = 'm.toml'", &[], ["--matrix m.toml", "--log-file m.toml of the run run"]),
+        ("disk = 'run.log'", &["--output-dir", "."], ["--output-dir ./run.log", "--disk run.log of the run run"]),
+        ("console-log = 'new/run.log'", &["--output-dir", "new"], ["--output-dir new/run.log", "--console-log"]),
+        ("disk = 'top.qcow2,format=qcow2'", &["--report", "disk"], ["--report disk", "base image"]),
+        (
+            "[configs.a]\nconsole-log = 'new'\n[configs.b]\nvmcore = 'new'",
+            &[],
+            ["--console-log new of the run a", "--vmcore new of the run b"],
+        ),
+        (
+            "[configs.a]\ndisk = 'disk'\n[configs.b]\nconsole-log = 'disk'",
+            &[],
+            ["--disk disk of the run a", "--console-log disk of the run b"],
+        ),
+    ] {
+        let file = format!("kernel = 'k'\n{file}\n");
+        says(matrix(&path, &file, words), 2, &[&parts[..], &["are the same file"]].concat());
+        assert_eq!(fs::read_to_string(path.join("m.toml")).unwrap(), file);
+        assert!(kept.map(|name| fs::read(path.join(name)).unwrap()) == before, "{file}");
+        assert!(!path.join("new").exists(), "{file}");
+    }
+}

@@ -46,6 +46,11 @@ pub fn keep_base(image: &Path, path: &Path) -> io::Result<()> {
     change(|held| held.keep_base(image, path))
 }
 
+/// Gives up the file that was kept for `path`, so that another process can keep it.
+pub fn forget(path: &Path) {
+    change(|held| held.files.retain(|(name, _)| name != path));
+}
+
 /// Keeps the file that was just created at `path` and opened, like [`keep`].
 pub fn keep_new(path: &Path, file: &File) {
     change(|held| held.keep_new(path, file));

@@ -94,6 +94,9 @@ pub struct ExecArgs {
     /// With --matrix: keep each run's output and report in this folder
     #[arg(long, value_name = "DIR", requires = "matrix")]
     output_dir: Option<PathBuf>,
+    /// Folders that guests of other runs of a matrix can write to
+    #[arg(long, hide = true, value_name = "DIR")]
+    writable_folder: Vec<PathBuf>,
     /// Command and its arguments; without them a shell is started
     #[arg(trailing_var_arg = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -110,13 +113,22 @@ enum InputFrom {
 
 impl ExecArgs {
     fn machine(&self) -> Result<MachineConfig, Failure> {
+        Ok(self.machine_with(self.kernel()?))
+    }
+
+    /// Returns the kernel that was named, or this host's.
+    pub(super) fn kernel(&self) -> Result<PathBuf, exec::Error> {
+        self.kernel.clone().map_or_else(exec::host_kernel, Ok)
+    }
+
+    fn machine_with(&self, kernel: PathBuf) -> MachineConfig {
         let mut config = MachineConfig::default();
-        config.boot.kernel = self.kernel.clone().map_or_else(exec::host_kernel, Ok)?;
+        config.boot.kernel = kernel;
         config.boot.cmdline.clone_from(&self.append);
         config.memory.size = DEFAULT_MEMORY;
         self.devices.apply(&mut config);
         config.serial = if self.verbose { ConsoleEnd::Stderr } else { ConsoleEnd::Null };
-        Ok(config)
+        config
     }
 
     /// Returns whether the guests run in other processes.
@@ -124,9 +136,10 @@ impl ExecArgs {
         self.matrix.is_some()
     }
 
-    /// Returns the files that the flags name, except those of the machine.
-    pub(super) fn named(&self) -> NamedFiles {
+    /// Returns the files that the flags name. `kernel` is the kernel's path, or an empty path if there is no kernel.
+    pub(super) fn named(&self, kernel: PathBuf) -> NamedFiles {
         let mut named = NamedFiles::default();
+        self.writable_folder.iter().for_each(|folder| named.add_writable(folder));
         self.share.iter().for_each(|folder| named.add_folder("--share", &folder.host, folder.writable));
         match &self.root {
             RootFrom::Path(root) if root.is_dir() => named.add_folder("--root", root, self.rw),
@@ -136,6 +149,7 @@ impl ExecArgs {
         named.add_some("--modules", self.modules.as_deref(), Use::Folder);
         self.watch.add_to(&mut named);
         self.debug.add_to(&mut named);
+        named.add_machine(&self.machine_with(kernel));
         named
     }
 
@@ -183,8 +197,8 @@ pub fn run(args: ExecArgs, log: &LogArgs, start: Instant) -> Result<u8, Failure>
     if args.print_config {
         return print(format!("{}\n", serde_json::to_string_pretty(&prepare()?.0)?).as_bytes());
     }
-    let mut named = args.named();
-    machine.iter().for_each(|machine| named.add_machine(machine));
+    let kernel = machine.as_ref().map(|machine| machine.boot.kernel.clone()).unwrap_or_default();
+    let named = args.named(kernel);
     log.init_with(named, args.watch.attempts() > 1)?;
     let attempt = |options, early: &Early| {
         let (config, session) = prepare()?;

@@ -14,11 +14,12 @@
 //! Each run is a separate vireo process with a command line built from the file and cannot harm the others. Paths in
 //! the file are relative to the file's folder.
 
+mod files;
 mod output;
 mod paths;
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, Write};
@@ -29,16 +30,14 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use clap::ArgAction;
 use clap::parser::ValueSource;
-use clap::{ArgAction, FromArgMatches};
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 use toml::Value;
 
 use self::output::{Log, Output, RunReport};
-use super::exec::ExecArgs;
 use super::junit::Case;
-use super::named::{NamedFiles, Use};
 use super::report::{FileError, Reports};
 use super::{Failure, LogArgs, fault, print, say, usage};
 use crate::child;
@@ -274,14 +273,16 @@ pub(super) fn run(given: &Given, exec: &clap::Command, log: &LogArgs) -> Result<
     let text = fs::read_to_string(path).map_err(|e| FileError::Read(path.clone(), e))?;
     let matrix: Matrix = toml::from_str(&text).map_err(|e| usage(Error::Parse(path.clone(), e.into())))?;
     let runs = runs(given, &matrix, exec).map_err(usage)?;
-    log.init_with(named(given, &runs, exec), false)?;
+    let named = files::named(given, &runs, exec);
+    let folders = named.writable().to_vec();
+    log.init_with(named, false)?;
     let reports = Arc::new(Reports::new(given.report.as_deref(), given.junit.as_deref())?);
     let of_fault = reports.clone();
     fault::reports(move |sentence| _ = of_fault.write_failure("matrix", &sentence.into()));
     let output = Output::new(given.output_dir.as_deref())?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = given.jobs.or(matrix.jobs).unwrap_or(cpus).max(1);
-    let (done, signal) = Progress::new(&runs, jobs, &output)?.run_all()?;
+    let (done, signal) = Progress::new(&runs, jobs, &output, &folders)?.run_all()?;
     let failed = done.iter().find(|done| done.exit_code != 0);
     let code = signal.map_or(failed.map_or(0, |done| done.exit_code), |signal| 128 + signal as u8);
     reports.write_json(&serde_json::json!({ "exit_code": code, "runs": done }))?;
@@ -299,20 +300,6 @@ pub(super) fn run(given: &Given, exec: &clap::Command, log: &LogArgs) -> Result<
     Ok(code)
 }
 
-/// Returns the files that all runs share, and the folders that the guests of any run write to.
-fn named(given: &Given, runs: &[Run], exec: &clap::Command) -> NamedFiles {
-    let mut named = NamedFiles::default();
-    named.add("--matrix", &given.matrix, Use::Read);
-    named.add_some("--report", given.report.as_deref(), Use::Result);
-    named.add_some("--junit", given.junit.as_deref(), Use::Result);
-    for run in runs {
-        let matches = exec.clone().no_binary_name(true).try_get_matches_from(&run.words);
-        let args = matches.and_then(|matches| ExecArgs::from_arg_matches(&matches));
-        args.iter().for_each(|args| named.add_writable(&args.named()));
-    }
-    named
-}
-
 fn lines(list: &Json) -> String {
     list.as_array().map_or(String::new(), |lines| lines.iter().filter_map(Json::as_str).collect::<Vec<_>>().join("\n"))
 }
@@ -322,6 +309,8 @@ struct Progress<'a> {
     runs: &'a [Run],
     jobs: usize,
     output: &'a Output,
+    /// What guests of any run write to: to the others, too, a link there may lead anywhere.
+    folders: &'a [PathBuf],
     poller: Poller,
     signals: Signals,
     next: usize,
@@ -333,13 +322,14 @@ struct Progress<'a> {
 }
 
 impl<'a> Progress<'a> {
-    fn new(runs: &'a [Run], jobs: usize, output: &'a Output) -> Result<Self, Failure> {
+    fn new(runs: &'a [Run], jobs: usize, output: &'a Output, folders: &'a [PathBuf]) -> Result<Self, Failure> {
         let signals = Signals::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGCHLD])?;
         let done = runs.iter().map(|_| None).collect();
         let shows = terminal::is_terminal(io::stderr().as_raw_fd());
         let poller = Poller::new()?;
         poller.add(signals.as_raw_fd(), SIGNAL, Interest::Read)?;
-        Ok(Progress { runs, jobs, output, poller, signals, next: 0, running: Vec::new(), done, stopped: None, shows })
+        let (next, running, stopped) = (0, Vec::new(), None);
+        Ok(Progress { runs, jobs, output, folders, poller, signals, next, running, done, stopped, shows })
     }
 
     fn run_all(mut self) -> Result<(Vec<Done>, Option<i32>), Failure> {
@@ -391,6 +381,9 @@ impl<'a> Progress<'a> {
         let mut command = Command::new("/proc/self/exe");
         command.arg("exec");
         report.give_to(&mut command);
+        let folder =
+            |path: &PathBuf| [OsStr::new("--writable-folder="), path.as_os_str()].into_iter().collect::<OsString>();
+        command.args(self.folders.iter().map(folder));
         command.args(&run.words);
         command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
         child::deliver_signals(&mut command);

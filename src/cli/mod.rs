@@ -81,10 +81,15 @@ impl LogArgs {
         logging::init(self.log_level.as_deref(), self.log_file.as_deref())
     }
 
+    /// Adds the file that the flags name.
+    fn add_to(&self, named: &mut NamedFiles) {
+        named.add_some("--log-file", self.log_file.as_deref(), Use::Log);
+    }
+
     /// Checks and keeps the files of a run and then starts the log. The log comes last because its file is one of those
     /// that are checked. `again`: the guest may be restarted.
     fn init_with(&self, mut named: NamedFiles, again: bool) -> Result<(), Failure> {
-        named.add_some("--log-file", self.log_file.as_deref(), Use::Live);
+        self.add_to(&mut named);
         named.settle(again).map_err(usage)?;
         self.init()?;
         named.warn(again);

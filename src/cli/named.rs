@@ -29,6 +29,10 @@ pub(super) enum Use {
     Result,
     /// Written while the guest runs.
     Live,
+    /// Appended to while the guest runs; several may share it.
+    Log,
+    /// A new file that replaces an existing one of any kind. Links are not followed.
+    Renewed,
     /// A socket or FIFO whose name exists while the guest runs.
     Meeting,
     /// A folder.
@@ -37,17 +41,18 @@ pub(super) enum Use {
 
 impl Use {
     fn is_output(self) -> bool {
-        matches!(self, Use::Result | Use::Live | Use::Meeting)
+        matches!(self, Use::Result | Use::Live | Use::Log | Use::Renewed | Use::Meeting)
     }
 
     fn is_input(self) -> bool {
         matches!(self, Use::Read | Use::ReadDisk | Use::Disk | Use::Folder)
     }
 
-    /// Returns whether one file cannot serve both purposes.
-    fn excludes(self, other: Use) -> bool {
-        let alone = |one, other| one == Use::Disk && matches!(other, Use::Disk | Use::ReadDisk);
-        let spoils = |one: Use, other| one.is_output() && other != Use::Folder;
+    /// Returns whether one file cannot serve both purposes. `together`: one guest would use both. Several guests may use
+    /// one disk, because one may run after the other, and disks are locked.
+    fn excludes(self, other: Use, together: bool) -> bool {
+        let alone = |one, other| together && one == Use::Disk && matches!(other, Use::Disk | Use::ReadDisk);
+        let spoils = |one: Use, other| one.is_output() && other != Use::Folder && (one, other) != (Use::Log, Use::Log);
         [(self, other), (other, self)].into_iter().any(|(one, other)| alone(one, other) || spoils(one, other))
     }
 }
@@ -58,11 +63,14 @@ pub(super) struct Named {
     flag: &'static str,
     path: PathBuf,
     purpose: Use,
+    /// The run of a matrix that it is for.
+    run: Option<String>,
 }
 
 impl fmt::Display for Named {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.flag, self.path.display())
+        write!(f, "{} {}", self.flag, self.path.display())?;
+        self.run.as_ref().map_or(Ok(()), |run| write!(f, " of the run {run}"))
     }
 }
 
@@ -71,13 +79,13 @@ impl fmt::Display for Named {
 pub(super) enum Error {
     /// Two flags name one file, and one of them would destroy what the other needs.
     #[error("{0} and {1} are the same file, which vireo would overwrite")]
-    Overwritten(Named, Named),
+    Overwritten(Box<Named>, Box<Named>),
     /// Two flags name one file for output.
     #[error("{0} and {1} are the same file: one would overwrite the other")]
-    Outputs(Named, Named),
+    Outputs(Box<Named>, Box<Named>),
     /// Two flags name one disk, and at least one of them writes to it.
     #[error("{0} and {1} are the same disk: a disk can be used twice only if both uses are readonly")]
-    Twice(Named, Named),
+    Twice(Box<Named>, Box<Named>),
     /// The path is a link that a guest may have created.
     #[error("cannot use {0}")]
     Planted(Named, #[source] io::Error),
@@ -95,7 +103,7 @@ pub(super) struct NamedFiles {
 impl NamedFiles {
     /// Adds a file.
     pub(super) fn add(&mut self, flag: &'static str, path: &Path, purpose: Use) {
-        self.files.push(Named { flag, path: path.into(), purpose });
+        self.files.push(Named { flag, path: path.into(), purpose, run: None });
     }
 
     /// Adds a file, if there is one.
@@ -109,9 +117,26 @@ impl NamedFiles {
         self.writable.extend(writable.then(|| path.to_path_buf()));
     }
 
-    /// Adds the folders that guests of another command line can write to.
-    pub(super) fn add_writable(&mut self, other: &NamedFiles) {
-        self.writable.extend_from_slice(&other.writable);
+    /// Adds a folder that other guests can write to.
+    pub(super) fn add_writable(&mut self, path: &Path) {
+        self.writable.push(path.into());
+    }
+
+    /// The folders that guests can write to.
+    pub(super) fn writable(&self) -> &[PathBuf] {
+        &self.writable
+    }
+
+    /// Adds what the command line of a run of a matrix names.
+    pub(super) fn add_run(&mut self, run: &str, other: NamedFiles) {
+        let of_run = |named: Named| Named { run: Some(run.into()), ..named };
+        self.files.extend(other.files.into_iter().map(of_run));
+        self.images.extend(other.images.into_iter().map(|(named, format)| (of_run(named), format)));
+        for folder in other.writable {
+            if !self.writable.contains(&folder) {
+                self.writable.push(folder);
+            }
+        }
     }
 
     /// Adds every file that a machine's description names.
@@ -171,23 +196,30 @@ impl NamedFiles {
     }
 
     /// Fails if two files exclude each other, or if a link that a guest may have created leads an input out of the
-    /// guest's folders. Holds inputs open that a guest could replace, and for a restart if `again` is set. Opens
-    /// nothing for writing.
+    /// guest's folders. Holds inputs open that a guest could replace, and for a restart if `again` is set; the runs of a
+    /// matrix do so in their own processes. Opens nothing for writing.
     pub(super) fn settle(&mut self, again: bool) -> Result<(), Error> {
         let folders = WritableFolders::new(self.writable.iter().map(PathBuf::as_path));
         held::begin(folders.clone(), again);
         self.add_bases()?;
         self.check(&folders)?;
-        self.files.iter().filter(|file| file.purpose.is_input()).try_for_each(Named::keep)
+        for file in self.files.iter().filter(|file| file.purpose.is_input()) {
+            file.keep()?;
+            file.leave();
+        }
+        Ok(())
     }
 
     /// Adds the images below the disks.
     fn add_bases(&mut self) -> Result<(), Error> {
         for (disk, format) in std::mem::take(&mut self.images) {
             disk.keep()?;
-            let base = |path| Named { flag: "base image", path, purpose: Use::ReadDisk };
+            let base = |path| Named { flag: "base image", path, purpose: Use::ReadDisk, run: disk.run.clone() };
             let found = qcow2::bases(&disk.path, format).map_err(|(path, e)| Error::Planted(base(path), e))?;
+            let known = self.files.len();
             self.files.extend(found.into_iter().map(base));
+            disk.leave();
+            self.files.iter().skip(known).for_each(Named::leave);
         }
         Ok(())
     }
@@ -195,9 +227,9 @@ impl NamedFiles {
     /// Warns about files that the guest can change although vireo still uses them, or uses them again for a restart.
     pub(super) fn warn(&self, again: bool) {
         let folders = held::folders();
-        for file in &self.files {
+        for file in self.files.iter().filter(|file| file.run.is_none()) {
             let how = match file.purpose {
-                Use::Live => "can change what is written there",
+                Use::Live | Use::Log => "can change what is written there",
                 Use::Meeting => "can put something else in its place",
                 Use::Read | Use::ReadDisk if again => "can change it before a restart",
                 _ => continue,
@@ -210,11 +242,12 @@ impl NamedFiles {
     }
 
     fn check(&self, folders: &WritableFolders) -> Result<(), Error> {
-        let found: Vec<_> = self.files.iter().map(|file| (file, Which::of(&file.path, folders))).collect();
+        let found: Vec<_> = self.files.iter().map(|file| (file, Which::of(file, folders))).collect();
         for (n, (one, which)) in found.iter().enumerate() {
-            let same = |(other, id): &&(&Named, Which)| which.is(id) && one.purpose.excludes(other.purpose);
+            let excludes = |other: &Named| one.purpose.excludes(other.purpose, one.run == other.run);
+            let same = |(other, id): &&(&Named, Which)| which.is(id) && excludes(other);
             let Some((other, _)) = found[..n].iter().find(same) else { continue };
-            let (first, second) = ((*other).clone(), (*one).clone());
+            let (first, second) = (Box::new((*other).clone()), Box::new((*one).clone()));
             return Err(match (one.purpose.is_output(), other.purpose.is_output()) {
                 (true, true) => Error::Outputs(first, second),
                 (false, false) => Error::Twice(first, second),
@@ -230,34 +263,55 @@ impl Named {
     fn keep(&self) -> Result<(), Error> {
         held::keep(&self.path).map_err(|e| Error::Planted(self.clone(), e))
     }
+
+    /// Leaves it to the process of its run, so that many runs do not need as many descriptors here.
+    fn leave(&self) {
+        if self.run.is_some() {
+            held::forget(&self.path);
+        }
+    }
 }
 
 /// The file that a path refers to.
 enum Which {
     /// An existing file.
     Is(FileId),
-    /// A file that is about to be created: its folder and its name.
-    New(FileId, std::ffi::OsString),
+    /// A file that is about to be created: an existing folder, and the path from there.
+    New(FileId, PathBuf),
     /// Something that several may use: a terminal, /dev/null, a FIFO, an inherited descriptor; or a path that cannot be
     /// resolved.
     Any,
 }
 
 impl Which {
-    fn of(path: &Path, folders: &WritableFolders) -> Self {
+    fn of(file: &Named, folders: &WritableFolders) -> Self {
+        let path = &file.path;
         if own_descriptor(path).is_some() {
             return Which::Any;
         }
-        let Ok(place) = Place::find(path, folders).or_else(|_| Place::find(path, &WritableFolders::none())) else {
-            return Which::Any;
+        let find: fn(&Path, &WritableFolders) -> io::Result<Place> =
+            if file.purpose == Use::Renewed { Place::find_new } else { Place::find };
+        let place = match find(path, folders).or_else(|_| find(path, &WritableFolders::none())) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Which::below(file, folders),
+            Err(_) => return Which::Any,
+            Ok(place) => place,
         };
         let Ok(stat) = place.stat() else { return Which::Any };
         let Some(stat) = stat else {
-            return place.key().map_or(Which::Any, |(dir, name)| Which::New(dir, name));
+            return place.key().map_or(Which::Any, |(dir, name)| Which::New(dir, name.into()));
         };
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::CharacterDevice | FileType::Fifo => Which::Any,
             _ => Which::Is(FileId::of(&stat)),
+        }
+    }
+
+    /// One in a folder that may be made before.
+    fn below(file: &Named, folders: &WritableFolders) -> Self {
+        let (Some(folder), Some(name)) = (file.path.parent(), file.path.file_name()) else { return Which::Any };
+        match Which::of(&Named { path: folder.into(), purpose: Use::Folder, ..file.clone() }, folders) {
+            Which::New(dir, path) => Which::New(dir, path.join(name)),
+            _ => Which::Any,
         }
     }
 
@@ -284,7 +338,8 @@ mod tests {
         fs::hard_link(at("disk"), at("hard")).unwrap();
         symlink("disk", at("soft")).unwrap();
         symlink(".", at("here")).unwrap();
-        use Use::{Disk, Folder, Live, Meeting, Read, ReadDisk, Result};
+        symlink("disk", at("link.log")).unwrap();
+        use Use::{Disk, Folder, Live, Log, Meeting, Read, ReadDisk, Renewed, Result};
         let check = |files: &[(&str, Use)]| {
             let mut named = NamedFiles::default();
             files.iter().for_each(|(path, purpose)| named.add("--flag", &at(path), *purpose));
@@ -298,6 +353,14 @@ mod tests {
             (("disk", Disk), ("disk", Disk), "are the same disk"),
             (("new", Result), ("here/new", Result), "one would overwrite the other"),
             (("new", Result), ("new", Meeting), "one would overwrite the other"),
+            (("no/folder/new", Result), ("here/no/folder/new", Live), "one would overwrite the other"),
+            (("no/folder/new", Result), ("no/new", Live), ""),
+            (("kernel", Read), ("kernel", Log), "are the same file, which vireo would overwrite"),
+            (("new", Log), ("new", Live), "one would overwrite the other"),
+            (("new", Log), ("new", Log), ""),
+            (("kernel", Read), ("kernel", Renewed), "are the same file, which vireo would overwrite"),
+            (("new", Result), ("new", Renewed), "one would overwrite the other"),
+            (("disk", Disk), ("link.log", Renewed), ""),
             (("disk", ReadDisk), ("disk", ReadDisk), ""),
             (("kernel", Read), ("kernel", Read), ""),
             (("kernel", Read), ("kernel", Disk), ""),
@@ -318,5 +381,39 @@ mod tests {
             named.add("--junit", path.as_ref(), Result);
         }
         named.check(&WritableFolders::none()).unwrap();
+    }
+
+    #[test]
+    fn runs_of_a_matrix_share_disks_and_overwrite_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        fs::write(&path, "x").unwrap();
+        let check = |one: Use, other: Option<Use>| {
+            let mut named = NamedFiles::default();
+            for (run, purpose) in [("a", Some(one)), ("b", other)] {
+                let mut of_run = NamedFiles::default();
+                purpose.into_iter().for_each(|purpose| of_run.add("--flag", &path, purpose));
+                named.add_run(run, of_run);
+            }
+            if other.is_none() {
+                named.add("--report", &path, Use::Result);
+            }
+            named.check(&WritableFolders::none()).err().map(|e| e.to_string()).unwrap_or_default()
+        };
+        for (one, other) in [(Use::Disk, Use::Disk), (Use::Disk, Use::ReadDisk), (Use::Log, Use::Log)] {
+            assert_eq!(check(one, Some(other)), "");
+        }
+        let name = path.display();
+        assert_eq!(
+            check(Use::Disk, Some(Use::Live)),
+            format!(
+                "--flag {name} of the run a and --flag {name} of the run b are the same file, which vireo would overwrite"
+            )
+        );
+        assert!(check(Use::Live, Some(Use::Live)).ends_with("one would overwrite the other"));
+        assert_eq!(
+            check(Use::Disk, None),
+            format!("--flag {name} of the run a and --report {name} are the same file, which vireo would overwrite")
+        );
     }
 }
