@@ -323,18 +323,6 @@ fn vireo_gains_no_privileges_and_cannot_be_read_by_others() {
     running.end().expect(125);
 }
 
-#[test]
-fn a_report_keeps_the_mode_of_the_one_it_replaces() {
-    let (_folder, path) = folder();
-    let kernel = Kernel::new(&elf(crate::guests::power_off()));
-    let report = path.join("end.json");
-    fs::write(&report, "before").unwrap();
-    fs::set_permissions(&report, fs::Permissions::from_mode(0o600)).unwrap();
-    Running::start(kernel.command(&["--report", text(&report)])).end().expect(0);
-    assert!(fs::read_to_string(&report).unwrap().contains("powered-off"));
-    assert_eq!(fs::metadata(&report).unwrap().permissions().mode() & 0o7777, 0o600);
-}
-
 /// A matrix in a folder of its own; the words follow its file's name.
 fn matrix(path: &Path, file: &str, words: &[&str]) -> Ended {
     fs::write(path.join("m.toml"), file).unwrap();
@@ -376,4 +364,62 @@ fn a_matrix_overwrites_nothing_that_its_runs_need() {
         assert!(kept.map(|name| fs::read(path.join(name)).unwrap()) == before, "{file}");
         assert!(!path.join("new").exists(), "{file}");
     }
+}
+
+#[test]
+fn what_fails_for_one_run_of_a_matrix_is_that_one_s_end() {
+    let (_folder, path) = folder();
+    fs::write(path.join("k"), elf(crate::guests::power_off())).unwrap();
+    ["od", "outside", "w"].iter().for_each(|name| fs::create_dir(path.join(name)).unwrap());
+    symlink("../outside", path.join("od/b")).unwrap();
+    fs::write(path.join("outside/precious"), "precious").unwrap();
+    symlink("../outside/precious", path.join("w/planted")).unwrap();
+    let file = "kernel = 'k'\njobs = 1\n[kernels.a]\nshare = ['w:/w:rw']\n[kernels.b]\n[kernels.c]\n[kernels.d]\n\
+                console-log = 'w/planted'\n[configs.x]\n";
+    let ended = matrix(&path, file, &["--output-dir", "od", "--report", "all.json", "--junit", "all.xml"]);
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(path.join("all.json")).unwrap()).unwrap();
+    let runs: Vec<_> = report["runs"].as_array().unwrap().iter().collect();
+    let detail = |n: usize| runs[n]["detail"].as_str().unwrap();
+    for (n, name, reported) in [(0, "a/x", true), (1, "b/x", false), (2, "c/x", true), (3, "d/x", true)] {
+        assert_eq!((&runs[n]["name"], &runs[n]["outcome"]), (&name.into(), &"failed".into()), "{report:#}");
+        assert_eq!(runs[n]["report"].is_object(), reported, "{report:#}");
+        assert_eq!(path.join(format!("od/{name}.json")).exists(), reported, "{report:#}");
+    }
+    // These ran, and told that this kernel is none for a command.
+    assert!(detail(0).contains("no virtio_mmio") && detail(2).contains("no virtio_mmio"), "{report:#}");
+    assert!(detail(1).starts_with("cannot write od/b/x.log: 'b' is no directory"), "{report:#}");
+    // What one run's guest can write to is no place of the caller's to another run, either.
+    assert!(detail(3).contains("is a symbolic link in"), "{report:#}");
+    assert!(fs::read_to_string(path.join("all.xml")).unwrap().contains("tests=\"4\" failures=\"0\" errors=\"4\""));
+    assert!(ended.stdout.ends_with(b"4 runs, 4 failed\n"), "{}", String::from_utf8_lossy(&ended.stdout));
+    assert_eq!(fs::read_dir(path.join("outside")).unwrap().count(), 1);
+    assert_eq!(fs::read_to_string(path.join("outside/precious")).unwrap(), "precious");
+}
+
+#[test]
+fn no_folder_is_made_where_a_planted_link_leads() {
+    let (_folder, path) = folder();
+    fs::write(path.join("k"), elf(crate::guests::power_off())).unwrap();
+    ["share", "outside"].iter().for_each(|name| fs::create_dir(path.join(name)).unwrap());
+    symlink("../outside", path.join("share/out")).unwrap();
+    let file = "kernel = 'k'\nshare = ['share:/s:rw']\n";
+    let ended = matrix(&path, file, &["--output-dir", "share/out/new/deep", "--report", "all.json"]);
+    says(ended, 125, &["cannot write share/out/new/deep", "a symbolic link in", "leads out of it"]);
+    assert_eq!(fs::read_dir(path.join("outside")).unwrap().count(), 0);
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(path.join("all.json")).unwrap()).unwrap();
+    assert_eq!(report["outcome"], "failed");
+    matrix(&path, file, &["--output-dir", "share/new/deep"]).expect(125);
+    assert!(path.join("share/new/deep/run.json").is_file());
+}
+
+#[test]
+fn a_report_keeps_the_mode_of_the_one_it_replaces() {
+    let (_folder, path) = folder();
+    let kernel = Kernel::new(&elf(crate::guests::power_off()));
+    let report = path.join("end.json");
+    fs::write(&report, "before").unwrap();
+    fs::set_permissions(&report, fs::Permissions::from_mode(0o600)).unwrap();
+    Running::start(kernel.command(&["--report", text(&report)])).end().expect(0);
+    assert!(fs::read_to_string(&report).unwrap().contains("powered-off"));
+    assert_eq!(fs::metadata(&report).unwrap().permissions().mode() & 0o7777, 0o600);
 }

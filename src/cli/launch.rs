@@ -58,7 +58,7 @@ pub(super) fn supervise(
     mut attempt: impl FnMut(RunOptions, &Early) -> Result<(String, Ended), Failure>,
     tell: impl FnOnce(&Ended),
 ) -> Result<u8, Failure> {
-    let files = Arc::new(watch.open()?);
+    let files = Arc::new(watch.open(name)?);
     report_faults(files.clone(), name.into());
     let most = watch.attempts();
     let mut early = Early { files: files.clone(), name: name.into(), start, quiet: watch.quiet() };
@@ -81,7 +81,7 @@ pub(super) fn supervise(
                 return Ok(report.exit_code);
             }
             Err(failure) => {
-                files.write_failure(name, &failure)?;
+                files.tell_failure(name, &failure);
                 return Err(failure);
             }
         }

@@ -14,30 +14,30 @@
 //! Each run is a separate vireo process with a command line built from the file and cannot harm the others. Paths in
 //! the file are relative to the file's folder.
 
+mod done;
 mod files;
 mod output;
 mod paths;
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::ArgAction;
 use clap::parser::ValueSource;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::Value as Json;
 use toml::Value;
 
+use self::done::{Done, table};
 use self::output::{Log, Output, RunReport};
-use super::junit::Case;
 use super::report::{FileError, Reports};
 use super::{Failure, LogArgs, fault, print, say, usage};
 use crate::child;
@@ -107,6 +107,8 @@ enum Error {
     Shared { path: PathBuf, flag: &'static str, runs: [String; 2] },
     #[error("cannot start vireo for a run")]
     Start(#[source] io::Error),
+    #[error("cannot wait for the run's vireo")]
+    Wait(#[source] io::Error),
 }
 
 /// One run of the matrix.
@@ -115,28 +117,32 @@ struct Run {
     words: Vec<OsString>,
 }
 
-/// Result of a run.
-#[derive(Serialize)]
-struct Done {
-    name: String,
-    /// vireo's exit status.
-    exit_code: u8,
-    outcome: String,
-    detail: String,
-    /// Seconds from the run's start to its end.
-    duration: f64,
-    /// Report that the run itself wrote.
-    report: Json,
-    #[serde(skip)]
-    output: String,
-}
-
 struct Running {
     run: usize,
     child: Child,
     begin: Instant,
     log: Log,
     report: RunReport,
+}
+
+impl Running {
+    /// Returns the result of a run whose vireo has ended. Output or a report that could not be written makes it a failure.
+    fn ended(mut self, run: &Run, status: ExitStatus) -> Done {
+        let kept = self.log.take_rest();
+        let (bytes, kept_report) = self.report.take();
+        let report: Json = serde_json::from_slice(&bytes).unwrap_or_default();
+        let text = |key: &str| report[key].as_str().map(str::to_string);
+        let killed = status.signal().map(|signal| format!("vireo was killed by signal {signal}"));
+        let end = match kept.and(kept_report) {
+            Err(e) => Done::failed(run, &Failure::from(e)),
+            Ok(()) => Done {
+                exit_code: status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(EXIT_VIREO_FAILED),
+                outcome: text("outcome").unwrap_or_else(|| "failed".into()),
+                ..Done::new(run, killed.or(text("detail")).unwrap_or_else(|| "vireo failed".into()))
+            },
+        };
+        Done { duration: self.begin.elapsed().as_secs_f64(), output: self.log.tail(), report, ..end }
+    }
 }
 
 /// Returns the runs that a file describes, in the order of their names.
@@ -279,29 +285,21 @@ pub(super) fn run(given: &Given, exec: &clap::Command, log: &LogArgs) -> Result<
     let reports = Arc::new(Reports::new(given.report.as_deref(), given.junit.as_deref())?);
     let of_fault = reports.clone();
     fault::reports(move |sentence| _ = of_fault.write_failure("matrix", &sentence.into()));
-    let output = Output::new(given.output_dir.as_deref())?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = given.jobs.or(matrix.jobs).unwrap_or(cpus).max(1);
-    let (done, signal) = Progress::new(&runs, jobs, &output, &folders)?.run_all()?;
+    let ran = || -> Result<_, Failure> {
+        let output = Output::new(given.output_dir.as_deref())?;
+        Ok(Progress::new(&runs, jobs, &output, &folders)?.run_all())
+    };
+    let (done, signal) = ran().inspect_err(|failure| reports.tell_failure("matrix", failure))?;
     let failed = done.iter().find(|done| done.exit_code != 0);
     let code = signal.map_or(failed.map_or(0, |done| done.exit_code), |signal| 128 + signal as u8);
-    reports.write_json(&serde_json::json!({ "exit_code": code, "runs": done }))?;
-    let case = |done: &Done| Case {
-        name: done.name.clone(),
-        time: done.duration,
-        code: done.exit_code,
-        outcome: done.outcome.clone(),
-        detail: done.detail.clone(),
-        log: lines(&done.report["kernel_log"]),
-        output: done.output.clone(),
-    };
-    reports.write_junit(&done.iter().map(case).collect::<Vec<_>>())?;
-    print(table(&done).as_bytes())?;
+    let json = reports.write_json(&serde_json::json!({ "exit_code": code, "runs": done }));
+    let junit = reports.write_junit(&done.iter().map(Done::case).collect::<Vec<_>>());
+    // A report that cannot be written does not prevent the others.
+    let printed = print(table(&done).as_bytes());
+    json.and(junit).and(printed)?;
     Ok(code)
-}
-
-fn lines(list: &Json) -> String {
-    list.as_array().map_or(String::new(), |lines| lines.iter().filter_map(Json::as_str).collect::<Vec<_>>().join("\n"))
 }
 
 /// State of the runs while they are in progress.
@@ -309,7 +307,7 @@ struct Progress<'a> {
     runs: &'a [Run],
     jobs: usize,
     output: &'a Output,
-    /// What guests of any run write to: to the others, too, a link there may lead anywhere.
+    /// Folders that the guest of any run writes to. Links there are planted for the other runs, too.
     folders: &'a [PathBuf],
     poller: Poller,
     signals: Signals,
@@ -332,18 +330,33 @@ impl<'a> Progress<'a> {
         Ok(Progress { runs, jobs, output, folders, poller, signals, next, running, done, stopped, shows })
     }
 
-    fn run_all(mut self) -> Result<(Vec<Done>, Option<i32>), Failure> {
+    /// Executes all runs. A failure of one run ends only that run; a failure of the matrix itself fails those that have
+    /// not ended.
+    fn run_all(mut self) -> (Vec<Done>, Option<i32>) {
+        let failure = self.run_each().err();
+        if failure.is_some() {
+            self.stop();
+        }
+        let unseen = |run: &Run| match &failure {
+            Some(failure) => Done::failed(run, failure),
+            None => Done { outcome: "not-run".into(), ..Done::new(run, "vireo was stopped before this run".into()) },
+        };
+        let done = self.runs.iter().zip(self.done).map(|(run, done)| done.unwrap_or_else(|| unseen(run)));
+        (done.collect(), self.stopped)
+    }
+
+    fn run_each(&mut self) -> Result<(), Failure> {
         loop {
             while self.stopped.is_none() && self.running.len() < self.jobs && self.next < self.runs.len() {
-                self.start()?;
+                self.start();
             }
             self.show();
             if self.running.is_empty() {
-                break;
+                return Ok(());
             }
             let ready: Vec<u64> = self.poller.wait(self.shows.then_some(TICK))?.collect();
             for running in self.running.iter_mut().filter(|running| ready.contains(&(OUTPUT + running.run as u64))) {
-                if running.log.take()?.is_none() {
+                if running.log.take().is_none() {
                     self.poller.remove(running.log.from.as_raw_fd())?;
                 }
             }
@@ -353,23 +366,21 @@ impl<'a> Progress<'a> {
                     self.stop();
                 }
             }
-            self.collect()?;
+            self.collect();
         }
-        let unseen = |run: &Run| Done {
-            name: run.name.clone(),
-            exit_code: EXIT_VIREO_FAILED,
-            outcome: "not-run".into(),
-            detail: "vireo was stopped before this run".into(),
-            duration: 0.0,
-            report: Json::Null,
-            output: String::new(),
-        };
-        let done = self.runs.iter().zip(self.done).map(|(run, done)| done.unwrap_or_else(|| unseen(run)));
-        Ok((done.collect(), self.stopped))
     }
 
-    fn start(&mut self) -> Result<(), Failure> {
-        let run = &self.runs[self.next];
+    fn start(&mut self) {
+        let n = self.next;
+        self.next += 1;
+        match self.spawn(n) {
+            Ok(running) => self.running.push(running),
+            Err(failure) => self.finish(n, Done::failed(&self.runs[n], &failure)),
+        }
+    }
+
+    fn spawn(&self, n: usize) -> Result<Running, Failure> {
+        let run = &self.runs[n];
         let pipe = || -> io::Result<_> {
             let (reader, writer) = io::pipe()?;
             Ok((reader, writer.try_clone()?, writer))
@@ -377,7 +388,7 @@ impl<'a> Progress<'a> {
         let (reader, stdout, stderr) = pipe().map_err(Error::Start)?;
         let log = Log::new(reader, self.output.file(&run.name, "log")?)?;
         let report = RunReport::new(self.output.file(&run.name, "json")?)?;
-        self.poller.add(log.from.as_raw_fd(), OUTPUT + self.next as u64, Interest::Read)?;
+        self.poller.add(log.from.as_raw_fd(), OUTPUT + n as u64, Interest::Read)?;
         let mut command = Command::new("/proc/self/exe");
         command.arg("exec");
         report.give_to(&mut command);
@@ -389,9 +400,7 @@ impl<'a> Progress<'a> {
         child::deliver_signals(&mut command);
         child::die_with_us(&mut command);
         let child = command.spawn().map_err(Error::Start)?;
-        self.running.push(Running { run: self.next, child, begin: Instant::now(), log, report });
-        self.next += 1;
-        Ok(())
+        Ok(Running { run: n, child, begin: Instant::now(), log, report })
     }
 
     /// Sends SIGTERM to each run. Runs on the terminal have received Ctrl-C themselves.
@@ -402,35 +411,25 @@ impl<'a> Progress<'a> {
         }
     }
 
-    fn collect(&mut self) -> Result<(), Failure> {
+    fn collect(&mut self) {
         for mut running in std::mem::take(&mut self.running) {
-            let Some(status) = running.child.try_wait().map_err(Error::Start)? else {
-                self.running.push(running);
-                continue;
-            };
-            running.log.take_rest()?;
-            let run = &self.runs[running.run];
-            let report: Json = serde_json::from_slice(&running.report.take()?).unwrap_or_default();
-            let text = |key: &str| report[key].as_str().map(str::to_string);
-            let killed = status.signal().map(|signal| format!("vireo was killed by signal {signal}"));
-            let done = Done {
-                name: run.name.clone(),
-                exit_code: status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(EXIT_VIREO_FAILED),
-                outcome: text("outcome").unwrap_or_else(|| "failed".into()),
-                detail: killed.or(text("detail")).unwrap_or_else(|| "vireo failed".into()),
-                duration: running.begin.elapsed().as_secs_f64(),
-                output: running.log.tail(),
-                report,
-            };
-            self.clear();
-            if done.exit_code != 0 {
-                let _ = write!(io::stderr(), "--- {}\n{}", done.name, done.output);
+            let n = running.run;
+            match running.child.try_wait() {
+                Ok(None) => self.running.push(running),
+                Ok(Some(status)) => self.finish(n, running.ended(&self.runs[n], status)),
+                Err(e) => self.finish(n, Done::failed(&self.runs[n], &Error::Wait(e).into())),
             }
-            let (n, all) = (self.done.iter().flatten().count() + 1, self.runs.len());
-            say(&format!("[{n}/{all}] {}: {} ({:.1} s)", done.name, done.detail, done.duration));
-            self.done[running.run] = Some(done);
         }
-        Ok(())
+    }
+
+    fn finish(&mut self, run: usize, done: Done) {
+        self.clear();
+        if done.exit_code != 0 {
+            let _ = write!(io::stderr(), "--- {}\n{}", done.name, done.output);
+        }
+        let (n, all) = (self.done.iter().flatten().count() + 1, self.runs.len());
+        say(&format!("[{n}/{all}] {}: {} ({:.1} s)", done.name, done.detail, done.duration));
+        self.done[run] = Some(done);
     }
 
     /// Shows the progress in one line on a terminal, overwriting the previous one.
@@ -454,23 +453,6 @@ impl<'a> Progress<'a> {
             let _ = write!(io::stderr(), "\r\x1b[K");
         }
     }
-}
-
-/// Returns a table of how all runs ended.
-fn table(done: &[Done]) -> String {
-    let width =
-        |of: fn(&Done) -> &str, title: &str| done.iter().map(|d| of(d).len()).max().unwrap_or(0).max(title.len());
-    let (name, outcome) = (width(|d| &d.name, "RUN"), width(|d| &d.outcome, "RESULT"));
-    let mut text = format!("{:<name$}  {:<outcome$}  CODE  {:>8}\n", "RUN", "RESULT", "TIME");
-    for d in done {
-        let why = if d.exit_code == 0 { "" } else { &d.detail };
-        let line =
-            format!("{:<name$}  {:<outcome$}  {:>4}  {:>6.1} s  {why}", d.name, d.outcome, d.exit_code, d.duration);
-        let _ = writeln!(text, "{}", line.trim_end());
-    }
-    let failed = done.iter().filter(|d| d.exit_code != 0).count();
-    let _ = writeln!(text, "{} runs, {failed} failed", done.len());
-    text
 }
 
 #[cfg(test)]
@@ -598,25 +580,5 @@ rw = false
         let matches = exec.clone().try_get_matches_from(words).unwrap();
         let flags = given_flags(&exec, &matches);
         assert_eq!(command_line(flags), ["--log-level=off", "--rng=", "--share=a", "--share=b", "--verbose"]);
-    }
-
-    #[test]
-    fn a_table() {
-        let done = |name: &str, exit_code, outcome: &str| Done {
-            name: name.into(),
-            exit_code,
-            outcome: outcome.into(),
-            detail: "the sentence".into(),
-            duration: 12.34,
-            report: Json::Null,
-            output: String::new(),
-        };
-        assert_eq!(
-            table(&[done("stable/smp", 0, "exited"), done("x", 70, "panicked")]),
-            "RUN         RESULT    CODE      TIME\n\
-             stable/smp  exited       0    12.3 s\n\
-             x           panicked    70    12.3 s  the sentence\n\
-             2 runs, 1 failed\n"
-        );
     }
 }

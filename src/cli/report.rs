@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::junit::{self, Case};
-use super::{Failure, chain, exit_code};
+use super::{Failure, chain, exit_code, say};
 use crate::backend::output_file::OutputFile;
 use crate::outcome::Report;
 
@@ -37,8 +37,8 @@ impl Reports {
 
     /// Writes both reports; `name` is the name of what ran.
     pub(super) fn write(&self, name: &str, report: &Report) -> Result<(), Failure> {
-        self.write_json(report)?;
-        self.write_junit(&[Case {
+        let json = self.write_json(report);
+        let junit = self.write_junit(&[Case {
             name: name.into(),
             time: report.duration,
             code: report.exit_code,
@@ -46,14 +46,15 @@ impl Reports {
             detail: report.detail.clone(),
             log: report.kernel_log.join("\n"),
             output: String::new(),
-        }])
+        }]);
+        json.and(junit)
     }
 
     /// Writes both reports for a failure of vireo itself.
     pub(super) fn write_failure(&self, name: &str, failure: &Failure) -> Result<(), Failure> {
         let (outcome, code, why) = ("failed", exit_code(failure), chain(&**failure));
-        self.write_json(&serde_json::json!({ "outcome": outcome, "detail": why, "exit_code": code }))?;
-        self.write_junit(&[Case {
+        let json = self.write_json(&serde_json::json!({ "outcome": outcome, "detail": why, "exit_code": code }));
+        let junit = self.write_junit(&[Case {
             name: name.into(),
             time: 0.0,
             code,
@@ -61,7 +62,15 @@ impl Reports {
             detail: why,
             log: String::new(),
             output: String::new(),
-        }])
+        }]);
+        json.and(junit)
+    }
+
+    /// Writes both reports for a failure that is told anyway. If that fails, the error is told, too.
+    pub(super) fn tell_failure(&self, name: &str, failure: &Failure) {
+        if let Err(e) = self.write_failure(name, failure) {
+            say(&chain(&*e));
+        }
     }
 
     /// Writes the report for programs.

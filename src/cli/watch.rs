@@ -67,16 +67,29 @@ fn parse_hang_timeout(text: &str) -> Result<Span, String> {
 }
 
 impl WatchArgs {
-    /// Opens the files that the flags name, or checks that they can be written.
-    pub fn open(&self) -> Result<Files, Failure> {
+    /// Opens the files that the flags name, or checks that they can be written. The reports tell of a file that cannot.
+    /// `name` is what runs.
+    pub fn open(&self, name: &str) -> Result<Files, Failure> {
+        let reports = Reports::new(self.report.as_deref(), self.junit.as_deref())?;
+        match self.open_beside() {
+            Ok((log, vmcore)) => Ok(Files { reports, log, vmcore }),
+            Err(e) => {
+                let failure = e.into();
+                reports.tell_failure(name, &failure);
+                Err(failure)
+            }
+        }
+    }
+
+    /// Opens the files other than the reports.
+    fn open_beside(&self) -> Result<(Option<File>, Option<Arc<OutputFile>>), FileError> {
         let core = |path: &PathBuf| match OutputFile::private(path) {
             Ok(core) => Ok(Arc::new(core)),
             Err(e) => Err(FileError::Write(path.clone(), e)),
         };
         let log = |path: &PathBuf| live(path, Begin::Empty).map_err(|e| FileError::Write(path.clone(), e));
         let vmcore = self.vmcore.as_ref().map(core).transpose()?;
-        let log = self.console_log.as_ref().map(log).transpose()?;
-        Ok(Files { reports: Reports::new(self.report.as_deref(), self.junit.as_deref())?, log, vmcore })
+        Ok((self.console_log.as_ref().map(log).transpose()?, vmcore))
     }
 
     /// Returns the options for one run; options without a flag keep their defaults. The transcript is always present.
@@ -152,6 +165,11 @@ impl Files {
     /// Writes the reports; `name` is the name of what ran.
     pub fn write(&self, name: &str, report: &Report) -> Result<(), Failure> {
         self.reports.write(name, report)
+    }
+
+    /// Writes the reports for a failure that is told anyway.
+    pub fn tell_failure(&self, name: &str, failure: &Failure) {
+        self.reports.tell_failure(name, failure);
     }
 
     /// Writes the reports for a failure of vireo itself.

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use super::Error;
 use crate::backend::held;
-use crate::backend::output_file::OutputFile;
+use crate::backend::output_file::{OutputFile, mode_of, set_mode};
 use crate::backend::place::{Place, descriptor_path, make_directory};
 use crate::child;
 use crate::cli::Failure;
@@ -50,7 +50,12 @@ impl Output {
                 Ok(()) | Err(Errno::EXIST) => {}
                 Err(e) => return Err(e.into()),
             }
-            Ok(rustix::fs::openat(dir, folder, DIRECTORY | OFlags::NOFOLLOW, Mode::empty())?)
+            match rustix::fs::openat(dir, folder, DIRECTORY | OFlags::NOFOLLOW, Mode::empty()) {
+                Err(Errno::NOTDIR | Errno::LOOP) => {
+                    Err(io::Error::other(format!("'{folder}' is no directory, and no link is followed there")))
+                }
+                dir => Ok(dir?),
+            }
         };
         let dir = open().map_err(|e| FileError::Write(shown.clone(), e))?;
         Ok(Some(Place::within(dir, format!("{name}.{suffix}").into(), shown)))
@@ -63,13 +68,14 @@ const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CL
 /// Report of a run. The run writes it to memory that it inherits; then this process writes it to the user's file.
 pub(super) struct RunReport {
     memory: File,
-    file: Option<Place>,
+    file: Option<OutputFile>,
 }
 
 impl RunReport {
-    pub(super) fn new(file: Option<Place>) -> Result<Self, Failure> {
-        // Removes the report of an earlier matrix.
-        file.iter().for_each(|place| _ = place.remove());
+    pub(super) fn new(place: Option<Place>) -> Result<Self, Failure> {
+        // Removes the report of an earlier matrix, whose mode is kept.
+        let file = place.as_ref().map(OutputFile::at);
+        place.iter().for_each(|place| _ = place.remove());
         let memory = rustix::fs::memfd_create("vireo-report", MemfdFlags::CLOEXEC).map_err(io::Error::from);
         Ok(RunReport { memory: memory.map_err(Error::Start)?.into(), file })
     }
@@ -80,16 +86,13 @@ impl RunReport {
         child::inherit(command, self.memory.as_raw_fd());
     }
 
-    /// Returns what the run wrote, and writes it to the user's file if there is one.
-    pub(super) fn take(&mut self) -> Result<Vec<u8>, FileError> {
+    /// Returns what the run wrote, and whether it could be written to the user's file if there is one.
+    pub(super) fn take(&mut self) -> (Vec<u8>, Result<(), FileError>) {
         let mut text = Vec::new();
         let read = self.memory.seek(SeekFrom::Start(0)).and_then(|_| self.memory.read_to_end(&mut text));
-        if let Some(place) = self.file.as_ref().filter(|_| !text.is_empty()) {
-            let failed = |e| FileError::Write(place.path().into(), e);
-            read.map_err(failed)?;
-            OutputFile::at(place).write(&text).map_err(failed)?;
-        }
-        Ok(text)
+        let Some(file) = self.file.as_ref().filter(|_| !text.is_empty()) else { return (text, Ok(())) };
+        let kept = read.and_then(|_| file.write(&text));
+        (text, kept.map_err(|e| FileError::Write(file.path().into(), e)))
     }
 }
 
@@ -103,6 +106,8 @@ pub(super) struct Log {
     tail: Vec<u8>,
     /// Set if the output is longer than the tail.
     cut: bool,
+    /// Error that kept output from the file.
+    failure: Option<FileError>,
 }
 
 impl Log {
@@ -112,39 +117,43 @@ impl Log {
             Ok(file) => Ok((place, file)),
             Err(e) => Err(FileError::Write(place.path().into(), e)),
         };
-        Ok(Log { from, file: file.map(create).transpose()?, tail: Vec::new(), cut: false })
+        Ok(Log { from, file: file.map(create).transpose()?, tail: Vec::new(), cut: false, failure: None })
     }
 
-    /// Reads some of the output without waiting. Returns the number of bytes, or `None` at the end of the output.
-    pub(super) fn take(&mut self) -> Result<Option<usize>, Failure> {
+    /// Reads some of the output without waiting. Returns the number of bytes, or `None` at the end of the output. The run
+    /// goes on if the file cannot be written; [`Log::take_rest`] has the error.
+    pub(super) fn take(&mut self) -> Option<usize> {
         let mut piece = vec![0; PIECE];
         let len = match self.from.read(&mut piece) {
-            Ok(0) => return Ok(None),
+            Ok(0) => return None,
             Ok(len) => len,
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => return Ok(Some(0)),
-            Err(_) => return Ok(None),
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => return Some(0),
+            Err(_) => return None,
         };
         piece.truncate(len);
-        if let Some((place, file)) = &mut self.file {
-            file.write_all(&piece).map_err(|e| FileError::Write(place.path().into(), e))?;
+        if let Some((place, file)) = &mut self.file
+            && let Err(e) = file.write_all(&piece)
+        {
+            self.failure = Some(FileError::Write(place.path().into(), e));
+            self.file = None;
         }
         self.tail.append(&mut piece);
         let over = self.tail.len().saturating_sub(SHOWN);
         self.cut |= over > 0;
         self.tail.drain(..over);
-        Ok(Some(len))
+        Some(len)
     }
 
-    /// Reads what is left in the pipe of a run that has ended.
-    pub(super) fn take_rest(&mut self) -> Result<(), Failure> {
+    /// Reads what is left in the pipe of a run that has ended. Fails if the file does not have the complete output.
+    pub(super) fn take_rest(&mut self) -> Result<(), FileError> {
         let mut taken = 0;
         while taken < PIPE_MAX {
-            match self.take()? {
+            match self.take() {
                 None | Some(0) => break,
                 Some(len) => taken += len,
             }
         }
-        Ok(())
+        self.failure.take().map_or(Ok(()), Err)
     }
 
     /// Returns the end of the output, in whole lines.
@@ -154,20 +163,24 @@ impl Log {
     }
 }
 
-/// Creates a file in the place of an earlier one, whatever that was.
+/// Creates a file in the place of an earlier one, whatever that was. The mode of an earlier file is kept.
 fn create(place: &Place) -> io::Result<File> {
+    let kept = mode_of(place);
     match place.remove() {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    place.open(OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, Mode::from_bits_retain(0o666))
+    let mode = kept.unwrap_or(Mode::from_bits_retain(0o666));
+    let file = place.open(OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, mode)?;
+    kept.into_iter().for_each(|mode| set_mode(&file, mode));
+    Ok(file)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::fs;
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     #[test]
     fn links_that_guests_made_are_not_followed() {
@@ -189,18 +202,61 @@ mod tests {
                 let (reader, mut writer) = io::pipe().unwrap();
                 let mut log = Log::new(reader, Some(place)).unwrap();
                 writer.write_all(b"text").unwrap();
-                log.take().unwrap();
+                log.take_rest().unwrap();
             } else {
                 let mut report = RunReport::new(Some(place)).unwrap();
                 symlink(victims.join("precious"), &made).unwrap();
                 report.memory.write_all(b"text").unwrap();
-                assert_eq!(report.take().unwrap(), b"text");
+                let (text, kept) = report.take();
+                assert!(text == b"text" && kept.is_ok(), "{kept:?}");
             }
             assert!(!made.is_symlink());
             assert_eq!(fs::read_to_string(made).unwrap(), "text");
         }
         assert_eq!(fs::read_to_string(victims.join("precious")).unwrap(), "precious");
         assert_eq!(fs::read_dir(&victims).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_full_disk_costs_no_more_than_the_files() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        let place = Place::find(Path::new("/dev/full"), &held::folders()).unwrap();
+        let file = File::options().write(true).open("/dev/full").unwrap();
+        let file = Some((place.clone(), file));
+        let mut log = Log { from: reader, file, tail: Vec::new(), cut: false, failure: None };
+        for text in ["one\n", "two\n"] {
+            writer.write_all(text.as_bytes()).unwrap();
+            assert_eq!(log.take(), Some(4));
+        }
+        drop(writer);
+        let FileError::Write(path, error) = log.take_rest().unwrap_err() else { panic!("another error") };
+        assert_eq!((path.as_path(), error.raw_os_error()), (Path::new("/dev/full"), Some(libc::ENOSPC)));
+        assert_eq!(log.tail(), "one\ntwo\n");
+        let dir = tempfile::tempdir().unwrap();
+        let mut report = RunReport::new(Output::new(Some(dir.path())).unwrap().file("a", "json").unwrap()).unwrap();
+        report.memory.write_all(b"text").unwrap();
+        fs::create_dir(dir.path().join("a.json")).unwrap();
+        let (text, kept) = report.take();
+        assert!(text == b"text" && matches!(kept, Err(FileError::Write(..))), "{kept:?}");
+    }
+
+    #[test]
+    fn the_files_of_an_earlier_time_keep_their_permissions() {
+        let dir = tempfile::tempdir().unwrap();
+        let output = Output::new(Some(dir.path())).unwrap();
+        let paths = ["log", "json"].map(|suffix| dir.path().join(format!("a.{suffix}")));
+        for path in &paths {
+            fs::write(path, "before").unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        let _log = Log::new(io::pipe().unwrap().0, output.file("a", "log").unwrap()).unwrap();
+        let mut report = RunReport::new(output.file("a", "json").unwrap()).unwrap();
+        report.memory.write_all(b"text").unwrap();
+        report.take().1.unwrap();
+        for (path, text) in paths.iter().zip(["", "text"]) {
+            assert_eq!(fs::read_to_string(path).unwrap(), text);
+            assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o7777, 0o600);
+        }
     }
 
     /// However much a run prints, its last lines are kept; all of it is kept only if wanted.
@@ -212,18 +268,18 @@ mod tests {
             let (reader, mut writer) = io::pipe().unwrap();
             let file = file.then(|| Output::new(Some(dir.as_path())).unwrap().file("log", "txt").unwrap().unwrap());
             let mut log = Log::new(reader, file).unwrap();
-            assert_eq!(log.take().unwrap(), Some(0), "nothing yet");
+            assert_eq!(log.take(), Some(0), "nothing yet");
             let lines: Vec<String> = (1000..9000).map(|n| format!("line {n}\n")).collect();
             for piece in lines.chunks(1000) {
                 writer.write_all(piece.concat().as_bytes()).unwrap();
-                assert_ne!(log.take().unwrap(), Some(0));
+                assert_ne!(log.take(), Some(0));
             }
             writer.write_all(b"the end").unwrap();
             log.take_rest().unwrap();
             let tail = log.tail();
             assert!(tail.starts_with("line ") && tail.ends_with("line 8999\nthe end") && tail.len() <= SHOWN, "{tail}");
             drop(writer);
-            assert_eq!(log.take().unwrap(), None);
+            assert_eq!(log.take(), None);
             if path.exists() {
                 assert_eq!(fs::read_to_string(&path).unwrap(), lines.concat() + "the end");
             }
