@@ -283,6 +283,10 @@ fn no_file_is_overwritten_that_is_needed() {
     let mut command = vireo();
     command.args(["run", "--config", &config, "--report", &config]);
     says(Running::start(command).end(), 2, &["--config", "--report"]);
+    // Whether this host has a kernel or not.
+    let mut command = vireo();
+    command.args(["exec", "--disk", &disk, "--report", &disk, "--", "true"]);
+    says(Running::start(command).end(), 2, &["--disk", "--report", "are the same file"]);
     let ended = Running::start(kernel.command(&["--disk", &disk, "--disk", &hard])).end();
     says(ended, 2, &["--disk", "are the same disk", "readonly"]);
     let readonly = [format!("{disk},readonly"), format!("{hard},readonly")];
