@@ -16,10 +16,10 @@
 //!
 //! Each layer imports only layers to its right:
 //! `cli > gdb, exec > control, doctor > machine > config, post_mortem > boot, vcpu > virtio, devices > backend,
-//! rate_limiter > privileges, terminal, printable, child, thread_time, bus, irq, event, memory, kvm, layout, options,
-//! outcome`. Beside them is `guest`, the init that `vireo exec` boots into: it uses none of them except the search for
-//! a kernel's modules, and only `exec` knows its messages. A device imports neither `kvm` nor the virtio transport nor
-//! `std::thread`. `unsafe` is denied crate-wide and allowed only in the few modules that talk to the kernel.
+//! rate_limiter > privileges, terminal, printable, child, thread_time, bus, irq, guest_event, event, memory, kvm, layout,
+//! options, report, outcome`. Beside them is `guest`, the init that `vireo exec` boots into: it uses none of them except
+//! the search for a kernel's modules, and only `exec` knows its messages. A device imports neither `kvm` nor the virtio
+//! transport nor `std::thread`. `unsafe` is denied crate-wide and allowed only in the few modules that talk to the kernel.
 
 pub mod cli;
 pub mod gdb;
@@ -43,10 +43,12 @@ pub mod child;
 pub mod thread_time;
 pub mod bus;
 pub mod irq;
+pub mod guest_event;
 pub mod event;
 pub mod memory;
 pub mod kvm;
 pub mod layout;
 pub mod log_limit;
 pub mod options;
+pub mod report;
 pub mod outcome;

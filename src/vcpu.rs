@@ -10,7 +10,7 @@
 //!        Pause, a trap
 //! ```
 //!
-//! A debugger's trap pauses the vCPU that hit it, and is reported as a [`crate::event::GuestEvent`]; stopping the other
+//! A debugger's trap pauses the vCPU that hit it, and is reported as a [`crate::guest_event::GuestEvent`]; stopping the other
 //! vCPUs is the listener's task.
 //!
 //! [`VcpuThread::send`] queues a command, sets `immediate_exit` and sends a signal. The thread clears `immediate_exit`
@@ -32,7 +32,7 @@ use kvm_ioctls::VcpuFd;
 
 use crate::backend::output::Output;
 use crate::bus::Bus;
-use crate::event::GuestEvents;
+use crate::guest_event::GuestEvents;
 use crate::kvm::cpuid::Template;
 use crate::kvm::debug::{Answer, Control, Request};
 use crate::kvm::dump::CpuState;
@@ -40,7 +40,7 @@ use crate::kvm::exit::{self, Exit};
 use crate::kvm::ring::{CoalescedRing, ImmediateExit};
 use crate::kvm::{Error, Vm, failed};
 use crate::memory::GuestRam;
-use crate::outcome::Exits;
+use crate::report::Exits;
 use crate::thread_time::ThreadTime;
 
 /// Parts that all vCPUs of a machine share.

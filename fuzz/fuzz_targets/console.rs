@@ -5,7 +5,7 @@
 use libfuzzer_sys::fuzz_target;
 use vireo::backend::console::Receiver;
 use vireo::backend::output::Output;
-use vireo::event::GuestEvents;
+use vireo::guest_event::GuestEvents;
 use vireo::virtio::console::{Console, NewPort};
 use vireo_fuzz::{Request, drive};
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use libfuzzer_sys::fuzz_target;
 use vireo::backend::output::Output;
-use vireo::event::GuestEvents;
+use vireo::guest_event::GuestEvents;
 use vireo::memory::GuestRam;
 use vireo::options::Size;
 use vireo::virtio::VirtioDevice;

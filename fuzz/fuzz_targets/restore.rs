@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use vireo::backend::output::Output;
 use vireo::backend::packet::Port;
 use vireo::backend::passt::Passt;
-use vireo::event::GuestEvents;
+use vireo::guest_event::GuestEvents;
 use vireo::irq::IrqLine;
 use vireo::memory::{Area, Backing, GuestRam, MemoryConfig};
 use vireo::options::Size;

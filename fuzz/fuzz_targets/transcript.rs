@@ -9,7 +9,7 @@ use arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use vireo::backend::console_watch::ConsoleWatch;
 use vireo::backend::transcript::{LINES, Patterns, Transcript};
-use vireo::event::GuestEvents;
+use vireo::guest_event::GuestEvents;
 use vireo::terminal::Escapes;
 
 fn run(data: &[u8]) -> Result<()> {

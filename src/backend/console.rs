@@ -136,7 +136,7 @@ impl ConsoleEnd {
 /// Receiver of a console's input: a serial port or a port of a virtio console.
 pub trait Receiver: Send + Sync {
     /// Gives input to the guest and returns how many bytes it had room for. If it was not all,
-    /// [`crate::event::GuestEvent::ConsoleInputRoom`] reports when to try again.
+    /// [`crate::guest_event::GuestEvent::ConsoleInputRoom`] reports when to try again.
     fn receive(&self, bytes: &[u8]) -> usize;
 
     /// Reports whether someone is at the host's end now.

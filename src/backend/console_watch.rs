@@ -1,6 +1,6 @@
 //! Detection of guest events from the text of its console.
 
-use crate::event::{GuestEvent, GuestEvents, PanicSource};
+use crate::guest_event::{GuestEvent, GuestEvents, PanicSource};
 
 /// Reads the console's output for the few lines of a Linux kernel that report what no other source does. A program in
 /// the guest can print these lines too, so events found here are attributed to the console.

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use regex_lite::Regex;
 
 use super::output::Destination;
-use crate::event::{GuestEvent, GuestEvents};
+use crate::guest_event::{GuestEvent, GuestEvents};
 use crate::printable::is_hidden;
 
 /// Number of lines kept.

@@ -18,7 +18,8 @@ use super::{Failure, say};
 use crate::event::{self, Interest, Poller, Signals};
 use crate::machine::run::RunOptions;
 use crate::options::Span;
-use crate::outcome::{BootTiming, Exits, Outcome, Report};
+use crate::outcome::Outcome;
+use crate::report::{BootTiming, Exits, Report};
 
 /// Signals that end vireo before its guest has started.
 const ENDING: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];

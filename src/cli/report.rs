@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::junit::{self, Case};
 use super::{Failure, chain, exit_code, say};
 use crate::backend::output_file::OutputFile;
-use crate::outcome::Report;
+use crate::report::Report;
 
 /// Error: a file that the user named could not be used.
 #[derive(Debug, thiserror::Error)]

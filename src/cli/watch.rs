@@ -16,7 +16,8 @@ use crate::backend::output_file::{Begin, OutputFile, live};
 use crate::backend::transcript::{Pattern, Patterns, Transcript};
 use crate::machine::run::{Ended, RunOptions};
 use crate::options::Span;
-use crate::outcome::{Outcome, Report};
+use crate::outcome::Outcome;
+use crate::report::Report;
 
 /// Shortest time after which a guest may count as hung.
 const HANG_TIMEOUT_MIN: Duration = Duration::from_secs(2);

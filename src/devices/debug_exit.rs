@@ -3,7 +3,7 @@
 //! because status 0 is impossible.
 
 use crate::bus::BusDevice;
-use crate::event::{GuestEvent, GuestEvents};
+use crate::guest_event::{GuestEvent, GuestEvents};
 
 /// Debug exit, for [`crate::layout::DEBUG_EXIT_LEN`] ports.
 pub struct DebugExit {

@@ -2,7 +2,7 @@
 //! tries the command anyway and first waits for a free input buffer, so both ports read 0.
 
 use crate::bus::BusDevice;
-use crate::event::{GuestEvent, GuestEvents};
+use crate::guest_event::{GuestEvent, GuestEvents};
 use crate::layout;
 
 const DATA: u64 = 0;

@@ -1,4 +1,4 @@
-//! Legacy devices, one file each. Guest writes to them become [`crate::event::GuestEvent`]s.
+//! Legacy devices, one file each. Guest writes to them become [`crate::guest_event::GuestEvent`]s.
 
 pub mod debug_exit;
 pub mod fw_cfg;

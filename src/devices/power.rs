@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use crate::bus::BusDevice;
-use crate::event::{GuestEvent, GuestEvents};
+use crate::guest_event::{GuestEvent, GuestEvents};
 use crate::layout::{self, S5_SLEEP_TYPE};
 
 const SLEEP_CONTROL: u64 = offset(layout::SLEEP_CONTROL_PORT);

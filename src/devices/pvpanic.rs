@@ -1,7 +1,7 @@
 //! pvpanic: one port on which a guest kernel reports that it panicked (QEMU's `docs/specs/pvpanic`).
 
 use crate::bus::BusDevice;
-use crate::event::{GuestEvent, GuestEvents, PanicSource};
+use crate::guest_event::{GuestEvent, GuestEvents, PanicSource};
 
 /// The kernel panicked and will not continue.
 const PANICKED: u8 = 1 << 0;

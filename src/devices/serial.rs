@@ -15,7 +15,7 @@ use crate::backend::console::Receiver;
 use crate::backend::console_watch::ConsoleWatch;
 use crate::backend::output::Output;
 use crate::bus::BusDevice;
-use crate::event::{GuestEvent, GuestEvents};
+use crate::guest_event::{GuestEvent, GuestEvents};
 use crate::irq::IrqLine;
 
 /// `--serial`: destination of the first serial port.

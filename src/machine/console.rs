@@ -11,7 +11,8 @@ use crate::backend::fifo;
 use crate::backend::output::Output;
 use crate::backend::transcript::Transcript;
 use crate::config::MachineConfig;
-use crate::event::{GuestEvents, Interest, Poller};
+use crate::event::{Interest, Poller};
+use crate::guest_event::GuestEvents;
 use crate::terminal::{self, Command, Escapes};
 use crate::virtio::console::{Console, NewPort};
 

@@ -25,7 +25,7 @@ pub enum Request {
     Debug(u32, Box<debug::Request>, Sender<VcpuReply>),
     /// Send a control to the device with that name; answered with the device's reply.
     Device(String, Control, Sender<Result<Reply, ControlError>>),
-    /// Note that the guest's init runs ([`Mark::InitStarted`](crate::outcome::Mark::InitStarted)).
+    /// Note that the guest's init runs ([`Mark::InitStarted`](crate::report::Mark::InitStarted)).
     InitStarted,
     /// Press the ACPI power button.
     PressPowerButton,

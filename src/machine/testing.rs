@@ -9,7 +9,7 @@ use crate::config::MachineConfig;
 use crate::devices::debug_exit::DebugExit;
 use crate::devices::fw_cfg::FwCfg;
 use crate::devices::testdev::{TestLines, TestMemory, TestPorts};
-use crate::event::GuestEvents;
+use crate::guest_event::GuestEvents;
 use crate::kvm::Vm;
 use crate::layout;
 use crate::log_limit::LogLimit;

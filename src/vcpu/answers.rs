@@ -7,7 +7,7 @@ use kvm_bindings::KVM_MP_STATE_HALTED;
 use kvm_ioctls::VcpuFd;
 
 use super::{Command, Reply, Running};
-use crate::event::GuestEvent;
+use crate::guest_event::GuestEvent;
 use crate::kvm::debug::{self, Answer, Request, Trap};
 use crate::kvm::dump;
 

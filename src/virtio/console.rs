@@ -25,7 +25,8 @@ use super::{
 };
 use crate::backend::console_watch::ConsoleWatch;
 use crate::backend::output::{self, Output};
-use crate::event::{GuestEvent, GuestEvents, Interest, eventfd};
+use crate::event::{Interest, eventfd};
+use crate::guest_event::{GuestEvent, GuestEvents};
 use crate::log_limit::LogLimit;
 use crate::memory::GuestRam;
 pub use config::PortConfig;
@@ -477,7 +478,7 @@ mod tests {
     use super::*;
     use crate::backend::console::Receiver;
     use crate::backend::output::{Destination, LIMIT};
-    use crate::event::PanicSource;
+    use crate::guest_event::PanicSource;
     use crate::irq::IrqLine;
     use crate::virtio::mmio::MmioTransport;
     use crate::virtio::testing::{FakeDriver, FakeQueue, Loopback, inn, out};

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 use super::{Errand, Error, GUEST, INPUT, MAIL, Running, SIGNAL, SIGNALS, TICKED, WRITTEN, host};
 use crate::backend::console_watch::LastWords;
 use crate::backend::transcript::{Transcript, Verdict};
-use crate::event::PanicSource;
-use crate::outcome::{BootTiming, Exits, Outcome, Report};
+use crate::guest_event::PanicSource;
+use crate::outcome::Outcome;
 use crate::post_mortem::{self, PostMortem, Remains};
+use crate::report::{BootTiming, Exits, Report};
 
 /// Result of a run.
 pub struct Ended {

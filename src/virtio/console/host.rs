@@ -9,7 +9,7 @@ use super::{ConsoleState, DUE_SIZE};
 use crate::backend::console::Receiver;
 use crate::backend::console_watch::ConsoleWatch;
 use crate::backend::output::Output;
-use crate::event::GuestEvents;
+use crate::guest_event::GuestEvents;
 use crate::log_limit::LogLimit;
 
 /// Maximum bytes of input that wait here for the guest: 64 KiB.
