@@ -1,5 +1,5 @@
-//! All tests that start vireo, but for the long ones, as one program: that links once, and whichever emulated host is free
-//! takes the next test. One file per capability; `cargo test --test all net::` runs those of one.
+//! All tests that start vireo, except the long ones, as one program: it links once, and each test takes whichever
+//! emulated host is free. There is one file per capability; `cargo test --test all net::` runs the tests of one.
 
 mod common;
 mod guests;

@@ -1,13 +1,14 @@
-//! AVX: guests that use it keep its registers, and `--cpu -avx` takes it away with all that needs it.
+//! AVX: guests that use it keep its registers across pauses, and `--cpu -avx` removes it together with everything that
+//! depends on it.
 
 use std::fs;
 
 use crate::common::{Live, Run, scratch, until};
 
-/// Two programs that share a processor hold values in their YMM registers, while the machine is paused and resumed.
+/// Two programs that share a processor hold values in their YMM registers while the machine is paused and resumed.
 #[test]
 fn registers_survive_pauses() {
-    // The end of the pauses is told by the size of a disk.
+    // The test grows a disk to notify the guest of the end of the pauses.
     let script = r#"
 avx 1 & first=$!
 avx 2 & second=$!
@@ -26,7 +27,7 @@ wait $second; echo "second: $?"
     let said = || String::from_utf8_lossy(&fs::read(&console).unwrap_or_default()).into_owned();
     let rounds = |said: &str, seed: u32| said.matches(&format!("avx {seed}: round ")).count();
     for _ in 0..10 {
-        // Each has begun another round since the last pause.
+        // Both programs have begun another round since the last pause.
         let before = said();
         until("another round of both", said, |said| {
             said.contains("changed") || [1, 2].iter().all(|&seed| rounds(said, seed) > rounds(&before, seed))
@@ -39,7 +40,7 @@ wait $second; echo "second: $?"
     live.end();
 }
 
-/// Without AVX there is nothing that is encoded like it or keeps its registers, and its instructions are undefined.
+/// Without AVX, the features that share its encoding or its registers are gone too, and its instructions are undefined.
 #[test]
 fn taken_away_with_what_needs_it() {
     let script = r#"

@@ -1,4 +1,4 @@
-//! The memory balloon as a stock driver uses it, and what the host has of it.
+//! The memory balloon under a stock driver, and its effect on the host's memory.
 
 use std::fs;
 
@@ -7,7 +7,8 @@ use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
 
-/// What the guest gives up it lacks, and the host has; and what it frees the host gets back, too.
+/// Memory in the balloon is missing in the guest and returned to the host; memory that the guest frees is returned,
+/// too.
 #[test]
 fn memory_that_the_guest_does_not_need_is_the_hosts() {
     let script = r#"
@@ -50,7 +51,7 @@ echo "sum: $(md5sum </mnt/file)"
     assert_eq!(ended.fact("sum"), "2f282b84e7e608d5852449ed940bfc51  -", "{ended}");
 }
 
-/// A balloon changes its size while the guest runs, and tells what it knows; a disk grows.
+/// A balloon changes its size and reports statistics while the guest runs; a disk grows.
 #[test]
 fn a_balloon_is_resized_while_the_guest_runs() {
     let script = "
@@ -83,7 +84,7 @@ while [ ! -e /tmp/stop ]; do sleep 0.2; done";
     let grown = |console: &Vec<u8>| String::from_utf8_lossy(console).contains("the disk has grown");
     until("the disk's new size", || fs::read(&console).unwrap_or_default(), grown);
     assert!(live.ask("grow disk0 1M").contains("cannot be resized"));
-    // What it says is free it keeps aside, and takes back.
+    // The guest sets aside the pages that it reports as free, and takes them back.
     assert_eq!(live.ask("hints start"), "hints: started");
     let hints = until("hints", || live.ask("hints"), |hints| hints.ends_with("complete: true"));
     let bytes: u64 = hints.split(' ').nth(1).unwrap().parse().unwrap();

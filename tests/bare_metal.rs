@@ -1,7 +1,7 @@
-//! Guests of a few instructions on whatever /dev/kvm there is, as root or as anybody who may open it: how each kind of
-//! end is told, what guests cannot do to the monitor, and that it stays in control of them.
+//! Guests of a few instructions on the machine's own /dev/kvm, whatever it is, as root or as any user who may open it:
+//! how each kind of end is reported, what guests cannot do to the monitor, and that it stays in control of them.
 
-#![allow(unsafe_code)] // Looking at pipes and sending signals.
+#![allow(unsafe_code)] // Inspecting pipes and sending signals.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -26,7 +26,7 @@ use ::vireo::outcome::Outcome;
 use ::vireo::virtio::balloon::BalloonConfig;
 use ::vireo::virtio::control::{Control, ControlError};
 
-/// Fails the test unless vireo itself behaved: no panic, and nothing but its own lines and vCPUs' registers on stderr.
+/// Fails the test unless vireo itself behaved: no panic, and only its own lines and the vCPUs' registers on stderr.
 #[track_caller]
 fn in_order(ended: Ended) -> Ended {
     assert!(!ended.stderr.contains("panicked at"), "{}", ended.stderr);
@@ -36,7 +36,7 @@ fn in_order(ended: Ended) -> Ended {
     ended
 }
 
-/// Lines that are no registers.
+/// Lines of stderr that are not registers.
 fn sentences(stderr: &str) -> Vec<&str> {
     let mut registers = false;
     let of_registers = |line: &&str| {
@@ -125,7 +125,7 @@ fn triple_faults_are_crashes_with_registers_and_instruction() {
     for word in ["rip ", "cr3 ", "efer ", "idt ", "instruction bytes: "] {
         assert!(dump.contains(word), "{word} is not in {dump}");
     }
-    // AMD processors forget their state in a triple fault, and KVM puts that of a reset in its place.
+    // AMD processors lose their state in a triple fault, and KVM replaces it with the state after a reset.
     if dump.contains("rax 1122334455667788") {
         assert!(dump.contains("instruction bytes: 0f 0b") && dump.contains("cr3 9000"), "{dump}");
     } else {
@@ -138,7 +138,7 @@ fn an_emptied_interrupt_table_makes_a_triple_fault_a_reboot() {
     let ended = run(&elf(crate::guests::empty_idt()), &[]);
     match ended.code() {
         0 => _ = in_order(ended).says("the guest rebooted (triple fault)"),
-        // As above: the table is not as the guest left it.
+        // On AMD processors, as above, the interrupt table is not the one that the guest loaded.
         _ => assert!(ended.expect(71).stderr.contains("rip 000000000000fff0")),
     }
 }
@@ -198,7 +198,7 @@ fn failures_are_reported_too() {
 
 // What guests can touch.
 
-/// Port ranges that something answers, in this process or in the kernel (8259, ELCR, PIT and speaker).
+/// Port ranges that are answered by this process or by the kernel (8259, ELCR, PIT and speaker).
 const CLAIMED: [(u16, u16); 11] = [
     (0x20, 2),
     (0x40, 4),
@@ -244,14 +244,14 @@ fn every_port_can_be_written_by_every_width() {
         for width in [1, 2, 4] {
             scope.spawn(move || {
                 let ended = in_order(run(&with_words(crate::guests::all_ports(), &[width, 1]), &[])).expect(0);
-                // The one that hit the transmit register.
+                // The byte of the write that hit the transmit register.
                 assert_eq!(ended.stdout, [0], "width {width}");
             });
         }
     });
 }
 
-/// Runs accesses; returns what those that read have read.
+/// Runs accesses; returns each read with its value.
 fn access(ops: &[Op], args: &[&str]) -> Vec<(Op, u64)> {
     let ended = in_order(run(&script(ops), args)).expect(0);
     let (values, rest) = ended.stdout.as_chunks::<8>();
@@ -268,7 +268,7 @@ fn unclaimed_memory_reads_as_ones_by_every_width() {
     let edges = [
         ram_end,
         layout::MMIO_HOLE,
-        layout::VIRTIO_MMIO, // No device is there.
+        layout::VIRTIO_MMIO, // No device is in this slot.
         slots_end,
         NOWHERE,
         layout::IOAPIC - 0x1000,
@@ -286,7 +286,7 @@ fn unclaimed_memory_reads_as_ones_by_every_width() {
                 ops.push(Op::Load(width, addr));
             }
         }
-        // Across two pages of nothing, and up to the last byte below 4 GiB.
+        // Across a page boundary without any device, and up to the last byte below each of these.
         ops.push(Op::Load(width, NOWHERE + 0x1000 - u64::from(width / 2)));
         ops.push(Op::Load(width, layout::IOAPIC - u64::from(width)));
         ops.push(Op::Load(width, layout::LAPIC - u64::from(width)));
@@ -345,7 +345,7 @@ fn virtio_registers_take_every_access() {
     let ended = in_order(ended).expect(0);
     let (values, _) = ended.stdout.as_chunks::<8>();
     assert_eq!(values.len(), ops.iter().filter(|op| op.ones().is_some()).count());
-    // "virt", and the entropy device's number.
+    // The magic value "virt", and the device ID of the entropy device.
     assert_eq!([values[0], values[1]].map(u64::from_le_bytes), [0x7472_6976, 4]);
 }
 
@@ -398,14 +398,14 @@ fn memory_above_4_gib_is_there() {
 fn memory_is_reserved_lazily_up_to_what_the_guest_can_address() {
     let report = doctor();
     let bits = report["limits"]["physical_address_bits"].as_u64().unwrap();
-    // Well beyond the memory of any machine that tests this, and within all processors' reach.
+    // Far more memory than any machine that runs this test has, but within every processor's address space.
     in_order(run(&elf(crate::guests::power_off()), &["--memory", "60G"])).expect(0);
     let ended = run(&elf(crate::guests::power_off()), &["--memory", &format!("{}G", 1u64 << (bits - 30))]);
     let ended = in_order(ended).expect(125).says("the guest can address at most");
     assert_eq!(ended.stderr.lines().count(), 1);
 }
 
-// Who is in control.
+// Control of running guests.
 
 #[test]
 fn output_appears_though_the_guest_never_exits_again() {
@@ -427,7 +427,7 @@ fn a_second_signal_does_not_wait_for_the_grace_period() {
     running.end().expect(130);
 }
 
-/// Bytes that wait in a pipe.
+/// Returns the number of bytes that wait in a pipe.
 fn pending(pipe: &PipeReader) -> i32 {
     let mut count = 0;
     // SAFETY: FIONREAD writes one int.
@@ -435,12 +435,12 @@ fn pending(pipe: &PipeReader) -> i32 {
     count
 }
 
-/// Waits until nothing more fits into a pipe that nobody reads.
+/// Waits until a pipe that is not read is full.
 fn wait_full(pipe: &PipeReader) {
-    // SAFETY: only asks.
+    // SAFETY: the call only queries the pipe's size.
     let size = unsafe { libc::fcntl(pipe.as_raw_fd(), libc::F_GETPIPE_SZ) };
     let limit = Instant::now() + DEADLINE;
-    // Its pages need not be full to the last byte.
+    // The pages of a full pipe need not be full to the last byte.
     while pending(pipe) < size / 2 {
         assert!(Instant::now() < limit, "{} of {size} bytes arrived in the pipe", pending(pipe));
         thread::sleep(Duration::from_millis(5));
@@ -466,23 +466,23 @@ fn a_console_that_nobody_reads_holds_up_neither_time_limit_nor_signals() {
 #[test]
 fn a_console_that_nobody_reads_holds_up_the_guest_and_costs_no_memory() {
     let (reader, writer) = std::io::pipe().unwrap();
-    // Half a megabyte, then power off: it must not get that far.
+    // The guest powers off after half a megabyte: it must not get that far.
     let kernel = Kernel::new(&with_words(crate::guests::flood_blocks(), &[8, 0]));
     let mut command = kernel.command(&["--grace", "0s"]);
     command.stdout(writer).stderr(std::process::Stdio::piped()).stdin(std::process::Stdio::null());
     let running = Running::spawn(command);
     wait_full(&reader);
-    // As long as it takes another guest to send as much.
+    // Waits as long as another guest needs to send the same amount.
     run(&with_words(crate::guests::flood_blocks(), &[8, 0]), &[]).expect(0);
     running.signal(libc::SIGTERM);
     in_order(running.end()).expect(143).says("the console's reader has stopped");
 }
 
-/// Fails the test unless `bytes` count up from 0, over and over.
+/// Fails the test unless `bytes` count up from 0 again and again.
 #[track_caller]
 fn assert_sequence(bytes: &[u8]) {
     let wrong = bytes.iter().zip((0..=255u8).cycle()).position(|(got, expected)| *got != expected);
-    assert_eq!(wrong, None, "of {} bytes this is the first wrong one", bytes.len());
+    assert_eq!(wrong, None, "offset of the first wrong byte of {}", bytes.len());
 }
 
 #[test]
@@ -503,7 +503,7 @@ fn input_reaches_the_guest_and_the_end_of_input_is_no_end() {
     let mut stdin = running.child.stdin.take().unwrap();
     std::io::Write::write_all(&mut stdin, b"HAL").unwrap();
     running.stdout.wait_for("IBM");
-    // Far more than the UART's FIFO takes at once.
+    // Far more than the UART's FIFO can hold.
     std::io::Write::write_all(&mut stdin, &[b'x'; 3000]).unwrap();
     running.stdout.wait("3000 y", |bytes| bytes.iter().filter(|byte| **byte == b'y').count() == 3001);
     std::io::Write::write_all(&mut stdin, b"q").unwrap();
@@ -511,7 +511,7 @@ fn input_reaches_the_guest_and_the_end_of_input_is_no_end() {
     in_order(running.end()).expect(0);
 }
 
-/// A machine in this process. One at a time: its threads are known by their names.
+/// A machine in this process. Only one runs at a time, because its threads are found by their names.
 struct Local {
     controller: Controller,
     thread: JoinHandle<Result<machine_run::Ended, ::vireo::machine::Error>>,
@@ -541,7 +541,7 @@ impl Local {
         (Local { controller, thread, _one: one, _kernel: kernel }, reader)
     }
 
-    /// Processor time of the vCPU, in nanoseconds.
+    /// Returns the processor time of the vCPU, in nanoseconds.
     fn vcpu_time(&self) -> u64 {
         let tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
         let vcpu =
@@ -550,8 +550,8 @@ impl Local {
         stat.split(' ').next().unwrap().parse().unwrap()
     }
 
-    /// Fails the test if the vCPU goes on doing things. It may take a moment after its answer to fall asleep, but then
-    /// it uses no time at all while another whole guest lives and dies.
+    /// Fails the test if the vCPU keeps running. It may take a moment to fall asleep after its answer, but then it uses
+    /// no processor time while another whole guest runs from start to end.
     #[track_caller]
     fn assert_paused(&self) {
         let idle = (0..10).any(|_| {
@@ -663,7 +663,7 @@ fn a_socket_console_serves_whoever_connects() {
     let mut client = loop {
         match UnixStream::connect(&socket) {
             Ok(client) => break client,
-            Err(e) => assert!(Instant::now() < limit, "nobody listens: {e}"),
+            Err(e) => assert!(Instant::now() < limit, "nothing listens on the socket: {e}"),
         }
         thread::sleep(Duration::from_millis(2));
     };

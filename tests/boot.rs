@@ -1,11 +1,11 @@
-//! Stock kernels of every format boot to user space, and find the machine that was asked for.
+//! Stock kernels of every format boot to user space and find the machine that was requested.
 
 use std::fs;
 use std::process::Command;
 
 use crate::common::{Ended, Run, image, repo};
 
-/// What the guest tells of itself; each line is an [`Ended::fact`].
+/// Script with which the guest reports facts about itself; each line is an [`Ended::fact`].
 const FACTS: &str = r#"
 echo "cpus: $(nproc)"
 echo "release: $(uname -r)"
@@ -16,16 +16,17 @@ echo "loadflags: $(od -An -tx1 -j529 -N1 /sys/kernel/boot_params/data)" # 0x211
 echo "segments: $(head -c 4096 /proc/kcore | od -An -v -tx8 -w56 -j64 | cut -d ' ' -f 4,5 | tr '\n' ',')"
 "#;
 
-/// Boots `run` to user space, where it must find so many CPUs.
+/// Boots `run` to user space, where it must find this many CPUs.
 fn boots(run: Run, cpus: u32) -> Ended {
     let ended = run.args(&["--cpus", &cpus.to_string()]).run_to_end().success();
     assert_eq!(ended.fact("cpus"), cpus.to_string(), "{ended}");
     ended
 }
 
-/// Where the kernel is, and where it maps all RAM, by the addresses of the RAM segments in /proc/kcore.
+/// Returns the address of the kernel's text and, from the RAM segments in /proc/kcore, that of its map of all RAM.
 fn addresses(ended: &Ended) -> (u64, u64) {
-    let hex = |text: &str| u64::from_str_radix(text, 16).unwrap_or_else(|_| panic!("'{text}' is no number: {ended}"));
+    let hex =
+        |text: &str| u64::from_str_radix(text, 16).unwrap_or_else(|_| panic!("'{text}' is not a number: {ended}"));
     let segments = ended.fact("segments").split(',').filter_map(|segment| segment.split_once(' '));
     let direct_map = segments.map(|(virt, phys)| (hex(virt), hex(phys))).find_map(|(virt, phys)| {
         (virt >> 47 == 0x1_FFFF && virt < 0xFFFF_FFFF_8000_0000 && phys < 1 << 40).then(|| virt - phys)
@@ -41,12 +42,13 @@ fn cloud_kernel_with_1_2_and_4_cpus_each_at_other_addresses() {
     let mut seen = Vec::new();
     for cpus in [1, 2, 4] {
         let ended = boots(Run::new("bzImage-cloud", FACTS), cpus);
-        // KASLR_FLAG: the guest randomises its memory layout, too.
+        // KASLR_FLAG: the guest also randomises its memory layout.
         let loadflags = u8::from_str_radix(ended.fact("loadflags").trim(), 16).unwrap();
         assert_eq!(loadflags & 2, 2, "{ended}");
         seen.push(addresses(&ended));
     }
-    // By chance one of three may be where another is, or where it was linked; not all of them.
+    // By chance, one of the three boots may use the address of another, or the one that it was linked at; not all of
+    // them.
     assert!(
         seen.iter().any(|(text, _)| *text != seen[0].0) && seen.iter().any(|(_, map)| *map != seen[0].1),
         "{seen:x?}"
@@ -62,7 +64,7 @@ fn full_kernel_with_1_2_and_4_cpus() {
     }
 }
 
-/// The machine as the guest sees it, of a kernel that is where it was linked.
+/// The machine as the guest sees it, with a kernel that runs where it was linked.
 #[test]
 fn the_machine_that_was_asked_for() {
     let uuid = "5f0c94b1-6b5d-4b9c-a1b7-2f6f8d1f3c11";
@@ -76,7 +78,7 @@ echo "crng: $(dmesg | grep -c 'crng init done')"
 echo "seed: $(dmesg | grep -c 'random: .*SMBIOS\|random: crng init done')"
 echo "kvm: $(dmesg | grep 'Hypervisor detected')"
 "#;
-    // Odd spacing and quotes are the user's business.
+    // Odd spacing and quotes must arrive unchanged.
     let cmdline = "console=ttyS0  quiet nokaslr foo=\"a b\" vireo.modules=none  -- x";
     let run = Run::new("vmlinux-cloud", &format!("{FACTS}{script}")).cmdline(cmdline);
     let ended = boots(run.args(&["--uuid", uuid, "--cpu", "-sse4_2", "--memory", "512M"]), 2);
@@ -94,7 +96,7 @@ echo "kvm: $(dmesg | grep 'Hypervisor detected')"
     memory_is(&ended, 512);
 }
 
-/// Of so many MiB the guest's kernel keeps some for itself.
+/// Checks that the guest has `mib` MiB of memory, some of which its kernel keeps for itself.
 fn memory_is(ended: &Ended, mib: u64) {
     let kib: u64 = ended.fact("memory").trim_end_matches(" kB").parse().unwrap();
     let least = mib * 1024 / 100 * 85 - (40 << 10).min(mib * 1024 / 2);
@@ -104,7 +106,7 @@ fn memory_is(ended: &Ended, mib: u64) {
 #[test]
 fn through_the_kernels_own_decompressor() {
     let ended = boots(Run::new("bzImage-cloud", FACTS).args(&["--boot", "bzimage", "--memory", "3584M"]), 2);
-    // The last 512 MiB lie above the hole.
+    // The last 512 MiB lie above the MMIO hole.
     memory_is(&ended, 3584);
 }
 
@@ -114,7 +116,7 @@ fn through_pvh() {
     memory_is(&boots(run, 1), 256);
 }
 
-/// vmlinux, packed by a command that reads and writes; made once for all runs of the tests.
+/// Returns the path of vmlinux, packed by a filter command; the file is created once for all runs of the tests.
 fn packed(name: &str, command: &str) -> String {
     let (folder, kernel) = (repo("target/host/packed"), image("vmlinux-cloud"));
     fs::create_dir_all(&folder).unwrap();
@@ -132,7 +134,7 @@ fn packed(name: &str, command: &str) -> String {
     file.display().to_string()
 }
 
-// Each with another kind of memory, which saves boots.
+// Each test uses another kind of memory, which saves boots.
 
 #[test]
 fn gzip_and_a_cache_that_cannot_be_written() {
@@ -150,12 +152,12 @@ fn xz_with_huge_pages() {
     boots(Run::new(&packed("xz", "xz -0"), FACTS).args(&["--memory", "256M,hugepages=thp"]), 1);
 }
 
-/// Of the host's own pool, which is filled for this if it is too small.
+/// Uses the host's own pool of huge pages, which is enlarged for this test if it is too small.
 #[test]
 fn in_huge_pages_of_the_pool() {
     let wrapper = "pool=/proc/sys/vm/nr_hugepages; before=$(cat $pool)
 [ $before -ge 128 ] || echo 128 >$pool
-[ $(cat $pool) -ge 128 ] || { echo 'there is no pool of 128 huge pages: sysctl vm.nr_hugepages=128' >&2; exit 99; }
+[ $(cat $pool) -ge 128 ] || { echo 'cannot reserve 128 huge pages: run sysctl vm.nr_hugepages=128' >&2; exit 99; }
 \"$@\"
 code=$?
 [ $before -ge 128 ] || echo $before >$pool
@@ -174,16 +176,16 @@ fn legacy_lz4_in_shared_memory() {
     boots(Run::new(&packed("lz4-legacy", "lz4 -qcl"), FACTS).args(&["--memory", "256M,shared=on"]), 1);
 }
 
-/// Near the least that Debian's cloud kernel boots in: its image wants 62M, for which vireo asks; below 80M it finds
-/// itself without memory even for an initramfs of one small program, and the one here is larger.
+/// Boots near the minimum for Debian's cloud kernel: its image needs 62M, which vireo enforces; below 80M the kernel
+/// lacks memory even for an initramfs of one small program, and this initramfs is larger.
 #[test]
 fn bzip2_in_little_memory() {
     let ended = boots(Run::new(&packed("bzip2", "bzip2 -1"), FACTS).args(&["--memory", "96M"]), 1);
     memory_is(&ended, 96);
 }
 
-/// The full kernel reads MP tables; the cloud kernel is built without. Neither takes `virtio_mmio.device=`, so the disk
-/// only shows on the command line.
+/// The full kernel reads MP tables; the cloud kernel is built without them. Neither accepts `virtio_mmio.device=`, so
+/// the disk only shows on the command line.
 #[test]
 fn without_acpi() {
     let run = Run::new("bzImage-full", FACTS).args(&["--acpi", "off"]);

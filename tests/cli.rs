@@ -1,5 +1,5 @@
-//! The command line as users and scripts meet it: what it prints, every mistake and every shortage answered by one
-//! sentence and its exit code, and the terminal left as it was.
+//! The command line as users and scripts meet it: its output, one sentence and an exit code for every mistake and every
+//! shortage, and a terminal that is left as it was.
 
 #![allow(unsafe_code)] // Limits, terminals and signals.
 
@@ -20,19 +20,19 @@ use crate::common::hears_signals;
 use crate::guests::vireo::{Collected, DEADLINE, Ended, Kernel, Running, folder, vireo};
 use crate::guests::{POWER_OFF, elf, text, writes};
 
-/// Runs `vireo` with these words.
+/// Runs `vireo` with these arguments.
 fn words(args: &[&str]) -> Ended {
     let mut command = vireo();
     command.args(args);
     Running::start(command).end()
 }
 
-/// Fails the test unless it failed as vireo does: one line on stderr, which is returned, and this code.
+/// Fails the test unless vireo failed as it should: with this code and one line on stderr, which is returned.
 #[track_caller]
 fn one_sentence(ended: Ended, code: i32) -> String {
     let ended = ended.expect(code);
     let line = ended.stderr.strip_suffix('\n').unwrap_or_default();
-    assert!(line.starts_with("vireo: ") && !line.contains('\n'), "not one line of vireo's: {}", ended.stderr);
+    assert!(line.starts_with("vireo: ") && !line.contains('\n'), "expected one line from vireo: {}", ended.stderr);
     for ugly in ["panicked", "Error(", "Error {", "Os {", "Some(", "None"] {
         assert!(!line.contains(ugly), "{line}");
     }
@@ -40,7 +40,7 @@ fn one_sentence(ended: Ended, code: i32) -> String {
     line.into()
 }
 
-/// The sentence that `vireo run` with these words ends with.
+/// Returns the sentence with which `vireo run` with these arguments ends.
 #[track_caller]
 fn refused(args: &[&str]) -> String {
     one_sentence(words(&[&["run", "--memory", "16M"], args].concat()), 125)
@@ -55,7 +55,7 @@ fn path_text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-// What it prints.
+// Output.
 
 #[test]
 fn version_names_version_commit_and_build() {
@@ -86,8 +86,7 @@ fn completions_are_scripts_of_their_shells() {
         assert!(script.len() > 1000, "{shell}");
         contains(&String::from_utf8_lossy(&script), "boot-timing");
         if shell == "bash" {
-            let mut bash =
-                Command::new("bash").arg("-n").stdin(Stdio::piped()).spawn().expect("bash checks its script");
+            let mut bash = Command::new("bash").arg("-n").stdin(Stdio::piped()).spawn().expect("cannot start bash");
             bash.stdin.take().unwrap().write_all(&script).unwrap();
             assert!(bash.wait().unwrap().success());
         }
@@ -192,7 +191,7 @@ fn impossible_machines_are_wrong_usage() {
     contains(&one_sentence(words(&["run", "--kernel", "x", "--memory", "100T"]), 125), "can address at most");
 }
 
-// Files that are not what they should be.
+// Files that are unsuitable.
 
 #[test]
 fn files_that_cannot_be_written_are_told_before_the_guest_runs() {
@@ -243,7 +242,7 @@ fn what_is_no_kernel_is_named() {
     ] {
         let mut command = vireo();
         command.args(["run", "--memory", "16M", "--kernel"]).arg(&kernel);
-        // Whatever its size, it is not read into memory.
+        // A file of any size must not be read into memory as a whole.
         limit(&mut command, libc::RLIMIT_AS, 256 << 20);
         let line = one_sentence(Running::start(command).end(), 125);
         contains(&line, &format!("cannot boot {}: ", kernel.display()));
@@ -326,7 +325,7 @@ fn what_is_packed_for_the_guest_is_checked_before_it_runs() {
         &refused(&["--kernel", kernel, "--file", &large]),
         "cannot load the initramfs: it needs at least 1029M of memory",
     );
-    // Where an initrd may bring the shell, it is believed.
+    // An initrd may contain the shell of the script, so vireo does not refuse this.
     words(&["run", "--memory", "16M", "--kernel", kernel, "--initrd", plain, "--initrd", plain, "--init", script])
         .expect(0);
 }
@@ -351,11 +350,11 @@ fn consoles_that_cannot_be_are_named() {
     let first = Running::start(sleeper.command(&["--serial", &serial]));
     let limit = Instant::now() + DEADLINE;
     while UnixStream::connect(&socket).is_err() {
-        assert!(Instant::now() < limit, "nobody listens on {}", socket.display());
+        assert!(Instant::now() < limit, "nothing listens on {}", socket.display());
         thread::sleep(Duration::from_millis(2));
     }
     contains(&refused(serial.clone()), "another process listens there");
-    // A socket that its process left behind, being killed, is replaced.
+    // The socket that a killed process left behind is replaced.
     drop(first);
     assert!(socket.exists());
     Running::start(kernel.command(&["--serial", &serial])).end().expect(0);
@@ -384,14 +383,14 @@ fn reports_that_cannot_be_written_are_refused_before_the_guest_runs() {
         contains(&line, says);
     }
     assert_eq!(fs::read_dir(&path).unwrap().count(), 1, "nothing is left behind");
-    // With a reader a FIFO is as good as a file.
+    // With a reader, a FIFO works like a file.
     let opened = fifo.clone();
     let reader = thread::spawn(move || fs::read(opened).unwrap());
     let limit = Instant::now() + DEADLINE;
     let kernel = Kernel::new(&elf(crate::guests::power_off()));
-    // The reader has it open only some time after its thread was started.
+    // The reader opens the FIFO some time after its thread was started.
     while Running::start(kernel.command(&["--report", path_text(&fifo)])).end().code() != 0 {
-        assert!(Instant::now() < limit, "the report does not go into a FIFO");
+        assert!(Instant::now() < limit, "the report was not written to the FIFO");
     }
     contains(&String::from_utf8(reader.join().unwrap()).unwrap(), "powered-off");
     let ended = Running::start(kernel.command(&["--report", "/dev/full"])).end().expect(125);
@@ -467,9 +466,9 @@ fn configuration_files_with_mistakes_are_refused_by_name() {
     contains(&one_sentence(words(&["run", "--config", "/"]), 125), "cannot read /: Is a directory");
 }
 
-// Hosts that cannot.
+// Hosts that lack something.
 
-/// Has `command` run with a resource limit.
+/// Makes `command` run with a resource limit.
 fn limit(command: &mut Command, resource: libc::__rlimit_resource_t, value: u64) {
     let limit = libc::rlimit { rlim_cur: value, rlim_max: value };
     // SAFETY: setrlimit may be called between fork and exec.
@@ -492,7 +491,7 @@ fn is_root() -> bool {
     unsafe { libc::geteuid() == 0 }
 }
 
-/// `vireo run` of a guest that powers off, in a mount namespace that `script` changes first. `$1` is a directory.
+/// Runs `vireo run` of a guest that powers off, in a mount namespace that `script` changes first. `$1` is a directory.
 fn elsewhere(script: &str, user: &[&str], args: &[&str]) -> Running {
     let (_folder, path) = folder();
     fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
@@ -527,14 +526,14 @@ fn a_host_without_kvm_is_told_what_mends_it() {
     contains(&line, "vireo: /dev/kvm is something else, not the KVM device");
 }
 
-/// What makes /dev/kvm in a namespace usable by everybody, by nobody but root.
+/// Script that opens /dev/kvm in a namespace to everybody; [`CLOSED_KVM`] closes it to everybody but root.
 const OPEN_KVM: &str = "cp -a /dev/kvm $1/kvm; chmod 666 $1/kvm; mount --bind $1/kvm /dev/kvm";
 const CLOSED_KVM: &str = "cp -a /dev/kvm $1/kvm; chmod 600 $1/kvm; mount --bind $1/kvm /dev/kvm";
 const NOBODY: [&str; 4] = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
 
 #[test]
 fn users_need_no_more_than_permission_to_open_the_device() {
-    assert!(is_root(), "this test changes who may open /dev/kvm in a namespace of its own: run it as root");
+    assert!(is_root(), "this test changes the mode of /dev/kvm in its own namespace: run it as root");
     elsewhere(OPEN_KVM, &NOBODY, &[]).end().expect(0).says("the guest powered off");
     let line = one_sentence(elsewhere(CLOSED_KVM, &NOBODY, &[]).end(), 125);
     contains(&line, "vireo: no permission to open /dev/kvm; to fix this: sudo ");
@@ -545,8 +544,8 @@ fn users_need_no_more_than_permission_to_open_the_device() {
 
 #[test]
 fn a_user_who_may_start_no_more_threads_is_told_so() {
-    assert!(is_root(), "the limit of processes does not bind root; this test becomes another user: run it as root");
-    // A user of its own, whom no other process counts for.
+    assert!(is_root(), "this test becomes another user, as root has no process limit: run it as root");
+    // A user without other processes, which would count towards the limit.
     let user = ["prlimit", "--nproc=9", "setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", "prlimit"];
     for threads in 1.. {
         let limit = format!("--nproc={threads}");
@@ -555,7 +554,7 @@ fn a_user_who_may_start_no_more_threads_is_told_so() {
             assert!((3..9).contains(&threads), "{threads} threads are enough");
             return;
         }
-        // vireo's threads, and one that KVM starts for itself when the guest does.
+        // vireo's threads, and one that KVM itself starts with the guest.
         contains(&one_sentence(ended, 125), "Resource temporarily unavailable (os error 11)");
     }
 }
@@ -623,7 +622,7 @@ fn no_time_at_all_is_a_time_limit() {
     Running::start(kernel.command(&["--timeout", "0s"])).end().expect(124).says("time limit of 0s");
 }
 
-/// While a device's daemon does not answer, nothing has started yet that could be stopped.
+/// While vireo waits for a device's daemon that does not answer, no guest has started that could be stopped.
 #[test]
 fn signals_and_the_time_limit_end_vireo_before_the_guest_starts() {
     let (_folder, path) = folder();
@@ -666,7 +665,7 @@ fn a_cache_that_cannot_be_used_costs_no_boot() {
     {
         assert_eq!(start(cache).end().expect(0).stdout, b"booted\n", "{cache:?}");
     }
-    // Several at once with a cold one.
+    // Several start simultaneously with a cold cache.
     let running: Vec<Running> = (0..4).map(|_| start(&path.join("cold"))).collect();
     for one in running {
         assert_eq!(one.end().expect(0).stdout, b"booted\n");
@@ -675,7 +674,7 @@ fn a_cache_that_cannot_be_used_costs_no_boot() {
 
 // The terminal.
 
-/// A terminal: vireo has its one side, the test its other.
+/// A terminal: vireo uses one side, the test the other.
 struct Terminal {
     master: OwnedFd,
     slave: OwnedFd,
@@ -709,7 +708,7 @@ impl Terminal {
         (&master).write_all(text.as_bytes()).unwrap();
     }
 
-    /// Input, output, control and local modes.
+    /// Returns the input, output, control and local modes.
     fn modes(&self) -> [u32; 4] {
         // SAFETY: termios is plain numbers and is written by tcgetattr.
         let modes = unsafe {
@@ -724,7 +723,7 @@ impl Terminal {
         self.modes()[3] & (libc::ICANON | libc::ECHO | libc::ISIG) == 0
     }
 
-    /// Waits until it is raw, or is not.
+    /// Waits until the terminal is raw or, if `raw` is false, no longer is.
     #[track_caller]
     fn wait_raw(&self, raw: bool) {
         let limit = Instant::now() + DEADLINE;
@@ -735,7 +734,7 @@ impl Terminal {
     }
 }
 
-/// How to end an interactive guest, and the exit code or the signal that follows.
+/// Name of a way to end an interactive guest, the action, and the exit code or the signal that follows.
 type Way = (&'static str, fn(&Terminal, &Running), Result<i32, i32>);
 
 #[test]
@@ -769,7 +768,7 @@ fn control_a_is_for_vireo_and_twice_for_the_guest() {
     let kernel = Kernel::new(&elf(crate::guests::echo()));
     let mut running = terminal.run(kernel.command(&[]));
     terminal.screen.wait_for("ready\r\n");
-    // Ctrl-C belongs to the guest, and comes back as Ctrl-D.
+    // Ctrl-C goes to the guest, which sends it back plus one, as Ctrl-D.
     terminal.type_in("\x03");
     terminal.screen.wait_for("\x04");
     terminal.type_in("\x01h");
@@ -781,7 +780,8 @@ fn control_a_is_for_vireo_and_twice_for_the_guest() {
     terminal.screen.wait_for("ended from the terminal by Ctrl-A X");
 }
 
-/// `vireo run` of `kernel` as `"$@"` of a script, in a shell that gives each job its own process group.
+/// Command for a script that finds `vireo run` of `kernel` in `"$@"`, in a shell that gives each job its own process
+/// group.
 fn in_shell(script: &str, kernel: &Kernel) -> Command {
     let command = kernel.command(&["--grace", "0s"]);
     let mut shell = Command::new("bash");
@@ -791,7 +791,7 @@ fn in_shell(script: &str, kernel: &Kernel) -> Command {
     shell
 }
 
-/// Has the echoing guest, back in the foreground, answer and end.
+/// Makes the echoing guest, back in the foreground, answer and end.
 fn talk_and_quit(terminal: &Terminal, shell: &mut Running) {
     terminal.wait_raw(true);
     terminal.type_in("\x05q");
@@ -843,10 +843,10 @@ fn a_pseudo_terminal_console_can_be_opened_and_does_not_hold_up_vireo() {
     running.stderr.wait_for("\n");
     let line = String::from_utf8(running.stderr.wait("a line", |_| true)).unwrap();
     let path = line.trim_end().strip_prefix("vireo: the serial console is on ").unwrap();
-    // Not as a controlling terminal, for then its end would be the test's.
+    // Not as a controlling terminal, because its end would then also end the test.
     let open = || File::options().read(true).write(true).custom_flags(libc::O_NOCTTY).open(path).unwrap();
     let mut console = open();
-    // Open, but nobody has typed: vireo still hears its signals, and what is typed later.
+    // The terminal is open, but nothing was typed yet: vireo still handles signals, and later input arrives.
     thread::sleep(Duration::from_millis(100));
     console.write_all(b"1").unwrap();
     let mut answer = Vec::new();

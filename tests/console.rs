@@ -1,4 +1,4 @@
-//! The console: no byte is lost or made up, whatever is at its other end, and the terminal is itself again afterwards.
+//! The console: no byte is lost or invented, whatever is at its other end, and the terminal is restored afterwards.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -12,10 +12,10 @@ fn cloud(script: &str) -> Run {
     Run::new("bzImage-cloud", script).cmdline("console=ttyS0 quiet vireo.modules=none")
 }
 
-/// Has the guest print so many lines of known text, with nothing added by its terminal driver.
+/// Script that makes the guest print `$LINES` lines of known text, unchanged by its terminal driver.
 const PRINT: &str = "stty -opost\necho BEGIN; seq 1000000 $((1000000 + $LINES - 1)); echo END";
 
-/// So many lines of eight bytes.
+/// Returns this many lines of eight bytes.
 fn printed(lines: usize) -> Vec<u8> {
     let numbers = (1_000_000..).take(lines);
     numbers
@@ -32,14 +32,19 @@ fn check_printed(bytes: &[u8], lines: usize) {
     let (text, _) = text.split_once("END\n").expect("no END");
     let expected = printed(lines);
     let same = text.bytes().zip(&expected).take_while(|(a, b)| a == *b).count();
-    assert!(text.as_bytes() == expected, "of {} bytes {} came, {same} of them right", expected.len(), text.len());
+    assert!(
+        text.as_bytes() == expected,
+        "expected {} bytes, got {}, of which the first {same} are right",
+        expected.len(),
+        text.len()
+    );
 }
 
-/// A reader that does not read makes the guest wait, with nothing lost.
+/// A reader that does not read makes the guest wait, and nothing is lost.
 #[test]
 fn a_stalled_reader_holds_the_guest_up_and_loses_nothing() {
     let lines = (96 << 10) / 8;
-    // How far it came, the guest writes to a disk.
+    // The guest writes its progress to a disk.
     let script = format!(
         "modprobe -a virtio_mmio virtio_blk; {}\n",
         "stty -opost\necho BEGIN
@@ -64,7 +69,8 @@ echo END"
     };
     let deadline = Instant::now() + Duration::from_secs(120);
     let (mut last, mut since) = (None, Instant::now());
-    // Three seconds without progress are a guest that waits. Were it only slow, the test would prove less, not fail.
+    // Three seconds without progress mean that the guest waits. If it were merely slow, the test would prove less, but
+    // not fail.
     while last.is_none() || since.elapsed() < Duration::from_secs(3) {
         assert!(Instant::now() < deadline, "the guest neither waits nor ends: it is at {last:?}");
         std::thread::sleep(Duration::from_millis(100));
@@ -73,14 +79,14 @@ echo END"
             (last, since) = (now, Instant::now());
         }
     }
-    assert!(last < Some(24), "96 KiB went nowhere: somebody has an unbounded buffer; {}", guest.tails());
+    assert!(last < Some(24), "96 KiB were taken without a reader: some buffer is unbounded; {}", guest.tails());
     fs::write(&go, "").unwrap();
     guest.wait_for("END");
     assert_eq!(progress(), Some(24));
     check_printed(&guest.end().success().bytes, lines);
 }
 
-/// Has the guest say how many bytes of input came, and their checksum, without any terminal processing.
+/// Script that makes the guest report the number and checksum of its input's bytes, without any terminal processing.
 fn takes(bytes: usize) -> String {
     format!(
         "stty raw -echo\necho ready\nhead -c {bytes} >/in\nstty sane\necho \"sum: $(wc -c </in) $(md5sum </in | cut -d ' ' -f 1)\""
@@ -99,8 +105,8 @@ fn check_taken(ended: &Ended, input: &[u8]) {
 
 #[test]
 fn a_flood_of_input_arrives_whole() {
-    // Every byte value, in an order that shows a loss. Linux keeps at most 64 KiB that the reader has not come to yet, and
-    // a line without flow control cannot be asked to wait.
+    // Every byte value, in an order that reveals a loss. Linux buffers at most 64 KiB that the reader has not taken
+    // yet, and a line without flow control cannot make the sender wait.
     let input: Vec<u8> = (0..32u32 << 10).map(|i| (i % 251) as u8 ^ (i >> 8) as u8).collect();
     let mut guest = cloud(&takes(input.len())).start();
     guest.wait_for("ready");
@@ -115,7 +121,7 @@ fn input_from_a_file_and_none_at_all() {
         let ended = cloud("echo alive").through(&format!("exec \"$@\" {redirect}")).run_to_end().success();
         assert!(ended.stdout.contains("alive"), "{ended}");
     }
-    // As on a real line, what comes before somebody listens is lost: the driver's probe clears the FIFO.
+    // As on a real line, input that arrives before the guest listens is lost: the driver's probe clears the FIFO.
     let script = "stty -echo\nwhile read line && [ \"$line\" != start ]; do :; done\n\
                   head -n 512 >/in\necho; echo \"sum: $(wc -c </in) $(md5sum </in | cut -d ' ' -f 1)\"";
     let run = cloud(script);
@@ -138,7 +144,7 @@ fn to_a_file() {
     let file = run.path("console");
     let guest = run.args(&["--serial", &format!("file:{file}")]).start();
     let dir = guest.dir.path().join("console");
-    // The guest's folder goes with the guest.
+    // The guest's folder is removed with the guest.
     let kept = scratch();
     let copy = kept.path().join("console");
     fs::hard_link(wait_for_file(&dir), &copy).unwrap();
@@ -150,13 +156,13 @@ fn to_a_file() {
 fn wait_for_file(path: &Path) -> &Path {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !path.exists() {
-        assert!(Instant::now() < deadline, "{} does not appear", path.display());
+        assert!(Instant::now() < deadline, "{} did not appear", path.display());
         std::thread::sleep(Duration::from_millis(20));
     }
     path
 }
 
-/// What somebody does who found a guest's console.
+/// Talks to the guest's console as a user would who connects to it.
 fn converse(path: &str) {
     let mut talk = on_host(&[&example("talk"), path]);
     talk.wait_for("talking");
@@ -184,18 +190,17 @@ fn on_a_socket() {
 fn on_a_pseudo_terminal() {
     let guest = cloud("sh -i").args(&["--serial", "pty"]).start();
     let said = guest.wait_for_stderr("\n");
-    let path =
-        said.lines().find_map(|line| line.split("console is on ").nth(1)).expect("no name of a terminal").to_string();
+    let path = said.lines().find_map(|line| line.split("console is on ").nth(1)).expect("no terminal name").to_string();
     converse(&path);
     guest.end().expect(0, "powered-off");
 }
 
-/// Prints the terminal's settings before and after vireo, and outlives a signal to the both of them.
+/// Script that prints the terminal's settings before and after vireo, and survives a signal that is sent to both.
 const SETTINGS: &str =
     "trap : TERM; echo \"before: $(stty -g)\"; \"$@\"; echo \"code: $?\"; echo \"after: $(stty -g)\"";
 
 fn check_settings(ended: &Ended, code: &str) {
-    // vireo's last words on stderr do not go to a terminal of our own, those of the emulated host's do.
+    // Only in an emulated host do vireo's last messages on stderr go to the terminal.
     assert_eq!(ended.fact("code"), code, "{ended}");
     assert_eq!(ended.fact("before"), ended.fact("after"), "{ended}");
 }

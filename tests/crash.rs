@@ -1,17 +1,17 @@
-//! What is left of a Linux guest that ended badly: the last lines of its kernel's log though it was quiet, registers of
-//! every vCPU, and a core file that holds the guest's memory.
+//! Remains of a Linux guest that ended badly: the last lines of its kernel's log although it was quiet, the registers
+//! of every vCPU, and a core file with the guest's memory.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 use crate::common::{Ended, Run};
 
-/// A reader of core files, made from the specification rather than from what writes them.
+/// A reader of core files, written from the specification rather than from the code that writes them.
 struct Core {
     file: File,
-    /// Type and descriptor of each note, with its name.
+    /// Name, type and descriptor of each note.
     notes: Vec<(String, u32, Vec<u8>)>,
-    /// Offset, virtual address, physical address, length.
+    /// Offset, virtual address, physical address and length of each load segment.
     loads: Vec<[u64; 4]>,
 }
 
@@ -51,16 +51,16 @@ impl Core {
         Core { file, notes, loads }
     }
 
-    /// What is at an address that `field` of the loads (1 virtual, 2 physical) has.
+    /// Returns the bytes at an address, which is looked up in `field` of the loads (1 virtual, 2 physical).
     fn read(&self, field: usize, addr: u64, len: usize) -> Vec<u8> {
         let load = self.loads.iter().find(|load| load[field] <= addr && addr - load[field] < load[3]);
-        let load = load.unwrap_or_else(|| panic!("{addr:#x} is nowhere in {:x?}", self.loads));
+        let load = load.unwrap_or_else(|| panic!("{addr:#x} is in none of {:x?}", self.loads));
         let mut bytes = vec![0; len];
         self.file.read_exact_at(&mut bytes, load[0] + addr - load[field]).unwrap();
         bytes
     }
 
-    /// The same at an address of the kernel's, by page tables with four levels.
+    /// Returns the bytes at an address of the kernel, translated by page tables with four levels.
     fn read_mapped(&self, root: u64, addr: u64, len: usize) -> Vec<u8> {
         let mut table = root & !0xFFF;
         for shift in [39, 30, 21, 12] {
@@ -74,14 +74,14 @@ impl Core {
         unreachable!()
     }
 
-    /// General registers by their place in `user_regs_struct`, for each vCPU.
+    /// Returns the general registers of each vCPU, in the order of `user_regs_struct`.
     fn registers(&self) -> Vec<Vec<u64>> {
         let statuses = self.notes.iter().filter(|note| note.0 == "CORE" && note.1 == 1);
         statuses.map(|(_, _, desc)| desc[112..328].chunks(8).map(number).collect()).collect()
     }
 }
 
-/// The number behind a register's name.
+/// Returns the number that follows a register's name.
 fn register(text: &str, name: &str) -> u64 {
     let found = text.split(&format!("{name} ")).nth(1).and_then(|rest| rest.split_whitespace().next());
     u64::from_str_radix(found.unwrap_or_else(|| panic!("no {name}: {text}")), 16).unwrap()
@@ -92,7 +92,7 @@ fn strings(ended: &Ended, key: &str) -> Vec<String> {
     array.iter().map(|text| text.as_str().unwrap().to_string()).collect()
 }
 
-/// Checks that a core has what the report has; returns it with the registers' texts.
+/// Checks that a core file contains what the report does; returns it with the registers' texts.
 fn core(ended: &Ended, path: &str, cpus: usize) -> (Core, Vec<String>) {
     assert_eq!(ended.report["vmcore"].as_str(), Some(path), "{ended}");
     let (core, texts) = (Core::open(path), strings(ended, "registers"));
@@ -110,7 +110,7 @@ fn core(ended: &Ended, path: &str, cpus: usize) -> (Core, Vec<String>) {
 #[test]
 fn a_panic_leaves_log_registers_and_core() {
     let script = "grep -w linux_banner /proc/kallsyms; echo c >/proc/sysrq-trigger";
-    // The run's own folder goes with it.
+    // The run's own folder is removed with the run.
     let dir = crate::common::scratch();
     let path = |name: &str| dir.path().join(name).display().to_string();
     let args = ["--vmcore", &path("core"), "--memory", "160M", "--serial", &format!("file:{}", path("console"))];
@@ -148,7 +148,7 @@ fn a_guest_that_only_waits_leaves_registers_of_every_vcpu() {
         assert!(text.starts_with(&format!("vCPU {n}: CPL ")), "{text}");
         assert!(text.contains(", halted\n") && register(text, "rip") > 1 << 63, "{text}");
     }
-    // A quiet guest's log is news though its console was shown.
+    // A quiet guest's log is reported even though its console was shown.
     let log = strings(&ended, "kernel_log");
     assert!(
         !log.is_empty() && ended.stderr.contains(&format!("the last lines of the guest's log:\n{}", log[0])),

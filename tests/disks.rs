@@ -1,5 +1,5 @@
-//! Disks of every format and engine, as a stock driver uses them; what the guest left is checked from outside by the
-//! tools of the formats.
+//! Disks of every format and engine under a stock driver; the formats' own tools check from outside what the guest
+//! left.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -13,7 +13,7 @@ fn sparse(path: &str) -> String {
     path.to_string()
 }
 
-/// A file system that was checked, and holds the file of round `n`.
+/// Checks a file system, and that it holds the file of round `n`.
 fn check_ext4(raw: &str, n: usize) {
     tool(&["e2fsck", "-fn", raw]);
     assert_eq!(tool(&["debugfs", "-R", "cat /name", raw]), format!("disk {n}\n"));
@@ -23,7 +23,7 @@ fn check_ext4(raw: &str, n: usize) {
     assert_eq!(tool(&["debugfs", "-R", "cat /sum", raw]).split(' ').next(), sum.split(' ').next());
 }
 
-/// A checked qcow2 image as a raw one.
+/// Checks a qcow2 image; returns the path of a raw copy.
 fn to_raw(image: &str) -> String {
     tool(&["qemu-img", "check", "-q", image]);
     let raw = format!("{image}.raw");
@@ -31,8 +31,8 @@ fn to_raw(image: &str) -> String {
     raw
 }
 
-/// On each disk a file system is made, filled, trimmed and checked; the last disk comes with one, and keeps it below
-/// what is written.
+/// On each disk, a file system is created, filled, trimmed and checked. The last disk comes with a file system, which
+/// stays unchanged below what is written.
 #[test]
 fn every_format_and_engine_keeps_a_file_system() {
     let script = r#"set -e
@@ -65,7 +65,7 @@ echo 'write through' >/sys/block/vda/cache_type
 echo "cache now: $(cat /sys/block/vda/queue/write_cache)"
 echo straight | dd of=/dev/vda bs=512 count=1 oflag=direct 2>/dev/null
 "#;
-    // Direct input and output needs the scratch disk where guests run in an emulated host.
+    // Direct I/O needs the scratch disk where guests run in an emulated host.
     let direct = "/run/scratch/direct.$$";
     let wrapper = format!(
         "mkdir -p /run/scratch 2>/dev/null; truncate -s {SIZE} {direct}; \"$@\" --disk {direct},direct=on,engine=io_uring \
@@ -105,14 +105,14 @@ echo straight | dd of=/dev/vda bs=512 count=1 oflag=direct 2>/dev/null
         assert_ne!(ended.fact(&format!("discard{n}")), "0", "{ended}");
         assert_eq!(ended.fact(&format!("queues{n}")), if n == 1 { "2" } else { "1" }, "{ended}");
     }
-    // Where the file system that the image is on can give space up (9p, by which an emulated host shares, cannot).
+    // Disk 5 is on a file system that can free space (unlike 9p, through which an emulated host shares files).
     assert_eq!(ended.fact("trim5"), "yes", "{ended}");
     assert!(fs::read(&sync).unwrap().starts_with(b"straight\n"));
     check_ext4(&uring, 1);
     check_ext4(&to_raw(&over), 2);
     check_ext4(&to_raw(&layer), 3);
     check_ext4(&copied, 5);
-    // What was written over is as it was.
+    // The images below the overlays are unchanged.
     assert!(fs::read(&last).unwrap() == last_before && fs::read(&base).unwrap() == base_before);
     assert!(fs::read(&below).unwrap().iter().all(|&b| b == 0));
 }

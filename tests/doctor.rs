@@ -9,10 +9,10 @@ fn doctor_runs_its_guest_and_its_exit_code_is_its_verdict() {
     let linux_guests = report["linux_guests"].as_bool().unwrap();
     assert_eq!(output.status.code(), Some(if linux_guests { 0 } else { 125 }), "{report:#}");
     for check in report["checks"].as_array().unwrap() {
-        // How fast this KVM is depends on the machine; that it works does not.
+        // The speed of this KVM depends on the machine, but it must work.
         assert!(
             check["ok"] == true || check["name"] == "ring 0 speed",
-            "this needs a /dev/kvm, of any speed: {check:#}"
+            "this test needs a working /dev/kvm, of any speed: {check:#}"
         );
     }
     assert!(report["exit_latency_ns"].as_u64().unwrap() > 0);

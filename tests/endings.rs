@@ -1,8 +1,8 @@
-//! How a guest ends is what the exit status, the last line on stderr and the report say.
+//! The exit status, the last line on stderr and the report agree on how a guest ended.
 
 use crate::common::{Ended, Run};
 
-/// A guest that does `script`, and what is expected of its end: exit status, outcome, part of the sentence.
+/// Runs a guest to its end, and checks its exit status, outcome and part of its sentence.
 fn ends(run: Run, code: i32, outcome: &str, detail: &str) -> Ended {
     let ended = run.run_to_end().expect(code, outcome);
     check_report(&ended, detail);
@@ -26,7 +26,7 @@ fn check_report(ended: &Ended, detail: &str) {
     let mut last = 0.0;
     for mark in ["kvm_ready", "kernel_loaded", "first_instruction", "init_started"] {
         let when = report["boot_timing"][mark].as_f64().unwrap_or_else(|| panic!("no {mark}: {ended}"));
-        assert!(when >= last, "{mark} came before what it follows: {ended}");
+        assert!(when >= last, "{mark} is earlier than the mark before it: {ended}");
         last = when;
     }
 }
@@ -43,7 +43,7 @@ fn poweroff_with_boot_timing() {
     for moment in moments {
         let line =
             ended.stderr.lines().find(|l| l.starts_with(moment)).unwrap_or_else(|| panic!("no {moment}: {ended}"));
-        // A quiet guest may have said nothing at all.
+        // A quiet guest may have printed nothing at all.
         assert!(line.ends_with(" ms") || moment == "first serial byte", "{ended}");
     }
 }
@@ -56,7 +56,7 @@ fn a_guest_that_halts_for_good_is_noticed() {
 
 #[test]
 fn a_guest_that_only_waits_is_not_taken_for_halted() {
-    // Longer than the look for sleepers takes to look a few times.
+    // Long enough for several checks for sleeping vCPUs.
     cloud("sleep 3").args(&["--cpus", "2"]).run_to_end().success();
 }
 
@@ -88,7 +88,8 @@ fn panic_that_reboots_is_a_panic_all_the_same() {
     ends(run, 70, "panicked", "pvpanic");
 }
 
-/// On AMD processors nothing but the log tells them from a crash, and elsewhere the panic looks like the reboot.
+/// On AMD processors only the log distinguishes a reboot and a panic from a crash; on others, a panic looks like a
+/// reboot.
 #[test]
 fn without_a_console_the_kernels_log_tells_a_reboot_and_a_panic_from_a_crash() {
     let run = cloud("reboot -f").cmdline("quiet reboot=t vireo.modules=none");
@@ -110,7 +111,7 @@ fn a_time_limit() {
     assert!(ended.stderr.contains("time limit of 2s"), "{ended}");
 }
 
-/// A guest that says `ready` and takes no notice of its power button.
+/// A guest that says `ready` and ignores its power button.
 fn deaf() -> Run {
     cloud("echo ready; sleep 1000").cmdline("console=ttyS0 quiet vireo.modules=none")
 }
@@ -137,7 +138,7 @@ fn a_second_sigterm_waits_for_nothing() {
 
 #[test]
 fn a_guest_that_hears_its_power_button_powers_off() {
-    // evdev gives whole events, 24 bytes each.
+    // evdev delivers only whole events, 24 bytes each.
     let script = "exec 3</dev/input/event0; echo ready; dd bs=24 count=1 <&3 >/dev/null 2>&1; poweroff -f";
     for (signal, cpus) in [(libc::SIGTERM, "1"), (libc::SIGINT, "2")] {
         let guest = cloud(script).args(&["--grace", "1h", "--cpus", cpus]).start();

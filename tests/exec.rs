@@ -1,5 +1,5 @@
-//! `vireo exec`: a command under a stock kernel is as it would be on the host, but for the kernel; and however it ends,
-//! its caller knows.
+//! `vireo exec`: a command under a stock kernel behaves as on the host, apart from the kernel; and however it ends, its
+//! caller learns about it.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -7,8 +7,8 @@ use std::path::Path;
 
 use crate::common::{Run, on_host, on_terminal, run_into_time_limit, tool};
 
-/// The command's streams byte for byte and apart from each other, its code, its surroundings; and what it writes to the
-/// root is gone with it.
+/// The command's streams arrive byte for byte and separately, and so do its exit code and its surroundings; what it
+/// writes to the root is discarded with the guest.
 #[test]
 fn as_on_the_host_but_for_the_kernel() {
     let script = r#"
@@ -25,7 +25,7 @@ exit 42"#;
     guest.close_input();
     let ended = guest.end().expect(42, "exited");
     let numbers: String = (1_000_000..=1_040_000).map(|n| format!("{n}\n")).collect();
-    assert!(ended.stdout == numbers, "{} bytes came instead of {}", ended.stdout.len(), numbers.len());
+    assert!(ended.stdout == numbers, "got {} bytes instead of {}", ended.stdout.len(), numbers.len());
     let lines: Vec<&str> = ended.stderr.lines().collect();
     let [sum, about, file] = lines[..] else { panic!("{ended}") };
     let scratch = crate::common::scratch();
@@ -41,7 +41,7 @@ exit 42"#;
     assert_eq!(on_host(&["test", "-e", "/etc/written-by-a-test"]).end().code(), 1, "it reached the host");
 }
 
-/// Nothing of all this needs privilege but /dev/kvm. A folder that may be written to belongs to the caller.
+/// Only /dev/kvm needs any privilege. A folder that may be written to belongs to the caller.
 #[test]
 fn an_ordinary_user() {
     let as_user = r#"set -e
@@ -63,7 +63,7 @@ echo "from the guest" >/mnt/folder/out
 ! touch /read-only/x 2>/dev/null
 ls /read-only/vireo >/dev/null
 cat shared/out"#;
-    // The folder is made where the user may: by the first command in the wrapper.
+    // The first command in the wrapper creates the folder, where the user may do so.
     let wrapper = as_user.replace("export", "mkdir shared && chown 4242 shared\nexport");
     let run = Run::exec(&["sh", "-c", script]).through(&wrapper);
     fs::set_permissions(run.dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
@@ -81,7 +81,7 @@ fn what_cannot_be_started_and_what_is_killed() {
         "vireo: cannot run no-such-command in the guest: No such file or directory (os error 2)\n"
     );
 
-    // A signal to vireo is one to the command, which may do with it what it likes, and to none of its children.
+    // A signal to vireo is sent to the command, which may handle it as it likes, and to none of its children.
     let script = r#"trap 'echo heard; kill -USR1 $child; wait $child; exit 7' TERM
 sh -c 'trap "echo child" TERM; trap "echo end; exit" USR1; echo ready; while :; do sleep 0.1; done' &
 child=$!
@@ -95,12 +95,12 @@ while :; do sleep 0.1; done"#;
     assert_eq!(ended.stderr, "", "{ended}");
 }
 
-/// A signal that comes while the kernel boots waits for the command.
+/// A signal that arrives while the kernel boots waits for the command.
 #[test]
 fn a_signal_before_the_command_runs() {
     let script = "trap 'echo heard; exit 7' INT; while :; do sleep 0.1; done";
-    // Nothing comes from a command that is killed at its first instruction, and all of it from one that had the time
-    // for its trap; a kernel that went down with the signal would say so.
+    // A command that is killed at its first instruction prints nothing; one that had time to set its trap prints
+    // everything. A kernel that the signal had stopped would be reported as such.
     let guest = Run::exec(&["sh", "-c", script]).args(&["--verbose"]).start();
     guest.wait_for_stderr("Linux version");
     guest.signal(2);
@@ -109,7 +109,7 @@ fn a_signal_before_the_command_runs() {
     assert!(matches!(ended.report["outcome"].as_str(), Some("signalled" | "exited")), "{ended}");
 }
 
-/// A loop that reads its own input, and the variables of test runners.
+/// A script's loop keeps its own input, and variables of test runners reach the command.
 #[test]
 fn in_scripts_and_under_test_runners() {
     let run = Run::exec(&["sh", "-c", "cat; echo \"$line $CARGO_MANIFEST_DIR ${MY_TOKEN-none} $(pwd)\""]);
@@ -151,7 +151,7 @@ fn however_it_ends() {
     assert!(gone.expect(71, "lost").stderr.ends_with("before the command did\n"));
 }
 
-/// What the kernel says on its console counts beside the command's code.
+/// The kernel's console is watched in addition to the command's exit code.
 #[test]
 fn the_console_is_watched() {
     let run = |flags: &[&str], script: &str| Run::exec(&["sh", "-c", script]).args(flags).run_to_end();
@@ -163,7 +163,7 @@ fn the_console_is_watched() {
     assert_eq!(killed.stdout, "");
 }
 
-/// On a terminal: a shell with job control, the window's size, Ctrl-C for what runs in the foreground.
+/// On a terminal: a shell with job control, the window's size, and Ctrl-C for the foreground job.
 #[test]
 fn a_shell_on_a_terminal() {
     let run = Run::exec(&["sh", "-i"]).env("TERM=dumb").env("PS1=$ ");
@@ -172,14 +172,14 @@ fn a_shell_on_a_terminal() {
     guest.send(b"echo tty: $(tty) $(stty size)\n");
     guest.wait_for("tty: /dev/pts/");
     guest.send(b"sh -c 'echo foreground-$((40 + 2)); exec sleep 1000'\n");
-    guest.wait_for("foreground-42"); // before, Ctrl-C would be the shell's
+    guest.wait_for("foreground-42"); // until then, Ctrl-C would go to the shell
     guest.send(b"\x03");
     guest.send(b"echo alive-$((40 + 2))\n");
     guest.wait_for("alive-42");
     guest.send(b"exit 5\n");
     assert_eq!(guest.end().code(), 5);
 
-    // Errors that lead elsewhere are not mixed in.
+    // Errors that are redirected are not mixed with the terminal's output.
     let run = Run::exec(&["sh", "-c", "tty; echo err >&2; exit 6"]);
     let errors = run.path("errors");
     let guest =
@@ -188,8 +188,8 @@ fn a_shell_on_a_terminal() {
     assert!(guest.end().stdout.starts_with("/dev/pts/"));
 }
 
-/// Other roots: nothing but a busybox, with a network; an image of a file system, which keeps what is written only if it
-/// may.
+/// Other roots: a lone busybox, with a network; and an image of a file system, which keeps what is written only if that
+/// is allowed.
 #[test]
 fn other_roots() {
     let script =
@@ -212,7 +212,7 @@ truncate -s 16M "$1" && PATH=$PATH:/sbin:/usr/sbin mke2fs -q -t ext4 -d "$0" "$1
     assert_eq!(tool(&["debugfs", "-R", "cat /file", &path("image")]), "kept\n");
 }
 
-/// A command under two configurations side by side; it finds the modules that the kernel's package has.
+/// A command under two configurations side by side, which finds the modules that the kernel's package contains.
 #[test]
 fn a_matrix() {
     let run = Run::exec(&["sh", "-c", "modprobe dummy && nproc && exit $(($(nproc) - 1))"]);
@@ -238,7 +238,7 @@ fn a_matrix() {
     }
 }
 
-/// A guest that hangs has another chance; a debugger may look at it meanwhile.
+/// A guest that hangs gets another attempt; a debugger may inspect it in the meantime.
 #[test]
 fn a_second_attempt() {
     let script =
@@ -251,8 +251,8 @@ fn a_second_attempt() {
     assert!(ended.stderr.contains("vireo: restarting the guest (attempt 2 of 3)\n"), "{ended}");
 }
 
-/// What guests plant in a folder that they write to leads no output out of it: not that of their own run, of the next one
-/// in the same matrix, of all of them, nor of a later vireo.
+/// Links that guests plant in a folder that they write to divert no output: neither that of their own run, nor of the
+/// next one in the same matrix, nor of the whole matrix, nor of a later vireo.
 #[test]
 fn planted_links() {
     let (kept, shared) = (crate::common::scratch(), crate::common::scratch());
@@ -275,7 +275,7 @@ fn planted_links() {
         let file = Path::new(&at(name)).to_path_buf();
         assert!(!file.is_symlink() && fs::read_to_string(file).unwrap().contains(part), "{name}: {ended}");
     }
-    // The second run's guest put one in the place of its own log, which was open by then.
+    // The second run's guest replaced its own log, which was open by then, with a link.
     assert!(Path::new(&at("out/two.log")).is_symlink(), "{ended}");
     let later = Run::exec(&["true"]).args(&["--console-log", &at("planted"), "--share", &folder]).run_to_end();
     assert_eq!(later.code(), 125, "{later}");
@@ -283,8 +283,8 @@ fn planted_links() {
     assert_eq!(fs::read_to_string(victim).unwrap(), "precious");
 }
 
-/// Files and folders that the host replaces, removes and makes are seen in the root under the overlay: after a second, or
-/// as soon as a command is typed. None of it is ever stale, and directories keep their numbers meanwhile.
+/// Checks that the root under the overlay shows files and folders that the host replaces, removes and creates: after a
+/// second, or as soon as a command is typed. No access fails as stale, and directories keep their inode numbers.
 fn sees_what_the_host_replaces(kernel: &str) {
     let host = |talk: &str| {
         format!(
@@ -357,7 +357,7 @@ fn what_the_host_replaces_is_seen_by_the_newest() {
     sees_what_the_host_replaces("cloud-sid");
 }
 
-/// What is typed after a change on the host finds it, without a wait.
+/// A command that is typed after a change on the host sees the change without a wait.
 #[test]
 fn a_script_is_edited_between_two_runs() {
     let run = Run::exec(&["sh", "-i"]).env("TERM=dumb").env("PS1=$ ");
@@ -391,8 +391,8 @@ dir=/tmp/vireo-edited; rm -rf $dir; mkdir $dir; trap 'rm -rf $dir' EXIT
     assert_eq!(guest.end().code(), 0);
 }
 
-/// What programs look for: the kernel's interfaces, modules beside a kernel, the links of NixOS in /run. And for a caller
-/// who is not root: a home, and a working directory that can be entered but not read.
+/// Surroundings that programs expect: the kernel's interfaces, modules beside a kernel, the links of NixOS in /run. A
+/// caller other than root gets a home, and a working directory that can be entered but not read.
 #[test]
 fn surroundings() {
     let host = r#"
@@ -430,7 +430,7 @@ echo "$OLDPWD $(pwd)""#;
     assert_eq!(ended.stderr, "", "{ended}");
 }
 
-/// A place that the guest does not have is said to be missing.
+/// A working directory that the guest does not have is reported as missing.
 #[test]
 fn a_working_directory_that_is_hidden() {
     let ended = Run::exec(&["pwd"]).through("mkdir -p /run/hidden && cd /run/hidden && \"$@\"").run_to_end();
@@ -439,7 +439,7 @@ fn a_working_directory_that_is_hidden() {
     assert!(ended.stderr.contains("cannot start in /run/hidden in the guest: No such file"), "{ended}");
 }
 
-/// Modules that are found beside a kernel, and not where the host's own are, can be loaded by their names.
+/// Modules that are found beside a kernel, and not in the host's own directory, can be loaded by name.
 #[test]
 fn modules_beside_a_kernel() {
     let script = r#"

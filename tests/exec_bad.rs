@@ -1,18 +1,18 @@
-//! Bad input to `vireo exec`: whatever is wrong with the kernel, the command, the folders or the streams, the end has its
-//! code and one sentence, and nothing remains.
+//! Bad input to `vireo exec`: whatever is wrong with the kernel, the command, the folders or the streams, the run ends
+//! with the right code and one sentence, and leaves nothing behind.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use crate::common::{Ended, Run, image, repo, run_into_time_limit, scratch};
 
-/// What vireo itself said, in the last line.
+/// Returns vireo's own message, the last line on stderr.
 fn sentence(ended: &Ended) -> &str {
     let last = ended.stderr.lines().last().unwrap_or_else(|| panic!("{ended}"));
     last.strip_prefix("vireo: ").unwrap_or_else(|| panic!("{ended}"))
 }
 
-/// What the host can see before there is a guest.
+/// Mistakes that the host can detect before there is a guest.
 #[test]
 fn what_is_not_there() {
     let dir = scratch();
@@ -37,7 +37,7 @@ setpriv --reuid 4242 --regid 4242 --clear-groups \"$@\" --share . || status=$?; 
     told(exec().through(private), "Permission denied");
 }
 
-/// Kernels that do not come as far as the command.
+/// Kernels that do not get as far as the command.
 #[test]
 fn kernels_that_panic_or_have_no_drivers() {
     let ended = Run::exec(&["true"]).args(&["--append", "rdinit=/nosuch init=/nosuch"]).run_to_end();
@@ -45,7 +45,7 @@ fn kernels_that_panic_or_have_no_drivers() {
     assert!(sentence(&ended).starts_with("the guest kernel panicked (") && sentence(&ended).contains("): "), "{ended}");
     assert_eq!(ended.report["detail"], sentence(&ended));
 
-    // The right name, and modules of another kernel.
+    // A directory with the right name, and the modules of another kernel.
     let version = fs::read_to_string(repo("target/host/kernel-cloud/version")).unwrap();
     let other = fs::read_to_string(repo("target/host/kernel-full/version")).unwrap();
     let modules = scratch();
@@ -58,8 +58,8 @@ fn kernels_that_panic_or_have_no_drivers() {
     }
 }
 
-/// A kernel that waits for a root for ever and never comes to its init; a program for another machine; a place to start in
-/// that is not there.
+/// A kernel that waits for a root for ever and never reaches its init; a program for another machine; a working
+/// directory that does not exist.
 #[test]
 fn what_never_starts() {
     let append = "rdinit=/nosuch root=/dev/nosuch rootwait";
@@ -68,7 +68,7 @@ fn what_never_starts() {
         run_into_time_limit(waits, |ended| ended.stderr.contains("] Waiting for root device /dev/nosuch..."));
     assert_eq!(sentence(&ended), format!("the guest was still running after the time limit of {limit}"));
 
-    // The start of a program for ARM: as much of it as a kernel looks at.
+    // The start of a program for ARM: as much of it as a kernel inspects.
     let run = Run::exec(&[]);
     let (program, mut elf) = (run.path("arm"), [0; 120]);
     elf[..20].copy_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\xb7\0");
@@ -82,8 +82,8 @@ fn what_never_starts() {
     assert_eq!(ended.stderr, "vireo: cannot start in /nosuch in the guest: No such file or directory (os error 2)\n");
 }
 
-/// A command that fills all file systems and the memory gets errors and signals, and the guest's init lives on; it does
-/// also if it is killed.
+/// A command that fills all file systems and the memory gets errors and signals. The guest's init survives that, and
+/// the signals that the command sends to it.
 #[test]
 fn commands_that_use_up_everything() {
     let script = r#"
@@ -100,7 +100,7 @@ kill -9 $$"#;
     assert_eq!(ended.stdout, format!("{full}{full}status: 137\nalive: 0\n"), "{ended}");
 }
 
-/// A fork bomb hears a signal to vireo; a command that will not hear of it is ended by the third.
+/// A signal to vireo ends a fork bomb; a command that ignores signals is ended by the third.
 #[test]
 fn commands_that_will_not_end() {
     let bomb = Run::exec(&["bash", "-c", "echo ready; :(){ :|:; }; :"]).start();
@@ -108,7 +108,7 @@ fn commands_that_will_not_end() {
     bomb.signal(15);
     assert_eq!(bomb.end().code(), 143);
 
-    // It also says more than anybody reads, on the kernel's console.
+    // The command also writes more to the kernel's console than is read.
     let script = "trap 'n=$((n + 1)); echo heard $n' TERM; yes >/dev/console & echo ready; while :; do sleep 0.1; done";
     let guest = Run::exec(&["sh", "-c", script]).start();
     guest.wait_for("ready");
@@ -121,7 +121,7 @@ fn commands_that_will_not_end() {
     assert_eq!(sentence(&ended), "stopped by signal 15 (SIGTERM)");
 }
 
-/// A command that is stopped and one that reboots.
+/// A command that is stopped, and one that reboots.
 #[test]
 fn commands_that_are_not_heard_of_any_more() {
     let ended = Run::exec(&["sh", "-c", "kill -STOP $$"]).args(&["--hang-timeout", "5s"]).run_to_end();
@@ -130,7 +130,7 @@ fn commands_that_are_not_heard_of_any_more() {
     assert_eq!(sentence(&ended), "the guest ended (rebooted) before the command did");
 }
 
-/// Streams that are closed, and a reader that goes.
+/// Streams that are closed, and a reader that leaves.
 #[test]
 fn streams_that_are_closed() {
     let closed = Run::exec(&["sh", "-c", "cat; echo out; echo err >&2; exit 3"]).through("\"$@\" <&- >&-");
@@ -141,18 +141,18 @@ fn streams_that_are_closed() {
     let gone = gone.expect(141, "signalled");
     assert_eq!((gone.stdout.as_str(), gone.stderr.as_str()), ("y\n", ""), "{gone}");
 
-    // What a command leaves behind keeps nobody waiting, however much it has to say.
+    // A process that a command leaves behind does not delay the end of vireo, however much it prints.
     let left = Run::exec(&["sh", "-c", "echo first; yes & exit 3"]).run_to_end().expect(3, "exited");
     assert!(left.stdout.starts_with("first\n"), "{left}");
 
-    // A full disk is not the command's fault, whatever became of it.
+    // When a full disk loses output, vireo reports that and not how the command ended.
     let full = Run::exec(&["sh", "-c", "echo err >&2; seq 1000000"]).through("\"$@\" >/dev/full");
     let full = full.run_to_end().expect(125, "output-lost");
     let why = "vireo: cannot write the command's output to stdout: No space left on device (os error 28)";
     assert_eq!(full.stderr, format!("err\n{why}\n"));
 }
 
-/// Of a vireo that is killed nothing remains: no file, no socket, no process.
+/// A vireo that is killed leaves nothing behind: no file, no socket, no process.
 #[test]
 fn killed_with_a_guest_running() {
     let script = r#"

@@ -1,4 +1,4 @@
-//! The firmware's tables, read by programs that others wrote: iasl (package acpica-tools) and dmidecode.
+//! The firmware's tables, read by independent programs: iasl (package acpica-tools) and dmidecode.
 
 use std::fs;
 use std::path::Path;
@@ -23,13 +23,13 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> u64 {
     bytes[at..at + N].iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
-/// The table at an address, by the length in its header.
+/// Returns the table at an address, with the length in its header.
 fn table(ram: &GuestRam, addr: u64) -> Vec<u8> {
     let len = number::<4>(&bytes(ram, addr, 8), 4);
     bytes(ram, addr, len as usize)
 }
 
-/// What a program says; it must succeed.
+/// Returns the output of a program, which must succeed.
 fn said(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}: run 'make setup'"));
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
@@ -37,7 +37,7 @@ fn said(command: &mut Command) -> String {
     text
 }
 
-/// Disassembles a table; returns what iasl wrote.
+/// Disassembles a table; returns the source that iasl wrote.
 fn disassembled(folder: &Path, name: &str, table: &[u8]) -> String {
     let path = folder.join(name);
     fs::write(&path, table).unwrap();
@@ -48,7 +48,7 @@ fn disassembled(folder: &Path, name: &str, table: &[u8]) -> String {
     fs::read_to_string(path.with_extension("dsl")).unwrap()
 }
 
-/// The value that iasl shows for a field.
+/// Returns the value that iasl shows for a field.
 fn field<'a>(text: &'a str, name: &str) -> &'a str {
     let line = text.lines().find(|line| line.contains(&format!("{name} : ")));
     line.and_then(|line| line.rsplit_once(" : ")).unwrap_or_else(|| panic!("{name} is not in {text}")).1.trim()
@@ -83,7 +83,7 @@ fn acpi_tables_are_read_by_iasl() {
         assert_eq!(text.matches("[I/O APIC]").count(), 1);
         let text = disassembled(folder.path(), "dsdt.dat", &dsdt);
         assert_eq!(text.matches("\"LNRO0005\"").count(), slots as usize);
-        // And back again: the compiler checks what the disassembler only shows.
+        // Compiles the source again: the compiler checks what the disassembler only shows.
         let path = folder.path().join("dsdt.dsl");
         let said = said(Command::new("iasl").arg("-oa").arg(&path));
         assert!(said.contains(" 0 Errors, 0 Warnings"), "{said}");
@@ -95,7 +95,7 @@ fn smbios_tables_are_read_by_dmidecode() {
     let ram = GuestRam::anonymous(1 << 20);
     smbios::write(&ram, &platform(1, 0)).unwrap();
     let mut dump = bytes(&ram, layout::SMBIOS, (layout::SMBIOS_END - layout::SMBIOS) as usize);
-    // A dump begins with the entry point, which has the structures' place in the dump.
+    // A dump begins with the entry point, which holds the offset of the structures in the dump.
     let start = number::<8>(&dump, 16) - layout::SMBIOS;
     dump[16..24].copy_from_slice(&start.to_le_bytes());
     let sum = dump[..24].iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));

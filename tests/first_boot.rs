@@ -1,4 +1,4 @@
-//! The first boot of a kernel: its guest does not wait for the cache, and the cache gets the kernel whole or not at all.
+//! The first boot of a kernel: its guest does not wait for the cache, and the cache gets the whole kernel or nothing.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -10,19 +10,19 @@ use crate::common::until;
 use crate::guests::vireo::{Kernel, Running, folder};
 use crate::guests::{elf, power_off, say_and_spin};
 
-/// A kernel as large as those that are worth keeping.
+/// A kernel that is large enough to be worth caching.
 fn kernel(code: &[u8]) -> Kernel {
     Kernel::new(&elf(&[code, &[0x90; 256 << 10]].concat()))
 }
 
-/// `vireo run` with a cache below `folder`.
+/// Command `vireo run` with a cache below `folder`.
 fn run(kernel: &Kernel, folder: &Path) -> Command {
     let mut command = kernel.command(&["--log-level", "info"]);
     command.env("XDG_CACHE_HOME", folder);
     command
 }
 
-/// The process that keeps the kernel in `cache`.
+/// Command of the process that stores the kernel in `cache`.
 fn keeper(kernel: &Kernel, cache: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vireo"));
     command.arg0("vireo-keep").arg(cache).stdin(File::open(kernel.path()).unwrap());
@@ -36,14 +36,14 @@ fn names(cache: &Path) -> Vec<String> {
     names
 }
 
-/// Processes that keep something in `cache`.
+/// Returns the processes that store something in `cache`.
 fn keepers(cache: &Path) -> Vec<PathBuf> {
     let wanted = [b"vireo-keep\0", cache.as_os_str().as_encoded_bytes(), b"\0"].concat();
     let processes = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
     processes.filter(|path| fs::read(path.join("cmdline")).is_ok_and(|found| found == wanted)).collect()
 }
 
-/// A cache in which nothing can be kept while the file is open.
+/// Creates a cache in which nothing can be stored while the returned file is open.
 fn locked(cache: &Path) -> File {
     fs::DirBuilder::new().mode(0o700).create(cache).unwrap();
     let directory = File::open(cache).unwrap();
@@ -64,7 +64,7 @@ fn a_kernel_is_kept_while_its_guest_runs() {
     }
     until("the end of what keeps it", || keepers(&cache), Vec::is_empty);
     for one in &mut running {
-        assert!(one.child.try_wait().unwrap().is_none(), "the guest runs on");
+        assert!(one.child.try_wait().unwrap().is_none(), "the guest should still be running");
     }
     assert_eq!(names(&cache), kept);
     drop(running);

@@ -1,9 +1,9 @@
-//! A real gdb (Debian's) and the stub: what a person does with a kernel under test.
+//! The stub with a real gdb (Debian's): what a person does with a kernel under test.
 //!
 //! On the machine's own /dev/kvm, with a guest of a few instructions: registers, memory, steps, hardware breakpoints,
-//! Ctrl-C, detaching, vanishing, killing, the guest's end. Where Linux guests run, which may be an emulated host: a kernel
-//! with two vCPUs, interrupted, looked at, stepped, continued to its end. Software breakpoints and watchpoints stop no guest
-//! of an emulated host, nor does every software KVM know them; the unit tests have them.
+//! Ctrl-C, detaching, vanishing, killing, the guest's end. Where Linux guests run, which may be an emulated host: a
+//! kernel with two vCPUs, interrupted, inspected, stepped, continued to its end. Software breakpoints and watchpoints
+//! do not stop guests of an emulated host, and not every software KVM supports them; the unit tests cover them.
 
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -16,8 +16,8 @@ use crate::guests::vireo::{Kernel, Running, folder};
 use crate::guests::{DEBUGGED_COUNT, DEBUGGED_LOOP, START, elf};
 use tempfile::TempDir;
 
-/// What gdb says to these commands, without anybody's habits. It interrupts itself now and then: what continues for ever
-/// ends like by Ctrl-C.
+/// Returns gdb's output for these commands, without any user's settings. gdb may interrupt itself ([`CTRL_C`]), which
+/// ends a `continue` that would last for ever.
 #[track_caller]
 fn gdb(commands: &[&str]) -> String {
     let mut gdb = Command::new("gdb");
@@ -28,22 +28,22 @@ fn gdb(commands: &[&str]) -> String {
     format!("{}{}", String::from_utf8_lossy(&ended.stdout), ended.stderr)
 }
 
-/// For `continue`: what makes gdb take a Ctrl-C a moment later.
+/// Command before `continue` that makes gdb receive a Ctrl-C a moment later.
 const CTRL_C: &str = "python import os, threading; threading.Timer(1, lambda: os.kill(os.getpid(), 2)).start()";
 
-/// Fails the test unless `text` has these, in this order.
+/// Fails the test unless `text` contains these words in this order.
 #[track_caller]
 fn says(text: &str, wanted: &[&str]) {
     let mut rest = text;
     for word in wanted {
         match rest.split_once(word) {
             Some((_, behind)) => rest = behind,
-            None => panic!("'{word}' is missing, or not in its place, in:\n{text}"),
+            None => panic!("'{word}' is missing or out of order in:\n{text}"),
         }
     }
 }
 
-/// `crate::guests::debugged` with a stub.
+/// A running vireo with `crate::guests::debugged` and a stub.
 struct Debugged {
     vireo: Running,
     socket: PathBuf,
@@ -63,12 +63,13 @@ impl Debugged {
         Debugged { vireo, socket, target, _files: (folder, kernel) }
     }
 
-    /// Continues from wherever the guest is, and has it power off.
+    /// Continues from wherever the guest is, and makes it power off.
     #[track_caller]
     fn release(self) {
         says(&gdb(&[&self.target, "set $rsi = 1", "continue"]), &["exited normally"]);
         let ended = self.vireo.end().expect(0).says("vireo: the guest powered off");
-        // A client before may have been cut off, with a sentence; or it was sent away, as the one before it still counted.
+        // An earlier client may have been disconnected with a message, or refused because the one before it still
+        // counted.
         let lines = ended.stderr.lines().filter(|line| !line.contains("the debugger was disconnected")).count();
         assert_eq!(lines, 2, "{}", ended.stderr);
         assert!(!self.socket.exists());
@@ -145,7 +146,7 @@ fn ctrl_c_stops_and_who_detaches_or_vanishes_leaves_a_running_guest() {
     let guest = Debugged::start(&[]);
     let spins = |text: &str| says(text, &["Program received signal SIGINT", "= 0\n"]);
     spins(&gdb(&[&guest.target, CTRL_C, "continue", "print $rsi", "detach"]));
-    // A client that says nothing, one that says nonsense, and one that goes in the middle of a word.
+    // A client that sends nothing, one that sends nonsense, and one that disconnects in the middle of a packet.
     for words in ["", "$nonsense#00", "$vCont;c#a8$m0"] {
         let mut stream = UnixStream::connect(&guest.socket).unwrap();
         stream.write_all(words.as_bytes()).unwrap();
@@ -176,12 +177,12 @@ fn kill_ends_the_guest_and_an_end_by_others_is_told() {
     says(&gdb(&[&guest.target, "continue"]), &["exited with code 0174"]);
     guest.vireo.end().expect(124).says("still running after the time limit");
 
-    // Nobody comes: the guest has not begun when its time is over.
+    // No client connects: the guest has not begun when its time is over.
     let guest = Debugged::start(&["--wait", "--timeout", "1s"]);
     guest.vireo.end().expect(124);
 }
 
-/// A fault of the program as it is shipped, which is linked otherwise than that of the unit tests.
+/// A fault of the program as it is shipped, which is linked differently from that of the unit tests.
 #[test]
 fn memory_whose_file_is_gone_ends_vireo_with_a_report() {
     let (_folder, path) = folder();
@@ -238,7 +239,7 @@ fn a_linux_guest_with_two_vcpus() {
     let script = "cat /proc/version; grep -w -e linux_banner -e jiffies /proc/kallsyms; echo waiting; read line; echo \"read: $line\"";
     let run = Run::new("bzImage-cloud", script).cmdline("console=ttyS0 quiet vireo.modules=none");
     let socket = format!("{}.gdb", run.path("x"));
-    // Sockets are made in the host's own /tmp: the share has none.
+    // Sockets are created in the host's own /tmp, because the share does not support them.
     let socket = format!("/tmp/{}", socket.replace('/', "-"));
     let mut guest = run.args(&["--cpus", "2", "--gdb", &format!("unix:{socket}")]).start();
     guest.wait_for_stderr("gdb: target remote ");
@@ -284,7 +285,7 @@ fn a_linux_guest_with_two_vcpus() {
         ],
     );
     says(&text, &["Linux version 6.1", "= 1\n", "SIGINT"]);
-    // It goes on, and its end is told to the next one.
+    // The guest continues, and the next client learns how it ended.
     let target = format!("target remote {socket}");
     let last = on_host(&["gdb", "-nx", "-q", "-batch", "-ex", &target, "-ex", "info threads", "-ex", "continue"]);
     last.wait_for("(vCPU 1, ring ");

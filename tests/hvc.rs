@@ -1,4 +1,4 @@
-//! The virtio console and its ports with a stock driver: no byte is lost or made up, in either direction.
+//! The virtio console and its ports under a stock driver: no byte is lost or invented in either direction.
 
 use std::fs::{self, File};
 use std::process::Command;
@@ -13,7 +13,7 @@ fn md5(bytes: &[u8]) -> String {
     String::from_utf8(sum).unwrap().split_whitespace().next().unwrap().to_string()
 }
 
-/// Every byte value, in an order that shows a loss.
+/// Returns every byte value, in an order that reveals a loss.
 fn bytes(len: u32) -> Vec<u8> {
     (0..len).map(|i| (i % 251) as u8 ^ (i >> 8) as u8 ^ (i >> 16) as u8).collect()
 }
@@ -22,7 +22,7 @@ fn hvc(script: &str) -> Run {
     Run::new("bzImage-cloud", script).cmdline("console=hvc0 quiet").args(&["--console", "stdio"])
 }
 
-/// A console on the standard streams takes a flood and makes one, and says how the guest ended.
+/// A console on the standard streams takes a flood of input and delivers output, and vireo reports how the guest ended.
 #[test]
 fn on_the_standard_streams() {
     // Without Ctrl-O, which is SysRq here.
@@ -36,16 +36,16 @@ echo BEGIN; seq 1000000 1002000; echo END\nstty sane",
     guest.wait_for("ready");
     guest.send(&input);
     guest.close_input();
-    // hvc takes 16 bytes at a time, so this is no flood.
+    // hvc writes 16 bytes at a time, so the output is not a flood.
     let ended = guest.end().success();
     assert_eq!(ended.fact("sum"), md5(&input), "{ended}");
     let (_, printed) = ended.stdout.split_once("BEGIN\n").unwrap();
     let (printed, _) = printed.split_once("END\n").unwrap();
     let expected: String = (1_000_000..=1_002_000).map(|n| format!("{n}\n")).collect();
-    assert!(printed == expected, "{} bytes came instead of {}", printed.len(), expected.len());
+    assert!(printed == expected, "got {} bytes instead of {}", printed.len(), expected.len());
 }
 
-/// Has the guest find its ports: `port NAME` is a device.
+/// Script that makes the guest find its ports: `port NAME` prints a port's device.
 const PORTS: &str = r#"modprobe virtio_console
 names() { cat /sys/class/virtio-ports/*/name; }
 for n in $(seq 100); do [ "$(names 2>/dev/null | wc -l)" = $PORTS ] && break; sleep 0.1; done
@@ -54,20 +54,20 @@ sum() { md5sum | cut -d ' ' -f 1; }
 echo "names: $(names | tr '\n' ' ')"
 "#;
 
-/// Some MiB through a port to a file and from one, and through one on a socket and one on FIFOs in both directions.
+/// Some MiB pass through a port to and from a file, and through a port on a socket and one on FIFOs in both directions.
 #[test]
 fn ports_carry_data_both_ways() {
     let input = bytes(3_000_000);
     let script = format!(
         r#"PORTS=3; {PORTS}
 dd if=/dev/urandom of=/out bs=64k count=64 2>/dev/null
-# opened once: Linux throws away what came in when a port is closed
+# opened once: Linux discards received data when a port is closed
 exec 3<>$(port log)
 cat /out >&3
 echo "out: $(sum </out)"
 echo "from: $(head -c {len} <&3 | sum)"
 exec 3>&-
-# while nobody is at the other end, it reads as empty
+# the port reads as empty while nothing is connected at the other end
 exec 3<$(port agent)
 until head -c {len} <&3 >/in; [ -s /in ]; do sleep 0.1; done
 exec 3<&-
@@ -78,7 +78,7 @@ cat /out >$(port pipe)"#,
         len = input.len()
     );
     let run = Run::new("bzImage-cloud", &script);
-    // The run's own folder goes with it.
+    // The run's own folder is removed with the run.
     let kept = scratch();
     let path = |name: &str| kept.path().join(name).display().to_string();
     let (file, from) = (path("log"), path("from"));
@@ -100,7 +100,7 @@ cat /out >$(port pipe)"#,
     for fact in ["from", "in", "pipe"] {
         assert_eq!(ended.fact(fact), md5(&input), "{fact} {ended}");
     }
-    // What the emulated host writes is not seen outside at once.
+    // Data that the emulated host writes is not immediately visible outside.
     let written = on_host(&["md5sum", &file]).end().stdout;
     for sum in [written, read.end().stdout] {
         assert_eq!(sum.split_whitespace().next(), Some(ended.fact("out")), "{ended}");
@@ -113,7 +113,7 @@ cat /out >$(port pipe)"#,
     assert_eq!(left.stdout, "", "FIFOs or a socket were left behind");
 }
 
-/// The guest knows how large the terminal is, also when that changes; and Ctrl-A X is heard.
+/// The guest learns the terminal's size, also when it changes; and vireo handles Ctrl-A X.
 #[test]
 fn on_a_terminal_that_changes_its_size() {
     let script = "echo \"size $(stty size).\"

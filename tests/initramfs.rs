@@ -11,7 +11,7 @@ fn text(path: impl AsRef<Path>) -> String {
     path.as_ref().display().to_string()
 }
 
-/// The kernel in the folder that its package was unpacked to, with its modules beside it.
+/// Path of the kernel in the folder that its package was unpacked to, with its modules beside it.
 fn kernel() -> String {
     let boot = repo("target/host/kernel-cloud/boot");
     let mut files = fs::read_dir(boot).unwrap().map(|entry| entry.unwrap().path());
@@ -28,14 +28,14 @@ fn run(args: &[&str]) -> Ended {
     ended
 }
 
-/// What the script of a guest begins with.
+/// Beginning of a guest's script.
 const BEGIN: &str = "#!/bin/sh
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 ";
 
-/// Loads what was packed; the random numbers come from a device that modules drive.
+/// Script that loads the packed modules; the random numbers come from a device that modules drive.
 const LOAD: &str = "while read -r module; do insmod $module || echo \"insmod $module: $?\"; done </vireo/modules
 echo \"modules: $(sed 's/.*[/]//' /vireo/modules | tr '\\n' ' ')\"
 echo \"rng: $(cat /sys/class/misc/hw_random/rng_current)\"
@@ -43,7 +43,7 @@ echo \"bytes: $(head -c 8 /dev/hwrng | wc -c)\"
 poweroff -f
 ";
 
-/// Prints the files that it is given the names of, then powers off.
+/// C program that prints the files named by its arguments, then powers off.
 const PROGRAM: &str = r#"
 #include <fcntl.h>
 #include <stdio.h>
@@ -116,8 +116,8 @@ fn programs_folders_and_files_arrive_behind_initrds() {
     }
 }
 
-/// What is packed after an initrd in lz4, whose format has no end of its own, and the drivers of the machine's devices,
-/// which nobody names.
+/// Files can be packed after an initrd in lz4, whose format does not mark its end, and the drivers of the machine's
+/// devices are packed without being named.
 #[test]
 fn an_lz4_initrd_may_be_followed_and_a_disk_brings_its_drivers() {
     let dir = scratch();
@@ -139,7 +139,7 @@ poweroff -f
     assert!(!ended.stdout.contains("insmod "), "{ended}");
 }
 
-/// The format of `lz4 -l` with one block of nothing but literals.
+/// Packs `content` in the format of `lz4 -l`, as one block of literals only.
 fn legacy_lz4(content: &[u8]) -> Vec<u8> {
     let mut block = vec![0xF0];
     let mut rest = content.len() - 15;
@@ -152,7 +152,7 @@ fn legacy_lz4(content: &[u8]) -> Vec<u8> {
     [&[2, 0x21, 0x4C, 0x18][..], &(block.len() as u32).to_le_bytes(), &block].concat()
 }
 
-/// A script that busybox runs loads modules that were found beside the kernel, with depmod's texts.
+/// A script that busybox runs loads modules that were found beside the kernel, with depmod's text files.
 #[test]
 fn scripts_run_with_busybox_and_load_modules_from_beside_the_kernel() {
     let dir = scratch();
@@ -177,7 +177,8 @@ fn scripts_run_with_busybox_and_load_modules_from_beside_the_kernel() {
     assert!(!modules.contains(&"ext4.ko"), "this kernel has it built in; {ended}");
 }
 
-/// The same from a package as it is unpacked, without depmod's texts, some modules compressed.
+/// Modules of a package as it is unpacked, without depmod's text files and in part compressed, are found by their own
+/// information.
 #[test]
 fn modules_of_an_unpacked_package_are_found_by_what_they_say() {
     let dir = scratch();

@@ -1,4 +1,4 @@
-//! The kernels that people run today: Debian's from 11 to sid, each booted with its modules and each through `vireo exec`.
+//! The kernels in use today: Debian's from 11 to sid, each booted with its modules and each through `vireo exec`.
 
 crate::common::kernels::kernels! {
     linux_5_10 "cloud-5.10"

@@ -1,4 +1,4 @@
-//! Memory that comes and goes while a stock guest runs, and what the host has of it.
+//! Memory that is added and removed while a stock guest runs, and its effect on the host's memory.
 
 use std::fs;
 use std::process::Command;
@@ -8,8 +8,8 @@ use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
 
-/// The guest gets what is requested, uses it (a disk reads into it), and gives it back; and its driver starts anew with
-/// nothing.
+/// The guest gets the requested memory, uses it (a disk reads into it) and gives it back; after that its driver starts
+/// again with nothing.
 #[test]
 fn memory_is_added_and_removed() {
     let script = r#"
@@ -29,7 +29,7 @@ has 0
 rmmod virtio_mem
 modprobe virtio_mem
 has 256
-# and a balloon takes of it
+# a balloon takes some of it
 has 156
 has 256
 "#;

@@ -1,10 +1,10 @@
-//! Network cards as a stock driver uses them. Each test has the host's half, around vireo, and the guest's half.
+//! Network cards under a stock driver. Each test has the host's half, around vireo, and the guest's half.
 
 use crate::common::net::{DHCP, GUEST, host_half};
 use crate::common::{Run, image, on_host, vireo};
 
-/// On a tap that is there: pings, NET_MIB mebibytes (20) both ways in large segments, something by IPv6, and the driver may
-/// be unloaded.
+/// On an existing tap: pings, NET_MIB mebibytes (20) in each direction in large segments, a download by IPv6, and a
+/// driver that is unloaded.
 #[test]
 fn a_tap_with_offloads() {
     let host = host_half(
@@ -45,21 +45,21 @@ wget -q -O - http://192.168.77.1:8000/data | cmp - /www/data && echo "again: ok"
 "#,
     ]
     .concat();
-    let mib: u32 = std::env::var("NET_MIB").map_or(20, |mib| mib.parse().expect("NET_MIB is a number"));
+    let mib: u32 = std::env::var("NET_MIB").map_or(20, |mib| mib.parse().expect("NET_MIB must be a number"));
     let run = Run::new("bzImage-cloud", &guest).through(&host).env(&format!("MIB={mib}"));
     let ended = run.args(&["--net", "tap=vm0,mac=02:11:22:33:44:55", "--memory", "512M"]).run_to_end().success();
     assert_eq!(ended.fact("address"), "02:11:22:33:44:55");
     assert_eq!((ended.fact("ping in"), ended.fact("ping out"), ended.fact("again")), ("ok", "ok", "ok"), "{ended}");
     assert_eq!(ended.fact("over IPv6"), "arrived", "{ended}");
     assert_eq!((ended.fact("loaded"), ended.fact("fetched")), (ended.fact("sum"), ended.fact("sum")), "{ended}");
-    // What went through once from and twice to the guest is 700 packets of 1500 bytes in each MiB.
+    // Data passes once from the guest and twice to it; each MiB is 700 packets of 1500 bytes.
     let packets = |name| ended.fact(name).parse::<u32>().unwrap();
     let (from, to) = (packets("packets from the guest"), packets("packets to the guest"));
     assert!(from < 400 * mib && to < 400 * mib, "{from} packets from the guest, {to} to it: no large segments");
 }
 
-/// On taps that vireo makes: one with two queues and a smaller MTU, one without offloads and mergeable buffers, one that
-/// is slow. They go with it.
+/// On taps that vireo creates: one with two queues and a smaller MTU, one without offloads and mergeable buffers, one
+/// that is slow. The taps are removed with vireo.
 #[test]
 fn taps_that_vireo_makes() {
     let host = host_half(
@@ -106,7 +106,7 @@ serve 192.168.81.1
     assert_eq!(ended.fact("taps"), "gone", "{ended}");
 }
 
-/// Without any privilege: an address by DHCP, connections out and in; then passt dies, and the guest has no link.
+/// Without any privilege: an address by DHCP, connections out and in; then passt dies, and the guest's link goes down.
 #[test]
 fn user_networking() {
     let host = host_half(
@@ -122,7 +122,7 @@ until grep -q datagram /tmp/www/log; do
     sleep 0.3
 done
 fetch 127.0.0.1 8080
-# A connection that passt takes with it would keep the guest waiting.
+# A connection that ends with passt would keep the guest waiting.
 until grep -q served /tmp/www/log; do sleep 0.2; done
 passt=$(children)
 echo "passt runs: $(ls -d $(printf '/proc/%s ' $passt) | wc -l)"
@@ -141,7 +141,7 @@ exit $status
 echo "link: $(cat /sys/class/net/eth0/carrier)"
 wget -q -O /www/data http://$(cat /tmp/gateway):8000/data
 echo "loaded: $(md5sum </www/data)"
-# Nobody has a socket for it, but the kernel has seen it.
+# No socket receives it, but the kernel has seen it.
 tell $(cat /tmp/gateway) ready
 refused() { awk '/^Udp: [0-9]/ { print $3 }' /proc/net/snmp; }
 until [ $(refused) != 0 ]; do sleep 0.1; done
@@ -154,7 +154,7 @@ echo "link then: 0"
 "#,
     ]
     .concat();
-    let mib: u32 = std::env::var("NET_MIB").map_or(3, |mib| mib.parse().expect("NET_MIB is a number"));
+    let mib: u32 = std::env::var("NET_MIB").map_or(3, |mib| mib.parse().expect("NET_MIB must be a number"));
     let run = Run::new("bzImage-cloud", &guest).through(&host).env(&format!("MIB={mib}"));
     let folder = format!("RUN={}", run.dir.path().display());
     let net = ["--net", "user,map_gateway=on,hostfwd=tcp:8080:80,hostfwd=udp:9090:90", "--memory", "512M"];
@@ -167,8 +167,8 @@ echo "link then: 0"
     assert!(ended.stderr.contains("net0: lost the network; link down in the guest: passt is gone"), "{ended}");
 }
 
-/// A server at 127.0.0.1 of the host is out of reach until map_gateway=on shows it at the gateway's address, which answers
-/// pings either way. (Packets to 127.0.0.1 itself: `no_frame_reaches_the_hosts_loopback`.)
+/// A server at 127.0.0.1 of the host is out of reach until map_gateway=on exposes it at the gateway's address, which
+/// answers pings in either case. (Packets to 127.0.0.1 itself: `no_frame_reaches_the_hosts_loopback`.)
 #[test]
 fn the_hosts_loopback_is_closed() {
     let host = host_half(
@@ -202,7 +202,7 @@ echo "open, gateway: $(fetch $(cat /tmp/gateway))"
     assert_eq!(ended.fact("open, gateway"), "of-the-host", "{ended}");
 }
 
-/// The host's name server is on its loopback, as systemd-resolved's is: exec's commands find names all the same.
+/// The host's name server is on its loopback, like systemd-resolved's; commands of exec still resolve names.
 #[test]
 fn a_name_server_on_the_hosts_loopback() {
     let host = r#"set -e
@@ -227,7 +227,7 @@ until grep -q ready /tmp/resolver.log; do sleep 0.1; done
     assert!(ended.stdout.starts_with("192.0.2.99 "), "{ended}");
 }
 
-/// What a user may get wrong, and what passt does when vireo is killed.
+/// Mistakes that a user can make, and passt's behaviour when vireo is killed.
 #[test]
 fn what_cannot_be_is_said() {
     let (vireo, kernel) = (vireo().display().to_string(), image("bzImage-cloud").display().to_string());

@@ -1,5 +1,5 @@
-//! The files that a user names, with a guest that writes to a folder in which they lie: what it plants there leads vireo
-//! nowhere, neither in this run nor in the next; and no file is an input and an output.
+//! Files that a user names, in a folder that the guest can write to: links that it plants there divert vireo neither in
+//! this run nor in the next, and no file is both an input and an output.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -14,7 +14,7 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// Fails the test unless vireo said one sentence with these parts and nothing else.
+/// Fails the test unless vireo printed exactly one sentence, with these parts.
 #[track_caller]
 fn says(ended: Ended, code: i32, parts: &[&str]) {
     let ended = ended.expect(code);
@@ -43,7 +43,7 @@ fn what_is_planted_while_the_guest_runs_is_not_followed() {
     for name in names.map(String::from).into_iter().chain(names.map(|name| format!("{name}.{pid}.tmp"))) {
         symlink(&victim, share.join(name)).unwrap();
     }
-    // It sends back one more each: a line with an a.
+    // The guest sends each byte back plus one: a line with an a.
     running.child.stdin.take().unwrap().write_all(b"`\t").unwrap();
     let ended = running.end().expect(73);
     assert!(ended.stderr.contains("log lies in ") && ended.stderr.contains("can change what is written there"));
@@ -85,7 +85,7 @@ fn what_an_earlier_guest_planted_is_not_followed_either() {
     says(run("--share", &readonly), 2, &["--share", "leads out of it"]);
     assert_eq!(fs::read_to_string(victims.join("file")).unwrap(), "precious");
     assert_eq!(fs::read_dir(&victims).unwrap().count(), 1);
-    // Where a guest cannot make links they are what users make of them.
+    // In a folder where no guest can create links, vireo follows the links that the user created.
     symlink(victims.join("report"), path.join("report")).unwrap();
     let kernel = Kernel::new(&elf(crate::guests::power_off()));
     let report = text(&path.join("report")).to_string();
@@ -93,7 +93,7 @@ fn what_an_earlier_guest_planted_is_not_followed_either() {
     assert!(victims.join("report").is_file() && path.join("report").is_symlink());
 }
 
-/// A part of the guest's folder has a second name, as containers give it.
+/// A part of the guest's folder has a second path, as in containers.
 #[test]
 fn links_are_found_by_way_of_a_bind_mount() {
     let (_folder, path) = folder();
@@ -304,7 +304,7 @@ fn vireo_gains_no_privileges_and_cannot_be_read_by_others() {
     let fifo = path.join("config");
     let made = Command::new("mkfifo").args(["-m", "666"]).arg(&fifo).status().unwrap();
     assert!(made.success());
-    // As an ordinary user, whose processes are root's only if they cannot be dumped.
+    // Runs as an ordinary user: root owns such a user's process in /proc only if the process cannot be dumped.
     let words = ["run", "--config", text(&fifo)];
     let mut command = vireo();
     if rustix::process::geteuid().is_root() {
@@ -316,7 +316,7 @@ fn vireo_gains_no_privileges_and_cannot_be_read_by_others() {
     }
     command.args(words);
     let running = Running::start(command);
-    // Opens when vireo reads it.
+    // This open waits until vireo reads the FIFO.
     let mut config = File::options().write(true).open(&fifo).unwrap();
     let proc = format!("/proc/{}", running.child.id());
     let status = fs::read_to_string(format!("{proc}/status")).unwrap();

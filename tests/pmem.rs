@@ -1,5 +1,5 @@
-//! Persistent memory as stock drivers use it: below a file system, as the root file system, as the target of other
-//! devices' input and output; what is kept and what is not is looked at from outside.
+//! Persistent memory under stock drivers: below a file system, as the root file system, as the target of other devices'
+//! I/O; what is kept and what is not is inspected from outside.
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
@@ -12,7 +12,7 @@ const LOAD: &str = "modprobe -a virtio_mmio virtio_blk virtio_pmem nd_pmem
 pmem() { for n in $(seq 300); do [ -b /dev/$1 ] && return; sleep 0.1; done; echo no $1; }
 ";
 
-/// An ext4 that can be used by DAX, with the files of a folder, if one is given.
+/// Creates an ext4 that can be used by DAX, with the files of a folder if one is given.
 fn ext4(path: &str, size: &str, folder: Option<&Path>) {
     let folder = folder.map(|folder| folder.display().to_string());
     let from = folder.as_ref().map_or(vec![], |folder| vec!["-d", folder]);
@@ -29,8 +29,8 @@ fn contains(file: &str, text: &str) -> bool {
     fs::read(file).unwrap().windows(text.len()).any(|window| window == text.as_bytes())
 }
 
-/// What is written through DAX and through the page cache is in the file, at once if it was flushed; a disk reads and
-/// writes the pages directly; and a second machine cannot have the file meanwhile.
+/// Data written through DAX and through the page cache reaches the file, immediately if it was flushed; a disk reads
+/// and writes the pages directly; and a second machine cannot use the file in the meantime.
 #[test]
 fn a_file_system_in_memory_is_kept() {
     let script = format!(
@@ -62,7 +62,7 @@ echo \"size: $(cat /sys/block/pmem0/size)\""
     let run = Run::new("bzImage-cloud", &script).with_program("dax-io").args(&["--cpus", "2"]);
     let mut guest = run.args(&["--pmem", &image, "--disk", &format!("{disk},direct=off")]).start();
     guest.wait_for("flushed");
-    // What the emulated host has written is seen outside.
+    // Data that the emulated host has written is visible outside.
     assert!(contains(&image, "the guest says hello"), "{}", guest.tails());
 
     let (vireo, kernel) =
@@ -82,7 +82,7 @@ echo \"size: $(cat /sys/block/pmem0/size)\""
     assert_eq!(tool(&["debugfs", "-R", "cat /sum", &image]), md5(&path("random")));
 }
 
-/// A whole system from a file in memory: it goes on where it was the next time, and keeps nothing of a throw-away run.
+/// A whole system runs from a file: the next run continues where it was, and a throw-away run keeps nothing.
 #[test]
 fn as_the_root_file_system() {
     let script = format!(
@@ -128,8 +128,8 @@ poweroff -f\n";
     assert_eq!(tool(&["debugfs", "-R", "cat /boots", &image]), "boot\n");
 }
 
-/// Files that are only read stay as they are, whatever the guest writes and whatever their size; and when one is cut off
-/// below a running guest, that is what the user is told.
+/// Files that are only read stay unchanged, whatever the guest writes and whatever their size; and when one is
+/// truncated below a running guest, the user learns why the guest ended.
 #[test]
 fn what_is_only_read_stays_as_it_is() {
     let script = format!(

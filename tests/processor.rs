@@ -18,11 +18,12 @@ echo "flags: $(grep -m 1 ^flags /proc/cpuinfo)"
 fn boots(kernel: &str, args: &[&str], cmdline: &str) -> Ended {
     let cmdline = format!("console=ttyS0 quiet vireo.modules=none {cmdline}");
     let ended = Run::new(kernel, SCRIPT).cmdline(&cmdline).args(args).run_to_end();
-    // Without ACPI there is no way to switch it off.
+    // Without ACPI the guest cannot power off.
     if args.contains(&"off") { ended.expect(0, "halted") } else { ended.success() }
 }
 
-/// Each way to be without it. The guest that cannot be told by its command line measures its TSC by the 8254 alone.
+/// Each way to run without kvmclock. A guest that does not learn its TSC's frequency from its command line measures it
+/// by the 8254 alone.
 #[test]
 fn guests_without_kvmclock_find_a_timer() {
     for (kernel, args, cmdline) in [
@@ -47,7 +48,7 @@ fn a_guest_with_kvmclock_loses_no_time_with_the_others() {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64;
     assert!((now - date).abs() < 24 * 3600, "{ended}");
     assert!(!ended.fact("name").is_empty(), "{ended}");
-    assert!(!ended.fact("name").contains('/'), "a name that Linux makes of family and model: {ended}");
+    assert!(!ended.fact("name").contains('/'), "Linux made the name from family and model: {ended}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
-//! What test suites expect of QEMU: multiboot kernels, the debug exit, the test device and fw_cfg; and the script that
-//! stands in for QEMU where a suite wants to call that. All with guests of a few instructions on whatever /dev/kvm there
-//! is.
+//! Features that test suites expect of QEMU: multiboot kernels, the debug exit, the test device and fw_cfg; and the
+//! script that replaces QEMU where a suite calls it. All run guests of a few instructions on the machine's own
+//! /dev/kvm, whatever it is.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +14,7 @@ use ::vireo::layout;
 
 const TESTING: [&str; 2] = ["--testdev", "--debug-exit"];
 
-/// What the guest has said ends in the exit status and a sentence.
+/// The guest's value becomes the exit status and part of a sentence.
 #[test]
 fn the_guest_names_the_exit_status() {
     for (width, value, status) in [(4, 0, 1), (1, 0x10, 33), (2, 0x1FF, 255), (4, 0x80, 1)] {
@@ -22,7 +22,7 @@ fn the_guest_names_the_exit_status() {
         assert_eq!(ended.stderr, format!("vireo: the guest ended by debug exit with status {status}\n"));
     }
     let ended = run(&script(&[Op::Out(4, layout::DEBUG_EXIT_PORT, 1)]), &[]).expect(0);
-    assert_eq!(ended.stderr, "vireo: the guest powered off\n", "only who asks for the device has it");
+    assert_eq!(ended.stderr, "vireo: the guest powered off\n", "without --debug-exit there is no such device");
     let (_folder, path) = folder();
     let report = path.join("report");
     let args = ["--debug-exit", "--report", report.to_str().unwrap()];
@@ -31,7 +31,7 @@ fn the_guest_names_the_exit_status() {
     assert_eq!((&report["outcome"], &report["exit_code"]), (&"debug-exit".into(), &3.into()));
 }
 
-/// What [`multiboot_report`] sends.
+/// Information that [`multiboot_report`] sends.
 struct Information {
     words: Vec<u32>,
     map: Vec<[u64; 3]>,
@@ -70,7 +70,7 @@ fn multiboot_kernels_learn_memory_command_line_and_module() {
         assert_eq!(told.strings, [command_line, format!("NR_CPUS=1\n{module}"), String::new()]);
         let told = started(&[]);
         assert_eq!(told.words[5], 0);
-        assert_eq!(told.strings, [name, ""], "no argument that nobody gave");
+        assert_eq!(told.strings, [name, ""], "an argument that was not given");
     }
     let large = multiboot_elf(multiboot_report());
     let told = information(run(&large, &["--debug-exit", "--memory", "4G", "--boot", "multiboot"]));
@@ -78,7 +78,7 @@ fn multiboot_kernels_learn_memory_command_line_and_module() {
     assert_eq!(told.words[2], (3 << 20) - 1024);
 }
 
-/// Only the timer's interrupt and the connection of the two controllers are open; mode 2, low byte then high byte.
+/// Only the timer's interrupt and the connection of the two controllers are unmasked; mode 2, low byte then high byte.
 #[test]
 fn multiboot_kernels_find_controllers_timer_and_vectors_as_a_bios_leaves_them() {
     let ended = run(&multiboot_elf(multiboot_timer()), &["--debug-exit"]).expect(33);
@@ -114,7 +114,7 @@ fn multiboot_headers_that_cannot_be_followed_are_refused() {
     }
 }
 
-/// Runs accesses; returns what those that read have read.
+/// Runs accesses; returns the values that were read.
 fn access(ops: &[Op], args: &[&str]) -> Vec<u64> {
     let ended = run(&script(ops), args).expect(0);
     let (values, rest) = ended.stdout.as_chunks::<8>();
@@ -133,7 +133,7 @@ fn fw_cfg_tells_cpus_and_memory() {
         access(&ops, &["--testdev", "--cpus", "2", "--memory", "18M"]).iter().map(|v| *v as u8).collect();
     let ram = (18u64 << 20).to_le_bytes();
     assert_eq!(bytes, [&b"QEMU\x01\0\0\0"[..], &ram, &[2, 0, 2, 0], &[0; 4]].concat());
-    assert!(access(&ops, &["--debug-exit"]).iter().all(|byte| *byte == 0xFF), "an ordinary machine has none");
+    assert!(access(&ops, &["--debug-exit"]).iter().all(|byte| *byte == 0xFF), "an ordinary machine has no fw_cfg");
 }
 
 #[test]
@@ -162,7 +162,7 @@ fn a_line_of_the_test_device_interrupts_for_as_long_as_it_is_held() {
     assert_eq!(run(&elf(crate::guests::level_interrupt()), &TESTING).expect(1).stdout, b"iii.");
 }
 
-/// The script with arguments as kvm-unit-tests' x86/run gives them.
+/// Runs the script with arguments as kvm-unit-tests' x86/run gives them.
 fn as_qemu(args: &[&str]) -> Ended {
     start_as_qemu(args).end()
 }
@@ -207,7 +207,7 @@ fn a_script_takes_the_arguments_of_kvm_unit_tests() {
         "max,+x2apic,+tsc-deadline",
     ];
     let ended = as_qemu(&usual);
-    assert_eq!(ended.stderr, "", "a suite takes any word there for a failure");
+    assert_eq!(ended.stderr, "", "a suite takes any output on stderr for a failure");
     let told = information(ended);
     assert_eq!(told.strings[0], format!("{name} a  b"));
     assert_eq!(told.words[2], 19 << 10);
@@ -229,6 +229,6 @@ fn a_signal_to_the_script_ends_the_guest() {
     let running = start_as_qemu(&["-kernel", endless.path().to_str().unwrap()]);
     running.stdout.wait("byte", |bytes| !bytes.is_empty());
     running.signal(libc::SIGTERM);
-    // Nobody holds the streams any more.
+    // No process holds the streams any longer.
     running.end().expect(143).says("stopped by signal 15");
 }

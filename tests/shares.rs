@@ -1,5 +1,5 @@
-//! Folders of the host in the guest. What a file system should do is what ext4 does: the same calls are made on both
-//! (tests/host/fs-check.c), and must come out the same.
+//! Folders of the host in the guest. A share must behave as ext4 does: the same calls run on both
+//! (tests/host/fs-check.c) and must have the same results.
 
 use std::fs;
 use std::thread;
@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use crate::common::{FOLDER, Run, example, image, on_host, tool, vireo};
 use serde_json::Value;
 
-/// Modules of the guest.
+/// Kernel command line with the guest's modules.
 const CMDLINE: &str = "console=ttyS0 quiet vireo.modules=virtio_mmio,virtio_blk,virtiofs";
 
-/// Runs vireo as an ordinary user, to whom the folder belongs.
+/// Script that runs vireo as an ordinary user, who owns the folder.
 const AS_USER: &str = r#"
 chown 65534 one
 export XDG_CACHE_HOME=$dir/cache
@@ -32,12 +32,12 @@ fn run_kernel(kernel: &str, script: &str, host: &str) -> Run {
         .through(&format!("{FOLDER}mkdir one\n{host}"))
 }
 
-/// What was printed between two lines.
+/// Returns the lines that were printed between two lines.
 fn part<'a>(text: &'a str, from: &str, to: &str) -> Vec<&'a str> {
     text.lines().skip_while(|line| *line != from).skip(1).take_while(|line| *line != to).collect()
 }
 
-/// Makes the calls on a disk with ext4 and on a share, and compares.
+/// Makes the calls on a disk with ext4 and on a share, and compares the results.
 fn compare(kernel: &str, arguments: &str, host: &str) {
     let script = format!(
         "
@@ -68,20 +68,21 @@ fn calls_come_out_as_on_ext4() {
     compare("bzImage-cloud", "", r#""$@""#);
 }
 
-/// What FUSE has learned since: files without a name, and when a file was made.
+/// Later additions to FUSE: files without a name, and the birth times of files.
 #[test]
 fn newer_calls_come_out_as_on_ext4() {
     compare("bzImage-cloud-6.12", "nameless", r#""$@""#);
     compare("bzImage-cloud-6.12", "birth", r#""$@""#);
 }
 
-/// The same for who is not root, but for what only root can do.
+/// Calls of an ordinary user, without those that only root can make.
 #[test]
 fn calls_of_an_ordinary_user_come_out_as_on_ext4() {
     compare("bzImage-cloud", "user", AS_USER);
 }
 
-/// Several shares; one is read-only; a large directory; what the host changes; a driver that is unloaded and loaded again.
+/// Several shares, one of them read-only; a large directory; changes on the host; a driver that is unloaded and loaded
+/// again.
 #[test]
 fn what_the_host_has() {
     let host = r#"
@@ -99,7 +100,7 @@ echo inside >one/dir/file
     echo new >one/new
     touch one/answered
 ) &
-# More than this is SIGXFSZ, which would end a process that does not mind it.
+# A larger file causes SIGXFSZ, which ends a process that does not handle it.
 ulimit -f 2097152
 "$@"
 echo "host: $(cat one/by-guest) $(stat -c '%u:%g %a' one/by-guest) $(ls three)"
@@ -148,7 +149,7 @@ echo "again: $(cat elsewhere/file)"
     assert_eq!(ended.fact("host"), "written 12:34 604 squashed", "{ended}");
 }
 
-/// What is open stays so over pauses, with a name and without, and nothing that is written gets lost or comes twice.
+/// Open files, with a name and without, stay open over pauses, and no write is lost or repeated.
 #[test]
 fn pauses_are_not_noticed() {
     let script = "
@@ -166,7 +167,7 @@ echo \"gone: $(cat <&5)\"";
     fs::create_dir(&share).unwrap();
     let printed = Run::new("bzImage-cloud", script).cmdline(CMDLINE);
     let printed = printed.args(&["--serial", &format!("file:{console}"), "--share", &share, "--print-config"]).start();
-    // Its initrd is in its folder, which must stay.
+    // The initrd is in the run's folder, which must stay.
     fs::copy(printed.dir.path().join("initrd"), path("initrd")).unwrap();
     let printed = printed.end();
     let mut machine: Value = serde_json::from_str(&printed.stdout).unwrap_or_else(|_| panic!("{printed}"));
@@ -178,7 +179,7 @@ echo \"gone: $(cat <&5)\"";
     for round in 1..=5usize {
         let (before, deadline) = (lines(), Instant::now() + Duration::from_secs(60));
         while lines() < before + 20 {
-            assert!(Instant::now() < deadline, "it does not get on; {}", live.tails());
+            assert!(Instant::now() < deadline, "the guest makes no progress; {}", live.tails());
             thread::sleep(Duration::from_millis(50));
         }
         live.send(b"pause\n");
@@ -192,7 +193,8 @@ echo \"gone: $(cat <&5)\"";
     assert!(console.contains("equal") && console.contains("gone: still"), "{console}\n{ended}");
 }
 
-/// The host's own /proc and /sys are not served by a share of /, nor what is mounted while the guest looks on.
+/// Checks that a share of / does not serve the host's own /proc and /sys, nor what is mounted later while the guest
+/// runs.
 fn no_interfaces(host: &str) {
     let script = r#"
 mount -t virtiofs root /mnt || exit
@@ -217,7 +219,7 @@ echo "file: $(cat /two/file 2>&1)""#;
     assert_eq!(ended.fact("file"), "cat: can't open '/two/file': Permission denied", "{ended}");
 }
 
-/// A folder over which /proc is mounted when the guest asks for it, and a single file of it.
+/// Script with a folder over which /proc is mounted when the guest asks for it, and a single file of /proc.
 const MOUNTED_LATER: &str = r#"
 mkdir one/dir; touch one/file; chmod 777 one one/dir
 (

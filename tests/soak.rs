@@ -1,10 +1,10 @@
-//! What takes too long for `make test`; `make soak` runs it.
+//! Tests that take too long for `make test`; `make soak` runs them.
 
 mod common;
 
 use common::{FOLDER, Live, Run, example, image, on_host, resident, tool, until, vireo};
 
-/// Prints a line for each boot, so that somebody who waits sees it getting on.
+/// Script that prints a line for each boot, to show its progress.
 const BOOTS: &str = r#"
 left() { ls /tmp; ls -R "$XDG_CACHE_HOME"; ls /proc/self/fd | wc -l; }
 export XDG_CACHE_HOME=$(mktemp -d /tmp/soak.XXXXXX) TMPDIR=/tmp
@@ -48,12 +48,12 @@ fn four_cpus_reboot_and_halt_ten_times() {
     }
 }
 
-/// SOAK_MIB mebibytes (1) of input, and all of it back again: minutes in the emulated host, seconds outside.
+/// SOAK_MIB mebibytes (1) of input, all of which comes back: minutes in the emulated host, seconds outside.
 #[test]
 fn mebibytes_in_and_out() {
-    let mib: usize = std::env::var("SOAK_MIB").map_or(1, |mib| mib.parse().expect("SOAK_MIB is a number"));
-    // A line without flow control loses what is more than the guest's driver has buffers for, 64 KiB and no more for a
-    // reader that comes late. So in pieces.
+    let mib: usize = std::env::var("SOAK_MIB").map_or(1, |mib| mib.parse().expect("SOAK_MIB must be a number"));
+    // A line without flow control loses what exceeds the buffers of the guest's driver, 64 KiB, when the reader comes
+    // late. Therefore the input is sent in pieces.
     let pieces = mib * 32;
     let script = format!(
         "stty raw -echo\nfor n in $(seq {pieces}); do echo ready $n; head -c 32768 >/in; cat /in; echo end $n; done"
@@ -69,10 +69,10 @@ fn mebibytes_in_and_out() {
     }
     let ended = guest.end().success();
     let start = ended.bytes.windows(8).position(|w| w == b"ready 1\n").unwrap();
-    assert!(ended.bytes[start..].starts_with(&expected), "it came back different");
+    assert!(ended.bytes[start..].starts_with(&expected), "the data that came back is different");
 }
 
-/// A thousand connections at once from the guest, and then a thousand to it.
+/// A thousand simultaneous connections from the guest, and then a thousand to it.
 #[test]
 fn a_thousand_sockets() {
     let path = format!("/tmp/vireo-soak-{}.vsock", std::process::id());
@@ -91,7 +91,7 @@ fn a_thousand_sockets() {
     assert_eq!(guest.end().success().fact("answers"), "1000");
 }
 
-/// 64 MiB to the guest and back through a port on each kind of end; none is lost or changed.
+/// 64 MiB pass to the guest and back through a port on each kind of end; nothing is lost or changed.
 #[test]
 fn sixty_four_mebibytes_through_each_kind_of_port() {
     const LEN: usize = 64 << 20;
@@ -108,7 +108,7 @@ for kind in pipe socket pty; do
     read go
     exec 3<$(port $kind)
     left={LEN}
-    # while nobody is at the other end, it reads as empty
+    # the port reads as empty while nothing is connected at the other end
     while [ $left -gt 0 ]; do head -c $left <&3 >>/$kind; left=$(({LEN} - $(wc -c </$kind))); done
     exec 3<&-
     echo "$kind: $(md5sum </$kind)"
@@ -138,7 +138,7 @@ done"#
     guest.wait_for_stderr("port pty is on ");
     let told = guest.wait_for_stderr("\n");
     let pty = told.split("port pty is on ").nth(1).unwrap().lines().next().unwrap().to_string();
-    // The other end: sends it all, and prints the sum of what comes back.
+    // The other end sends everything, and prints the checksum of what comes back.
     let both = format!("echo ready; (cat \"$1\" >&3 & head -c {LEN} <&3 | md5sum; wait)");
     let ends = [
         (
@@ -146,7 +146,7 @@ done"#
             format!("exec 3>\"$0.in\" 4<>\"$0.out\"; echo ready; cat \"$1\" >&3; head -c {LEN} <&4 | md5sum"),
             &pipe,
         ),
-        // Behind what talk itself says. (`tail -c +9` may keep the last 4 KiB to itself until its input ends.)
+        // Skips what talk itself prints. (`tail -c +9` may hold back the last 4 KiB until its input ends.)
         (
             "socket",
             format!("echo ready; \"$2\" \"$0\" <\"$1\" | (head -c 8 >/dev/null; head -c {LEN}) | md5sum"),
@@ -159,7 +159,7 @@ done"#
         let end = on_host(&["bash", "-c", &script, place, &data, &example("talk")]);
         end.wait_for("ready");
         guest.send(b"go\n");
-        // Each way has its own time.
+        // Each direction has its own time limit.
         guest.wait_for(&format!("{kind}: "));
         end.wait_for(sum.trim());
         guest.send(b"go\n");
@@ -171,8 +171,8 @@ done"#
     assert_eq!(on_host(&["sh", "-c", "md5sum <\"$0\"", &copy]).end().stdout, sum);
 }
 
-/// What people do in a shared folder: a repository is made, cloned and checked, and a C program built, with the host's own
-/// programs, which are shared too, read-only; by a monitor that is root, and by one that is not.
+/// Everyday work in a shared folder: a repository is created, cloned and checked, and a C program built, with the
+/// host's own programs, which are shared too, read-only; by a monitor that is root, and by one that is not.
 #[test]
 fn git_and_a_c_build_in_a_shared_folder() {
     let script = r#"
@@ -228,7 +228,7 @@ echo "second: $(make | grep -c ^gcc)"
 "#;
     let user = "chown 65534 work; export XDG_CACHE_HOME=$dir/cache; mkdir -m 777 cache
 setpriv --reuid 65534 --regid 65534 --clear-groups -- \"$@\"";
-    // What belongs to another user git does not touch.
+    // git does not touch what belongs to another user.
     for (host, squash) in [("\"$@\"", ""), (user, ",squash-uid=0")] {
         let run = Run::new("bzImage-cloud", &script.replace("WORK", work));
         let run = run.cmdline("console=ttyS0 quiet vireo.modules=virtio_mmio,virtiofs");
@@ -242,7 +242,7 @@ setpriv --reuid 65534 --regid 65534 --clear-groups -- \"$@\"";
     }
 }
 
-/// A GiB is added, used and removed five times, and each time the host has its memory again.
+/// A GiB is added, used and removed five times, and each time the host gets its memory back.
 #[test]
 fn a_gibibyte_comes_and_goes() {
     let script = "
@@ -285,7 +285,7 @@ has 128";
     eprintln!("MiB left: {left:?}");
 }
 
-/// Twelve thousand files of the host's, listed, and removed while they are listed.
+/// Twelve thousand files of the host are listed, and removed while they are listed.
 #[test]
 fn a_large_directory_in_a_shared_folder() {
     let script = "mount -t virtiofs share0 /mnt && MANY=12000 fs-check /mnt many && ls /mnt";
@@ -308,7 +308,8 @@ seq -f $dir/many/entry-with-a-name-%g 0 11999 | xargs touch
 /// SOAK_EXECS commands (200), each under a kernel of its own, leave nothing behind: no process, file, folder or socket.
 #[test]
 fn commands_leave_nothing_behind() {
-    let count: usize = std::env::var("SOAK_EXECS").map_or(200, |count| count.parse().expect("SOAK_EXECS is a number"));
+    let count: usize =
+        std::env::var("SOAK_EXECS").map_or(200, |count| count.parse().expect("SOAK_EXECS must be a number"));
     let script = r#"
 dir=$(mktemp -d /tmp/execs.XXXXXX) && cd "$dir" || exit
 trap 'cd /; rm -rf "$dir"' EXIT
@@ -322,7 +323,7 @@ sockets() { cat /proc/net/unix /proc/net/tcp /proc/net/udp | wc -l; }
 touch before after
 "$@" --share . -- true || exit
 left >before
-sockets=$(sockets) # others' come and go
+sockets=$(sockets) # other programs' sockets come and go
 for n in $(seq "$SOAK_EXECS"); do
     options=$([ $((n % 10)) = 0 ] && echo --net user)
     "$@" --share . $options -- sh -c 'exit 5' </dev/null
@@ -342,7 +343,7 @@ echo clean"#;
     assert!(ended.code() == 0 && ended.stdout.ends_with("clean\n"), "{ended}");
 }
 
-/// A folder of a hundred thousand files, which somebody else takes away while they are listed.
+/// A folder of a hundred thousand files, which another process removes while they are listed.
 #[test]
 fn a_folder_with_very_many_files_that_go() {
     let script = r#"
@@ -361,7 +362,7 @@ mkdir files control
     assert_eq!(ended.stdout, "100000\ncat: /files/1: No such file or directory\n", "{ended}");
 }
 
-/// Two runs at once in one folder, which the host changes, too.
+/// Two simultaneous runs in one folder, which the host changes, too.
 #[test]
 fn a_folder_that_changes() {
     let script = r#"
@@ -390,7 +391,7 @@ cat a b; ls | grep -c kept"#;
     assert_eq!((ended.code(), ended.stdout.as_str()), (0, "a: 0\nb: 0\n20\nlast\n3\n20\nlast\n3\n40\n"), "{ended}");
 }
 
-/// A GiB of a command's output, all of it and as it was.
+/// A GiB of a command's output arrives complete and unchanged.
 #[test]
 fn a_gibibyte_of_output() {
     let script = "yes \"$(seq -s , 1777)\" | head -c $((1 << 30))";
@@ -402,7 +403,7 @@ echo expected
 {script} | count"#
     );
     let host = Run::exec(&["sh", "-c", script]).through(&around).start();
-    // Each eighth has its own time.
+    // Each eighth has its own time limit.
     for n in 1..=16 {
         host.wait_until(|said| said.lines().filter(|line| line.ends_with(" -")).count() >= n);
     }

@@ -1,4 +1,4 @@
-//! Disks for longer than `make test` has time; `make soak` runs it.
+//! Disk tests that take too long for `make test`; `make soak` runs them.
 
 mod common;
 
@@ -7,8 +7,9 @@ use std::fs::{self, File};
 use common::programs::{SHARE, with_hosts_programs};
 use common::{FOLDER, Run, tool};
 
-/// Where the kinds of disks are, and how they are opened. Each is of 96 MiB: 64 for a file system, 24 that fio writes at
-/// random, 8 of which every other block of 4 KiB is there from the beginning, and the others are written.
+/// File names of the kinds of disks, and the options that open them. Each disk has 96 MiB: 64 for a file system, 24
+/// that fio writes at random, and 8 in which every other block of 4 KiB exists from the beginning and the others are
+/// written.
 const DISKS: [(&str, &str); 10] = [
     ("sync", ",engine=sync"),
     ("uring", ",engine=io_uring"),
@@ -22,7 +23,7 @@ const DISKS: [(&str, &str); 10] = [
     ("gone", ",overlay=tmp"),
 ];
 
-/// On the disk's own bytes; `$DISK` says which, `$DIRECT` whether to go around the cache.
+/// Jobs on the disk's own bytes; `$DISK` names it, `$DIRECT` decides whether to bypass the cache.
 const BLOCKS: &str = "
 [global]
 filename=${DISK}
@@ -45,7 +46,7 @@ size=8m
 io_size=4m
 ";
 
-/// What is there from the beginning: beside each block of the job `even`, so that they share clusters.
+/// Job of the blocks that exist from the beginning: beside each block of the job `even`, so that they share clusters.
 const OLD_BLOCKS: &str = "
 [odd]
 filename=${DISK}
@@ -62,7 +63,7 @@ size=8188k
 io_size=4m
 ";
 
-/// On files of the file system at /mnt.
+/// Jobs on files of the file system at /mnt.
 const FILES: &str = "
 [global]
 directory=/mnt
@@ -82,12 +83,12 @@ fsync=32
 size=8m
 ";
 
-/// In front of jobs that only check what they have written before.
+/// Prefix for jobs that only check what they have written before.
 const AGAIN: &str = "[global]\nverify_only\n";
 
-/// In the guest.
+/// Script in the guest.
 const FIO: &str = r#"
-# Runs the jobs on standard input; tells their names, errors (0), how many KiB they read and so verified.
+# Runs the jobs on standard input; prints their names, errors (0), and how many KiB they read and so verified.
 run() {
     cat >jobs
     fio --output-format=terse --terse-version=3 jobs >told 2>&1 || { cat told >&2; return 1; }
@@ -117,8 +118,9 @@ for name in a b c d e f g h i j; do
 done
 "#;
 
-/// On the host, around vireo: disks made of what is in the folder `$0`, on a file system that has direct input and output
-/// (where guests run in an emulated host, only its scratch disk has); what is in them afterwards, back into the folder.
+/// Script on the host, around vireo: creates disks from the contents of the folder `$0`, on a file system that supports
+/// direct I/O (where guests run in an emulated host, only its scratch disk does); copies their contents back into the
+/// folder afterwards.
 const AROUND: &str = r#"
 set -e
 raw="sync uring auto queues direct direct-sync"
@@ -136,15 +138,15 @@ done
 for name in $raw plain over layer; do cp --sparse=always $name "$0"; done
 "#;
 
-/// Runs jobs of fio on a file of this machine.
+/// Runs fio jobs on a file of this machine.
 fn fio(jobs: &str, disk: &str) {
     let path = format!("{disk}.fio");
     fs::write(&path, jobs).unwrap();
     tool(&["env", &format!("DISK={disk}"), "DIRECT=0", "fio", "--output=/dev/null", &path]);
 }
 
-/// On each kind of disk fio writes, on its bytes and in files, and finds it all again: at once, later, and here when the
-/// guest has ended. What was there before stays.
+/// On each kind of disk, fio writes to the disk itself and to files, and finds everything again: immediately, later,
+/// and here when the guest has ended. What was there before stays.
 #[test]
 fn fio_verifies_every_format_and_engine() {
     let kept = common::scratch();
@@ -188,8 +190,8 @@ fn fio_verifies_every_format_and_engine() {
     }
 }
 
-/// vireo is killed in the middle of writing, over and over: the file system is sound, and holds at least what the guest
-/// was told is on the disk.
+/// vireo is killed in the middle of writing, again and again: the file system is sound, and holds at least what was
+/// reported to the guest as flushed.
 #[test]
 fn killed_while_writing_loses_nothing_that_was_flushed() {
     let script = "set -e
@@ -213,7 +215,7 @@ done";
     for round in 1..=5u32 {
         for disk in [format!("{raw},engine=io_uring"), format!("{raw},engine=sync"), qcow2.clone()] {
             let guest = Run::new("bzImage-cloud", script).args(&["--disk", &disk]).start();
-            // The guest goes on counting from where the last one was.
+            // The guest continues to count where the last one stopped.
             let number = |line: &str| line.strip_prefix("begins behind ")?.strip_suffix(", now")?.parse::<u32>().ok();
             let mut last = guest.wait_for(", now").lines().find_map(number).unwrap();
             for _ in 0..4 * round {
@@ -223,7 +225,7 @@ done";
             guest.signal(9);
             drop(guest);
             let checked = if disk == qcow2 {
-                // Clusters may be lost, never doubly used.
+                // Clusters may leak, but never be used twice.
                 let copy = path("copy");
                 tool(&["qemu-img", "convert", "-O", "raw", &qcow2, &copy]);
                 copy

@@ -1,4 +1,4 @@
-//! The other flavours of the kernels in tests/kernels.rs; `make soak` runs it.
+//! Other flavours of the kernels in tests/kernels.rs; `make soak` runs these tests.
 
 mod common;
 

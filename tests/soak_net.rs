@@ -1,4 +1,4 @@
-//! Networks for longer than `make test` has time; `make soak` runs it.
+//! Network tests that take too long for `make test`; `make soak` runs them.
 
 mod common;
 
@@ -7,8 +7,8 @@ use common::programs::{SHARE, with_hosts_programs};
 use common::{Ended, Run};
 use serde_json::Value;
 
-/// In the guest, by the host's programs: pings `$PEER` and has iperf3 send both ways, one after the other and at once, and
-/// in four streams. What it tells is a line of JSON.
+/// Script in the guest, with the host's programs: pings `$PEER` and makes iperf3 send in each direction, first in turn,
+/// then simultaneously, and in four streams. Each result is a line of JSON.
 const FLOWS: &str = r#"
 lost() { sed -n 's/.* \([0-9]*\)% packet loss.*/\1/p'; }
 flow() {
@@ -24,17 +24,17 @@ flow both --bidir
 flow four -P 4
 statistics=/sys/class/net/eth0/statistics
 echo "errors: $(cat $statistics/rx_errors $statistics/tx_errors | tr '\n' ' ')"
-# InCsumErrors; InErrs would count a handshake's repeated answer, too, as slow hosts send
+# InCsumErrors; InErrs would also count the repeated answers of a handshake, which slow hosts send
 echo "damaged: $(awk '/^Tcp: [0-9]/ { print $16 }' /proc/net/snmp)"
 "#;
 
-/// On the host: what the guest talks to, on all of its addresses.
+/// Script on the host: the servers that the guest talks to, on all of the host's addresses.
 const SERVER: &str = r#"
 iperf3 -s >/dev/null 2>&1 &
 until grep -q ':1451 [0-9A-F]*:0000 0A ' /proc/net/tcp /proc/net/tcp6; do sleep 0.1; done
 "#;
 
-/// A tap `vm0` with the host at 192.168.78.1; and it goes again.
+/// Script that creates a tap `vm0` with the host at 192.168.78.1, and removes it at the end.
 const TAP: &str = r#"
 set -e
 ip link del vm0 2>/dev/null || true
@@ -44,8 +44,8 @@ ip addr add 192.168.78.1/24 dev vm0
 ip link set vm0 up
 "#;
 
-/// Checks what the guest was told: data went through in each flow and stream. How much depends on the host more than on
-/// anything else: in an emulated one, whose one processor both vCPUs and both ends share, that is little.
+/// Checks the guest's results: data went through in each flow and stream. The amount depends on the host more than on
+/// anything else: it is small in an emulated host, where both vCPUs and both ends share one processor.
 fn check_flows(ended: &Ended) {
     assert_eq!(ended.fact("lost"), "0 %", "{ended}");
     let sums = ["sum_received", "sum_received_bidir_reverse"];
@@ -65,7 +65,7 @@ fn check_flows(ended: &Ended) {
     assert_eq!((ended.fact("errors"), ended.fact("damaged")), ("0 0 ", "0"), "{ended}");
 }
 
-/// A guest whose card is up after `connect`, which sets `$PEER`.
+/// A guest whose card is brought up by `connect`, which sets `$PEER`.
 fn guest(connect: &str) -> Run {
     let script = [GUEST, connect, &with_hosts_programs(FLOWS)].concat();
     let run = Run::new("bzImage-cloud", &script).args(&SHARE).args(&["--memory", "512M"]);
@@ -101,7 +101,8 @@ fn iperf3_over_vhost() {
     check_flows(&ended);
 }
 
-/// An unprivileged process may ping if the kernel lets its group; that of most distributions does.
+/// Script for an unprivileged process, which may ping if the kernel permits its group; that is the default of most
+/// distributions.
 const USER: &str = r#"
 set -e
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT

@@ -1,4 +1,4 @@
-//! Devices whose queues run elsewhere: in the kernel (vhost-net) and in other programs (vhost-user).
+//! Devices whose queues are served elsewhere: in the kernel (vhost-net) and in other programs (vhost-user).
 
 use std::fs;
 use std::thread;
@@ -8,7 +8,7 @@ use crate::common::net::{GUEST, host_half};
 use crate::common::{Guest, Run, example, image, on_host, vireo};
 use serde_json::Value;
 
-/// With two queues: pings, downloads both ways and at once, and the driver may be unloaded.
+/// With two queues: pings, downloads in each direction and in parallel, and a driver that is unloaded.
 #[test]
 fn the_kernel_moves_packets() {
     let host = host_half(
@@ -48,7 +48,7 @@ wget -q -O - http://192.168.83.1:8000/part | cmp - /www/part && echo "again: ok"
 "#,
     ]
     .concat();
-    let mib: u32 = std::env::var("NET_MIB").map_or(2, |mib| mib.parse().expect("NET_MIB is a number"));
+    let mib: u32 = std::env::var("NET_MIB").map_or(2, |mib| mib.parse().expect("NET_MIB must be a number"));
     let run = Run::new("bzImage-cloud", &guest).through(&host).env(&format!("MIB={mib}"));
     let ended = run.args(&["--net", "tap=vm3,vhost=on,queues=2", "--cpus", "2", "--memory", "512M"]);
     let ended = ended.run_to_end().success();
@@ -59,7 +59,7 @@ wget -q -O - http://192.168.83.1:8000/part | cmp - /www/part && echo "again: ok"
     assert_eq!(ended.stderr, "vireo: the guest powered off\n");
 }
 
-/// A machine that is talked to (`tests/common/live.rs`).
+/// A machine that takes requests while it runs (`tests/common/live.rs`).
 struct Live {
     guest: Guest,
     asked: usize,
@@ -68,14 +68,14 @@ struct Live {
 }
 
 impl Live {
-    /// The machine of `args` with a guest that runs `script`, started by the script `host`.
+    /// Starts the machine of `args` with a guest that runs `script`, by the script `host`.
     fn start(dir: &tempfile::TempDir, script: &str, args: &[&str], host: &str) -> Self {
         let path = |name: &str| dir.path().join(name).display().to_string();
         let (config, console) = (path("config.json"), path("console"));
         let serial = format!("file:{console}");
         let printed =
             Run::new("bzImage-cloud", script).args(args).args(&["--serial", &serial, "--print-config"]).start();
-        // Its initrd is in its folder, which must stay.
+        // The initrd is in the run's folder, which must stay.
         fs::copy(printed.dir.path().join("initrd"), path("initrd")).unwrap();
         let printed = printed.end();
         let mut machine: Value = serde_json::from_str(&printed.stdout).unwrap_or_else(|_| panic!("{printed}"));
@@ -105,13 +105,13 @@ impl Live {
             if console.contains(text) {
                 return console;
             }
-            assert!(Instant::now() < deadline, "waited for '{text}' in vain: {console}\n{}", self.guest.tails());
+            assert!(Instant::now() < deadline, "'{text}' did not appear: {console}\n{}", self.guest.tails());
             thread::sleep(Duration::from_millis(100));
         }
     }
 }
 
-/// Pauses in the middle of a transfer lose nothing, and the cable may be pulled.
+/// Pauses in the middle of a transfer lose nothing, and the cable can be pulled.
 #[test]
 fn the_kernel_pauses_and_the_cable_is_pulled() {
     let host = host_half(
@@ -166,7 +166,7 @@ echo "after: $(wget -q -O - http://192.168.84.1:8000/data | md5sum)"
     assert!(console.contains(&format!("after: {sum}\n")) && console.contains("ended with status 0"), "{console}");
 }
 
-/// A disk of a daemon's, with two queues: what is written is there, and the driver may be unloaded.
+/// A daemon's disk, with two queues: written data is in its file, and the driver can be unloaded.
 #[test]
 fn a_daemons_disk() {
     let host = r#"
@@ -209,7 +209,7 @@ umount /mnt
     }
 }
 
-/// A folder of a daemon's; the daemon is killed, and its successor serves the driver that is loaded again.
+/// A daemon's folder; the daemon is killed, and its successor serves the driver after that is loaded again.
 #[test]
 fn a_daemons_folder() {
     let host = r#"
@@ -244,7 +244,7 @@ rmmod virtiofs
 modprobe virtiofs
 mount -t virtiofs work /mnt
 echo "sum: $(md5sum </mnt/random)"
-umount /mnt # with the daemon dead this would wait for it
+umount /mnt # once the daemon is dead, this would wait for it
 echo unmounted
 read go
 rmmod virtiofs
@@ -270,7 +270,7 @@ umount /mnt
     assert_eq!((ended.fact("on the host"), ended.fact("again")), (ended.fact("sum"), "from the host"), "{ended}");
 }
 
-/// A network card of a daemon's (`tests/common/vhost_user_tap.rs`), with two queues.
+/// A daemon's network card (`tests/common/vhost_user_tap.rs`), with two queues.
 #[test]
 fn a_daemons_network() {
     let host = host_half(
@@ -310,7 +310,7 @@ wget -q -O - http://192.168.89.1:8000/data | cmp - /www/data && echo "again: ok"
     assert_eq!((ended.fact("loaded"), ended.fact("fetched")), (ended.fact("sum"), ended.fact("sum")), "{ended}");
 }
 
-/// What a user may get wrong.
+/// Mistakes that a user can make.
 #[test]
 fn what_cannot_be_is_said() {
     let (vireo, kernel) = (vireo().display().to_string(), image("bzImage-cloud").display().to_string());
@@ -329,12 +329,12 @@ device="--net tap=vm8,vhost=on,rx_bandwidth=1M" run "$vireo"
 ip link del vm8
 device="--vhost-user socket=/tmp/none.sock,type=blk" run "$vireo"
 device="--vhost-user socket=/etc/passwd,type=blk" run "$vireo"
-# Somebody who listens and says nothing.
+# A listener that says nothing.
 "$vireo" run --kernel "$kernel" --initrd "$3" --serial null --console-port a,to=socket:/tmp/silent.sock >/dev/null 2>&1 &
 until [ -S /tmp/silent.sock ]; do sleep 0.05; done
 device="--vhost-user socket=/tmp/silent.sock,type=net" run "$vireo"
 kill -9 $!
-wait $! # until then its socket is there
+wait $! # its socket exists until then
 device="--vhost-user socket=/tmp/silent.sock,type=net" run "$vireo"
 rm -f /tmp/silent.sock
 "#;

@@ -1,4 +1,4 @@
-//! Virtio devices as stock drivers use them; what the guest did to a disk is checked from outside.
+//! Virtio devices under stock drivers; what the guest did to a disk is checked from outside.
 
 use std::fs::{self, File};
 use std::process::Command;
@@ -10,8 +10,8 @@ fn sparse(path: &str, size: u64) -> String {
     path.to_string()
 }
 
-/// A file system made and filled in the guest is sound outside; a flush is there while the guest still runs; and a
-/// second machine cannot have the disk meanwhile.
+/// A file system that is created and filled in the guest is sound outside; flushed data is there while the guest still
+/// runs; and a second machine cannot use the disk in the meantime.
 #[test]
 fn a_disk_keeps_what_the_guest_wrote() {
     let script = "set -e
@@ -40,7 +40,7 @@ echo \"answer: $answer\"";
     assert_eq!(refused.stderr, format!("vireo: disk {disk} is in use by another VM\n"));
 
     guest.send(b"go\n");
-    // Its folder would go with it.
+    // The run's own folder would be removed with the run.
     let kept = crate::common::scratch();
     let copy = kept.path().join("disk").display().to_string();
     fs::hard_link(&disk, &copy).unwrap();
@@ -54,7 +54,7 @@ echo \"answer: $answer\"";
     assert_eq!(tool(&["debugfs", "-R", "cat /sum", &copy]), String::from_utf8(sum.stdout).unwrap());
 }
 
-/// Every slot taken: 17 disks, one of them read-only, and a random number generator; one more is refused.
+/// All slots are taken by 17 disks, one of them read-only, and a random number generator; one more device is refused.
 #[test]
 fn a_device_in_every_slot() {
     let script = r#"
@@ -101,7 +101,7 @@ echo "random: $(head -c 4096 /dev/hwrng | wc -c)"
     assert_eq!(ended.fact("random"), "4096", "{ended}");
 }
 
-/// Unloading a driver resets the device; loading it again starts it anew.
+/// Unloading a driver resets the device; loading it again starts the device again.
 #[test]
 fn drivers_come_and_go() {
     let script = "set -e
@@ -122,7 +122,7 @@ echo \"rounds: $round\"";
     assert_eq!(ended.fact("rounds"), "3");
 }
 
-/// A kernel started by another one with kexec finds every device as that one left it, busy, and makes it its own.
+/// A kernel started by another one with kexec finds every device as the first one left it, busy, and takes it over.
 #[test]
 fn another_kernel_by_kexec() {
     let script = r#"set -e

@@ -1,8 +1,8 @@
-//! Sockets between host and guest. The two halves are tests/common/vsock_peer.rs and tests/host/vsock.c.
+//! Sockets between host and guest. tests/common/vsock_peer.rs and tests/host/vsock.c are the two halves.
 
 use crate::common::{Run, example, on_host};
 
-/// Where the host that runs vireo can make sockets, whichever it is.
+/// Returns a path at which any host that runs vireo can create sockets.
 fn path(test: &str) -> String {
     format!("/tmp/vireo-test-{}-{test}.vsock", std::process::id())
 }
@@ -16,8 +16,8 @@ fn gone(path: &str) {
     assert_eq!(on_host(&["test", "-e", path]).end().code(), 1, "the socket's file is still there");
 }
 
-/// Ten mebibytes each way at the same time, beside connections that are full in both directions. Those alone keep
-/// nobody awake.
+/// Ten mebibytes in each direction simultaneously, beside connections that are full in both directions. The full
+/// connections alone use no processor time.
 #[test]
 fn both_ways() {
     let script = "
@@ -50,7 +50,7 @@ read end";
     gone(&path);
 }
 
-/// Hundreds of connections at once, each way; and a driver that is unloaded and loaded again.
+/// Hundreds of simultaneous connections in each direction; and a driver that is unloaded and loaded again.
 #[test]
 fn many_connections_and_another_driver() {
     let script = "

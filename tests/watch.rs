@@ -1,11 +1,11 @@
-//! Flags that watch a guest: what its console must and must not show, when it is taken for hung, what is kept of it.
+//! Flags that watch a guest: what its console must and must not show, when it counts as hung, and what is kept of it.
 
 use std::fs;
 
 use crate::guests::vireo::{Ended, folder, run};
 use crate::guests::{POWER_OFF, elf, text, writes};
 
-/// A guest that says this and powers off.
+/// A guest that prints this and powers off.
 fn says(said: &str, args: &[&str]) -> Ended {
     run(&writes(&[&text(said)[..], &[POWER_OFF]].concat()), args)
 }
@@ -97,7 +97,7 @@ fn a_core_file_comes_of_bad_ends_only_and_whole_or_not_at_all() {
     says(panic, &args).expect(70).says(&format!("vireo: the guest's memory is in {}\n", core.display()));
     assert_eq!(&fs::read(&core).unwrap()[..4], b"\x7FELF");
     fs::remove_file(&core).unwrap();
-    // What the file system refuses is told, and the guest's end is the guest's.
+    // A core file that the file system refuses is reported, and the outcome is still the guest's.
     let kernel = crate::guests::vireo::Kernel::new(&writes(&text(panic)));
     let vireo = kernel.command(&args);
     let mut limited = std::process::Command::new("bash");

@@ -14,19 +14,19 @@ echo "avx: $(grep -c '^flags.* avx ' /proc/cpuinfo)"
 echo "bad: $(dmesg | grep -cE 'BUG:|Oops:|WARNING:|Call Trace')"
 "#;
 
-/// The release of a kernel that `tests/host/setup test` fetched, and where its package has it.
+/// Returns the release of a kernel that `tests/host/setup test` fetched, and its path in its package.
 fn kernel(name: &str) -> (String, PathBuf) {
     let folder = repo(&format!("target/host/kernel-{name}"));
     let version = fs::read_to_string(folder.join("version"));
     let version = version.unwrap_or_else(|e| panic!("{}: {e}: run 'tests/host/setup test'", folder.display()));
     let version = version.trim().to_string();
-    // From 7.x on beside the modules.
+    // From 7.x on, the kernel is beside the modules.
     let places = [format!("boot/vmlinuz-{version}"), format!("usr/lib/modules/{version}/vmlinuz")];
     let path = places.iter().map(|place| folder.join(place)).find(|path| path.exists());
     (version, path.unwrap_or_else(|| panic!("no vmlinuz in {}", folder.display())))
 }
 
-/// Boots it with two processors, its drivers at work.
+/// Boots the kernel with two processors and its drivers in use.
 pub fn boots(name: &str) {
     let (version, _) = kernel(name);
     let run = Run::new(&format!("bzImage-{name}"), SCRIPT).with_modules(name);
@@ -37,7 +37,8 @@ pub fn boots(name: &str) {
     assert_eq!(facts, [&version, "2", "hello", "8", "2", "0"], "{ended}");
 }
 
-/// Runs a command in it, with one processor. From where its package has it, it is found with its modules beside it.
+/// Runs a command in the kernel, with one processor. The kernel is where its package has it, so vireo finds the modules
+/// beside it.
 pub fn executes(name: &str) {
     let (version, path) = kernel(name);
     let script = "uname -r; nproc; wc -l </etc/passwd >&2; cat; exit 42";

@@ -1,8 +1,8 @@
-//! A machine that is talked to while it runs, as there is no other way to reach a [`Controller`] from a shell.
+//! A machine that takes requests while it runs, as there is no other way to reach a [`Controller`] from a shell.
 //!
-//! `live CONFIG` runs the machine that a JSON file describes. Lines of its standard input are requests, which it answers
-//! by a line each: `balloon SIZE`, `memory [SIZE]`, `grow DISK SIZE`, `link CARD up|down`, `stats`, `hints [start|end]`,
-//! `pause`, `resume`. (So the guest's console must be elsewhere.)
+//! `live CONFIG` runs the machine that a JSON file describes. Each line of its standard input is a request, which it
+//! answers with one line: `balloon SIZE`, `memory [SIZE]`, `grow DISK SIZE`, `link CARD up|down`, `stats`, `hints
+//! [start|end]`, `pause`, `resume`. (So the guest's console must be elsewhere.)
 
 use std::error::Error;
 use std::io;
@@ -47,7 +47,7 @@ fn answer(controller: &Controller, request: &str) -> Result<String, Box<dyn Erro
         }
         ("pause", "") => format!("paused: {}", controller.pause()),
         ("resume", "") => format!("resumed: {}", controller.resume()),
-        _ => return Err(format!("'{request}' is no request").into()),
+        _ => return Err(format!("'{request}' is not a request").into()),
     })
 }
 

@@ -1,6 +1,6 @@
-//! Guests for the tests: runs the real release binary where Linux guests run (`tests/host/run`), with a script of the
-//! test's as what the guest does, and waits for what it says and how it ends. A test that cannot run fails and says
-//! why. Every wait has a deadline; what was seen until then is in the message.
+//! Guests for the tests: runs the real release binary where Linux guests run (`tests/host/run`), with the test's script
+//! in the guest, and waits for its output and its end. A test that cannot run fails and says why. Every wait has a
+//! deadline, and its message shows the output until then.
 
 #![allow(dead_code)] // each test file uses its part
 
@@ -24,30 +24,30 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 const REPO: &str = env!("CARGO_MANIFEST_DIR");
-/// For a boot with everything a test does in it. A quiet boot takes a few seconds in the emulated host, more when the
-/// machine is busy; this is for the case that nothing happens any more.
+/// Time limit for a boot with everything that a test does in it. A quiet boot takes a few seconds in the emulated host,
+/// more when the machine is busy; this limit is for a guest that makes no progress any more.
 const DEADLINE: Duration = Duration::from_secs(180);
 
-/// A path below the checkout.
+/// Returns a path below the checkout.
 pub fn repo(path: &str) -> PathBuf {
     Path::new(REPO).join(path)
 }
 
-/// A kernel or initramfs that `tests/host/setup` made.
+/// Path of a kernel or initramfs that `tests/host/setup` created.
 pub fn image(name: &str) -> PathBuf {
     let path = repo("target/host/images").join(name);
     assert!(path.exists(), "{} is missing: run 'tests/host/setup test' (for make soak: 'soak')", path.display());
     path
 }
 
-/// A folder of the test's own that guests' monitors can write to, wherever they run.
+/// Creates a folder for one test that guests' monitors can write to, wherever they run.
 pub fn scratch() -> TempDir {
     let share = repo("target/host/share");
     fs::create_dir_all(&share).unwrap();
     tempfile::Builder::new().prefix("test.").tempdir_in(share).unwrap()
 }
 
-/// The binary under test.
+/// Path of the binary under test.
 pub fn vireo() -> PathBuf {
     let default = || repo("target/x86_64-unknown-linux-gnu/release/vireo");
     let path = std::env::var_os("VIREO_BIN").map_or_else(default, PathBuf::from);
@@ -55,12 +55,13 @@ pub fn vireo() -> PathBuf {
     path
 }
 
-/// The emulated hosts (`$hosts` in tests/host/lib.sh) that no test uses now.
+/// Emulated hosts (`$hosts` in tests/host/lib.sh) that no test uses now.
 static FREE_HOSTS: (LazyLock<Mutex<Vec<&str>>>, Condvar) =
     (LazyLock::new(|| Mutex::new(vec!["b", "a"])), Condvar::new());
 
-/// The emulated host of the test in this thread, from its first guest until it ends: all its guests meet there, and no
-/// other test's, however many run at a time. (It ends, so others wait for it without a deadline of their own.)
+/// Emulated host of the test in this thread, from its first guest until the test ends: all guests of the test run
+/// there, and no other test's, however many tests run at a time. (Every test ends, so others wait for its host without
+/// a deadline of their own.)
 struct HostOfTest(&'static str);
 
 thread_local! {
@@ -81,7 +82,7 @@ impl Drop for HostOfTest {
     }
 }
 
-/// `tests/host/run` on this test's host, about to get its options.
+/// Command `tests/host/run` on this test's host, without its options.
 fn run_on_host() -> Command {
     let mut command = Command::new(repo("tests/host/run"));
     HOST.with(|host| command.args(["--on", host.0]));
@@ -89,8 +90,8 @@ fn run_on_host() -> Command {
     command
 }
 
-/// Has `command` start as from a terminal, even if the tests run behind `nohup` or in the background of a script, where
-/// signals that they send are ignored.
+/// Makes `command` start as from a terminal, even if the tests run under `nohup` or in the background of a script,
+/// where the signals that they send are ignored.
 #[allow(unsafe_code)]
 pub fn hears_signals(command: &mut Command) {
     // SAFETY: system calls that touch no memory.
@@ -104,16 +105,16 @@ pub fn hears_signals(command: &mut Command) {
     }
 }
 
-/// Runs another program than vireo where vireo runs, with pipes for its streams.
+/// Runs a program other than vireo where vireo runs, with pipes for its streams.
 pub fn on_host(args: &[&str]) -> Guest {
     let mut command = run_on_host();
     command.arg("--").args(args);
     Guest::spawn(command, scratch(), Streams::Pipes)
 }
 
-/// What a program of this machine prints; it must succeed.
+/// Returns the output of a program of this machine, which must succeed.
 pub fn tool(args: &[&str]) -> String {
-    // Tools of e2fsprogs may live where users have no path to.
+    // Tools of e2fsprogs may be in directories that are not in a user's PATH.
     let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let output = Command::new(args[0]).args(&args[1..]).env("PATH", path).output();
     let output = output.unwrap_or_else(|e| panic!("{}: {e}: run 'make setup'", args[0]));
@@ -122,8 +123,8 @@ pub fn tool(args: &[&str]) -> String {
     text
 }
 
-/// Shell: a folder of the host's for one test, which goes with the script, in `$dir`: on its scratch disk, as 9p and tmpfs
-/// lack much (direct input and output, xattrs, holes); elsewhere a temporary one will do.
+/// Shell: creates a folder of the host for one test in `$dir`, which is removed with the script. It is on the host's
+/// scratch disk, as 9p and tmpfs lack much (direct I/O, xattrs, holes); elsewhere it is a temporary one.
 pub const FOLDER: &str = r#"
 base=/run/scratch
 [ -w $base ] || base=/var/tmp
@@ -133,7 +134,7 @@ chmod 755 $dir
 cd $dir
 "#;
 
-/// An example that cargo builds for the tests.
+/// Path of an example that cargo builds for the tests.
 pub fn example(name: &str) -> String {
     let deps = std::env::current_exe().unwrap();
     let path = deps.ancestors().nth(2).unwrap().join("examples").join(name);
@@ -141,7 +142,7 @@ pub fn example(name: &str) -> String {
     path.display().to_string()
 }
 
-/// The test guest's initramfs, and behind it a second cpio with the test's files.
+/// Writes the test guest's initramfs, followed by a second cpio with the test's files.
 fn initrd(path: &Path, files: &[(&str, &[u8])]) {
     let mut file = File::create(path).unwrap();
     io::copy(&mut File::open(image("initrd-busybox.cpio")).unwrap(), &mut file).unwrap();
@@ -150,31 +151,31 @@ fn initrd(path: &Path, files: &[(&str, &[u8])]) {
     cpio::write_cpio(entries, file).unwrap();
 }
 
-/// `vireo run`, about to be started.
+/// A `vireo run` or `vireo exec` that is about to be started.
 pub struct Run {
-    /// Everything of this run's; the report will be in `report.json`.
+    /// Folder of this run; the report will be in its `report.json`.
     pub dir: TempDir,
     args: Vec<String>,
     wrapper: Vec<String>,
     env: Vec<String>,
-    /// Of `vireo run`.
+    /// Kernel command line of `vireo run`.
     cmdline: String,
-    /// Of `vireo exec`: the command.
+    /// Command of `vireo exec`.
     words: Option<Vec<String>>,
 }
 
 impl Run {
-    /// `vireo exec`, about to be started: the stock kernel with its modules, and the host's root.
+    /// Prepares `vireo exec` with the stock kernel and its modules, and the host's root.
     pub fn exec(words: &[&str]) -> Self {
         Self::exec_with(&image("bzImage-cloud"), &repo("target/host/kernel-cloud"), words)
     }
 
-    /// The same with another kernel or other modules. Without words the test's script adds what it likes.
+    /// Prepares `vireo exec` with another kernel or other modules. Without words, the test's script adds its own.
     pub fn exec_with(kernel: &Path, modules: &Path, words: &[&str]) -> Self {
         Self::exec_alone(kernel, words).args(&["--modules", &modules.display().to_string()])
     }
 
-    /// The same with a kernel whose modules vireo finds by itself.
+    /// Prepares `vireo exec` with a kernel whose modules vireo finds by itself.
     pub fn exec_alone(kernel: &Path, words: &[&str]) -> Self {
         let words = Some(words.iter().map(ToString::to_string).collect());
         let run = Run { dir: scratch(), args: vec![], wrapper: vec![], env: vec![], cmdline: String::new(), words };
@@ -182,7 +183,7 @@ impl Run {
         run.args(&["--kernel", &kernel.display().to_string(), "--report", &report])
     }
 
-    /// A run of `kernel` (an image's name, or a path) with a guest that runs `script` and powers off.
+    /// Prepares a run of `kernel` (an image's name, or a path) with a guest that runs `script` and powers off.
     pub fn new(kernel: &str, script: &str) -> Self {
         let dir = scratch();
         initrd(&dir.path().join("initrd"), &[("test.sh", script.as_bytes())]);
@@ -193,7 +194,7 @@ impl Run {
         run.args(&["--kernel", &kernel.display().to_string(), "--initrd", &initrd, "--report", &report])
     }
 
-    /// Adds the modules of a kernel other than those of `make demo`, which the initramfs has.
+    /// Adds the modules of a kernel. (The initramfs has those of the kernels of `make demo`.)
     pub fn with_modules(self, kernel: &str) -> Self {
         let mut file = File::options().append(true).open(self.dir.path().join("initrd")).unwrap();
         if !["cloud", "full"].contains(&kernel) {
@@ -202,7 +203,7 @@ impl Run {
         self
     }
 
-    /// Adds a program that `tests/host/setup` made to the guest's `/bin`.
+    /// Adds a program that `tests/host/setup` built to the guest's `/bin`.
     pub fn with_program(self, name: &str) -> Self {
         let file = File::options().append(true).open(self.dir.path().join("initrd")).unwrap();
         let program = File::open(image(name)).unwrap();
@@ -211,7 +212,7 @@ impl Run {
         self
     }
 
-    /// A path in the run's own folder.
+    /// Returns a path in the run's own folder.
     pub fn path(&self, name: &str) -> String {
         self.dir.path().join(name).display().to_string()
     }
@@ -221,19 +222,19 @@ impl Run {
         self
     }
 
-    /// Instead of `console=ttyS0 quiet`.
+    /// Replaces the command line `console=ttyS0 quiet`.
     pub fn cmdline(mut self, cmdline: &str) -> Self {
         self.cmdline = cmdline.into();
         self
     }
 
-    /// Runs vireo by `bash -c SCRIPT`, which finds it with its arguments in `"$@"`.
+    /// Runs vireo by `bash -c SCRIPT`, which finds vireo with its arguments in `"$@"`.
     pub fn through(self, script: &str) -> Self {
         self.through_with(script, "bash")
     }
 
-    /// The same, with another program in `$0`. (The emulated host makes sure of running a program as it is now only if
-    /// that is a word of the command line.)
+    /// Runs vireo as [`Run::through`] does, with another program in `$0`. (The emulated host is sure to run the current
+    /// version of a program only if that is a word of the command line.)
     pub fn through_with(mut self, script: &str, program: &str) -> Self {
         self.wrapper = ["bash", "-c", script, program].map(String::from).into();
         self
@@ -256,26 +257,26 @@ impl Run {
         command
     }
 
-    /// Starts it with pipes for all its streams.
+    /// Starts vireo with pipes for all its streams.
     pub fn start(self) -> Guest {
         let command = self.command(&[]);
         Guest::spawn(command, self.dir, Streams::Pipes)
     }
 
-    /// Starts it on a terminal: the command as `prepare` changed it, and what the terminal's other side is.
+    /// Starts vireo on a terminal: `prepare` changes the command, and returns the terminal's other side.
     pub fn start_on_terminal(self, prepare: impl FnOnce(&mut Command) -> File) -> Guest {
         let mut command = self.command(&["--tty"]);
         let master = prepare(&mut command);
         Guest::spawn(command, self.dir, Streams::Terminal(master))
     }
 
-    /// Starts it and waits for its end.
+    /// Starts vireo and waits for its end.
     pub fn run_to_end(self) -> Ended {
         self.start().end()
     }
 }
 
-/// Both sides of a new terminal, which no program gets that another test starts meanwhile.
+/// Opens both sides of a new terminal, which no program inherits that another test starts in the meantime.
 pub fn terminal() -> (OwnedFd, OwnedFd) {
     use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
     let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
@@ -285,7 +286,7 @@ pub fn terminal() -> (OwnedFd, OwnedFd) {
     (master, terminal.unwrap().into())
 }
 
-/// A terminal as whose foreground job `command` will run; returns the side on which one types.
+/// Makes `command` run as the foreground job of a new terminal; returns the side on which a user types.
 #[allow(unsafe_code)]
 pub fn on_terminal(command: &mut Command) -> File {
     let (master, terminal) = terminal();
@@ -306,7 +307,7 @@ enum Streams {
     Terminal(File),
 }
 
-/// What came out of a stream so far.
+/// Output of a stream so far.
 #[derive(Clone, Default)]
 struct Seen(Arc<(Mutex<Stream>, Condvar)>);
 
@@ -336,7 +337,8 @@ impl Seen {
         seen
     }
 
-    /// Waits until `found` says true of what was seen, or the stream ended; then gives it.
+    /// Waits until `found` accepts the output, the stream ends or the deadline passes. Returns the output, and whether
+    /// `found` accepts it.
     fn wait(&self, deadline: Instant, found: impl Fn(&[u8]) -> bool) -> (Vec<u8>, bool) {
         let mut state = self.0.0.lock().unwrap();
         while !found(&state.bytes) && !state.ended && Instant::now() < deadline {
@@ -347,13 +349,13 @@ impl Seen {
     }
 }
 
-/// A running vireo; killed when dropped.
+/// A running vireo, which is killed when dropped.
 pub struct Guest {
     child: Child,
     input: Option<Box<dyn Write + Send>>,
     stdout: Seen,
     stderr: Seen,
-    /// The run's folder.
+    /// Folder of the run.
     pub dir: TempDir,
 }
 
@@ -372,16 +374,16 @@ impl Guest {
         Guest { child, input: Some(input), stdout, stderr, dir }
     }
 
-    /// Waits until stdout (the guest's console, unless told otherwise) has shown `text`.
+    /// Waits until stdout (by default the guest's console) has shown `text`.
     pub fn wait_for(&self, text: &str) -> String {
         self.wait("stdout", &self.stdout, text)
     }
 
-    /// Waits until stdout is as `wanted` has it.
+    /// Waits until `wanted` accepts stdout.
     pub fn wait_until(&self, wanted: impl Fn(&str) -> bool) -> String {
         let (bytes, found) =
             self.stdout.wait(Instant::now() + DEADLINE, |bytes| wanted(&String::from_utf8_lossy(bytes)));
-        assert!(found, "waited in vain; {}", self.tails());
+        assert!(found, "stdout did not show what the test waits for; {}", self.tails());
         lines(&bytes)
     }
 
@@ -390,12 +392,12 @@ impl Guest {
         self.wait("stderr", &self.stderr, text)
     }
 
-    /// Waits until either has shown `text`: on a terminal of the emulated host both are one stream.
+    /// Waits until stdout or stderr has shown `text`: on a terminal of the emulated host both are one stream.
     pub fn wait_for_either(&self, text: &str) {
         let deadline = Instant::now() + DEADLINE;
         let shown = |stream: &Seen| String::from_utf8_lossy(&stream.0.0.lock().unwrap().bytes).contains(text);
         while !shown(&self.stdout) && !shown(&self.stderr) {
-            assert!(Instant::now() < deadline, "waited for '{text}' in vain; {}", self.tails());
+            assert!(Instant::now() < deadline, "'{text}' did not appear; {}", self.tails());
             thread::sleep(Duration::from_millis(20));
         }
     }
@@ -409,11 +411,11 @@ impl Guest {
             found
         };
         let (bytes, found) = stream.wait(Instant::now() + DEADLINE, found);
-        assert!(found, "waited for '{text}' on {name} in vain; {}", self.tails());
+        assert!(found, "'{text}' did not appear on {name}; {}", self.tails());
         lines(&bytes)
     }
 
-    /// The end of what it said, for messages.
+    /// Returns the end of the output, for messages.
     pub fn tails(&self) -> String {
         let tail = |stream: &Seen| {
             let bytes = stream.0.0.lock().unwrap().bytes.clone();
@@ -422,25 +424,25 @@ impl Guest {
         format!("the end of stdout:\n{}\nthe end of stderr:\n{}", tail(&self.stdout), tail(&self.stderr))
     }
 
-    /// Sends input.
+    /// Sends input to vireo.
     pub fn send(&mut self, bytes: &[u8]) {
         let input = self.input.as_mut().expect("input was closed");
-        input.write_all(bytes).and_then(|()| input.flush()).expect("vireo takes no input");
+        input.write_all(bytes).and_then(|()| input.flush()).expect("vireo does not take input");
     }
 
-    /// Ends the input.
+    /// Closes vireo's input.
     pub fn close_input(&mut self) {
         self.input = None;
     }
 
-    /// Sends a signal to vireo, by way of whatever runs it.
+    /// Sends a signal to vireo, by way of the program that runs it.
     pub fn signal(&self, signal: i32) {
         let pid = self.child.id().to_string();
         let status = Command::new("kill").args([format!("-{signal}"), pid]).status().unwrap();
         assert!(status.success(), "kill failed");
     }
 
-    /// Waits for the end of vireo. Input stays open until then, unless it was closed.
+    /// Waits for the end of vireo. Its input stays open until then, unless it was closed.
     pub fn end(mut self) -> Ended {
         let deadline = Instant::now() + DEADLINE;
         let (stdout, _) = self.stdout.wait(deadline, |_| false);
@@ -450,10 +452,10 @@ impl Guest {
                 Some(status) => break status,
                 None => assert!(Instant::now() < deadline, "vireo did not end; {}", self.tails()),
             }
-            thread::sleep(Duration::from_millis(10)); // its streams have ended: it is about to
+            thread::sleep(Duration::from_millis(10)); // its streams have ended, so it is about to end
         };
         let report = fs::read(self.dir.path().join("report.json")).ok();
-        let report = report.map_or(Value::Null, |json| serde_json::from_slice(&json).expect("a report is JSON"));
+        let report = report.map_or(Value::Null, |json| serde_json::from_slice(&json).expect("the report is not JSON"));
         Ended { status, bytes: stdout.clone(), stdout: lines(&stdout), stderr: lines(&stderr), report }
     }
 }
@@ -465,13 +467,13 @@ impl Drop for Guest {
     }
 }
 
-/// What is left of a run.
+/// Result of a run.
 #[derive(Debug)]
 pub struct Ended {
     status: ExitStatus,
-    /// stdout as it came.
+    /// stdout, unchanged.
     pub bytes: Vec<u8>,
-    /// stdout with the terminal's CR LF as plain newlines.
+    /// stdout as text, with the terminal's CR LF as plain newlines.
     pub stdout: String,
     pub stderr: String,
     pub report: Value,
@@ -482,7 +484,7 @@ impl Ended {
         self.status.code().unwrap_or_else(|| 128 + self.status.signal().unwrap_or(0))
     }
 
-    /// Checks exit status and report.
+    /// Checks the exit status and the report.
     pub fn expect(self, code: i32, outcome: &str) -> Ended {
         let reported = (self.report["exit_code"].as_i64(), self.report["outcome"].as_str());
         assert_eq!((self.code(), reported), (code, (Some(code.into()), Some(outcome))), "{self}");
@@ -496,7 +498,7 @@ impl Ended {
         ended
     }
 
-    /// The rest of the console's line that begins with `name` and a colon.
+    /// Returns the rest of the console's line that begins with `name` and a colon.
     pub fn fact(&self, name: &str) -> &str {
         let found = self.stdout.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
         found.unwrap_or_else(|| panic!("the guest did not say '{name}: '; {self}"))
@@ -515,14 +517,14 @@ fn lines(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).replace('\r', "")
 }
 
-/// Memory of a process in the test's host, in bytes.
+/// Returns the resident memory of a process in the test's host, in bytes.
 pub fn resident(pid: &str) -> u64 {
     let rollup = on_host(&["grep", "^Rss:", &format!("/proc/{pid}/smaps_rollup")]).end();
     let kib = rollup.stdout.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok());
     kib.unwrap_or_else(|| panic!("{rollup}")) << 10
 }
 
-/// Waits until `look` finds what is `wanted`; returns it.
+/// Calls `look` until `wanted` accepts its result; returns that.
 pub fn until<T: std::fmt::Debug>(what: &str, mut look: impl FnMut() -> T, wanted: impl Fn(&T) -> bool) -> T {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
@@ -535,8 +537,9 @@ pub fn until<T: std::fmt::Debug>(what: &str, mut look: impl FnMut() -> T, wanted
     }
 }
 
-/// Runs what `run` makes of a time limit, which must end it, until the guest got as far as `far_enough` before that: a limit
-/// too short for this machine as busy as it is now is doubled. Returns the last run and its limit.
+/// Runs what `run` returns for a time limit, which must end the guest. While the guest does not get as far as
+/// `far_enough` wants before that, the limit is too short for this machine and its load, and is doubled. Returns the
+/// last run and its limit.
 pub fn run_into_time_limit(run: impl Fn(&str) -> Run, far_enough: impl Fn(&Ended) -> bool) -> (Ended, String) {
     let mut seconds = 12;
     loop {
@@ -550,23 +553,24 @@ pub fn run_into_time_limit(run: impl Fn(&str) -> Run, far_enough: impl Fn(&Ended
     }
 }
 
-/// A machine that is asked for things while it runs (`live.rs`).
+/// A machine that takes requests while it runs (`live.rs`).
 pub struct Live {
     guest: Guest,
     asked: usize,
-    /// Process id in the test's host.
+    /// Process ID in the test's host.
     pub pid: String,
-    /// Its configuration and what it names.
+    /// Folder of its configuration and of the files that this names.
     _dir: TempDir,
 }
 
 impl Live {
-    /// Starts what `run` would start. Its console must not be on the standard streams, where the requests are.
+    /// Starts the machine that `run` describes. Its console must not be on the standard streams, which carry the
+    /// requests.
     pub fn start(run: Run) -> Self {
         let dir = scratch();
         let path = |name: &str| dir.path().join(name).display().to_string();
         let printed = run.args(&["--print-config"]).start();
-        // Its initrd is in its folder, which must stay.
+        // The initrd is in the run's folder, which must stay.
         fs::copy(printed.dir.path().join("initrd"), path("initrd")).unwrap();
         let printed = printed.end();
         let mut machine: Value = serde_json::from_str(&printed.stdout).unwrap_or_else(|_| panic!("{printed}"));
@@ -579,7 +583,7 @@ impl Live {
         Live { guest, asked: 0, pid, _dir: dir }
     }
 
-    /// Makes a request and waits for the line that answers it.
+    /// Makes a request and returns the line that answers it.
     pub fn ask(&mut self, request: &str) -> String {
         self.guest.send(format!("{request}\n").as_bytes());
         self.asked += 1;

@@ -1,9 +1,9 @@
-//! Both halves of a network test: the shell that they share.
+//! Shell code for both halves of a network test.
 
-/// What both sides serve and check. `$1` is how many MiB.
+/// Script that creates what both sides serve and check, `$1` MiB.
 pub const HOST: &str = r#"
 set -e
-trap '' PIPE # of a connection that comes to nothing
+trap '' PIPE # from a connection that fails
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf /tmp/www' EXIT
 rm -rf /tmp/www
 mkdir -p /tmp/www
@@ -12,8 +12,8 @@ echo "sum: $(md5sum </tmp/www/data)"
 busybox httpd -f -vv -p 8000 -h /tmp/www 2>/tmp/www/log &
 "#;
 
-/// Fetches what the guest serves at `$1`, port `$2`, and tells it that this is done. (A static busybox's wget and the
-/// host's name service do not go together.)
+/// Script that fetches what the guest serves at `$1`, port `$2`, and then notifies the guest. (A static busybox's wget
+/// does not work with the host's name service.)
 pub const FETCH: &str = r#"
 get() {
     exec 3<>/dev/tcp/$1/$2 || return 1
@@ -24,7 +24,7 @@ get() {
     [ "$answer" = 200 ]
 }
 fetch() {
-    # Whom nobody answers, some versions of passt remember for ever.
+    # Some versions of passt remember for ever a connection that was not answered.
     until grep -q listening /tmp/www/log; do sleep 0.2; done
     until get $1 $2 2>/dev/null; do sleep 0.2; done
     echo "fetched: $(md5sum </tmp/www/back)"
@@ -38,11 +38,11 @@ modprobe virtio_net
 modprobe af_packet || true # some kernels have it built in
 ifconfig lo up
 mkdir /www
-# Has $2 in the log of the host, at $1.
+# Makes $2 appear in the log of the host, at $1.
 tell() {
     wget -q -O /dev/null http://$1:8000/$2 2>/dev/null || true
 }
-# While the host, at $1, fetches.
+# Serves until the host, at $1, has fetched.
 serve() {
     httpd -p 80 -h /www
     tell $1 listening
@@ -50,7 +50,7 @@ serve() {
 }
 "#;
 
-/// In the guest: an address, and where the gateway's is then.
+/// Script in the guest that gets an address by DHCP; the gateway's address is in /tmp/gateway then.
 pub const DHCP: &str = r#"
 cat >/tmp/dhcp <<'EOF'
 [ "$1" = bound ] || exit 0
@@ -65,7 +65,7 @@ ifconfig eth0 up
 udhcpc -q -n -f -i eth0 -s /tmp/dhcp >/dev/console 2>&1
 "#;
 
-/// What the host does, around vireo in `"$@"`: serve, fetch, and what `setup` has.
+/// Returns the host's half of a test, around vireo in `"$@"`: serve, fetch, and what `setup` contains.
 pub fn host_half(setup: &str) -> String {
     format!("{HOST}{FETCH}{setup}")
 }

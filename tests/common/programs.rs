@@ -1,10 +1,10 @@
-//! The host's own programs in the guest, whose initramfs has few: the root of the host is shared with it, read-only.
+//! The host's own programs in the guest, whose initramfs has few: the host's root is shared with it, read-only.
 
-/// What makes `vireo run` share it.
+/// Arguments that make `vireo run` share the host's root.
 pub const SHARE: [&str; 2] = ["--share", "/,tag=root,readonly"];
 
-/// A script for the guest that has the host's shell run `script`, which sees the host's root as its own: with the guest's
-/// devices and processes, an empty `/tmp`, and /mnt and /srv to mount something on. What goes wrong ends it.
+/// Returns a script for the guest that makes the host's shell run `script`, with the host's root as its own: with the
+/// guest's devices and processes, an empty `/tmp`, and /mnt and /srv to mount something on. Any error ends it.
 pub fn with_hosts_programs(script: &str) -> String {
     let prepare = r#"
 set -e

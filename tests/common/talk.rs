@@ -1,7 +1,8 @@
 //! The other end of a guest's console.
 //!
-//! `talk PATH` connects its streams to a unix socket or a terminal and ends when the other side does. `talk --when FILE`
-//! copies input to output, but reads nothing before there is such a file; and its input, a pipe, holds next to nothing.
+//! `talk PATH` connects its streams to a unix socket or a terminal and ends when the other side does. `talk --when
+//! FILE` copies input to output, but reads nothing until that file exists; and its input, a pipe, holds next to
+//! nothing.
 
 #![allow(unsafe_code)] // the size of a pipe
 
@@ -43,7 +44,7 @@ fn main() -> io::Result<()> {
     let (mut from, mut to) = open(path)?;
     println!("talking");
     thread::spawn(move || {
-        // Byte by byte as it comes: io::copy would wait for more.
+        // Passes bytes on as they come: io::copy would wait for more.
         let mut buffer = [0; 4096];
         while let Ok(n @ 1..) = io::stdin().read(&mut buffer) {
             if to.write_all(&buffer[..n]).is_err() {

@@ -1,5 +1,5 @@
-//! A vhost-user daemon that is a network card on a tap: it maps the guest's memory, has the kernel's vhost-net serve the
-//! rings there, and so touches no packet itself.
+//! A vhost-user daemon that is a network card on a tap: it maps the guest's memory and makes the kernel's vhost-net
+//! serve the rings there, so it does not touch any packet itself.
 //!
 //! `vhost-user-tap SOCKET TAP QUEUES` serves one client after the other, until it is killed.
 
@@ -20,11 +20,11 @@ use vm_memory::mmap::MmapRegion;
 use vmm_sys_util::eventfd::EventFd;
 
 const PROTOCOL_FEATURES: u64 = 1 << 30;
-/// Checksums and segmentation, both ways.
+/// Features: checksums and segmentation in both directions.
 const OFFLOADS: u64 = 1 | 1 << 1 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 11 | 1 << 12 | 1 << 13;
-/// Rings, mergeable buffers, virtio 1.0.
+/// Features: rings, mergeable buffers, virtio 1.0.
 const KERNEL: u64 = 1 << 15 | 1 << 28 | 1 << 29 | 1 << 32;
-/// Several queues, and answers to everything.
+/// Protocol features: several queues, and answers to everything.
 const PROTOCOL: u64 = 1 | 1 << 3;
 const NEED_REPLY: u32 = 1 << 3;
 
@@ -36,7 +36,7 @@ struct Message {
 }
 
 impl Message {
-    /// The next one; `None` at the end.
+    /// Receives the next message; `None` at the end.
     fn receive(stream: &mut UnixStream) -> io::Result<Option<Self>> {
         let mut head = [0; 12];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
@@ -117,7 +117,7 @@ impl Client<'_> {
         }
         let index = (message.u32(0) & 0xFF) as usize;
         let queue = self.queues.get_mut(index).ok_or("no such queue")?;
-        // SAFETY: the descriptor is nobody else's.
+        // SAFETY: the descriptor has no other owner.
         let mut event = || message.fds.pop().map(|fd| unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) });
         match message.request {
             8 => queue.size = message.u32(4) as u16,
@@ -162,7 +162,7 @@ impl Client<'_> {
         Ok(())
     }
 
-    /// Serves a queue, or stops that.
+    /// Starts or stops serving a queue.
     fn enable(&mut self, index: usize, on: bool) -> Result<(), Box<dyn Error>> {
         let (vhost, tap) = &mut self.pairs[index / 2];
         let queue = &mut self.queues[index];

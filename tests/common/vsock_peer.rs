@@ -1,10 +1,11 @@
 //! The host's half of the tests of sockets; tests/host/vsock.c is the guest's.
 //!
 //! `vsock-peer PATH bulk`: megabytes both ways and back, half closes, readers that do not read.
-//! `vsock-peer PATH many COUNT`: so many connections at once, each way.
+//! `vsock-peer PATH many COUNT`: COUNT simultaneous connections in each direction.
 //! `vsock-peer PATH ping PORT`: a line and its answer.
 //!
-//! Says `serving` when it listens for the guest, a line for each thing that went well, and fails at the first other.
+//! Prints `serving` when it listens for the guest, and a line for each check that succeeds; it ends at the first that
+//! fails.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
@@ -45,10 +46,10 @@ fn ping(stream: &UnixStream, text: &str) -> Result<()> {
     stream.write_all(text.as_bytes())?;
     let mut answer = vec![0; text.len()];
     stream.read_exact(&mut answer)?;
-    if answer == text.as_bytes() { Ok(()) } else { Err(format!("{text} came back as {answer:?}").into()) }
+    if answer == text.as_bytes() { Ok(()) } else { Err(format!("expected {text}, got {answer:?}").into()) }
 }
 
-/// Writes until nothing more is taken for a second.
+/// Writes until nothing more is accepted for a second.
 fn stuff(mut stream: &UnixStream) -> Result<usize> {
     stream.set_nonblocking(true)?;
     let (mut sent, mut since) = (0, Instant::now());
@@ -59,18 +60,19 @@ fn stuff(mut stream: &UnixStream) -> Result<usize> {
             Err(e) => return Err(e.into()),
         }
         if sent > 8 << 20 {
-            return Err("somebody has an unbounded buffer".into());
+            return Err("some buffer is unbounded".into());
         }
     }
     Ok(sent)
 }
 
-/// Hundredths of a second of processor time that the device's thread in the vireo with this socket has used.
+/// Returns the processor time that the device's thread in the vireo with this socket has used, in hundredths of a
+/// second.
 fn device_ticks(path: &str) -> Result<u64> {
     for process in fs::read_dir("/proc")? {
         let process = process?.path();
         let command = fs::read(process.join("cmdline")).unwrap_or_default();
-        // Its own name, too, may be in what other programs are told to run.
+        // Other programs may also have vireo and the socket among their arguments.
         let mut words = command.split(|&byte| byte == 0);
         if !words.next().is_some_and(|program| program.ends_with(b"vireo"))
             || !words.any(|word| word.ends_with(format!("path={path}").as_bytes()))
@@ -84,7 +86,7 @@ fn device_ticks(path: &str) -> Result<u64> {
             }
         }
     }
-    Err("there is no vireo with a thread for sockets".into())
+    Err("there is no vireo with a vsock thread".into())
 }
 
 fn bulk(path: &str) -> Result<()> {
@@ -100,7 +102,7 @@ fn bulk(path: &str) -> Result<()> {
     writeln!(refused, "CONNECT 99")?;
     println!("refused: {}", refused.read(&mut [0])?);
 
-    // Neither who takes nothing from us nor whom we take nothing from is in anybody's way.
+    // Neither a program that reads nothing from us nor one that we do not read from blocks other connections.
     let deaf = connect(path, 4)?;
     let mut endless = connect(path, 3)?;
     let stuffed = stuff(&deaf)?;
@@ -139,7 +141,7 @@ fn many(path: &str, count: usize) -> Result<()> {
             BufReader::new(&guest).read_line(&mut line)?;
             (&guest).write_all(line.as_bytes())?;
             lines += 1;
-            // Open until the guest closes it.
+            // Stays open until the guest closes it.
             thread::spawn(move || (&guest).read(&mut [0]));
         }
         Ok(lines)

@@ -1,8 +1,8 @@
 //! Guests of a few instructions, and the ELF files that make `vireo run --kernel` load them like any kernel.
 //!
-//! The assembler turns each into bytes at build time; nothing here executes them on the host. They are entered at
+//! The assembler turns each guest into bytes at build time; nothing here executes them on the host. They are entered at
 //! [`START`] with what Linux's 64-bit boot protocol promises (long mode, the first 4 GiB mapped to themselves), or, as
-//! [`pvh`], in 32-bit protected mode. A guest finds the data that its test appends behind its own end.
+//! [`pvh`], in 32-bit protected mode. A guest finds the data that its test appends after its own end.
 
 #![allow(dead_code, unsafe_code)] // Each test file uses some of them; the assembly and its symbols are foreign.
 
@@ -13,9 +13,9 @@ use std::slice;
 
 use ::vireo::layout;
 
-/// Where guests are linked, loaded and entered.
+/// Address at which guests are linked, loaded and entered.
 pub const START: u64 = 0x20_0000;
-/// Memory that a guest has to itself, behind itself.
+/// Bytes of memory that a guest has to itself, from [`START`] on.
 const RESERVED: u64 = 0x20_0000;
 
 /// An ELF file with a 64-bit entry.
@@ -53,7 +53,7 @@ fn image(code: &[u8], note: &[u8]) -> Vec<u8> {
     file
 }
 
-/// A bzImage that is not a Linux, as memtest86+ is: no payload, entered as it is, and a file that ends within the last
+/// A bzImage that is not Linux, as memtest86+ is: no payload, entered as it is, and a file that ends within the last
 /// unit of 16 bytes that its header counts.
 pub fn bzimage(code: &[u8]) -> Vec<u8> {
     const SETUP: usize = 1024;
@@ -80,7 +80,7 @@ pub fn bzimage(code: &[u8]) -> Vec<u8> {
     file
 }
 
-/// A multiboot kernel, an ELF file of 32 bits that is linked at another virtual address than it is loaded to.
+/// A multiboot kernel: a 32-bit ELF file that is linked at another virtual address than the one it is loaded to.
 pub fn multiboot_elf(code: &[u8]) -> Vec<u8> {
     const CODE_OFFSET: u32 = 0x80;
     const VIRTUAL: u32 = 0xC000_0000;
@@ -100,7 +100,7 @@ pub fn multiboot_elf(code: &[u8]) -> Vec<u8> {
     file
 }
 
-/// A multiboot kernel that is no ELF file: its header says where it goes.
+/// A multiboot kernel that is not an ELF file: its header says where it is loaded.
 pub fn multiboot_flat(code: &[u8]) -> Vec<u8> {
     const CODE_OFFSET: u32 = 0x40;
     let start = START as u32 - CODE_OFFSET;
@@ -111,14 +111,14 @@ pub fn multiboot_flat(code: &[u8]) -> Vec<u8> {
     file
 }
 
-/// A multiboot header with those flags, and what follows the checksum.
+/// A multiboot header with those flags, and with `rest` after the checksum.
 pub fn multiboot_header(flags: u32, rest: &[u32]) -> Vec<u8> {
     const MAGIC: u32 = 0x1BAD_B002;
     let checksum = 0u32.wrapping_sub(MAGIC).wrapping_sub(flags);
     [&[MAGIC, flags, checksum], rest].concat().iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-/// The bytes of a guest: its symbol is followed by its length and its code.
+/// Bytes of a guest, whose symbol is followed by its length and its code.
 fn code(symbol: &'static u64) -> &'static [u8] {
     // SAFETY: `guest!` emits a length and then that many bytes.
     unsafe { slice::from_raw_parts(std::ptr::from_ref(symbol).add(1).cast(), *symbol as usize) }
@@ -154,18 +154,18 @@ macro_rules! guest {
 }
 
 guest! {
-    /// Powers off at once.
+    /// Powers off immediately.
     power_off = vireo_guest_power_off,
     "mov dx, {port}", "mov al, {off}", "out dx, al", "2: hlt", "jmp 2b";
     port = const layout::SLEEP_CONTROL_PORT, off = const OFF,
 }
 
-/// What the sleep control register takes as "off".
+/// Value that the sleep control register takes as "off".
 const OFF: u8 = layout::S5_SLEEP_TYPE << 2 | 1 << 5;
 
 guest! {
-    /// Writes each of the (port, byte) pairs behind it, a 16-bit word and a byte in 4 bytes, until the port is 0. Then
-    /// it halts with interrupts off, or, if that last byte is not 0, crashes.
+    /// Writes each of the (port, byte) pairs after its code, a 16-bit word and a byte in 4 bytes, until the port is 0.
+    /// Then it halts with interrupts off or, if that last byte is not 0, crashes.
     write_ports = vireo_guest_write_ports,
     "lea rbx, [rip + 99f]",
     "2: movzx edx, word ptr [rbx]",
@@ -206,14 +206,14 @@ pub fn text(text: &str) -> Vec<(u16, u8)> {
 pub const POWER_OFF: (u16, u8) = (layout::SLEEP_CONTROL_PORT, OFF);
 
 guest! {
-    /// Says "up" without a newline and then loops, leaving the guest for nothing.
+    /// Prints "up" without a newline and then loops, without ever exiting to the host.
     say_and_spin = vireo_guest_say_and_spin,
     "mov dx, {port}", "mov al, 'u'", "out dx, al", "mov al, 'p'", "out dx, al", "2: jmp 2b";
     port = const layout::SERIAL_PORT,
 }
 
 guest! {
-    /// Says "up" without a newline and then halts for ever with interrupts on.
+    /// Prints "up" without a newline and then halts for ever with interrupts on.
     say_and_sleep = vireo_guest_say_and_sleep,
     "mov dx, {port}", "mov al, 'u'", "out dx, al", "mov al, 'p'", "out dx, al", "2: sti", "hlt", "jmp 2b";
     port = const layout::SERIAL_PORT,
@@ -226,15 +226,15 @@ guest! {
 }
 
 guest! {
-    /// Sends the bytes 0 to 255 over and over, one by one.
+    /// Sends the bytes 0 to 255 again and again, one by one.
     flood = vireo_guest_flood,
     "mov dx, {port}", "xor eax, eax", "2: out dx, al", "inc al", "jmp 2b";
     port = const layout::SERIAL_PORT,
 }
 
 guest! {
-    /// Sends the bytes 0 to 255 over and over by `rep outsb` of 64 KiB, as many of these as the 64-bit number behind
-    /// it says, then powers off.
+    /// Sends the bytes 0 to 255 again and again by `rep outsb` of 64 KiB, as often as the 64-bit number after its code
+    /// says, then powers off.
     flood_blocks = vireo_guest_flood_blocks,
     "cld",
     "mov edi, {buffer}",
@@ -260,11 +260,11 @@ guest! {
     off = const OFF,
 }
 
-/// Where guests keep what is too large for a register.
+/// Address at which guests keep what is too large for a register.
 const BUFFER: u64 = START + 0x10_0000;
 
 guest! {
-    /// Says "ready", then sends back what it receives, one more each; powers off on a `q`.
+    /// Prints "ready", then sends back each byte that it receives plus one; powers off on a `q`.
     echo = vireo_guest_echo,
     "lea rsi, [rip + 5f]",
     "mov ecx, 6",
@@ -305,17 +305,17 @@ guest! {
 }
 
 guest! {
-    /// Goes on where there is no memory.
+    /// Continues at an address without memory.
     run_from_mmio = vireo_guest_run_from_mmio,
     "mov eax, {nowhere}", "jmp rax";
     nowhere = const NOWHERE,
 }
 
-/// In the MMIO hole, behind all devices' slots.
+/// Address in the MMIO hole, past all devices' slots.
 pub const NOWHERE: u64 = 0xE000_0000;
 
 guest! {
-    /// Entered as a PVH kernel: says "pvh" if it was given a start info, then goes back to real mode and jumps to
+    /// Entered as a PVH kernel: prints "pvh" if it was given a start info, then returns to real mode and jumps to
     /// FFFF:0000, as Linux does when it knows no other way to reboot.
     jump_to_reset_vector = vireo_guest_jump_to_reset_vector,
     ".code32",
@@ -361,13 +361,13 @@ guest! {
     port = const layout::SERIAL_PORT, start = const START, low = const LOW,
 }
 
-/// Where code goes that starts in real mode: free, says the layout.
+/// Address of code that starts in real mode; it is free according to the layout.
 const LOW: u64 = 0x1000;
 
 guest! {
-    /// Starts all other vCPUs; the 32-bit word behind it tells how many there are with itself. Each writes three words
-    /// to its line of a table: its APIC id by CPUID leaf 0Bh, by CPUID leaf 1 and by the x2APIC's MSR. Sends the table
-    /// and powers off.
+    /// Starts all other vCPUs; the 32-bit word after its code is the number of vCPUs, including the first. Each writes
+    /// three words to its line of a table: its APIC ID by CPUID leaf 0Bh, by CPUID leaf 1 and by the x2APIC's MSR.
+    /// Sends the table and powers off.
     smp = vireo_guest_smp,
     "cld",
     "mov esi, {start} + 0x100",
@@ -382,7 +382,7 @@ guest! {
     "2: pause",
     "cmp [{count}], eax",
     "jne 2b",
-    // The boot processor fills in its own line by the same code, in 64-bit clothes.
+    // The boot processor fills in its own line by the same code, in its 64-bit form.
     "mov eax, 0xB",
     "xor ecx, ecx",
     "cpuid",
@@ -439,7 +439,7 @@ guest! {
 }
 
 guest! {
-    /// Writes to the physical address behind it, above 4 GiB, and reads back: says "ok", or "no".
+    /// Writes to the physical address after its code, above 4 GiB, and reads back: prints "ok" or "no".
     touch_high = vireo_guest_touch_high,
     "mov rbx, [rip + 99f]",
     "mov rax, rbx",
@@ -476,8 +476,9 @@ guest! {
 }
 
 guest! {
-    /// Reads all 65536 ports by the width in the 32-bit word behind it, 1, 2 or 4, and sends port and value (32-bit
-    /// words, too) of those that are not all ones; with a second word of 1 it writes zeros to all of them instead.
+    /// Reads all 65536 ports by the width in the 32-bit word after its code, 1, 2 or 4, and sends port and value
+    /// (32-bit words, too) of those that are not all ones; with a second word of 1 it writes zeros to all of them
+    /// instead.
     all_ports = vireo_guest_all_ports,
     "mov ecx, [rip + 99f]",
     "mov esi, [rip + 99f + 4]",
@@ -531,8 +532,8 @@ guest! {
 }
 
 guest! {
-    /// For a debugger: counts RBX down from 5 to 0 at [`DEBUGGED_LOOP`], where it writes it to [`DEBUGGED_COUNT`], then
-    /// spins until RSI is not 0, and powers off.
+    /// Guest for a debugger: counts RBX down from 5 to 0 at [`DEBUGGED_LOOP`], where it writes it to
+    /// [`DEBUGGED_COUNT`], then spins until RSI is not 0, and powers off.
     debugged = vireo_guest_debugged,
     "mov rax, 0x1122334455667788",
     "mov ebx, 5",
@@ -551,13 +552,13 @@ guest! {
     count = const DEBUGGED_COUNT, power = const layout::SLEEP_CONTROL_PORT, off = const OFF,
 }
 
-/// Where [`debugged`] writes.
+/// Address that [`debugged`] writes to.
 pub const DEBUGGED_COUNT: u64 = START + 0x1000;
-/// Where it writes from; the instruction behind it is `nop`.
+/// Address of the instruction that writes; the one after it is `nop`.
 pub const DEBUGGED_LOOP: u64 = START + 15;
 
 guest! {
-    /// Does what the [`Op`]s behind it say, sends 8 bytes for each that reads, and powers off.
+    /// Performs the [`Op`]s after its code, sends 8 bytes for each that reads, and powers off.
     run_script = vireo_guest_run_script,
     "cld",
     "mov esp, {buffer}",
@@ -678,14 +679,14 @@ pub enum Op {
     Load(u32, u64),
     /// A store of a value to an address.
     Store(u32, u64, u64),
-    /// `rep ins` of so many elements, at least 8 bytes in all; sends the first 8 bytes and the last 8, ANDed.
+    /// `rep ins` of this many elements, at least 8 bytes in all; sends the first 8 bytes and the last 8, ANDed.
     Ins(u32, u16, u64),
-    /// `rep outs` of so many elements of zeros.
+    /// `rep outs` of this many elements of zeros.
     Outs(u32, u16, u64),
 }
 
 impl Op {
-    /// What the operation reads, if it reads and nothing answers.
+    /// Returns what the operation reads if nothing answers; `None` if it does not read.
     pub fn ones(self) -> Option<u64> {
         match self {
             Op::In(width, _) | Op::Load(width, _) => Some(u64::MAX >> (64 - 8 * width)),
@@ -714,7 +715,7 @@ pub fn script(ops: &[Op]) -> Vec<u8> {
     elf(&guest)
 }
 
-/// A guest with numbers behind it, in an ELF file.
+/// A guest followed by numbers, in an ELF file.
 pub fn with_words(guest: &[u8], words: &[u32]) -> Vec<u8> {
     let mut guest = guest.to_vec();
     words.iter().for_each(|word| guest.extend(word.to_le_bytes()));
@@ -723,7 +724,7 @@ pub fn with_words(guest: &[u8], words: &[u32]) -> Vec<u8> {
 
 guest! {
     /// Entered by multiboot: sends the 88 bytes of its information, the memory map, the command line with its NUL, and
-    /// of a module the bytes and the string with its NUL. Ends with 0x10 for the debug exit.
+    /// the bytes and the string, with its NUL, of a module. Ends with 0x10 for the debug exit.
     multiboot_report = vireo_guest_multiboot_report,
     ".code32",
     "cmp eax, 0x2BADB002",
@@ -763,8 +764,8 @@ guest! {
 }
 
 guest! {
-    /// Has the test device hold pin 10 of the IO-APIC, which it has made level-triggered, until it has interrupted three
-    /// times. Sends an "i" for each, then a "." and ends with 0 for the debug exit.
+    /// Makes the test device hold pin 10 of the IO-APIC, which the guest has made level-triggered, until it has
+    /// interrupted three times. Sends an "i" for each, then a "." and ends with 0 for the debug exit.
     level_interrupt = vireo_guest_level_interrupt,
     "mov esp, {idt} + 0x8000",
     // The gate of vector 0x30 and the table's descriptor.
@@ -778,7 +779,7 @@ guest! {
     "mov word ptr [rdi + 0x1000], 0xFFF",
     "mov [rdi + 0x1002], rdi",
     "lidt [rdi + 0x1000]",
-    // The 8259s have the line, too: no interrupts from them.
+    // The line also reaches the 8259s: mask their interrupts.
     "mov al, 0xFF",
     "out 0x21, al",
     "out 0xA1, al",
@@ -810,7 +811,7 @@ guest! {
     "out dx, al",
     "31: mov dword ptr [rbx + 0xB0], 0",
     "iretq",
-    // A fourth would come now.
+    // A fourth interrupt would arrive now.
     "40: sti",
     "nop",
     "nop",

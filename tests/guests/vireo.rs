@@ -1,4 +1,4 @@
-//! The real binary, run beside the test: every wait has a deadline and says what it waited for.
+//! The real binary, run beside the test: every wait has a deadline, and its message says what was awaited.
 
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use crate::common::hears_signals;
 
-/// What no wait in these tests takes on a machine of any use. The slowest KVM needs a second for most of them.
+/// Time limit that no wait in these tests reaches on a usable machine. The slowest KVM needs a second for most of them.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
-/// `vireo`, with a cache of kernels that is not the user's.
+/// Command `vireo`, with a cache of kernels that is not the user's.
 pub fn vireo() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vireo"));
     command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).env_remove("RUST_LOG");
@@ -34,12 +34,12 @@ impl Kernel {
         Kernel(file)
     }
 
-    /// Where it is.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         self.0.path()
     }
 
-    /// `vireo run` of it, with a small machine unless `args` say otherwise.
+    /// Command `vireo run` of this kernel, with a small machine unless `args` say otherwise.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = vireo();
         command.args(["run", "--kernel"]).arg(self.path()).args(args);
@@ -58,7 +58,7 @@ pub fn run(image: &[u8], args: &[&str]) -> Ended {
     Running::start(kernel.command(args)).end()
 }
 
-/// How `vireo` ended and what it said.
+/// Exit status and output of `vireo`.
 pub struct Ended {
     pub status: ExitStatus,
     pub stdout: Vec<u8>,
@@ -66,19 +66,19 @@ pub struct Ended {
 }
 
 impl Ended {
-    /// The exit code; fails the test if a signal ended it.
+    /// Returns the exit code; fails the test if a signal ended vireo.
     pub fn code(&self) -> i32 {
         self.status.code().unwrap_or_else(|| panic!("signal {:?}: {}", self.status.signal(), self.stderr))
     }
 
-    /// Fails the test unless it ended with `code`.
+    /// Fails the test unless vireo ended with `code`.
     #[track_caller]
     pub fn expect(self, code: i32) -> Ended {
         assert_eq!(self.code(), code, "{}", self.stderr);
         self
     }
 
-    /// Fails the test unless vireo said `text`.
+    /// Fails the test unless vireo printed `text`.
     #[track_caller]
     pub fn says(self, text: &str) -> Ended {
         assert!(self.stderr.contains(text), "'{text}' is not in: {}", self.stderr);
@@ -109,14 +109,14 @@ impl State {
 }
 
 impl Collected {
-    /// Collects all that comes from `source`.
+    /// Collects everything that comes from `source`.
     pub fn from(mut source: impl Read + Send + 'static) -> Collected {
         let collected = Collected::default();
         let into = collected.clone();
         thread::spawn(move || {
             let mut buffer = [0; 1 << 16];
             loop {
-                // A terminal whose other side is gone fails rather than end.
+                // A terminal whose other side is gone fails rather than ends.
                 let n = source.read(&mut buffer).unwrap_or(0);
                 let mut state = into.0.state.lock().unwrap();
                 state.bytes.extend_from_slice(&buffer[..n]);
@@ -130,7 +130,7 @@ impl Collected {
         collected
     }
 
-    /// Waits until the bytes are as `wanted` has them, and returns them. Fails the test when they end before.
+    /// Waits until `wanted` accepts the bytes, and returns them. Fails the test if they end before.
     #[track_caller]
     pub fn wait(&self, what: &str, wanted: impl Fn(&[u8]) -> bool) -> Vec<u8> {
         let state = self.0.state.lock().unwrap();
@@ -165,13 +165,13 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts it; both outputs are collected unless the caller has chosen otherwise.
+    /// Starts vireo without input, and collects both outputs.
     pub fn start(mut command: Command) -> Running {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Running::spawn(command)
     }
 
-    /// Starts it with the streams that `command` has.
+    /// Starts vireo with the streams that `command` has; outputs that are pipes are collected.
     pub fn spawn(mut command: Command) -> Running {
         let mut child = command.spawn().unwrap();
         let collect =
@@ -181,26 +181,26 @@ impl Running {
         Running { child, stdout, stderr }
     }
 
-    /// Sends it a signal.
+    /// Sends vireo a signal.
     pub fn signal(&self, signal: i32) {
         // SAFETY: the child has not been waited for, so the number is still its own.
         assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
     }
 
-    /// Waits for its end.
+    /// Waits for the end of vireo.
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
         let limit = Instant::now() + DEADLINE;
         loop {
             match self.child.try_wait().unwrap() {
                 Some(status) => return status,
-                None => assert!(Instant::now() < limit, "vireo does not end"),
+                None => assert!(Instant::now() < limit, "vireo did not end"),
             }
             thread::sleep(Duration::from_millis(2));
         }
     }
 
-    /// Waits for its end and collects what it said.
+    /// Waits for the end of vireo and returns its output.
     #[track_caller]
     pub fn end(mut self) -> Ended {
         let status = self.wait();
