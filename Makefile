@@ -12,7 +12,7 @@ help: ## list the targets
 build: ## build the static binary
 	cargo build --release
 
-setup: ## install what the guests need, fetch kernels, make images
+setup: ## install what the guests need, fetch kernels, create images
 	tests/host/setup test
 
 images:
@@ -24,17 +24,17 @@ demo: images build ## boot Debian's kernels: one, two, four CPUs
 shell: images build ## a shell in a guest
 	tests/host/with-host tests/host/demo shell
 
-test: setup build ## run all tests, those with Linux guests where such run
+test: setup build ## run all tests; Linux guests run in emulated hosts where KVM here cannot run them
 	tests/host/with-host cargo test
 
-bench: images build ## measure the inner loops, then boots and devices beside QEMU's
+bench: images build ## measure the inner loops, then boots, exec and devices against QEMU
 	cargo bench --bench micro
 	tests/host/with-host cargo bench --bench boot --bench exec --bench devices
 
 rareimages:
 	tests/host/setup soak
 
-soak: rareimages build ## the long tests, boots until one fails or SOAK_MINUTES (60) are over, the tests on Linux 6.12
+soak: rareimages build ## the long tests, boots for SOAK_MINUTES (60) or until one fails, the tests on Linux 6.12
 	cargo build --examples
 	tests/host/with-host sh -c 'cargo test --test soak --test soak_disks --test soak_net --test soak_kernels && NET_MIB=100 cargo test --test all -- net::a_tap net::user_networking vhost::the_kernel_moves && tests/host/soak'
 	VIREO_HOST_KERNEL=full-6.12 tests/host/with-host cargo test --test all -- boot:: endings:: exec:: kernels:: net:: shares:: vhost:: virtio::

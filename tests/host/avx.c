@@ -1,5 +1,5 @@
-/* avx SEED [ROUNDS]: keeps values that depend on SEED in all 16 YMM registers and looks, round after round, whether they
- * are still there; a line for each round. SIGUSR1 ends it, and so does a register that changed, by status 1. */
+/* avx SEED [ROUNDS]: keeps values that depend on SEED in all 16 YMM registers and checks in each round that they are
+ * still there; prints a line for each round. SIGUSR1 ends it, and so does a register that changed, with status 1. */
 
 #include <signal.h>
 #include <stdint.h>

@@ -1,5 +1,5 @@
-/* Writes the byte 123 to I/O port 0x607, where vireo's boot timer listens; elsewhere nobody does. A program and not
- * /dev/port, which Debian's cloud kernel lacks. No libc, so that it costs a boot next to nothing. */
+/* Writes the byte 123 to I/O port 0x607, where vireo's boot timer listens; elsewhere nothing does. This is a program
+ * because Debian's cloud kernel lacks /dev/port. It has no libc, so that it costs a boot next to nothing. */
 
 static long call(long number, long a, long b, long c)
 {

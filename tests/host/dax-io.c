@@ -1,5 +1,5 @@
-// dax-io FILE DISK: writes the first half of FILE to the beginning of DISK and reads it back into the second half, past
-// the page cache and straight from and to the pages that the file is mapped by.
+// dax-io FILE DISK: writes the first half of FILE to the beginning of DISK and reads it back into the second half,
+// around the page cache and directly from and to the pages by which the file is mapped.
 
 #define _GNU_SOURCE
 #include <fcntl.h>

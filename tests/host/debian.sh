@@ -4,8 +4,8 @@
 debian_keyring=/usr/share/keyrings/debian-archive-keyring
 own_keyring=$state/apt/keyring$debian_keyring
 
-# A mirror from the system's own list of sources, so that a mirror nearby is used where one is configured. The sources of
-# security updates and of other systems do not end like this.
+# A mirror from the system's own list of sources, so that a mirror nearby is used where one is configured. The sources
+# of security updates and of other systems have other endings.
 debian_mirror() {
     local mirror
     mirror=${VIREO_DEBIAN_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Identifier: Packages' 2>/dev/null |
@@ -51,9 +51,9 @@ Debug::NoLocking "true";
 CONF
 }
 
-# update_debian RELEASE: fetches the list of that release's packages, once in a run of setup. A release leaves the mirrors
-# for the archive some years after its end. Keys of new releases reach a system with updates of Debian's keyring, so the
-# keyring of the system's own sources is tried where the installed one does not serve.
+# update_debian RELEASE: fetches the list of that release's packages, once in a run of setup. A release leaves the
+# mirrors for the archive some years after its end. Keys of new releases reach a system with updates of Debian's
+# keyring, so the keyring from the system's own sources is tried if the installed one does not suffice.
 updated=" "
 update_debian() {
     case $updated in *" $1 "*) return ;; esac
@@ -67,8 +67,8 @@ update_debian() {
         return
     fi
     cat "$log" >&2
-    die "could not fetch the list of packages of Debian $1. Is the network there? VIREO_DEBIAN_MIRROR=URL names another
-    mirror. Where a key is missing (NO_PUBKEY), a newer version of the package debian-archive-keyring brings it"
+    die "could not fetch the list of packages of Debian $1. Is the network available? VIREO_DEBIAN_MIRROR=URL selects
+    another mirror. If a key is missing (NO_PUBKEY), install a newer version of the package debian-archive-keyring"
 }
 
 # update_by KEYRING RELEASE

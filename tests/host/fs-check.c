@@ -1,11 +1,10 @@
-/* Calls on a file system, and a line for each that says what came of it, to be compared with what another one says.
+/* Makes calls on a file system and prints a line with the result of each, to be compared with those on another one.
  *
  *   fs-check DIR             everything; DIR is empty and belongs to root, who runs this
- *   fs-check DIR user        without what only root may do
+ *   fs-check DIR user        without the calls that only root may make
  *   fs-check DIR PART        one part
  *
- * Nothing is printed that may differ between file systems without one of them being wrong: no inode numbers, no times
- * of the clock, no space used.
+ * Nothing is printed that may differ between correct file systems: no inode numbers, no clock times, no space used.
  */
 
 #define _GNU_SOURCE
@@ -89,7 +88,7 @@ static void content_of(const char *what, const char *path)
     close(fd);
 }
 
-/* Does something as another user, in another process. */
+/* Calls a function as another user, in another process. */
 static void as(uid_t uid, gid_t gid, void (*what)(void))
 {
     fflush(stdout);
@@ -130,7 +129,7 @@ static void opening(void)
     fd = open("file", O_RDONLY);
     count("write what is open for reading", write(fd, "x", 1));
     count("read at the end", pread(fd, &other, 4, 11));
-    count("read behind the end", pread(fd, &other, 4, 1000));
+    count("read past the end", pread(fd, &other, 4, 1000));
     said("truncate what is open for reading", ftruncate(fd, 3));
     umask(027);
     said("make under a umask", open("masked", O_RDWR | O_CREAT, 0777));
@@ -188,7 +187,7 @@ static void unlinked(void)
     said("open it again", again);
     count("through that", pread(again, text, 20, 0));
     made("gone", 0600, "another");
-    content_of("the name anew", "gone");
+    content_of("the name again", "gone");
     pread(fd, text, 20, 0);
     printf("the old one: '%s'\n", text);
     said("unlink a directory", unlink("dir"));
@@ -198,7 +197,7 @@ static void unlinked(void)
     said("rmdir while open", rmdir("dead"));
     said("fstat the directory", fstat(dir, &st));
     said("make a file in it", openat(dir, "file", O_RDWR | O_CREAT, 0600));
-    /* A file that was renamed over goes on for who has it open. */
+    /* A file that a rename replaced remains usable where it is open. */
     fd = make("over", 0600, "below");
     made("under", 0600, "above");
     said("rename over an open file", rename("under", "over"));
@@ -329,7 +328,7 @@ static void directories(void)
     mkdir("parent", 0755);
     mkdir("parent/x", 0755);
     said("stat ..", stat("parent/x/..", &st));
-    /* Deep enough for more than a path has room for. */
+    /* Deep enough to exceed the longest possible path. */
     int here = open(".", O_RDONLY), depth = 0;
     while (depth < 50 && !mkdir("deeper-and-deeper-and-deeper-and-deeper-and-deeper-and-deeper-and-deeper-and-deeper", 0755) &&
            !chdir("deeper-and-deeper-and-deeper-and-deeper-and-deeper-and-deeper-and-deeper-and-deeper"))
@@ -343,7 +342,7 @@ static void directories(void)
     fchdir(here);
 }
 
-/* MANY entries (300), which are made unless somebody did, half of them removed while they are read. */
+/* MANY entries (300), created unless they exist, half of which are removed while they are read. */
 static void many(void)
 {
     static char seen[100000];
@@ -485,7 +484,7 @@ static void extended(void)
     said("an unknown kind", setxattr("x", "other.o", "o", 1, 0));
 }
 
-/* A list of access control as the kernel has it in an extended attribute: the owner, user 1000, the group, mask, others. */
+/* An access control list as the kernel keeps it in an extended attribute: owner, user 1000, group, mask, others. */
 struct acl {
     unsigned version;
     struct { unsigned short tag, permissions; unsigned id; } entries[5];
@@ -544,7 +543,7 @@ static void user_by_list(void)
     said("another's file", open("not-for-user", O_RDONLY));
 }
 
-/* What only root can set up: lists are obeyed. */
+/* Access control lists are obeyed. Only root can set this up. */
 static void obeyed(void)
 {
     struct acl list = acl(4, 7);
@@ -560,7 +559,7 @@ static void obeyed(void)
     mode_of("root leaves the bit", "sgid");
 }
 
-/* Files without a name. Linux has that in FUSE since 6.2, so it is only run when it is asked for. */
+/* Files without a name. FUSE supports them since Linux 6.2, so this part runs only when it is requested. */
 static void nameless(void)
 {
     char path[64], content[16] = "";
@@ -580,10 +579,10 @@ static void nameless(void)
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     said("name it", linkat(AT_FDCWD, path, AT_FDCWD, "unnamed", AT_SYMLINK_FOLLOW));
     said("for reading only", open(".", O_TMPFILE | O_RDONLY, 0600));
-    said("in what is no directory", open("named", O_TMPFILE | O_RDWR, 0600));
+    said("in what is not a directory", open("named", O_TMPFILE | O_RDWR, 0600));
 }
 
-/* When files were made. In FUSE since Linux 6.6, as above. */
+/* Birth times of files. FUSE supports them since Linux 6.6, so this part runs only when it is requested. */
 static void birth(void)
 {
     struct statx file, later;
@@ -625,7 +624,7 @@ static void data(void)
     fsync(hole);
     number("size with a hole", lseek(hole, 0, SEEK_END));
     number("the hole", lseek(hole, 0, SEEK_HOLE));
-    number("data behind it", lseek(hole, 8192, SEEK_DATA));
+    number("data past it", lseek(hole, 8192, SEEK_DATA));
     number("the last hole", lseek(hole, 1 << 20, SEEK_HOLE));
     count("beyond", lseek(hole, 1 << 21, SEEK_DATA));
     pread(hole, back, 4096, 70000);
@@ -660,7 +659,7 @@ static void data(void)
     printf("equal: %d\n", !memcmp(back, again, 50000));
     from = to = 0;
     count("copy onto itself", copy_file_range(fd, &from, fd, &to, 100, 0));
-    /* Far out. */
+    /* Far past the end. */
     count("write far out", pwrite(hole, "far", 3, 1LL << 40));
     fstat(hole, &st);
     number("size", st.st_size);
@@ -904,7 +903,7 @@ int main(int argc, char **argv)
         fflush(stdout);
         while (waitpid(-1, NULL, WNOHANG) > 0)
             ;
-        /* Whatever is open still, it is not the next part's. */
+        /* The next part must not inherit open files. */
         for (int fd = 3; fd < 200; fd++)
             close(fd);
     }

@@ -1,4 +1,4 @@
-/* The smallest init a benchmark can have: one line on the console, then reset. No libc, nothing to load. */
+/* The smallest init that a benchmark can have: one line on the console, then reset. No libc, nothing to load. */
 
 static long call(long number, long a, long b, long c, long d)
 {

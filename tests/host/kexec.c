@@ -1,4 +1,5 @@
-// kexec KERNEL INITRD CMDLINE: starts another kernel from this one, which is not asked to leave its devices in order.
+// kexec KERNEL INITRD CMDLINE: starts another kernel from this one without an orderly shutdown, so its devices are
+// still busy.
 
 #define _GNU_SOURCE
 #include <fcntl.h>

@@ -14,7 +14,7 @@ hosts="a b"                      # the emulated hosts: two, so that two processo
 
 is_host() { case " $hosts " in *" $1 "*) ;; *) return 1 ;; esac; }
 
-# Is any of them up, or the instruction-counting one?
+# Succeeds if any of them is up, or the instruction-counting one.
 any_up() {
     local name
     for name in $hosts icount; do
@@ -28,8 +28,8 @@ die() {
     exit 255
 }
 
-# Is the emulated host "$1" up? QEMU inherits a lock on this file and keeps it for as long as it lives, so the answer
-# survives crashes and reused process ids.
+# Succeeds if the emulated host "$1" is up. QEMU inherits a lock on this file and keeps it for as long as it lives, so
+# the answer survives crashes and reused process ids.
 is_up() {
     [ -e "$state/$1/alive" ] && ! flock -ns "$state/$1/alive" true
 }
@@ -47,7 +47,7 @@ stop() {
     kill -KILL "$pid"
 }
 
-# direct or emulated: where Linux guests run. VIREO_HOST decides; `auto` (the default) asks vireo whether this
+# Prints where Linux guests run: direct or emulated. VIREO_HOST decides; `auto` (the default) asks vireo whether this
 # machine's /dev/kvm can run a Linux guest, and remembers the answer until the machine reboots.
 host_kind() {
     case ${VIREO_HOST:-auto} in
@@ -65,7 +65,8 @@ host_kind() {
     echo "$kind"
 }
 
-# Sets $kind to what the vireo binary says about this machine, and $why. Without a binary nothing is remembered.
+# Sets $kind to what the vireo binary says about this machine, and $why to the reason. Without a binary nothing is
+# remembered.
 ask_doctor() {
     local bin=${VIREO_BIN:-$repo/target/x86_64-unknown-linux-gnu/release/vireo} answer
     kind=emulated

@@ -93,7 +93,7 @@ static void disk(char **arg) {
 
 static char bytes[256 << 10];
 
-// Moves bytes to, or from, a socket; 0: until its end.
+// Moves bytes to or from a socket; with 0, until its end.
 static void pump(int fd, int out, uint64_t left) {
     for (int all = !left; all || left;) {
         size_t len = all || left > sizeof bytes ? sizeof bytes : left;
@@ -108,7 +108,8 @@ static void pump(int fd, int out, uint64_t left) {
     }
 }
 
-// The client says first whether it will send and how many MiB; who has received all answers with a byte.
+// The client first says whether it will send, and how many MiB; the side that has received everything answers with a
+// byte.
 struct hello {
     uint32_t sends, mib;
 };

@@ -38,7 +38,7 @@ int main(int argc, char **argv)
     size_t count = sizeof first / sizeof *first;
     memcpy(all, first, sizeof first);
     memcpy(all + count, argv + 1, (argc > 0 ? argc - 1 : 0) * sizeof *argv);
-    /* Before the system's directory, whose modules another version of QEMU may have brought. */
+    /* QEMU searches this before the system's directory, whose modules may belong to another version of QEMU. */
     setenv("QEMU_MODULE_DIR", below("/usr/lib/x86_64-linux-gnu/qemu"), 1);
     unsetenv("LD_LIBRARY_PATH");
     unsetenv("LD_PRELOAD");

@@ -3,7 +3,7 @@
  *   vsock listen PORT COMMAND...          for every connection that comes; prints "listening PORT" first
  *   vsock connect CID PORT COMMAND...     for one connection, and ends as the command does
  *   vsock echo PORT                       answers what comes on any number of connections, in one process
- *   vsock many CID PORT COUNT             so many connections at once, a line and its answer on each
+ *   vsock many CID PORT COUNT             COUNT simultaneous connections, a line and its answer on each
  */
 
 #define _GNU_SOURCE

@@ -1,5 +1,5 @@
-//! The few functions, types and numbers of glibc on x86-64 that the agent needs, declared by hand: so a plain rustc builds
-//! it, and no package is compiled a second time for it. The names are libc's.
+//! The few functions, types and numbers of glibc on x86-64 that the agent needs, declared by hand, so that a plain
+//! rustc builds it and no package is compiled a second time for it. The names are libc's.
 
 #![allow(non_camel_case_types)]
 

@@ -51,7 +51,7 @@ impl Options {
         Ok(options)
     }
 
-    /// Everything on the command line, and named with --program, that is an executable file.
+    /// Returns the executable files among the words of the command line and the arguments of --program.
     fn programs(&self) -> Vec<(Vec<u8>, String)> {
         let words = self.argv.iter().map(|word| PathBuf::from(OsString::from_vec(word.clone())));
         words
@@ -64,11 +64,11 @@ impl Options {
             .collect()
     }
 
-    /// The forwarded port drops connections that come too close together, and the kernel would try again only after a
-    /// second. So we try again ourselves.
+    /// Connects to the agent. The forwarded port drops connections that come too close together, and the kernel would
+    /// try again only after a second, so this tries again by itself.
     fn connect(&self, hello: &Hello) -> io::Result<Arc<Link>> {
         let lost = |error: io::Error| {
-            let again = "`tests/host/up` starts it anew";
+            let again = "`tests/host/up` starts it again";
             io::Error::other(match error.kind() {
                 io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
                     format!("the emulated host has not answered for {DEADLINE:?}; {again}")
@@ -152,8 +152,8 @@ fn duplicate(fd: RawFd) -> io::Result<File> {
     }
 }
 
-/// Signals that would end this process go to the command's process group instead. One that was ignored when we
-/// started (nohup, a background job of a script) stays ignored.
+/// Forwards signals that would end this process to the command's process group. One that was ignored at the start
+/// (nohup, a background job of a script) stays ignored.
 fn forward_signals() -> Arc<OnceLock<Arc<Link>>> {
     let signals = [c::SIGINT, c::SIGTERM, c::SIGHUP, c::SIGQUIT, c::SIGUSR1, c::SIGUSR2, c::SIGWINCH];
     let ignored = ignored_signals();

@@ -59,11 +59,11 @@ impl Running {
         Ok(Running { child: command.spawn()?, pty })
     }
 
-    /// Connects the streams. Returns, beside what feeds them, the threads that have to end before the command is over.
+    /// Connects the streams. Returns what feeds them, and the threads that must end before the command is over.
     pub(crate) fn attach(&mut self, link: &Arc<Link>) -> io::Result<(Ends, Vec<JoinHandle<()>>)> {
         let mut ends = Ends::default();
         if let Some(pty) = &self.pty {
-            // End of input at a terminal is a key. In raw mode it would be a character like any other.
+            // On a terminal, a key ends the input. In raw mode it would be a character like any other.
             ends.deliver(link, 0, File::from(pty.try_clone()?), |mut terminal| {
                 if terminal_mode(terminal.as_raw_fd()).is_some_and(|mode| mode.c_lflag & c::ICANON != 0) {
                     let _ = terminal.write_all(&[4]);
@@ -95,14 +95,14 @@ impl Cgroup {
         let _ = fs::write(self.path.join("cgroup.kill"), "1");
     }
 
-    /// The kernel removes a group only once its last process has gone, which killing does not wait for.
+    /// Removes the group. The kernel does that only once its last process has gone, which killing does not wait for.
     pub(crate) fn remove(&self) {
         for _ in 0..1000 {
             if fs::remove_dir(&self.path).is_ok() {
                 return;
             }
             for child in fs::read_dir(&self.path).into_iter().flatten().flatten() {
-                let _ = fs::remove_dir(child.path()); // groups the command made
+                let _ = fs::remove_dir(child.path()); // groups that the command created
             }
             thread::sleep(Duration::from_millis(2));
         }

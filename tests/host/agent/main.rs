@@ -2,13 +2,13 @@
 //!
 //! `host-agent serve` is what the emulated host boots into; `host-agent run` is its client, used by `tests/host/run`.
 //! Each command has one TCP connection (QEMU's port forwarding accepts few at a time). It begins with the token and a
-//! [`Hello`]; then both sides send frames: an operation, a stream (0, 1, 2), a length, and so many bytes.
+//! [`Hello`]; then both sides send frames: an operation, a stream (0, 1, 2), a length, and that many bytes.
 //!
 //! ```text
-//! Data    the next bytes of a stream; none at all: its end
+//! Data    the next bytes of a stream; an empty frame is its end
 //! Ack     a Data frame was written to where it belongs. A sender has at most WINDOW frames that are not acknowledged,
-//!         so a stream nobody reads stops its own sender, and neither fills memory nor holds up the other streams
-//! Broken  nobody reads the stream any more: the sender's pipe breaks
+//!         so a stream that is not read stops its own sender, and neither fills memory nor holds up the other streams
+//! Broken  the stream is not read any more: the sender's pipe breaks
 //! Note    Control from the client (signals), Reply from the agent (the exit status, after all data)
 //! ```
 //!
@@ -31,7 +31,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// For everything that should take milliseconds: a connection's first message, a stream's connection.
+/// Time limit for everything that should take milliseconds: a connection's first message, a stream's connection.
 const DEADLINE: Duration = Duration::from_secs(20);
 /// Exit status when the emulated host, not the command, failed.
 const LOST: i32 = 255;
@@ -58,7 +58,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Any user of the machine can connect to a port of localhost: only who can read the token file gets a command run.
+/// Reads the token. Any user of the machine can connect to a port of localhost, but only a user who can read the token
+/// file can run commands.
 fn read_token(path: &PathBuf) -> io::Result<Vec<u8>> {
     let token = std::fs::read(path).map_err(|error| io::Error::other(format!("{}: {error}", path.display())))?;
     if token.len() < 32 {

@@ -37,7 +37,7 @@ impl Words {
         self.put(number.to_string())
     }
 
-    /// Puts a list: how many there are, then each.
+    /// Appends a list: its length, then each item.
     fn list<T>(&mut self, items: &[T], put: impl for<'a> Fn(&'a mut Words, &T) -> &'a mut Words) -> &mut Words {
         self.number(items.len());
         for item in items {
@@ -111,7 +111,7 @@ impl Note for Hello {
     }
 }
 
-/// Client to agent, while the command runs.
+/// Message from the client to the agent, while the command runs.
 pub(crate) enum Control {
     Signal(i32),
     WindowSize(u16, u16),
@@ -134,7 +134,7 @@ impl Note for Control {
     }
 }
 
-/// Agent to client: one when it has seen the request, one last of all.
+/// Message from the agent to the client: one when the agent has seen the request, and one last of all.
 pub(crate) enum Reply {
     Here,
     /// The command could not be started; the exit status a shell would give, and why.

@@ -1,4 +1,4 @@
-//! Rebuilt programs.
+//! Programs that are rebuilt while the emulated host runs.
 
 use crate::c;
 use std::collections::HashMap;
@@ -8,11 +8,11 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-/// Keeps rebuilt programs from running as a mixture of old and new. While some process runs a program from 9p, Linux
-/// keeps its name and its pages and looks at neither again. So programs run from copies in memory, mounted over their
-/// own paths: a file read (not mapped) through 9p is always the present one.
+/// Copies of rebuilt programs, which keep them from running as a mixture of old and new. While some process runs a
+/// program from 9p, Linux keeps its name and its pages and checks neither again. So programs run from copies in memory,
+/// mounted over their own paths: a file read (not mapped) through 9p is always current.
 pub(crate) struct Programs {
-    /// Folders where files change, and where they are mounted once more without the copies.
+    /// Folders where files change, each with the path where it is mounted a second time without the copies.
     folders: Vec<(PathBuf, PathBuf)>,
     stamps: HashMap<PathBuf, String>,
 }
@@ -57,7 +57,7 @@ impl Programs {
         fs::set_permissions(&copy, fs::metadata(&present)?.permissions())?;
         if self.stamps.contains_key(path) {
             let target = CString::new(path.as_os_str().as_bytes())?;
-            // SAFETY: reads one string. Who runs the former copy keeps it.
+            // SAFETY: reads one string. Processes that run the former copy keep it.
             unsafe { c::umount2(target.as_ptr(), c::MNT_DETACH) };
         }
         bind(&copy, path)?;

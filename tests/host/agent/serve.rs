@@ -1,4 +1,4 @@
-//! The agent's side: what the emulated host boots into.
+//! The agent's side: the program that the emulated host boots into.
 
 use crate::command::{Cgroup, Running};
 use crate::note::{Control, Hello, Reply, Request};
@@ -17,9 +17,9 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-/// The agent's port inside the emulated host; outside it is a free one.
+/// Port of the agent inside the emulated host; outside it is a free one.
 const PORT: u16 = 7777;
-/// The host powers itself off after so long without a command.
+/// Seconds without a command after which the host powers itself off.
 const IDLE_SECONDS: i64 = 20 * 60;
 
 struct Agent {
@@ -56,8 +56,8 @@ pub(crate) fn serve(token: &PathBuf) -> io::Result<i32> {
     Ok(0)
 }
 
-/// Process 1 inherits every orphan of the host and waits for it; the agent itself goes on as its child, so that the two
-/// kinds of waiting do not meet. Without an agent the host is of no use: it powers off.
+/// Waits for orphans: process 1 inherits every orphan of the host. The agent itself continues as its child, so that the
+/// two kinds of waiting do not meet. Without an agent the host is useless: it powers off.
 fn reap_orphans() {
     // SAFETY: no thread exists yet, so the child of fork may do everything the parent may.
     let agent = unsafe { c::fork() };
@@ -84,8 +84,8 @@ fn power_off() -> ! {
     std::process::exit(1)
 }
 
-/// Seconds by the real-time clock chip, which follows the machine outside. The kernel's own clocks leap ahead while a
-/// host that counts instructions is idle.
+/// Returns the seconds of the real-time clock chip, which follows the machine outside. The kernel's own clocks leap
+/// ahead while a host that counts instructions is idle.
 fn wall_seconds() -> i64 {
     #[repr(C)]
     #[derive(Default)]
@@ -99,7 +99,7 @@ fn wall_seconds() -> i64 {
         return 0;
     }
     let [second, minute, hour, day, month, year, ..] = rtc.0.map(i64::from);
-    // Differences of minutes are all that matters: a month may as well have 31 days, at worst one idle host lives on.
+    // Only differences of minutes matter: a month may as well have 31 days; at worst an idle host lives longer.
     ((((year * 12 + month) * 31 + day) * 24 + hour) * 60 + minute) * 60 + second
 }
 
@@ -161,7 +161,7 @@ impl Agent {
             thread::spawn(move || {
                 while let Ok(control) = link.next_note(&mut ends) {
                     match (control, &pty) {
-                        _ if ended.load(Ordering::SeqCst) => {} // the pid may belong to somebody else
+                        _ if ended.load(Ordering::SeqCst) => {} // the pid may belong to another process
                         // SAFETY: no memory is involved.
                         (Control::Signal(signal), _) => drop(unsafe { c::kill(-pid, signal) }),
                         (Control::WindowSize(rows, columns), Some(pty)) => {

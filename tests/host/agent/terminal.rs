@@ -6,7 +6,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 pub(crate) fn open_pty() -> io::Result<(OwnedFd, OwnedFd)> {
     let (mut master, mut terminal) = (0, 0);
-    // SAFETY: openpty writes two descriptors, which nobody else owns; the other arguments may be null.
+    // SAFETY: openpty writes two descriptors, which have no other owner; the other arguments may be null.
     unsafe {
         if c::openpty(&mut master, &mut terminal, std::ptr::null_mut(), std::ptr::null(), std::ptr::null()) < 0 {
             return Err(io::Error::last_os_error());
@@ -37,7 +37,8 @@ pub(crate) fn terminal_mode(fd: RawFd) -> Option<c::termios> {
     (unsafe { c::tcgetattr(fd, &mut mode) } == 0).then_some(mode)
 }
 
-/// As long as this lives the client's terminal is raw: every key goes to the command. Dropping it restores the terminal.
+/// Raw mode of the client's terminal, for as long as this value lives: every key goes to the command. Dropping it
+/// restores the terminal.
 pub(crate) struct Raw(c::termios);
 
 impl Raw {

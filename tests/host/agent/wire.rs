@@ -65,7 +65,7 @@ impl Link {
     }
 }
 
-/// What the threads that serve the streams are told through. Dropping it ends them.
+/// Channels to the threads that serve the streams. Dropping it ends them.
 #[derive(Default)]
 pub(crate) struct Ends {
     incoming: [Option<Sender<Vec<u8>>>; 3],
@@ -73,7 +73,7 @@ pub(crate) struct Ends {
 }
 
 impl Ends {
-    /// Starts sending what comes `from` somewhere. A stream that breaks drops it, and with that closes it.
+    /// Starts sending what `from` delivers. If the stream breaks, `from` is dropped and so closed.
     pub(crate) fn forward(
         &mut self,
         link: &Arc<Link>,
@@ -100,7 +100,7 @@ impl Ends {
         })
     }
 
-    /// Starts writing what arrives `to` somewhere; then calls `at_end` with it.
+    /// Starts writing what arrives to `to`; then calls `at_end` with it.
     pub(crate) fn deliver<W: Write + Send + 'static>(
         &mut self,
         link: &Arc<Link>,
