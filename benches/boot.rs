@@ -1,10 +1,10 @@
-//! Boot time of stock kernels beside QEMU microvm, in instructions.
+//! Boot time of stock kernels in vireo and in QEMU microvm, in instructions.
 //!
-//! `cargo build --release && cargo bench --bench boot` runs both in the emulated host that counts
-//! instructions (`tests/host/up --icount`): one instruction is one nanosecond of its clock, whatever
-//! else the machine does. The clock goes from exec of the monitor to its exit: monitor, KVM and
-//! guest. Time spent idle counts, and `rep movs` counts once per byte. Wall time stands beside it.
-//! vireo is measured with its kernel in the cache, and cold: with an empty cache, as in the first boot of a kernel.
+//! `cargo build --release && cargo bench --bench boot` runs both in the emulated host that counts instructions
+//! (`tests/host/up --icount`): one instruction is one nanosecond of its clock, whatever else the machine does. The
+//! clock runs from exec of the monitor to its exit: monitor, KVM and guest. Idle time counts, and `rep movs` counts
+//! once per byte. Wall time is shown beside it. vireo is measured with its kernel in the cache, and cold: with an empty
+//! cache, as in the first boot of a kernel.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -14,15 +14,15 @@ use std::process::ExitCode;
 use common::{Facts, REPO, STAGE, best, in_host, target, text, vireo};
 
 const KERNELS: [&str; 2] = ["vmlinux-cloud", "bzImage-cloud"];
-/// What Firecracker 1.17-dev without seccomp takes for each, in billions of instructions: measured once, in an emulated
+/// Cost of each in Firecracker 1.17-dev without seccomp, in billions of instructions: measured once, in an emulated
 /// host of this kind (Debian 12's 6.1 in QEMU 10.0) with the same files, guest size and command line. It lets the guest
-/// unpack a bzImage. It is not among what `make setup` fetches, so it is not run here.
+/// unpack a bzImage. `make setup` does not fetch it, so it is not run here.
 const FIRECRACKER: [f64; 2] = [1.62, 1.79];
-/// Runs of each pair; the first warms caches up and does not count.
+/// Number of runs of each pair; the first warms up caches and does not count.
 const RUNS: usize = 6;
 
-/// Runs in the emulated host behind [`STAGE`], as `sh -c SCRIPT sh VIREO IMAGES RUNS`, and prints one fact a line:
-/// `begin`, then `<fact> <monitor> <kernel> <number>`, or `failed ...`.
+/// Script that runs in the emulated host after [`STAGE`], as `sh -c SCRIPT sh VIREO IMAGES RUNS`, and prints one fact
+/// per line: `begin`, then `<fact> <monitor> <kernel> <number>`, or `failed ...`.
 const SCRIPT: &str = r#"
 vireo=$1 images=$2 runs=$3
 cp "$images"/vmlinux-cloud "$images"/bzImage-cloud "$images"/initrd-min.cpio "$dir/work"
@@ -69,7 +69,7 @@ surely() {
 }
 
 for kernel in vmlinux-cloud bzImage-cloud; do
-    # While a guest needs the only processor, its kernel is not kept.
+    # While a guest needs the only processor, its kernel is not stored in the cache.
     case $monitors in *vireo*) vireo-keep "$PWD/vireo" <$kernel || { echo "failed: $kernel is not kept"; exit 1; } ;; esac
     n=0
     while [ $n -lt "$runs" ]; do
@@ -77,7 +77,7 @@ for kernel in vmlinux-cloud bzImage-cloud; do
             echo begin
             surely boot $monitor $kernel
             echo "instructions $monitor $kernel $((end - start))"
-            sleep 0.2 # what would have kept the kernel of a cold boot ends
+            sleep 0.2 # lets the process end that would have cached the kernel of a cold boot
         done
         n=$((n + 1))
     done
@@ -98,7 +98,8 @@ for kernel in vmlinux-cloud bzImage-cloud; do
     for monitor in $monitors $more; do
         [ $monitor = nokaslr ] || [ $monitor = cold ] ||
             echo "exits $monitor $kernel $(traced $monitor $kernel kvm/kvm_userspace_exit | grep -c 'kvm_userspace_exit:')"
-        # microseconds of this host's clock: thousands of instructions; KVM_CREATE_VM (0xAE01), which mostly waits, aside
+        # microseconds of this host's clock: thousands of instructions; without KVM_CREATE_VM (0xAE01), which mostly
+        # waits
         traced $monitor $kernel 'sched/sched_process_exec kvm/kvm_entry syscalls/sys_enter_ioctl syscalls/sys_exit_ioctl' \
             >events
         awk -v who="$monitor $kernel" '
@@ -113,7 +114,7 @@ MEASURE
 inside sh measure "$monitors" "$runs"
 "#;
 
-/// Runs in the other emulated host, whose clock is the machine's: Pss in KiB of everything but guest
+/// Script that runs in the other emulated host, whose clock is the machine's: Pss in KiB of everything except guest
 /// RAM, once a 128 MiB guest waits at its shell; then the same with one of each device, all of them used.
 const MEMORY_SCRIPT: &str = r#"
 vireo=$1 images=$2
@@ -131,7 +132,7 @@ until_console() {
         sleep 0.1
     done
 }
-# memory NAME MODULES COMMAND OPTION...: the guest does the command first
+# memory NAME MODULES COMMAND OPTION...: the guest runs the command first
 memory() {
     name=$1 modules=$2 command=$3
     shift 3
@@ -144,7 +145,7 @@ memory() {
     until_console BusyBox
     echo "$command; echo used-\$((40 + 2))" >&3
     until_console used-42
-    # Guest RAM is 131072 KiB of mappings that touch each other; persistent memory is a mapping of its file.
+    # Guest RAM is 131072 KiB of adjacent mappings; persistent memory is a mapping of its file.
     awk -v name="$name" '/^[0-9a-f]+-/ { n++; split($1, range, "-"); start[n] = range[1]; end[n] = range[2]; file[n] = $6 }
         /^Size:/ { size[n] = $2 } /^Pss:/ { pss[n] = $2; total += $2 }
         END {

@@ -1,9 +1,9 @@
-//! Devices beside those of QEMU microvm, in instructions.
+//! Devices of vireo and of QEMU microvm, in instructions.
 //!
 //! `cargo build --release && cargo bench --bench devices` runs the same load in the same guest under both, in the
 //! emulated host that counts instructions (see `boot.rs`), by the guest's clock: guest, KVM and monitor together. Disks
-//! are files in the page cache, QEMU's with an iothread, `aio=io_uring` and the same cache mode; networks are taps with a
-//! server on the host. `BENCH_PARTS=net,balloon` measures only these.
+//! are files in the page cache, QEMU's with an iothread, `aio=io_uring` and the same cache mode; networks are taps with
+//! a server on the host. `BENCH_PARTS=net,balloon` measures only these.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use common::{Facts, REPO, STAGE, best, in_host, target, text, vireo};
 
-/// What is asked of each disk: direction, order, bytes, depth.
+/// Loads on each disk: direction, order, bytes, depth.
 const LOADS: [(&str, &str, u32, u32); 8] = [
     ("read", "seq", 131_072, 1),
     ("read", "seq", 131_072, 32),
@@ -27,7 +27,8 @@ const LOADS: [(&str, &str, u32, u32); 8] = [
 ];
 const FORMATS: [&str; 2] = ["raw", "qcow2"];
 
-/// In the guest: does what a line of the console says after a name, and answers with the name and what it printed.
+/// Script in the guest: runs the command that follows a name on a line of the console, and answers with the name and
+/// the command's output.
 const GUEST: &str = "modprobe -a virtio_net af_packet 2>/dev/null
 stty raw -echo
 echo guest ready
@@ -37,7 +38,7 @@ while read -r name command; do
 done
 ";
 
-/// Runs in the emulated host behind [`STAGE`], as `sh -c SCRIPT sh VIREO IMAGES INITRD LOADS PARTS`.
+/// Script that runs in the emulated host after [`STAGE`], as `sh -c SCRIPT sh VIREO IMAGES INITRD LOADS PARTS`.
 const SCRIPT: &str = r#"
 images=$2
 cp "$images/bzImage-cloud" "$images/load" "$3" "$dir/work"
@@ -51,12 +52,13 @@ wanted() { case $parts in *,$1,*) ;; *) return 1 ;; esac; }
 dd if=/dev/urandom of=/disks/raw bs=1M count=64 2>/dev/null
 qemu-img convert -O qcow2 /disks/raw /disks/qcow2
 cat /disks/raw /disks/qcow2 >/dev/null
-echo 0 >/proc/sys/vm/dirty_writeback_centisecs # nothing is written behind the load's back
+echo 0 >/proc/sys/vm/dirty_writeback_centisecs # no background writes during a load
 mkfifo in out
 exec 3<>in 4<>out
 restarts=0
 fail() { echo "failed: $*"; kill -9 $vm; exit 1; }
-# Waits for a line, ten seconds of this host's clock, which leaps when nobody runs. What is said instead is told.
+# Waits for a line, for ten seconds of this host's clock, which leaps when nothing runs. Prints errors that come
+# instead.
 until_line() {
     while read -t 10 -r line <&4; do
         case $line in
@@ -66,7 +68,7 @@ until_line() {
     done
     return 1
 }
-# begin MONITOR MEMORY OPTIONS [COMMAND]: the command is what a guest does first
+# begin MONITOR MEMORY OPTIONS [COMMAND]: the guest runs the command first
 begin() {
     monitor=$1 memory=$2 options=$3 first=${4-}
     boot || again
@@ -83,18 +85,18 @@ boot() {
     vm=$!
     until_line 'guest ready' && { [ -z "$first" ] || try $first; }
 }
-# A guest was stuck, for which the host is to blame, and was killed (see `in_host`).
+# Counts a guest that was stuck because of the host, and was killed (see `in_host`).
 stuck() {
     restarts=$((restarts + 1))
     [ $restarts -le 10 ] || fail "the guests get stuck over and over"
-    echo "a guest of $monitor is stuck; once more"
+    echo "a guest of $monitor is stuck; starting it again"
     kill -9 $vm 2>/dev/null
     wait $vm
     while read -t 1 -r line <&3; do :; done
     while read -t 1 -r line <&4; do :; done
 }
 again() { stuck; boot || again; }
-# try NAME COMMAND, ask NAME COMMAND: sets $answer, and $exits to the number of MMIO exits meanwhile
+# try NAME COMMAND, ask NAME COMMAND: set $answer, and $exits to the number of MMIO exits in the meantime
 try() {
     local before
     before=$(mmio_exits)
@@ -170,7 +172,7 @@ networks() {
     kill $server
 }
 
-# What the monitor itself needs to give 1 GiB back: its threads but for the vCPU's, and its system calls for that.
+# Costs of the monitor itself when it gives 1 GiB back: its threads except the vCPU's, and its system calls for that.
 cpu() {
     for task in /proc/$vm/task/*; do
         case $(cat $task/comm) in vcpu* | CPU*) ;; *) cat $task/schedstat ;; esac
@@ -211,14 +213,14 @@ MEASURE
 inside sh measure "$4" "$5"
 "#;
 
-/// Touches all of the memory that the balloon will take, and gives it back.
+/// Script that touches all of the memory that the balloon will take, and frees it.
 const FILL: &str = "mount -t tmpfs -o size=1100m none /mnt
 dd if=/dev/zero of=/mnt/file bs=1M count=1100 2>/dev/null
 umount /mnt
 echo 1
 ";
 
-/// Waits until the balloon has it.
+/// Script that waits until the balloon has the memory.
 const BALLOON: &str = "total() { sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo; }
 before=$(total)
 modprobe virtio_balloon
@@ -251,7 +253,7 @@ fn name((direction, order, block, depth): &(&str, &str, u32, u32)) -> String {
     format!("{direction},{order},{block},{depth}")
 }
 
-/// The tests' guest, with the load and what it does.
+/// Writes the tests' guest, with the load program and its script.
 fn write_initrd(images: &str, initrd: &str) -> io::Result<()> {
     fs::copy(format!("{images}/initrd-busybox.cpio"), initrd)?;
     let load = fs::read(format!("{images}/load"))?;

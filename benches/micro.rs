@@ -1,4 +1,4 @@
-//! What happens millions of times a second, each by itself. `cargo bench --bench micro [FILTER]`.
+//! Operations that happen millions of times a second, each measured by itself. `cargo bench --bench micro [FILTER]`.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -40,7 +40,7 @@ fn bus(c: &mut Criterion) {
     c.bench_function("bus/unclaimed", |b| b.iter(|| bus.read(black_box(0xE000_0000), &mut data)));
 }
 
-/// A queue of 256 requests, as virtio-blk's are: header, 4 KiB, status.
+/// Measures a queue of 256 requests like virtio-blk's: header, 4 KiB, status.
 fn queue(c: &mut Criterion) {
     let mut group = c.benchmark_group("queue");
     group.throughput(Throughput::Elements(256));
@@ -97,7 +97,8 @@ fn chain(c: &mut Criterion) {
     group.finish();
 }
 
-/// A real kernel, from its file to guest memory: unpacked, then from the cache with and without KASLR.
+/// Measures a real kernel on its way from its file to guest memory: unpacked, then from the cache with and without
+/// KASLR.
 fn kernel(c: &mut Criterion) {
     let image = concat!(env!("CARGO_MANIFEST_DIR"), "/target/host/images/bzImage-cloud");
     assert!(std::path::Path::new(image).exists(), "{image} is missing: run 'make setup' first");
@@ -106,7 +107,7 @@ fn kernel(c: &mut Criterion) {
     let platform = Platform { cpus: 1, acpi: true, uuid: [7; 16], virtio_slots: vec![0], serial: true, clocks: false };
     let mut group = c.benchmark_group("kernel");
     group.sample_size(10);
-    // An image that was made just now can be kept in a moment.
+    // An image that was only just created can be cached a moment later.
     let file = std::fs::File::open(image).unwrap();
     std::thread::sleep(cache.settles_in(&file).unwrap());
     cache.keep(&file).unwrap();

@@ -1,4 +1,4 @@
-//! What the benchmarks share: scripts that run in an emulated host and print facts, and tables of them.
+//! Shared code of the benchmarks: scripts that run in an emulated host and print facts, and tables of them.
 
 #![allow(dead_code)] // each benchmark uses its part
 
@@ -12,18 +12,18 @@ use std::time::{Duration, Instant};
 
 pub const REPO: &str = env!("CARGO_MANIFEST_DIR");
 
-/// Shell: fills the folder `$dir`, in memory, with QEMU, vireo (`$1`; also as the process that keeps a kernel in the cache)
-/// and the programs that measure them. Defines `inside`, which runs a program in there, in `$dir/work`. A host that counts
-/// instructions leaps its clock while it waits for a file of the machine outside, and QEMU opens a hundred libraries; so
-/// everything, the shell too, is copied to memory first.
+/// Shell: fills the folder `$dir`, in memory, with QEMU, vireo (`$1`; also as the process that stores a kernel in the
+/// cache) and the programs that measure them. Defines `inside`, which runs a program in there, in `$dir/work`. In a
+/// host that counts instructions, the clock leaps while it waits for a file of the machine outside, and QEMU opens a
+/// hundred libraries; so everything, including the shell, is copied to memory first.
 pub const STAGE: &str = r#"
 dir=$(mktemp -d /tmp/bench.XXXXXX) || exit
 trap 'cd /; umount -l "$dir"/dev "$dir"/proc "$dir"/sys "$dir"/disks; rm -rf "$dir"' EXIT
 mkdir -p "$dir"/bin "$dir"/dev "$dir"/proc "$dir"/sys "$dir"/tmp "$dir"/usr/share "$dir"/work "$dir"/disks
 cp "$(command -v busybox)" "$dir/bin/busybox"
 for applet in sh grep tail awk cat dd mkfifo rm seq kill ls sleep; do ln -s busybox "$dir/bin/$applet"; done
-cp -L "$(command -v date)" "$dir/bin" # busybox knows no nanoseconds, and without the path its shell takes its own
-stage() { mkdir -p "$dir${1%/*}" && cp -L "$1" "$dir$1"; } # QEMU looks for its firmware from where it stands
+cp -L "$(command -v date)" "$dir/bin" # busybox's, which its shell prefers to one without a path, has no nanoseconds
+stage() { mkdir -p "$dir${1%/*}" && cp -L "$1" "$dir$1"; } # QEMU looks for its firmware relative to its own path
 stage_with_libraries() {
     program=$(command -v $1)
     stage "$program"
@@ -49,16 +49,16 @@ mount --bind /run/scratch "$dir/disks"
 inside() { chroot "$dir" sh -c 'cd work && PATH=/bin:/usr/bin:/usr/local/bin exec "$@"' sh "$@"; }
 "#;
 
-/// What a script said: every number under its fact, monitor and case.
+/// Facts that a script printed: every number, by fact, monitor and case.
 pub type Facts = BTreeMap<(String, String, String), Vec<f64>>;
 
-/// The release binary, or `VIREO_BIN`.
+/// Path of the release binary, or `VIREO_BIN`.
 pub fn vireo() -> PathBuf {
     std::env::var_os("VIREO_BIN")
         .map_or_else(|| Path::new(REPO).join("target/x86_64-unknown-linux-gnu/release/vireo"), PathBuf::from)
 }
 
-/// What `main` returns.
+/// Returns `main`'s exit code; reports an error.
 pub fn exit(name: &str, result: Result<(), String>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -114,11 +114,12 @@ pub fn in_host(options: &[&str], script: &str, args: &[&str], facts: &mut Facts)
     }
 }
 
-/// Nothing that is measured takes so long. Once in some 50,000 interrupts the emulated SVM of a host that counts
-/// instructions interrupts a guest that has them switched off, whatever the monitor; then the guest waits for itself for
-/// ever, in a loop that hardly moves that host's clock. So this is looked for from outside.
+/// Longest wait for a line; nothing that is measured takes so long. Once in some 50,000 interrupts, the emulated SVM of a
+/// host that counts instructions interrupts a guest that has interrupts disabled, whatever the monitor. The guest then
+/// waits for itself for ever, in a loop that hardly advances that host's clock. So stuck guests are detected from outside.
 const STUCK: Duration = Duration::from_secs(120);
-/// Ends the guest; the script sees that nothing comes any more.
+/// Kills the guest; the script then sees that no more output comes.
+const KILL: &str = "pids=$(pidof vireo qemu-system-x86_64) && kill -9 $pids";
 const KILL: &str = "pids=$(pidof vireo qemu-system-x86_64) && kill -9 $pids";
 
 fn run(options: &[&str]) -> Command {
