@@ -1,4 +1,4 @@
-//! The memory balloon, with all that it offers.
+//! The memory balloon, with all its features.
 
 #![no_main]
 

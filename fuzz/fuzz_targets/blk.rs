@@ -1,4 +1,4 @@
-//! The block device over a raw file, io_uring and all.
+//! The block device over a raw file, including io_uring.
 
 #![no_main]
 

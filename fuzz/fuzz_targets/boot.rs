@@ -1,4 +1,4 @@
-//! Kernels, initrds and modules that are almost right: everything that is read of them, and what is put into memory.
+//! Kernels, initrds and modules that are almost right: everything that is read from them, and what is put into memory.
 
 #![no_main]
 
@@ -22,7 +22,8 @@ fn fields(fields: &[(usize, u64)]) -> Vec<u8> {
     fields.iter().flat_map(|(len, value)| value.to_le_bytes().into_iter().take(*len)).collect()
 }
 
-/// A Linux with a Xen note for PVH, text, and a data segment with a bss; with `tables`, those of its relocations behind it.
+/// A Linux kernel with a Xen note for PVH, text, and a data segment with a bss; with `tables`, its relocation tables
+/// follow.
 fn elf(tables: bool) -> Vec<u8> {
     let note = [&fields(&[(4, 4), (4, 4), (4, 18)])[..], b"Xen\0", &fields(&[(4, START + 0x50)])].concat();
     let linux = [&fields(&[(4, 6), (4, 4), (4, 0x100)])[..], b"Linux\0\0\0", &[0; 4]].concat();
@@ -56,7 +57,7 @@ fn elf(tables: bool) -> Vec<u8> {
     file
 }
 
-/// A bzImage around an uncompressed payload, which is none that it may have, or an lz4 one of literals.
+/// A bzImage around an uncompressed payload, which is not a valid kind of payload, or an lz4 payload of literals.
 fn bzimage(payload: &[u8]) -> Vec<u8> {
     let mut block = vec![0xF0];
     let rest = payload.len() - 15;
@@ -92,7 +93,7 @@ fn bzimage(payload: &[u8]) -> Vec<u8> {
     file
 }
 
-/// A file with a multiboot header that places it, or leaves that to its ELF headers.
+/// A file with a multiboot header that places it or leaves that to its ELF headers.
 fn multiboot(flags: u32) -> Vec<u8> {
     let checksum = 0u32.wrapping_sub(0x1BAD_B002).wrapping_sub(flags);
     let start = START as u32;
@@ -102,7 +103,7 @@ fn multiboot(flags: u32) -> Vec<u8> {
     file
 }
 
-/// A module: an ELF file with nothing but sections, of which one is `.modinfo`.
+/// A module: an ELF file with only sections, one of which is `.modinfo`.
 fn module(info: &[u8]) -> Vec<u8> {
     let names = b"\0.modinfo\0.shstrtab\0";
     let (at_names, at_info) = (64, 64 + names.len());
@@ -130,7 +131,7 @@ fn module(info: &[u8]) -> Vec<u8> {
 fn write(path: &Path, mut content: Vec<u8>, bytes: &mut Unstructured<'_>) -> Result<PathBuf> {
     for _ in 0..bytes.int_in_range(0..=8u8)? {
         if let Some(last) = content.len().checked_sub(1) {
-            // The beginning is what is read.
+            // The beginning is the part that is read.
             let near = last.min(if bytes.arbitrary()? { 0x300 } else { 0x3000 });
             let at = bytes.int_in_range(0..=near)?;
             match bytes.int_in_range(0..=3u8)? {
@@ -203,7 +204,7 @@ fn run(data: &[u8]) -> Result<()> {
     };
     let ram = GuestRam::anonymous(RAM);
     if let Ok(entry) = files.load(&ram, &platform) {
-        assert!(entry.address < RAM, "it would start outside of memory: {:#x}", entry.address);
+        assert!(entry.address < RAM, "the entry is outside of memory: {:#x}", entry.address);
     }
     Ok(())
 }

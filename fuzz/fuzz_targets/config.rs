@@ -1,5 +1,5 @@
-//! What users, files and clients write: options of all devices, machine descriptions, the messages between `exec` and the
-//! init in its guest. What is accepted must survive being written and read again.
+//! Input that users, files and clients write: options of all devices, machine descriptions, the messages between `exec`
+//! and the init in its guest. Accepted input must survive being written and read again.
 
 #![no_main]
 
@@ -25,9 +25,9 @@ use vireo::virtio::rng::RngConfig;
 use vireo::virtio::vhost_user::VhostUserConfig;
 use vireo::virtio::vsock::VsockConfig;
 
-/// A value that is written as JSON and read again is the same.
+/// Checks that a value that is written as JSON and read again is the same.
 fn round<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(value: &T) {
-    let text = serde_json::to_string(value).expect("it can be written");
+    let text = serde_json::to_string(value).expect("a value can be written");
     assert_eq!(&serde_json::from_str::<T>(&text).expect(&text), value);
 }
 

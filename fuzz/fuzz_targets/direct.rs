@@ -7,10 +7,10 @@ use libfuzzer_sys::fuzz_target;
 use vireo::backend::image::{self, ImageOptions, Overlay};
 use vireo::memory::GuestRam;
 
-/// Bytes of the disk: whole blocks of 4096, and not a whole cluster at the end.
+/// Bytes of the disk: whole blocks of 4096, but not a whole cluster at the end.
 const SIZE: usize = 200 << 10;
 
-/// A folder that is not in memory, where O_DIRECT is what it says.
+/// Folder that is not in memory, where O_DIRECT takes effect.
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target");
 
 fn run(data: &[u8]) -> Result<()> {
@@ -34,7 +34,7 @@ fn run(data: &[u8]) -> Result<()> {
         let mut place = 0x1_0000 + u64::from(bytes.arbitrary::<u16>()?);
         let (mut left, mut buffers) = (len as u64, Vec::new());
         while left > 0 {
-            // Numbers are the least ones when no bytes are left.
+            // Numbers are the smallest possible when no bytes are left.
             let piece = if buffers.len() > 40 || bytes.arbitrary()? { left } else { bytes.int_in_range(1..=left)? };
             buffers.push((place, piece));
             left -= piece;

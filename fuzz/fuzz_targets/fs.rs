@@ -25,12 +25,12 @@ fn words(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-/// Two words of 32 bits in one of 64.
+/// Joins two 32-bit words in one of 64 bits.
 const fn pair(low: u32, high: u32) -> u64 {
     low as u64 | (high as u64) << 32
 }
 
-/// Each with room for its answer. Nodes 1 to 4 and handles 1 and 2 are what a guest gets first.
+/// Requests, each with room for its answer. Nodes 1 to 4 and handles 1 and 2 are the first that a guest gets.
 static MESSAGES: LazyLock<Vec<(usize, Vec<u8>, Vec<u32>)>> = LazyLock::new(|| {
     let (out, wide) = (vec![16, 200], vec![16, 4096]);
     let read = |node, handle| message(15, node, &[&words(&[handle, 0, pair(4096, 0), 0, 0])]);
@@ -83,7 +83,7 @@ static MESSAGES: LazyLock<Vec<(usize, Vec<u8>, Vec<u32>)>> = LazyLock::new(|| {
     ]
 });
 
-/// Nothing here may become large, whatever a request says.
+/// Keeps every file small, whatever a request says.
 fn limit_files() {
     static ONCE: Once = Once::new();
     let limit = libc::rlimit { rlim_cur: 8 << 20, rlim_max: 8 << 20 };

@@ -1,4 +1,4 @@
-//! A client of the gdb stub that almost speaks the protocol, to a machine that only pretends.
+//! A client of the gdb stub that almost speaks the protocol, with a machine that only pretends.
 
 #![no_main]
 
@@ -38,7 +38,7 @@ impl Guest for Fake {
     fn pause(&self) -> bool {
         true
     }
-    /// It stops again before long.
+    /// Resumes the machine, which soon stops again.
     fn resume(&self, only: Option<Vec<u32>>) -> bool {
         let vcpu = only.as_ref().and_then(|only| only.first()).copied().unwrap_or(0);
         assert!(vcpu < VCPUS);
@@ -90,7 +90,7 @@ const PACKETS: [&str; 24] = [
     "D",
 ];
 
-/// The packets of a client, one behind the other.
+/// Packets of a client, one after the other.
 fn talk(bytes: &mut Unstructured<'_>) -> Result<Vec<u8>> {
     let mut talk = Vec::new();
     for _ in 0..20 {

@@ -1,4 +1,4 @@
-//! The register file of virtio-mmio, with a device behind it whose worker runs.
+//! The register file of virtio-mmio, with a device whose worker runs.
 
 #![no_main]
 
@@ -20,7 +20,7 @@ fuzz_target!(|data: &[u8]| {
     for _ in 0..100 {
         let Ok(what) = bytes.arbitrary::<u8>() else { break };
         match what & 7 {
-            // Now and then it is done right, so that there is something to break.
+            // Now and then the device is started correctly, so that there is something to break.
             0 => driver.start(0, 0x1000, 16),
             1 => {
                 if let Some(queue) = driver.queues.first_mut() {

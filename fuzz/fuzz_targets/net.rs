@@ -1,4 +1,4 @@
-//! The network card, on a wire that packets come and go by.
+//! The network card, on a wire that delivers and takes packets.
 
 #![no_main]
 
@@ -14,7 +14,7 @@ use vireo::virtio::net::{Mac, Net};
 use vireo_fuzz::{Request, drive};
 use vmm_sys_util::eventfd::EventFd;
 
-/// The packets that wait; one at a time is taken for sending.
+/// A wire with packets that wait for the guest; it takes only every other packet that the guest sends.
 struct Wire(Arc<Mutex<Vec<Vec<u8>>>>, EventFd, bool);
 
 impl Port for Wire {
@@ -57,7 +57,7 @@ const FRAME: [u8; 12 + 60] = {
     frame
 };
 
-/// Two pairs and the control queue: the number of pairs, the address.
+/// Requests to two pairs and to the control queue: the number of pairs, the address.
 const REQUESTS: [Request; 6] = [
     Request { queue: 0, readable: &[], writable: &[1526] },
     Request { queue: 1, readable: &FRAME, writable: &[] },
@@ -71,7 +71,7 @@ fuzz_target!(|data: &[u8]| {
     let wires = [(); 2].map(|()| Arc::new(Mutex::new(Vec::new())));
     let ports = wires.iter().map(|wire| {
         let ready = eventfd().unwrap();
-        ready.write(1).unwrap(); // always to be looked at
+        ready.write(1).unwrap(); // always readable
         Box::new(Wire(wire.clone(), ready, false)) as Box<dyn Port>
     });
     let mac = Mac([2, 0, 0, 0, 0, 1]);

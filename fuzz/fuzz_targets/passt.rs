@@ -1,4 +1,4 @@
-//! The stream of frames from and to a passt that sends anything, and is slow.
+//! The stream of frames from and to a slow passt that sends anything.
 
 #![no_main]
 
@@ -14,7 +14,7 @@ use vireo::memory::{GuestRam, RamSlice};
 const RAM: u64 = 1 << 20;
 const STEPS: usize = 100;
 
-/// Some of guest memory, in pieces.
+/// Returns some of guest memory, in pieces.
 fn slices<'a>(ram: &'a GuestRam, bytes: &mut Unstructured<'_>, total: u64) -> Result<Vec<RamSlice<'a>>> {
     let (mut slices, mut at, mut left) = (Vec::new(), bytes.int_in_range(0..=0x8_0000u64)?, total);
     while left > 0 && slices.len() < 8 {
@@ -25,12 +25,12 @@ fn slices<'a>(ram: &'a GuestRam, bytes: &mut Unstructured<'_>, total: u64) -> Re
     Ok(slices)
 }
 
-/// What is on the wire from the guest must be whole frames, whatever was refused in between.
+/// Checks that the wire from the guest carries whole frames, whatever was refused in between.
 fn check(wire: &[u8], whole: bool) {
     let mut rest = wire;
     while let Some((length, after)) = rest.split_first_chunk::<4>() {
         let length = u32::from_be_bytes(*length) as usize;
-        assert!((MIN_FRAME..=MAX_FRAME).contains(&length), "a length in the stream is none");
+        assert!((MIN_FRAME..=MAX_FRAME).contains(&length), "invalid frame length in the stream");
         let Some(frame) = after.get(..length) else { break };
         let to_loopback = frame[12..14] == [8, 0] && frame.get(30) == Some(&127);
         assert!(!to_loopback, "a frame for the loopback");

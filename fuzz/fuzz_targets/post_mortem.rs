@@ -10,10 +10,10 @@ use vireo::memory::GuestRam;
 use vireo::post_mortem::Remains;
 
 const IMAGE: u64 = 0xFFFF_FFFF_8000_0000;
-/// Where the image is in physical memory; its first pages are its tables.
+/// Physical address of the image, whose first pages are its page tables.
 const PHYS: u64 = 1 << 20;
 const NOTE: u64 = 3 << 20;
-/// Where things are in the image.
+/// Offsets of things in the image.
 const PRB: u64 = 0x1_0000;
 const RING: u64 = 0x1_0100;
 const DESCS: u64 = 0x1_1000;
@@ -28,7 +28,7 @@ const TEXT: &str = "OSRELEASE=6.1.0\nNUMBER(phys_base)=1048576\nSYMBOL(swapper_p
     OFFSET(prb_data_blk_lpos.next)=8\nSIZE(printk_info)=88\nOFFSET(printk_info.ts_nsec)=8\n\
     OFFSET(printk_info.text_len)=16\nOFFSET(prb_data_ring.size_bits)=0\nOFFSET(prb_data_ring.data)=8\n\
     OFFSET(atomic_long_t.counter)=0\n";
-/// The same of kernels before 5.10.
+/// VMCOREINFO of kernels before 5.10.
 const OLD_TEXT: &str = "OSRELEASE=5.4.0\nNUMBER(phys_base)=1048576\nSYMBOL(swapper_pg_dir)=ffffffff80000000\n\
     SYMBOL(_stext)=ffffffff80000000\nSYMBOL(log_buf)=ffffffff80014000\nSYMBOL(log_buf_len)=ffffffff80014008\n\
     SYMBOL(log_first_idx)=ffffffff8001400c\nSYMBOL(log_next_idx)=ffffffff80014010\nSIZE(printk_log)=16\n\

@@ -1,4 +1,4 @@
-//! A qcow2 image from somebody else, read.
+//! A qcow2 image from a stranger, read.
 
 #![no_main]
 

@@ -1,6 +1,7 @@
 //! A qcow2 image from a stranger, written to by a guest.
 //!
-//! The image is a sound one but for some bytes, most of them in its header and tables, where a flip goes far.
+//! The image is sound except for some bytes, most of them in its header and tables, where a change has far-reaching
+//! effects.
 
 #![no_main]
 
@@ -16,7 +17,7 @@ use vireo::virtio::blk::{Blk, BlkConfig};
 use vireo_fuzz::{Request, drive};
 
 const CLUSTER: usize = 65536;
-/// Sectors in the first, the second and the last cluster of the disk.
+/// Requests for sectors in the first, the second and the last cluster of the disk.
 const REQUESTS: [Request; 7] = [
     request(&header(1, 0), &[1]),
     request(&header(1, 129), &[1]),
@@ -72,7 +73,7 @@ fn table(bytes: &[u8], at: usize) -> usize {
 
 static IMAGES: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| [image(false), image(true)]);
 
-/// Some numbers become others.
+/// Changes some numbers.
 fn flip(image: &mut Vec<u8>, bytes: &mut Unstructured) -> Result<()> {
     let tables = [40, 48].map(|at| table(image, at));
     let (l2, counts) = (table(image, tables[0]), table(image, tables[1]));
@@ -110,12 +111,12 @@ fn run(data: &[u8], path: &Path) -> Result<()> {
     let mut device = Blk::with_disk("disk", &BlkConfig { path: path.into(), ..BlkConfig::default() }, disk);
     drive(&mut device, &REQUESTS, bytes.take_rest(), &mut |_| {});
     drop(device);
-    // What a guest does to a sound image leaves a sound one.
+    // A guest must not damage a sound image.
     let file = std::fs::File::open(path).unwrap();
     let mut magic = [0; 4];
     file.read_exact_at(&mut magic, 0).unwrap();
     assert_eq!(&magic, b"QFI\xfb");
-    image::open(&options).map(drop).expect("it is as sound as before");
+    image::open(&options).map(drop).expect("the image is as sound as before");
     Ok(())
 }
 

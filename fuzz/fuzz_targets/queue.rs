@@ -1,4 +1,4 @@
-//! Chains straight from memory: every descriptor, ring and index is the fuzzer's.
+//! Chains directly from memory: the fuzzer decides every descriptor, ring and index.
 
 #![no_main]
 
@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 use vireo::memory::GuestRam;
 use vireo::virtio::queue::{Queue, QueueState};
 
-// What the ring is said to be, then its memory.
+// The input is the parameters of the ring, then its memory.
 fuzz_target!(|data: &[u8]| {
     let Some((head, memory)) = data.split_at_checked(8) else { return };
     let ram = GuestRam::anonymous(64 << 10);

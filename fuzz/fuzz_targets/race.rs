@@ -1,5 +1,5 @@
-//! A second thread of the guest's, which changes memory while devices serve requests in it: what was checked may be
-//! different when it is used. Findings need not come again with the same input; what must hold does always.
+//! A second thread of the guest, which changes memory while devices serve requests in it: checked values may be
+//! different when they are used. A finding need not recur with the same input, but the invariants hold always.
 
 #![no_main]
 
@@ -60,7 +60,7 @@ const VSOCK: [Request; 2] = [
     Request { queue: 1, readable: &[3; 44], writable: &[] },
 ];
 
-/// Changes bytes of rings, tables and buffers without end, in an order that `seed` decides.
+/// Changes bytes of rings, tables and buffers until `over`, in an order that `seed` decides.
 fn disturb(ram: &GuestRam, seed: u64, over: &AtomicBool) {
     let mut random = seed | 1;
     while !over.load(Ordering::Relaxed) {

@@ -1,4 +1,4 @@
-//! Saved states of devices that nobody saved: almost those of a device that was, or anything.
+//! Saved states of devices that were never saved: almost those of a device that was, or anything.
 
 #![no_main]
 
@@ -29,12 +29,12 @@ use vireo::virtio::vsock::{Vsock, VsockConfig};
 use vireo_fuzz::mutate;
 
 const RAM: u64 = 1 << 20;
-/// Where the memory device has its memory.
+/// Address of the memory device's memory.
 const REGION: u64 = 4 << 30;
 const PLUGGABLE: u64 = 16 << 20;
 const KINDS: u8 = 8;
 
-/// A device of each kind, new.
+/// Creates a new device of this kind.
 fn device(kind: u8, dir: &Path) -> Box<dyn VirtioDevice> {
     match kind {
         0 => Box::new(Rng::new("rng", &RngConfig::default())),
@@ -75,7 +75,7 @@ fn device(kind: u8, dir: &Path) -> Box<dyn VirtioDevice> {
     }
 }
 
-/// What a device with two queues that are in use would have saved.
+/// Returns the state that a device with two queues in use would have saved.
 fn good(transport: &MmioTransport) -> Value {
     let mut state = serde_json::to_value(transport.save().unwrap()).unwrap();
     let features = 1u64 << 32 | 1 << 40;
@@ -91,7 +91,7 @@ fn good(transport: &MmioTransport) -> Value {
     state
 }
 
-/// A shared folder of which the guest knows a file, and has it open.
+/// Returns the state of a shared folder in which the guest knows a file and has it open.
 fn mounted(file: &Path) -> Value {
     let meta = std::fs::metadata(file).unwrap();
     let file = json!({"id": 2, "parent": 1, "name": b"file", "lookups": 1, "kind": 0o100000, "dev": meta.dev(), "mount": 0,
@@ -112,7 +112,7 @@ fn run(data: &[u8]) -> Result<()> {
         let fresh = MmioTransport::new(device(kind, dir.path()), ram.clone(), line()).unwrap();
         good(&fresh)
     };
-    // What a new device keeps, or one that was in use.
+    // The state of a new device, or of one that was in use.
     if kind == 7 && bytes.arbitrary()? {
         state["device"] = mounted(&dir.path().join("shared/file"));
     }
@@ -122,19 +122,19 @@ fn run(data: &[u8]) -> Result<()> {
     let Ok(state) = serde_json::from_value::<MmioState>(state) else { return Ok(()) };
     let device = device(kind, dir.path());
     let Ok(transport) = MmioTransport::from_state(device, ram.clone(), line(), &state) else { return Ok(()) };
-    // It is what was said, and lives.
-    let _ = transport.save().expect("it is paused");
+    // The restored device is paused as its state says, and works.
+    let _ = transport.save().expect("a paused device can be saved");
     transport.resume();
     let driver = FakeDriver::new(&transport, &ram);
     driver.kick(0);
     for register in (0..0x100).step_by(4) {
         driver.get(register);
     }
-    transport.stop().expect("it stops");
-    let again = transport.save().expect("it is stopped");
+    transport.stop().expect("the device stops");
+    let again = transport.save().expect("a stopped device can be saved");
     drop(transport);
     let device = self::device(kind, dir.path());
-    MmioTransport::from_state(device, ram, line(), &again).expect("what it saves can be restored");
+    MmioTransport::from_state(device, ram, line(), &again).expect("a saved state can be restored");
     Ok(())
 }
 

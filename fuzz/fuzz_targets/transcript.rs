@@ -1,5 +1,5 @@
-//! What a guest prints, as its readers see it: the transcript with patterns and a log, the watch for tell-tale lines; and
-//! what is typed, as the terminal's escapes see it.
+//! Output of a guest as its readers see it: the transcript with patterns and a log, and the watch for tell-tale lines;
+//! and typed input as the terminal's escapes see it.
 
 #![no_main]
 

@@ -1,6 +1,6 @@
-//! The front end of vhost-user, with a daemon that may answer anything, and ask for it.
+//! The frontend of vhost-user, with a daemon that may answer and request anything.
 //!
-//! The answers to a call lie in the socket before it is made, and nobody waits for more: nothing here takes time.
+//! The answers to a call are in the socket before it is made, and nothing waits for more, so nothing here takes time.
 
 #![no_main]
 
@@ -21,21 +21,21 @@ use vireo::memory::{GuestRam, MemoryConfig};
 use vireo::options::Size;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// Among the features: there are protocol features.
+/// Feature bit: protocol features exist.
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// Protocol features: several queues, every message acknowledged, requests of the daemon's own, configuration space.
 const MQ: u64 = 1 << 0;
 const REPLY_ACK: u64 = 1 << 3;
 const BACKEND_REQ: u64 = 1 << 5;
 const CONFIG: u64 = 1 << 9;
-/// What is asked for at most.
+/// Maximum number of calls.
 const STEPS: usize = 50;
 
 static RAM: LazyLock<GuestRam> = LazyLock::new(|| {
     GuestRam::new(&MemoryConfig { size: Size(1 << 20), shared: true, ..MemoryConfig::default() }).unwrap()
 });
 
-/// The other side, and what decides what it does.
+/// The other side, and the bytes that decide what it does.
 struct Daemon<'a> {
     stream: UnixStream,
     bytes: Unstructured<'a>,
@@ -43,7 +43,7 @@ struct Daemon<'a> {
 }
 
 impl Daemon<'_> {
-    /// What a good one answers to greetings.
+    /// Returns a good daemon's answers to greetings.
     fn greeting(&mut self) -> Result<Vec<(u32, Vec<u8>)>> {
         let features = self.bytes.arbitrary::<u64>()? ^ PROTOCOL_FEATURES;
         let protocol = self.bytes.arbitrary::<u64>()? ^ (MQ | REPLY_ACK | BACKEND_REQ | CONFIG);
@@ -66,7 +66,7 @@ impl Daemon<'_> {
         self.acknowledges.then(|| (request, number(0)))
     }
 
-    /// Gives almost these answers.
+    /// Sends almost these answers.
     fn answer(&mut self, answers: impl IntoIterator<Item = (u32, Vec<u8>)>) -> Result<()> {
         let mut all = Vec::new();
         for (request, payload) in answers {
@@ -98,7 +98,7 @@ impl Daemon<'_> {
         Ok(self.bytes.bytes(usize::min(len, self.bytes.len()))?.to_vec())
     }
 
-    /// Takes what it was told; the first descriptor that came with it.
+    /// Takes all messages; returns the first descriptor that came with them.
     fn hear(&self) -> Option<File> {
         let mut first = None;
         while let Ok((1.., file)) = self.stream.recv_with_fd(&mut [0; 4096]) {
@@ -112,7 +112,7 @@ fn number(n: u64) -> Vec<u8> {
     n.to_ne_bytes().to_vec()
 }
 
-/// One call; what it returns must be what it promises.
+/// Makes one call and checks what it returns.
 fn step(frontend: &mut Frontend, daemon: &mut Daemon<'_>, channel: &mut Option<File>) -> Result<()> {
     match daemon.bytes.int_in_range(0..=7u8)? {
         0 => {
@@ -153,7 +153,7 @@ fn step(frontend: &mut Frontend, daemon: &mut Daemon<'_>, channel: &mut Option<F
             assert!(stopped.is_err() || stopped.unwrap().len() == 2);
         }
         5 => {
-            // Nobody asked.
+            // An answer to no request.
             daemon.answer([])?;
         }
         _ => {
@@ -186,7 +186,7 @@ fn run(data: &[u8]) -> Result<()> {
         let sound = frontend.look().is_ok();
         assert_eq!(sound, frontend.broken().is_none());
         if !sound {
-            // Nobody asks it again.
+            // A broken daemon is not asked again.
             assert!(frontend.config(8).is_err() && frontend.enable([]).is_ok() && frontend.stop(&[0]).is_err());
             assert!(daemon.hear().is_none());
         }

@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use vireo::virtio::vsock::{Vsock, VsockConfig};
 use vireo_fuzz::{Request, drive};
 
-/// A packet of the guest (5.10.6): from port 1024 of CID 3 to a port of CID 2.
+/// A packet from the guest (5.10.6): from port 1024 of CID 3 to a port of CID 2.
 const fn packet(port: u8, operation: u8, len: u8) -> [u8; 44] {
     let mut packet = [0; 44];
     (packet[0], packet[8], packet[17], packet[20]) = (3, 2, 4, port);

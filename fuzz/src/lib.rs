@@ -1,8 +1,8 @@
-//! A guest made of bytes: what the fuzz targets of all devices share.
+//! A guest made of bytes: code that the fuzz targets of all devices share.
 //!
 //! The bytes decide what a driver does: mostly what drivers do, with requests that are almost right, and now and then
-//! anything at all. The device runs on the fuzzer's own thread, by the fake driver of the unit tests. Whatever happens,
-//! it must neither panic nor hang nor grow, and a device that was stopped must have given everything back.
+//! anything at all. The device runs on the fuzzer's own thread, with the fake driver of the unit tests. Whatever
+//! happens, it must neither panic nor hang nor grow, and a device that was stopped must have given everything back.
 
 use arbitrary::{Result, Unstructured};
 use vireo::memory::GuestRam;
@@ -12,38 +12,38 @@ use vireo::virtio::{Activated, Activation, Event, Share, VirtioDevice};
 /// Bytes of memory that a guest uses.
 pub const RAM: u64 = 1 << 20;
 const RINGS: u64 = 0x1000;
-/// Where indirect tables are.
+/// Address of the indirect tables.
 pub const TABLES: u64 = 0x1_0000;
 const TABLES_END: u64 = 0x1_4000;
 const BUFFERS: u64 = 0x2_0000;
 const SIZE: u16 = 32;
-/// How often a device is started at most.
+/// Maximum number of times that a device is started.
 const LIVES: usize = 4;
-/// What a driver does at most in one life.
+/// Maximum number of steps of a driver in one life.
 const STEPS: usize = 200;
 
-/// A request that makes sense to a device, as a beginning.
+/// A request that makes sense to a device, as a starting point.
 pub struct Request<'a> {
-    /// Which queue takes it.
+    /// Index of the queue that takes it.
     pub queue: usize,
-    /// What the device reads.
+    /// Bytes that the device reads.
     pub readable: &'a [u8],
-    /// Lengths of what the device writes.
+    /// Lengths of the buffers that the device writes.
     pub writable: &'a [u32],
 }
 
-/// Has writes to closed sockets return errors, as in any Rust program but a fuzzer.
+/// Makes writes to closed sockets return errors, as in any Rust program but a fuzzer.
 pub fn ignore_broken_pipes() {
     // SAFETY: the call takes no pointers.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
 }
 
-/// Lets a device live through what `data` says. `host` is called with bytes for what happens on the other side.
+/// Lets a device live through what `data` says. `host` is called with bytes that decide what happens on the other side.
 pub fn drive(device: &mut dyn VirtioDevice, requests: &[Request<'_>], data: &[u8], host: &mut dyn FnMut(&[u8])) {
     drive_in(&GuestRam::anonymous(RAM), device, requests, data, host);
 }
 
-/// The same in memory that has more than [`RAM`], which the guest itself stays in.
+/// Does what [`drive`] does in memory that may have more than [`RAM`], within which the guest itself stays.
 pub fn drive_in(
     ram: &GuestRam,
     device: &mut dyn VirtioDevice,
@@ -66,7 +66,7 @@ struct Guest<'a, 'b> {
     requests: &'a [Request<'a>],
     bytes: &'a mut Unstructured<'b>,
     ram: GuestRam,
-    /// One for each share, as each has a worker of its own.
+    /// Wires, one for each share, as each has a worker of its own.
     wires: Vec<Loopback>,
     queues: Vec<FakeQueue>,
     shares: Vec<Share>,
@@ -127,7 +127,7 @@ impl<'a, 'b> Guest<'a, 'b> {
         last
     }
 
-    /// One thing that a driver does; `false`: it resets the device.
+    /// Performs one step of a driver; `false` if it resets the device.
     fn step(&mut self, host: &mut dyn FnMut(&[u8])) -> Result<bool> {
         match self.bytes.int_in_range(0..=15u8)? {
             0..=5 => {
@@ -166,7 +166,7 @@ impl<'a, 'b> Guest<'a, 'b> {
         if self.bytes.ratio(1, 16)? { self.bytes.arbitrary() } else { self.bytes.int_in_range(0..=128) }
     }
 
-    /// A request that is almost right; returns its queue.
+    /// Adds a request that is almost right; returns its queue.
     fn request(&mut self) -> Result<usize> {
         let request = self.bytes.choose(self.requests)?;
         let mut readable = request.readable.to_vec();
@@ -182,7 +182,7 @@ impl<'a, 'b> Guest<'a, 'b> {
         if self.bytes.ratio(1, 8)? {
             writable.push(self.bytes.int_in_range(0..=9000)?);
         }
-        // Somewhere, cut somewhere.
+        // The request is anywhere in the buffers, and is cut anywhere.
         let base = BUFFERS + 0x100 * self.bytes.int_in_range(0..=0x400u64)?;
         let _ = self.ram.write(base, &readable);
         let cut = self.bytes.int_in_range(0..=readable.len())?;
@@ -205,7 +205,7 @@ impl<'a, 'b> Guest<'a, 'b> {
         Ok(queue)
     }
 
-    /// A bit of a ring, a table or a buffer changes.
+    /// Changes a bit of a ring, a table or a buffer.
     fn flip(&mut self) -> Result<()> {
         let at = match self.bytes.int_in_range(0..=2u8)? {
             0 => self.bytes.int_in_range(RINGS..=RINGS + 0x2000)?,
@@ -218,7 +218,7 @@ impl<'a, 'b> Guest<'a, 'b> {
         Ok(())
     }
 
-    /// A descriptor, a head or an index that is anything.
+    /// Writes anything to a descriptor, a head or an index.
     fn nonsense(&mut self) -> Result<()> {
         let queue = self.bytes.choose_index(self.queues.len())?;
         let queue = &mut self.queues[queue];
@@ -248,7 +248,7 @@ impl<'a, 'b> Guest<'a, 'b> {
         }
     }
 
-    /// What watched descriptors tell, without waiting.
+    /// Handles the events of watched descriptors, without waiting.
     fn ready(&mut self) {
         for (Share { handler, queues }, wire) in self.shares.iter_mut().zip(&mut self.wires) {
             if !self.broken {
@@ -264,7 +264,7 @@ impl<'a, 'b> Guest<'a, 'b> {
         }
     }
 
-    /// The device gives its queues back, with nothing in flight unless a rule was broken.
+    /// Makes the device give its queues back, with nothing in flight unless a rule was broken.
     fn stop(&mut self) {
         for (Share { handler, queues }, wire) in self.shares.iter_mut().zip(&self.wires) {
             let drained = wire.drain(&mut **handler, queues);
@@ -272,7 +272,7 @@ impl<'a, 'b> Guest<'a, 'b> {
         }
         self.shares.clear();
         let state = self.device.save().expect("a stopped device can be saved");
-        self.device.restore(&state).expect("and be what it was");
+        self.device.restore(&state).expect("the device can be restored");
     }
 }
 
@@ -303,7 +303,7 @@ pub fn mutate(value: &mut serde_json::Value, bytes: &mut Unstructured<'_>) -> Re
     Ok(())
 }
 
-/// Another value in the place of this one, mostly of its type.
+/// Returns another value for the place of this one, mostly of its type.
 fn leaf(value: &serde_json::Value, bytes: &mut Unstructured<'_>) -> Result<serde_json::Value> {
     use serde_json::{Value, json};
     let number = value.as_u64().unwrap_or(0);
