@@ -120,7 +120,6 @@ pub fn in_host(options: &[&str], script: &str, args: &[&str], facts: &mut Facts)
 const STUCK: Duration = Duration::from_secs(120);
 /// Kills the guest; the script then sees that no more output comes.
 const KILL: &str = "pids=$(pidof vireo qemu-system-x86_64) && kill -9 $pids";
-const KILL: &str = "pids=$(pidof vireo qemu-system-x86_64) && kill -9 $pids";
 
 fn run(options: &[&str]) -> Command {
     let mut command = Command::new(Path::new(REPO).join("tests/host/run"));
