@@ -247,6 +247,31 @@ fn base_images_are_inputs() {
     run(&["--disk", &own, "--share", &format!("{},readonly", text(&share))]).expect(0);
 }
 
+/// A static program that does nothing for ever.
+fn endless_program() -> Vec<u8> {
+    const BASE: u64 = 0x40_0000;
+    const HEADERS: u64 = 64 + 56;
+    let mut bytes = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+    bytes.extend([BASE + HEADERS, 64, 0].map(u64::to_le_bytes).concat());
+    bytes.extend([0, 0, 64, 56, 1, 64, 0, 0].map(u16::to_le_bytes).concat());
+    bytes.extend([1, 5].map(u32::to_le_bytes).concat());
+    bytes.extend([0, BASE, BASE, HEADERS + 2, HEADERS + 2, 0x1000].map(u64::to_le_bytes).concat());
+    // A jump to itself.
+    bytes.extend([0xEB, 0xFE]);
+    bytes
+}
+
+/// A program to pack is not run here.
+#[test]
+fn a_busybox_is_packed_and_not_run() {
+    let (_folder, path) = folder();
+    // Whatever it is asked for, it never ends.
+    let (busybox, kernel) = (path.join("busybox"), Kernel::new(&elf(crate::guests::power_off())));
+    fs::write(&busybox, endless_program()).unwrap();
+    fs::set_permissions(&busybox, fs::Permissions::from_mode(0o755)).unwrap();
+    Running::start(kernel.command(&["--busybox", text(&busybox)])).end().expect(0);
+}
+
 #[test]
 fn no_file_is_overwritten_that_is_needed() {
     let (_folder, path) = folder();

@@ -5,10 +5,8 @@
 //! another machine, dynamically linked without its libraries, or a script whose interpreter was not packed) is refused,
 //! because the guest's kernel would only report it as a panic.
 
-use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -28,8 +26,12 @@ const APPLETS: &str = "ash awk cat chmod chroot cp cut date dd df dmesg echo env
                        ifconfig insmod ip kill less ln ls lsmod mkdir mknod mktemp modprobe more mount mv nc od ping \
                        poweroff printf ps pwd reboot rm rmdir rmmod route sed seq setsid sh sleep sort stat stty sync \
                        tail tar tee test touch tr true udhcpc umount uname vi wc which xargs yes";
-/// Limit on the output of `busybox --list`, more than any busybox prints.
-const APPLETS_MAX: u64 = 64 << 10;
+/// Limit on the bytes of a busybox that are searched for its applets' names. A static one has 2 MiB.
+const BUSYBOX_MAX: u64 = 16 << 20;
+/// Longest name of an applet.
+const APPLET_MAX: usize = 32;
+/// Minimum number of [`APPLETS`] in a list of names that is accepted as the applets'.
+const APPLETS_KNOWN: usize = 8;
 /// Length of a script's first line that the kernel reads (BINPRM_BUF_SIZE).
 const SCRIPT_HEAD: u64 = 256;
 
@@ -169,7 +171,9 @@ fn add_modules(archive: &mut Archive, modules: Vec<modules::Module>) -> Result<(
 
 /// Adds the busybox, and a link for each applet whose name is free.
 fn busybox(archive: &mut Archive, path: &Path) -> Result<(), Error> {
-    let path = if path.as_os_str().as_bytes().contains(&b'/') { path.into() } else { look_up(path)? };
+    let path = find_busybox(path).ok_or_else(|| {
+        Error::Busybox(format!("there is no {} in PATH; install busybox-static, or name a file", path.display()))
+    })?;
     let file = open(&path)?;
     let refused = |what: &str| Error::Busybox(format!("{} {what}", path.display()));
     match program(&file) {
@@ -180,14 +184,11 @@ fn busybox(archive: &mut Archive, path: &Path) -> Result<(), Error> {
         Ok(Program::Script(_)) => return Err(refused("is a script")),
         Err(what) => return Err(refused(&what)),
     }
+    let data = Data::File(file.file.try_clone().map_err(|e| refused(&e.to_string()))?, file.len);
+    let content = data.head(BUSYBOX_MAX).map_err(|e| refused(&e.to_string()))?;
     archive.file(Path::new("/bin/busybox"), 0o755, file)?;
-    let listed = list_applets(&path);
-    let applets = listed.as_deref().unwrap_or(APPLETS).split_ascii_whitespace();
-    // The names are untrusted: a program printed them.
-    let plain =
-        |name: &&str| name.len() <= 32 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-[".contains(&b));
-    for applet in applets.filter(plain).filter(|name| *name != "busybox") {
-        let link = Path::new("/bin").join(applet);
+    for applet in applets(&content).iter().filter(|name| **name != b"busybox") {
+        let link = Path::new("/bin").join(std::ffi::OsStr::from_bytes(applet));
         if !archive.contains(&link) {
             archive.symlink(&link, Path::new("busybox"))?;
         }
@@ -197,25 +198,41 @@ fn busybox(archive: &mut Archive, path: &Path) -> Result<(), Error> {
     if archive.contains(env) { Ok(()) } else { Ok(archive.symlink(env, Path::new("/bin/busybox"))?) }
 }
 
-fn look_up(name: &Path) -> Result<PathBuf, Error> {
+/// Returns the file that `--busybox` means. A name without a slash is searched in PATH.
+pub fn find_busybox(name: &Path) -> Option<PathBuf> {
+    if name.as_os_str().as_bytes().contains(&b'/') {
+        return Some(name.into());
+    }
     let path = std::env::var_os("PATH").unwrap_or_default();
     let candidates = std::env::split_paths(&path).chain(["/bin".into(), "/usr/bin".into()]);
     let mut candidates = candidates.map(|dir: PathBuf| dir.join(name));
-    candidates.find(|path| path.is_file()).ok_or_else(|| {
-        Error::Busybox(format!("there is no {} in PATH; install busybox-static, or name a file", name.display()))
-    })
+    candidates.find(|path| path.is_file())
 }
 
-/// Returns the output of `busybox --list`, if it prints any.
-fn list_applets(path: &Path) -> Option<String> {
-    let mut command = Command::new(path);
-    command.arg("--list").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut child = command.spawn().ok()?;
-    let mut text = String::new();
-    let read = child.stdout.take()?.take(APPLETS_MAX).read_to_string(&mut text);
-    let _ = child.kill(); // it has printed its list
-    let _ = child.wait();
-    read.ok().filter(|len| *len > 0).map(|_| text)
+/// Returns the names of a busybox's applets. vireo never runs a program to pack on the host, so it searches the file for the
+/// table `applet_names`, which is a sorted sequence of strings. Without such a table it returns the usual applets.
+fn applets(content: &[u8]) -> Vec<&[u8]> {
+    let plain = |name: &[u8]| {
+        (1..=APPLET_MAX).contains(&name.len())
+            && name[0] != b'.'
+            && name.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-+[".contains(b))
+    };
+    let (mut longest, mut run) = (Vec::new(), Vec::new());
+    // The empty string at the end ends the last sequence.
+    for text in content.split(|b| *b == 0).chain([&b""[..]]) {
+        if !plain(text) || run.last().is_some_and(|last| *last >= text) {
+            if run.len() > longest.len() {
+                std::mem::swap(&mut longest, &mut run);
+            }
+            run.clear();
+        }
+        if plain(text) {
+            run.push(text);
+        }
+    }
+    let usual = APPLETS.split_ascii_whitespace().map(str::as_bytes);
+    let known = usual.clone().filter(|name| longest.binary_search(name).is_ok()).count();
+    if known < APPLETS_KNOWN { usual.collect() } else { longest }
 }
 
 /// Kind of a program.
@@ -327,6 +344,12 @@ mod tests {
         archive.bytes(Path::new("/usr/bin/ls"), 0o755, b"other").unwrap();
         archive.symlink(Path::new("/bin"), Path::new("usr/bin")).unwrap();
         busybox(&mut archive, Path::new("busybox")).unwrap();
+        // The busybox of the tests can be trusted to list its applets.
+        let listed = std::process::Command::new("busybox").arg("--list").output().unwrap().stdout;
+        let listed = String::from_utf8(listed).unwrap();
+        let content = std::fs::read(find_busybox(Path::new("busybox")).unwrap()).unwrap();
+        assert_eq!(applets(&content), listed.lines().map(str::as_bytes).collect::<Vec<_>>());
+        assert!(listed.lines().all(|name| archive.contains(&Path::new("/bin").join(name))));
         for name in ["/bin/busybox", "/bin/sh", "/bin/ls", "/usr/bin/env"] {
             assert!(archive.contains(Path::new(name)), "{name}");
         }
@@ -337,6 +360,24 @@ mod tests {
         assert!(said(&files.write("script", b"#!/bin/sh\n")).ends_with("/script is a script"));
         assert!(said(Path::new("no-such-box")).starts_with("--busybox: there is no no-such-box in PATH; install"));
         assert!(said(&files.path("gone")).starts_with("cannot pack "));
+    }
+
+    #[test]
+    fn applets_are_read_and_not_asked_for() {
+        let files = Files::new();
+        let mut bytes = program(None);
+        bytes.extend(b"zz\0ok\0.\0..\0[\0[[\0ash\0cat\0cp\0dd\0ip\0ls\0mount\0sh\0test.1\0Usage\0vi\0\0yes");
+        let listed = applets(&bytes);
+        let names: [&[u8]; 11] = [b"[", b"[[", b"ash", b"cat", b"cp", b"dd", b"ip", b"ls", b"mount", b"sh", b"test.1"];
+        assert_eq!(listed, names);
+        let mut archive = Archive::new();
+        busybox(&mut archive, &files.write("box", &bytes)).unwrap();
+        assert!(archive.contains(Path::new("/bin/test.1")) && !archive.contains(Path::new("/bin/vi")));
+        // Files with another list, or without one.
+        for other in [&b"a\0b\0c\0d\0e\0f\0g\0h\0i\0"[..], b"", &[0; 100], &[b'a'; 100]] {
+            let usual = applets(other);
+            assert!(usual.contains(&&b"sh"[..]) && usual.len() > 50, "{usual:?}");
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ use super::named::{NamedFiles, Use};
 use super::watch::WatchArgs;
 use super::{Failure, LogArgs, print, usage};
 use crate::backend::console::ConsoleEnd;
+use crate::boot::pack;
 use crate::config::MachineConfig;
 use crate::event::Signals;
 use crate::exec::{self, Command, Folder, RootFrom};
@@ -144,7 +145,9 @@ impl ExecArgs {
         match &self.root {
             RootFrom::Path(root) if root.is_dir() => named.add_folder("--root", root, self.rw),
             RootFrom::Path(root) => named.add_disk("--root", root, self.rw, None),
-            RootFrom::Initramfs => {}
+            RootFrom::Initramfs => {
+                named.add_some("--root initramfs", pack::find_busybox("busybox".as_ref()).as_deref(), Use::Read);
+            }
         }
         named.add_some("--modules", self.modules.as_deref(), Use::Folder);
         self.watch.add_to(&mut named);

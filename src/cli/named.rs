@@ -13,7 +13,7 @@ use crate::backend::image::{Format, Overlay};
 use crate::backend::output_file::own_descriptor;
 use crate::backend::place::{FileId, Place, WritableFolders};
 use crate::backend::qcow2;
-use crate::boot::pack::InitramfsConfig;
+use crate::boot::pack::{self, InitramfsConfig};
 use crate::config::MachineConfig;
 
 /// Purpose of a file.
@@ -173,9 +173,7 @@ impl NamedFiles {
 
     fn add_packed(&mut self, packed: &InitramfsConfig) {
         self.add_some("--init", packed.init.as_deref(), Use::Read);
-        // A name without a slash is searched in PATH.
-        let busybox = packed.busybox.as_deref().filter(|path| path.components().count() > 1);
-        self.add_some("--busybox", busybox, Use::Read);
+        self.add_some("--busybox", packed.busybox.as_deref().and_then(pack::find_busybox).as_deref(), Use::Read);
         packed.dirs.iter().for_each(|path| self.add("--initramfs-dir", path, Use::Folder));
         packed.files.iter().for_each(|file| self.add("--file", &file.host, Use::Read));
     }
