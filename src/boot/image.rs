@@ -10,6 +10,9 @@ use super::source::Data;
 use crate::layout::PAGE_SIZE;
 use crate::memory::GuestRam;
 
+/// Limit on the bytes of a kernel that are searched, which is the limit on unpacked kernels: a file can be sparse and huge.
+const SEARCHED_MAX: u64 = super::unpack::UNPACKED_MAX;
+
 /// Everything known about a kernel except its bytes. The cache stores it unchanged.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageInfo {
@@ -66,6 +69,20 @@ impl Image {
     /// Returns the number of bytes of memory from start to end.
     pub fn span(&self) -> u64 {
         self.info.end - self.info.start
+    }
+
+    /// Returns whether the loaded pieces contain a `needle`, as [`Data::find`] does. The rest of the file is not searched:
+    /// neither symbols nor appended bytes are part of the kernel.
+    pub fn find(&self, needle: &[u8], rare: usize, mut wanted: impl FnMut(&[u8]) -> bool) -> Result<bool, Problem> {
+        let mut left = SEARCHED_MAX;
+        for piece in &self.info.pieces {
+            let len = piece.len.min(left);
+            if self.data.find(piece.offset..piece.offset.saturating_add(len), needle, rare, &mut wanted)? {
+                return Ok(true);
+            }
+            left -= len;
+        }
+        Ok(false)
     }
 
     /// Loads the image at `start`. RAM is fresh, so the gaps between the pieces are already zero. Unpacked bytes may be

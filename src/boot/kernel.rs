@@ -13,10 +13,11 @@ use super::error::Problem;
 use super::image::{Image, ImageInfo, Piece};
 use super::kaslr::{Relocations, START_KERNEL_MAP};
 use super::regs::Protocol;
-use super::source::Data;
+use super::source::{Data, Reader};
 use super::unpack::{self, Compression};
 use super::{BootMode, multiboot};
 use crate::layout;
+use crate::options::Size;
 
 /// Number of a file's first bytes that are examined to detect its kind. ISO images have their mark at 32 KiB.
 const HEAD: u64 = 36 << 10;
@@ -29,7 +30,7 @@ pub fn examine(data: Data, mode: BootMode) -> Result<Image, Problem> {
     let Some(compression) = Compression::detect(&head) else {
         return examine_plain(data, &head, mode);
     };
-    let unpacked = Data::Memory(unpack::unpack(compression, data.reader(0, data.len())?)?);
+    let unpacked = Data::Memory(unpack::unpack(compression, compressed(&data, 0, data.len())?)?);
     // Nobody compresses a kernel twice; unpacking deeper would only help decompression bombs.
     let head = unpacked.head(HEAD)?;
     match examine_plain(unpacked, &head, mode) {
@@ -42,6 +43,18 @@ pub fn examine(data: Data, mode: BootMode) -> Result<Image, Problem> {
         }
         Err(e) => Err(e),
     }
+}
+
+/// Returns a reader of the compressed bytes from `offset`. Some formats have empty blocks, with which a huge sparse file
+/// would keep a decompressor busy for hours, so more bytes than a kernel may unpack to are refused.
+fn compressed(data: &Data, offset: u64, len: u64) -> Result<Reader<'_>, Problem> {
+    if len > unpack::UNPACKED_MAX {
+        let max = Size(unpack::UNPACKED_MAX);
+        return Err(Problem::Unsuitable(format!(
+            "it has {len} bytes of compressed data, and no kernel has more than {max}"
+        )));
+    }
+    data.reader(offset, len)
 }
 
 fn examine_plain(data: Data, head: &[u8], mode: BootMode) -> Result<Image, Problem> {
@@ -66,9 +79,8 @@ fn examine_plain(data: Data, head: &[u8], mode: BootMode) -> Result<Image, Probl
 }
 
 fn vmlinux(data: Data) -> Result<Image, Problem> {
-    let version = find_version(&data);
     let mut image = elf_image(data, "vmlinux")?;
-    image.info.version = version;
+    image.info.version = find_version(&image);
     Ok(image)
 }
 
@@ -95,7 +107,7 @@ fn examine_bzimage(data: Data, mode: BootMode) -> Result<Image, Problem> {
     let size = data.bytes(offset + len - 4, 4)?;
     let size = u32::from_le_bytes([size[0], size[1], size[2], size[3]]);
     let stream = if compression == Compression::Gzip { len } else { len - 4 };
-    let unpacked = unpack::unpack_to_pages(compression, data.reader(offset, stream)?, size.into())?;
+    let unpacked = unpack::unpack_to_pages(compression, compressed(&data, offset, stream)?, size.into())?;
     drop(data);
     if !elf::is_elf(&unpacked) {
         return Err(Problem::Damaged(format!("its {} payload is not an ELF file", compression.name())));
@@ -217,7 +229,7 @@ fn mode_name(mode: BootMode) -> &'static str {
 }
 
 /// Returns the version in Linux's banner.
-pub fn find_version(data: &Data) -> Option<String> {
+pub fn find_version(image: &Image) -> Option<String> {
     const BANNER: &[u8] = b"Linux version ";
     let mut version = None;
     // Some kernels also contain the format string "Linux version %s".
@@ -226,7 +238,7 @@ pub fn find_version(data: &Data) -> Option<String> {
         version = found.then(|| bzimage::printable(&text[..text.len().min(256)])).flatten();
         found
     };
-    data.find(BANNER, 0, number).ok()?;
+    image.find(BANNER, 0, number).ok()?;
     version
 }
 

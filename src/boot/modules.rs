@@ -144,7 +144,7 @@ pub fn find(config: &ModulesConfig, kernel: &Path, image: &Image) -> Result<Vec<
 
 /// Returns the kernel's `uname -r`, if it can be part of a path.
 fn release(image: &Image) -> Option<String> {
-    let version = image.info.version.clone().or_else(|| kernel::find_version(&image.data))?;
+    let version = image.info.version.clone().or_else(|| kernel::find_version(image))?;
     let release = version.split(' ').next().unwrap_or_default();
     let fits = !release.starts_with('.') && !release.contains('/') && release.len() < 200;
     fits.then(|| release.to_string())
@@ -228,7 +228,7 @@ fn built_in(image: &Image, name: &str) -> bool {
     let needle = [name.as_bytes(), b"\0"].concat();
     // The search is fast if it looks for a byte that is rare in kernels.
     let rare = needle.iter().position(|b| b"vxz".contains(b)).unwrap_or(0);
-    image.packed || image.data.find(&needle, rare, |_| true).is_ok_and(|found| found)
+    image.packed || image.find(&needle, rare, |_| true).is_ok_and(|found| found)
 }
 
 /// The text files of a modules directory.
@@ -442,10 +442,12 @@ impl<'a> Search<'a> {
 /// Returns a module's content, unpacked if necessary.
 fn open(path: &Path) -> Result<Data, Problem> {
     let (file, len) = source::open(path)?;
+    if len > MODULE_MAX {
+        return Err(Problem::Damaged(format!("it is too large ({len} bytes)")));
+    }
     let data = Data::File(file, len);
     match Compression::detect(&data.head(16)?) {
         Some(format) => Ok(Data::Memory(unpack::unpack_within(format, data.reader(0, len)?, MODULE_MAX)?)),
-        None if len > MODULE_MAX => Err(Problem::Damaged(format!("it is too large ({len} bytes)"))),
         None => Ok(data),
     }
 }
@@ -474,6 +476,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::BootMode;
+    use super::super::image::Piece;
     use super::super::testing::{self, Files};
     use super::*;
 
@@ -630,6 +633,9 @@ mod tests {
         bytes.extend(vec![b'v'; 600_000]);
         bytes.extend(b"virtio-mmio\0");
         image.data = Data::Memory(bytes.clone());
+        let error = package.find_for(&config, &image).unwrap_err().to_string();
+        assert!(error.contains("has no virtio_mmio built in"), "what is not loaded does not count: {error}");
+        image.info.pieces.push(Piece { paddr: 0, offset: 0, len: 1 << 20 });
         let error = package.find_for(&config, &image).unwrap_err().to_string();
         assert!(error.contains("has no overlay built in"), "{error}");
         bytes.extend(b"overlay\0");

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::ffi::OsString;
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -125,15 +126,21 @@ impl Data {
         Ok(())
     }
 
-    /// Returns whether there is a `needle` whose following bytes `wanted` accepts. `rare` is the index of the needle's
-    /// rarest byte.
-    pub fn find(&self, needle: &[u8], rare: usize, mut wanted: impl FnMut(&[u8]) -> bool) -> Result<bool, Problem> {
+    /// Returns whether there is a `needle` in this range whose following bytes `wanted` accepts. `rare` is the index of the
+    /// needle's rarest byte.
+    pub fn find(
+        &self,
+        range: Range<u64>,
+        needle: &[u8],
+        rare: usize,
+        mut wanted: impl FnMut(&[u8]) -> bool,
+    ) -> Result<bool, Problem> {
         // Blocks overlap by more than a needle and the bytes after it that `wanted` looks at.
         const BLOCK: u64 = 256 << 10;
         const OVERLAP: u64 = 512;
-        let mut offset = 0;
-        while offset < self.len() {
-            let len = (BLOCK + OVERLAP).min(self.len() - offset);
+        let (mut offset, end) = (range.start, range.end.min(self.len()));
+        while offset < end {
+            let len = (BLOCK + OVERLAP).min(end - offset);
             let block = match self.place() {
                 Place::Memory(bytes) => Cow::Borrowed(&bytes[offset as usize..][..len as usize]),
                 Place::File(_) => Cow::Owned(self.bytes(offset, len)?),

@@ -43,6 +43,33 @@ fn refusal(bytes: &[u8], change: impl FnOnce(&mut BootConfig)) -> String {
     text.join(": ")
 }
 
+/// Files that are sparse and huge, or a stream of compressed nothing, take no longer than others.
+#[test]
+fn only_what_can_be_a_kernel_is_looked_through() {
+    const HUGE: u64 = 1 << 41;
+    let files = Files::new();
+    let opened = |bytes: &[u8]| {
+        let kernel = files.write("kernel", bytes);
+        OpenOptions::new().write(true).open(&kernel).unwrap().set_len(HUGE).unwrap();
+        BootFiles::open_with(&BootConfig { kernel, ..Default::default() }, RAM, None)
+    };
+    let says = |version: &[u8]| [b"Linux version ", version, b" (me)\0"].concat();
+    let mut text = says(b"6.1.0");
+    text.resize(0x1000, 0x90);
+    let map = super::kaslr::START_KERNEL_MAP;
+    let segment = |text: Vec<u8>| [Seg(START, map + START, text, 0x2000)];
+    let linux = testing::elf64(START, &segment(text), &[LINUX_NOTE]);
+    assert_eq!(opened(&linux).unwrap().describe().version.as_deref(), Some("6.1.0"));
+    // Behind what is loaded.
+    let nameless = testing::elf64(START, &segment(vec![0x90; 0x1000]), &[LINUX_NOTE]);
+    assert_eq!(opened(&[nameless, says(b"6.2.0")].concat()).unwrap().describe().version, None);
+    // Blocks without anything in them.
+    for compressed in [&b"\x28\xb5\x2f\xfd\x00\x68"[..], b"\x1f\x8b\x08\0\0\0\0\0\0\x03"] {
+        let error = opened(compressed).map(|_| ()).unwrap_err();
+        assert!(testing::chain(&error).ends_with("of compressed data, and no kernel has more than 512M"), "{error}");
+    }
+}
+
 #[test]
 fn bzimages_are_unpacked_and_relocated() {
     for format in FORMATS {
