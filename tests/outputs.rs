@@ -78,7 +78,7 @@ fn what_an_earlier_guest_planted_is_not_followed_either() {
         }
     }
     let file = text(&share.join("file")).to_string();
-    for flag in ["--disk", "--initrd", "--pmem", "--init"] {
+    for flag in ["--disk", "--initrd", "--pmem", "--init", "--busybox", "--initramfs-dir"] {
         says(run(flag, &file), 2, &[flag, &file, "a symbolic link in", "leads out of it"]);
     }
     let readonly = format!("{}/dir,readonly", text(&share));
@@ -270,6 +270,26 @@ fn a_busybox_is_packed_and_not_run() {
     fs::write(&busybox, endless_program()).unwrap();
     fs::set_permissions(&busybox, fs::Permissions::from_mode(0o755)).unwrap();
     Running::start(kernel.command(&["--busybox", text(&busybox)])).end().expect(0);
+}
+
+#[test]
+fn a_second_attempt_packs_the_same_folder() {
+    let (_folder, path) = folder();
+    let (packed, outside) = (path.join("share/root"), path.join("outside"));
+    [&packed, &outside].iter().for_each(|dir| fs::create_dir_all(dir).unwrap());
+    fs::write(packed.join("file"), "mine").unwrap();
+    // What the machine has no room for: it would not start again.
+    File::create(outside.join("large")).unwrap().set_len(1 << 30).unwrap();
+    let kernel = Kernel::new(&elf(crate::guests::say_and_sleep()));
+    let share = path.join("share");
+    let arguments = ["--share", text(&share), "--initramfs-dir", text(&packed), "--hang-timeout", "2s"];
+    let mut running = Running::start(kernel.command(&[&arguments[..], &["--retry-on-hang", "1"]].concat()));
+    running.stdout.wait_for("up");
+    fs::rename(&packed, share.join("moved")).unwrap();
+    symlink(&outside, &packed).unwrap();
+    running.stdout.wait_for("upup");
+    running.signal(libc::SIGQUIT);
+    running.wait();
 }
 
 #[test]

@@ -8,11 +8,15 @@
 //! archives.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Stat, fstat, readlinkat, statat};
 
 use super::error::Problem;
 use super::source;
@@ -142,6 +146,20 @@ struct Header<'a> {
     device: (u32, u32),
 }
 
+/// An entry of an open folder of the host.
+struct Entry<'a> {
+    dir: BorrowedFd<'a>,
+    name: &'a OsStr,
+    /// Path for messages.
+    path: &'a Path,
+}
+
+impl Entry<'_> {
+    fn stat(&self) -> Result<Stat, Problem> {
+        statat(self.dir, self.name, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| Problem::Open(e.into()))
+    }
+}
+
 /// An archive under construction.
 #[derive(Debug, Default)]
 pub struct Archive {
@@ -189,27 +207,32 @@ impl Archive {
     }
 
     /// Adds a folder of the host with its content: links, modes, times and devices are kept, owners become root,
-    /// sockets are left out. Symbolic links in the folder are not followed.
+    /// sockets are left out. Symbolic links in the folder are not followed: each step is one name in an open folder,
+    /// because a guest may be able to exchange the content meanwhile.
     pub fn tree(&mut self, host: &Path, guest: &Path) -> Result<(), Error> {
-        let failed = |path: &Path, e: io::Error| Error::Host { path: path.into(), source: Problem::Open(e) };
+        let failed = |path: &Path, source| Error::Host { path: path.into(), source };
+        let cannot_open = |path: &Path, e: io::Error| failed(path, Problem::Open(e));
         let mut links = HashMap::new();
-        let root = fs::metadata(host).map_err(|e| failed(host, e))?;
-        let mut folders = vec![(host.to_path_buf(), clean(guest)?, root)];
-        while let Some((folder, name, metadata)) = folders.pop() {
-            let entries = source::folder(&folder);
-            let entries = entries.map_err(|source| Error::Host { path: folder.clone(), source })?;
-            self.add_directory(&name, metadata.mode(), mtime(&metadata))?;
+        let top = source::open_folder(host).map_err(|problem| failed(host, problem))?;
+        let mut folders = vec![(PathBuf::new(), clean(guest)?)];
+        while let Some((below, name)) = folders.pop() {
+            // Without a slash at the end.
+            let folder = if name.is_empty() { host.to_path_buf() } else { host.join(&below) };
+            let dir = source::descend(&top, &below).map_err(|e| cannot_open(&folder, e))?;
+            let entries = source::names(&dir).map_err(|problem| failed(&folder, problem))?;
+            let stat = fstat(&dir).map_err(|e| cannot_open(&folder, e.into()))?;
+            self.add_directory(&name, stat.st_mode, mtime(&stat))?;
             for entry in entries {
-                let path = folder.join(&entry);
-                let metadata = path.symlink_metadata().map_err(|e| failed(&path, e))?;
+                let host = Entry { dir: dir.as_fd(), name: &entry, path: &folder.join(&entry) };
+                let stat = host.stat().map_err(|problem| failed(host.path, problem))?;
                 let mut name = name.clone();
                 if !name.is_empty() {
                     name.push(b'/');
                 }
                 name.extend_from_slice(entry.as_bytes());
-                match metadata.is_dir() {
-                    true => folders.push((path, name, metadata)),
-                    false => self.tree_entry(path, &name, &metadata, &mut links)?,
+                match kind(&stat) {
+                    FileType::Directory => folders.push((below.join(&entry), name)),
+                    _ => self.tree_entry(&host, &name, &stat, &mut links)?,
                 }
             }
         }
@@ -220,27 +243,31 @@ impl Archive {
     /// names.
     fn tree_entry(
         &mut self,
-        path: PathBuf,
+        host: &Entry<'_>,
         name: &[u8],
-        metadata: &fs::Metadata,
+        stat: &Stat,
         links: &mut HashMap<(u64, u64), u32>,
     ) -> Result<(), Error> {
-        let kind = metadata.file_type();
-        let of_host = |source| Error::Host { path: path.clone(), source };
-        let mut header = Header { mode: metadata.mode(), mtime: mtime(metadata), ..Header::default() };
-        if kind.is_symlink() {
-            let target = fs::read_link(&path).map_err(|e| of_host(Problem::Read(e)))?;
-            return self.add_symlink(name, target.as_os_str().as_bytes(), header.mtime);
+        let of_host = |source| Error::Host { path: host.path.into(), source };
+        let mut header = Header { mode: stat.st_mode, mtime: mtime(stat), ..Header::default() };
+        match kind(stat) {
+            FileType::RegularFile => {}
+            FileType::Symlink => {
+                let target = readlinkat(host.dir, host.name, Vec::new());
+                let target = target.map_err(|e| of_host(Problem::Read(e.into())))?;
+                return self.add_symlink(name, target.as_bytes(), header.mtime);
+            }
+            FileType::Socket => return Ok(()),
+            FileType::CharacterDevice | FileType::BlockDevice => {
+                header.device = (libc::major(stat.st_rdev), libc::minor(stat.st_rdev));
+                return self.add(name, header, Seen::Other);
+            }
+            _ => return self.add(name, header, Seen::Other),
         }
-        if kind.is_socket() {
-            return Ok(());
-        }
-        if kind.is_char_device() || kind.is_block_device() {
-            header.device = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
-        }
-        if !kind.is_file() {
-            return self.add(name, header, Seen::Other);
-        }
+        let (file, len) = source::open_in(host.dir, host.name).map_err(of_host)?;
+        // What it is by now.
+        let metadata = file.metadata().map_err(|e| of_host(Problem::Open(e)))?;
+        (header.mode, header.mtime) = (metadata.mode(), metadata.mtime().clamp(0, u32::MAX.into()) as u32);
         if metadata.nlink() > 1 {
             // The first name has the content. The exact number of names is not important, if it is more than one.
             header.links = u32::try_from(metadata.nlink()).unwrap_or(u32::MAX);
@@ -252,8 +279,7 @@ impl Archive {
             header.inode = self.next_inode()?;
             links.insert(identity, header.inode);
         }
-        let file = HostFile::open(&path).map_err(of_host)?;
-        self.add_file(name, header, file)
+        self.add_file(name, header, HostFile { file, len, path: host.path.into() })
     }
 
     /// Ends the archive and returns its pieces.
@@ -408,8 +434,12 @@ pub fn padding(len: u64) -> usize {
     (len.wrapping_neg() % 4) as usize
 }
 
-fn mtime(metadata: &fs::Metadata) -> u32 {
-    metadata.mtime().clamp(0, u32::MAX.into()) as u32
+fn mtime(stat: &Stat) -> u32 {
+    stat.st_mtime.clamp(0, u32::MAX.into()) as u32
+}
+
+fn kind(stat: &Stat) -> FileType {
+    FileType::from_raw_mode(stat.st_mode)
 }
 
 fn components(path: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
@@ -437,6 +467,7 @@ fn of_guest(name: &[u8], what: &'static str) -> Error {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::fs;
     use std::io::Read;
     use std::os::unix::fs::{PermissionsExt, symlink};
 

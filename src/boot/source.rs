@@ -1,22 +1,42 @@
 //! Files that a user names, and the bytes of an image, which are in a file or unpacked in memory.
 
 use std::borrow::Cow;
-use std::ffi::OsString;
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+
+use rustix::fs::{Dir, Mode, OFlags, openat};
 
 use super::error::Problem;
 use crate::backend::held;
 use crate::memory::{Pages, RamSlice};
 
+/// Limit on the names of one folder, which a guest may have made.
+const NAMES_MAX: usize = 1 << 20;
+
 /// Opens a regular file for reading. Refuses a FIFO or a device immediately, without waiting for its other end.
 pub fn open(path: &Path) -> Result<(File, u64), Problem> {
     let mut options = OpenOptions::new();
     let file = options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(held::path(path));
-    let file = file.map_err(Problem::Open)?;
+    regular(file.map_err(Problem::Open)?)
+}
+
+/// Opens the regular file `name` in an open folder, like [`open`]. Refuses a symbolic link, which a guest may have made.
+pub fn open_in(dir: impl AsFd, name: &OsStr) -> Result<(File, u64), Problem> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    match openat(dir, name, flags, Mode::empty()) {
+        Ok(file) => regular(file.into()),
+        Err(rustix::io::Errno::LOOP) => Err(Problem::NotAFile("a symbolic link")),
+        Err(e) => Err(Problem::Open(e.into())),
+    }
+}
+
+fn regular(file: File) -> Result<(File, u64), Problem> {
     let metadata = file.metadata().map_err(Problem::Open)?;
     let kind = metadata.file_type();
     let found = match kind {
@@ -30,13 +50,46 @@ pub fn open(path: &Path) -> Result<(File, u64), Problem> {
     Err(Problem::NotAFile(found))
 }
 
-/// Returns the names of a folder's entries, sorted.
-pub fn folder(path: &Path) -> Result<Vec<OsString>, Problem> {
-    let entries = fs::read_dir(path).map_err(Problem::Open)?;
-    let mut names =
-        entries.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>().map_err(Problem::Read)?;
+/// Flags of a descriptor that only names a folder; a symbolic link is an error.
+const FOLDER: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+/// Opens the folder at `path`, so that its files come from this folder even if the path leads elsewhere later.
+pub fn open_folder(path: &Path) -> Result<OwnedFd, Problem> {
+    let flags = FOLDER.difference(OFlags::NOFOLLOW);
+    rustix::fs::open(held::path(path), flags, Mode::empty()).map_err(|e| Problem::Open(e.into()))
+}
+
+/// Opens the folder `below` an open one. A symbolic link on the way is an error.
+pub fn descend(top: impl AsFd, below: &Path) -> io::Result<OwnedFd> {
+    let mut dir = openat(top, c".", FOLDER, Mode::empty())?;
+    for step in below {
+        dir = openat(&dir, step, FOLDER, Mode::empty())?;
+    }
+    Ok(dir)
+}
+
+/// Returns the names of an open folder's entries, sorted.
+pub fn names(dir: impl AsFd) -> Result<Vec<OsString>, Problem> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir = openat(dir, c".", flags, Mode::empty()).map_err(|e| Problem::Open(e.into()))?;
+    let mut names = Vec::new();
+    for entry in Dir::new(dir).map_err(|e| Problem::Open(e.into()))? {
+        let entry = entry.map_err(|e| Problem::Read(e.into()))?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            names.push(OsStr::from_bytes(name).to_os_string());
+        }
+        if names.len() > NAMES_MAX {
+            return Err(Problem::Unsuitable(format!("there are more than {NAMES_MAX} names in it")));
+        }
+    }
     names.sort_unstable();
     Ok(names)
+}
+
+/// Returns the names of the entries of the folder at `path`, sorted.
+pub fn folder(path: &Path) -> Result<Vec<OsString>, Problem> {
+    names(open_folder(path)?)
 }
 
 /// The bytes of an image.
@@ -218,4 +271,37 @@ pub fn safe_parent(dir: &Path) -> io::Result<()> {
     }
     let text = format!("{} belongs to another user", dir.display());
     Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::Files;
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn what_is_in_an_open_folder_is_opened_there() {
+        let files = Files::new();
+        fs::create_dir_all(files.path("root/a/b")).unwrap();
+        fs::create_dir_all(files.path("elsewhere/b")).unwrap();
+        files.write("root/a/b/file", b"mine");
+        files.write("elsewhere/b/file", b"another's");
+        let top = open_folder(&files.path("root")).unwrap();
+        fs::rename(files.path("root"), files.path("moved")).unwrap();
+        symlink(files.path("elsewhere"), files.path("root")).unwrap();
+        assert_eq!(names(&top).unwrap(), ["a"]);
+        let dir = descend(&top, Path::new("a/b")).unwrap();
+        let (file, len) = open_in(&dir, "file".as_ref()).unwrap();
+        assert_eq!((io::read_to_string(file).unwrap(), len), ("mine".into(), 4));
+        // A guest puts links there meanwhile.
+        fs::remove_file(files.path("moved/a/b/file")).unwrap();
+        symlink(files.path("elsewhere/b/file"), files.path("moved/a/b/file")).unwrap();
+        assert_eq!(open_in(&dir, "file".as_ref()).unwrap_err().to_string(), "this is a symbolic link, not a file");
+        fs::rename(files.path("moved/a"), files.path("moved/old")).unwrap();
+        symlink(files.path("elsewhere"), files.path("moved/a")).unwrap();
+        assert!(descend(&top, Path::new("a/b")).is_err());
+        assert_eq!(open_in(&top, "old".as_ref()).unwrap_err().to_string(), "this is a directory, not a file");
+        assert!(matches!(open_folder(&files.path("elsewhere/b/file")), Err(Problem::Open(_))));
+    }
 }
