@@ -78,7 +78,7 @@ fn what_an_earlier_guest_planted_is_not_followed_either() {
         }
     }
     let file = text(&share.join("file")).to_string();
-    for flag in ["--disk", "--initrd", "--pmem", "--init", "--busybox", "--initramfs-dir"] {
+    for flag in ["--disk", "--initrd", "--pmem", "--init", "--busybox", "--initramfs-dir", "--modules-dir"] {
         says(run(flag, &file), 2, &[flag, &file, "a symbolic link in", "leads out of it"]);
     }
     let readonly = format!("{}/dir,readonly", text(&share));
@@ -247,6 +247,78 @@ fn base_images_are_inputs() {
     run(&["--disk", &own, "--share", &format!("{},readonly", text(&share))]).expect(0);
 }
 
+#[test]
+fn a_second_attempt_packs_the_same_folder() {
+    let (_folder, path) = folder();
+    let (packed, outside) = (path.join("share/root"), path.join("outside"));
+    [&packed, &outside].iter().for_each(|dir| fs::create_dir_all(dir).unwrap());
+    fs::write(packed.join("file"), "mine").unwrap();
+    // What the machine has no room for: it would not start again.
+    File::create(outside.join("large")).unwrap().set_len(1 << 30).unwrap();
+    let kernel = Kernel::new(&elf(crate::guests::say_and_sleep()));
+    let share = path.join("share");
+    let arguments = ["--share", text(&share), "--initramfs-dir", text(&packed), "--hang-timeout", "2s"];
+    let mut running = Running::start(kernel.command(&[&arguments[..], &["--retry-on-hang", "1"]].concat()));
+    running.stdout.wait_for("up");
+    fs::rename(&packed, share.join("moved")).unwrap();
+    symlink(&outside, &packed).unwrap();
+    running.stdout.wait_for("upup");
+    running.signal(libc::SIGQUIT);
+    running.wait();
+}
+
+/// A package of modules, or what a guest made of one, brings nothing that lies elsewhere.
+#[test]
+fn modules_come_from_their_folder() {
+    let (_folder, path) = folder();
+    let (modules, kernel) = (path.join("modules"), Kernel::new(&elf(crate::guests::power_off())));
+    fs::create_dir_all(modules.join("kernel")).unwrap();
+    fs::write(path.join("secret"), "precious").unwrap();
+    symlink(path.join("secret"), modules.join("kernel/a.ko")).unwrap();
+    fs::write(modules.join("kernel/b.ko"), "precious").unwrap();
+    fs::write(modules.join("modules.dep"), "kernel/a.ko:\nkernel/b.ko:\n../secret.ko:\n").unwrap();
+    for (name, part) in [
+        ("a", "a symbolic link leads out of "),
+        ("b", "it is not a 64-bit ELF file"),
+        ("secret", "it names a file outside this directory: ../secret.ko"),
+    ] {
+        let ended = Running::start(kernel.command(&["--modules-dir", text(&modules), "--modules", name])).end();
+        says(ended, 125, &["kernel modules: cannot use ", text(&modules), part]);
+    }
+    let dep = modules.join("modules.dep");
+    let before = fs::read(&dep).unwrap();
+    for output in ["--console-log", "--report"] {
+        let ended = Running::start(kernel.command(&["--modules-dir", text(&modules), output, text(&dep)])).end();
+        says(ended, 2, &[output, "is one of the files in --modules-dir"]);
+        let ended = Running::start(kernel.command(&["--modules-dir", text(&dep), output, text(&dep)])).end();
+        says(ended, 2, &[output, "--modules-dir", "are the same file"]);
+    }
+    assert_eq!(fs::read(&dep).unwrap(), before);
+}
+
+/// What exec finds beside a kernel is shared if it is there, and not what a link makes of it.
+#[test]
+fn modules_beside_a_kernel_are_shared_and_nothing_else() {
+    let (_folder, path) = folder();
+    let (root, package, private) = (path.join("root"), path.join("package"), path.join("private"));
+    [&root, &private, &package.join("lib"), &package.join("usr/lib/modules")]
+        .iter()
+        .for_each(|dir| fs::create_dir_all(dir).unwrap());
+    fs::write(package.join("bz"), "").unwrap();
+    let shares = || {
+        let mut command = vireo();
+        command.args(["exec", "--print-config", "--root", text(&root), "--kernel", text(&package.join("bz"))]);
+        let ended = Running::start(command).end().expect(0);
+        String::from_utf8(ended.stdout).unwrap()
+    };
+    let ours = package.join("usr/lib/modules").canonicalize().unwrap();
+    symlink("../usr/lib/modules", package.join("lib/modules")).unwrap();
+    assert!(shares().contains(&format!("\"{}\"", text(&ours))), "{}", shares());
+    fs::remove_file(package.join("lib/modules")).unwrap();
+    symlink(&private, package.join("lib/modules")).unwrap();
+    assert!(shares().contains(&format!("\"{}\"", text(&ours))) && !shares().contains("private"), "{}", shares());
+}
+
 /// A static program that does nothing for ever.
 fn endless_program() -> Vec<u8> {
     const BASE: u64 = 0x40_0000;
@@ -270,26 +342,6 @@ fn a_busybox_is_packed_and_not_run() {
     fs::write(&busybox, endless_program()).unwrap();
     fs::set_permissions(&busybox, fs::Permissions::from_mode(0o755)).unwrap();
     Running::start(kernel.command(&["--busybox", text(&busybox)])).end().expect(0);
-}
-
-#[test]
-fn a_second_attempt_packs_the_same_folder() {
-    let (_folder, path) = folder();
-    let (packed, outside) = (path.join("share/root"), path.join("outside"));
-    [&packed, &outside].iter().for_each(|dir| fs::create_dir_all(dir).unwrap());
-    fs::write(packed.join("file"), "mine").unwrap();
-    // What the machine has no room for: it would not start again.
-    File::create(outside.join("large")).unwrap().set_len(1 << 30).unwrap();
-    let kernel = Kernel::new(&elf(crate::guests::say_and_sleep()));
-    let share = path.join("share");
-    let arguments = ["--share", text(&share), "--initramfs-dir", text(&packed), "--hang-timeout", "2s"];
-    let mut running = Running::start(kernel.command(&[&arguments[..], &["--retry-on-hang", "1"]].concat()));
-    running.stdout.wait_for("up");
-    fs::rename(&packed, share.join("moved")).unwrap();
-    symlink(&outside, &packed).unwrap();
-    running.stdout.wait_for("upup");
-    running.signal(libc::SIGQUIT);
-    running.wait();
 }
 
 #[test]

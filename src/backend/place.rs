@@ -141,6 +141,25 @@ impl Place {
         Walk::new(path, folders)?.end(Last::Kept)?.place(path)
     }
 
+    /// Finds the place of the path `below` an open directory, whose name is for messages. Links are followed only if they
+    /// lead to files beneath the directory, and those in a guest's folders as [`name_input`] does.
+    pub fn beneath(top: (BorrowedFd<'_>, &Path), below: &Path, folders: &WritableFolders) -> io::Result<Self> {
+        let (top, path) = top;
+        if below.components().any(|step| !matches!(step, Component::Normal(_) | Component::CurDir)) {
+            return Err(io::Error::other(format!("{} leads out of {}", below.display(), path.display())));
+        }
+        let dir = openat(top, c".", DIRECTORY, Mode::empty())?;
+        let mut walk = Walk { dir, rest: Vec::new(), links: 0, folders, within: true, through: None };
+        walk.add(below)?;
+        let end = walk.end(Last::Followed)?.checked(folders)?;
+        let only = Folder { path: path.into(), id: FileId::of(&fstat(top)?), locations: Vec::new() };
+        if WritableFolders(vec![only]).among_parents(end.dir.as_fd()).is_none() {
+            return Err(io::Error::other(format!("a symbolic link leads out of {}", path.display())));
+        }
+        let name = end.name.map_or_else(|| ".".into(), |(name, _)| name);
+        Ok(Place::within(end.dir, name, path.join(below)))
+    }
+
     /// Creates the place `name` in a directory; `path` is its path in messages.
     pub fn within(dir: OwnedFd, name: OsString, path: PathBuf) -> Self {
         Place { dir: dir.into(), name, path, magic: false }
@@ -262,14 +281,7 @@ pub fn find_input(path: &Path, folders: &WritableFolders) -> io::Result<Input> {
 fn input_end(path: &Path, folders: &WritableFolders) -> io::Result<End> {
     let mut walk = Walk::new(path, folders)?;
     walk.within = true;
-    let end = walk.end(Last::Followed)?;
-    if let Some(folder) = end.through.as_ref().filter(|_| folders.containing(end.dir.as_fd()).is_none()) {
-        return Err(io::Error::other(format!(
-            "a symbolic link in {}, where the guest can create links, leads out of it; name its target instead",
-            folder.display()
-        )));
-    }
-    Ok(end)
+    walk.end(Last::Followed)?.checked(folders)
 }
 
 /// Opens the directory that `path` leads to by the rules of [`name_input`], without access to its content. Creates it and its
@@ -330,6 +342,18 @@ impl End {
     fn place(self, path: &Path) -> io::Result<Place> {
         let (name, magic) = self.name.ok_or(io::ErrorKind::IsADirectory)?;
         Ok(Place { dir: self.dir.into(), name, path: path.into(), magic })
+    }
+
+    /// Fails if a link that a guest may have created leads out of the guest's folders.
+    fn checked(self, folders: &WritableFolders) -> io::Result<Self> {
+        let out = |_: &&PathBuf| folders.containing(self.dir.as_fd()).is_none();
+        match self.through.as_ref().filter(out) {
+            Some(folder) => Err(io::Error::other(format!(
+                "a symbolic link in {}, where the guest can create links, leads out of it; name its target instead",
+                folder.display()
+            ))),
+            None => Ok(self),
+        }
     }
 }
 
@@ -527,6 +551,42 @@ mod tests {
             assert_eq!(error.raw_os_error(), Some(libc::ENOTDIR), "{path}");
         }
         assert_eq!(make_directory(Path::new(""), &folders).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn what_is_beneath_a_folder_stays_there() {
+        let (dir, [inside, outside], folders) = folders();
+        fs::create_dir_all(inside.join("usr/lib")).unwrap();
+        fs::write(inside.join("usr/lib/file"), "1").unwrap();
+        fs::write(outside.join("file"), "2").unwrap();
+        symlink("usr/lib", inside.join("lib")).unwrap();
+        symlink(inside.join("lib/file"), inside.join("absolute")).unwrap();
+        symlink("../inside/usr", inside.join("and-back")).unwrap();
+        symlink("../outside/file", inside.join("out")).unwrap();
+        symlink(&outside, inside.join("dir")).unwrap();
+        symlink("..", inside.join("up")).unwrap();
+        let open = |path: &Path| File::open(path).unwrap();
+        let beneath = |top: &File, below: &str, folders: &WritableFolders| {
+            Place::beneath((top.as_fd(), "top".as_ref()), below.as_ref(), folders)
+        };
+        let (top, none) = (open(&inside), WritableFolders::none());
+        let id = Place::find(&inside.join("usr/lib/file"), &none).unwrap().id();
+        for good in ["usr/lib/file", "lib/file", "absolute", "and-back/lib/file", "./lib/file"] {
+            let place = beneath(&top, good, &none).unwrap();
+            assert_eq!((place.id(), place.path()), (id, Path::new("top").join(good).as_path()), "{good}");
+        }
+        for directory in ["", "lib", "usr"] {
+            beneath(&top, directory, &none).unwrap().name_kind(FileType::Directory).unwrap();
+        }
+        for bad in ["out", "dir", "dir/file", "up", "up/outside/file", "../outside/file", "/etc/passwd"] {
+            let refused = beneath(&top, bad, &none).unwrap_err().to_string();
+            assert!(refused.contains("out of top"), "{bad}: {refused}");
+        }
+        assert!(beneath(&top, "lib/missing", &none).unwrap().stat().unwrap().is_none());
+        // A folder above a guest's does not open it.
+        let above = open(dir.path());
+        assert!(beneath(&above, "inside/out", &none).is_ok() && beneath(&above, "inside/lib", &folders).is_ok());
+        assert!(beneath(&above, "inside/out", &folders).unwrap_err().to_string().contains("leads out of it"));
     }
 
     #[test]

@@ -116,9 +116,9 @@ pub fn interpreter(data: &Data) -> Result<Option<Vec<u8>>, Problem> {
 
 /// Returns the bytes of the section `name` of a 64-bit file, if there is one.
 pub fn section(data: &Data, name: &[u8]) -> Result<Option<Vec<u8>>, Problem> {
-    let header = data.bytes(0, 64)?;
+    let header = data.head(64)?;
     let f = Fields(&header);
-    if !is_elf(&header) || header[4] != 2 || f.u16(58) != 64 {
+    if !is_elf(&header) || header.get(4) != Some(&2) || f.u16(58) != 64 {
         return Err(Problem::Damaged("it is not a 64-bit ELF file".into()));
     }
     let table = data.bytes(f.u64(40), 64 * u64::from(f.u16(60)))?;

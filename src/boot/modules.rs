@@ -9,27 +9,40 @@
 //! kernel's file, then among the host's own. None of the files is trusted: texts, modules and the depth of dependencies
 //! are bounded.
 
+mod directory;
+
+use std::cell::OnceCell;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::error::Problem;
 use super::image::Image;
-use super::source::{self, Data};
+use super::source::Data;
 use super::unpack::{self, Compression};
 use super::{elf, kernel};
+use crate::options::Size;
+use directory::{Directory, describe, first, places, walk};
+
+pub use directory::above;
 
 /// Largest text file of a modules directory. Distributions' files have 2 MiB.
 const TEXT_MAX: u64 = 16 << 20;
 /// Largest module, unpacked.
 const MODULE_MAX: u64 = 128 << 20;
+/// Limit on the sum of the unpacked modules, more than all of any kernel's: unpacked modules are held in memory.
+const MODULES_LEN_MAX: u64 = 2 << 30;
 /// Largest number of modules that are packed.
 const MODULES_MAX: usize = 20_000;
-/// Largest number of files in a directory without modules.dep, which may be a kernel's source.
-const FILES_MAX: u32 = 1 << 20;
+/// Largest number of modules that are searched for ciphers and checksums. Kernels have less than 200.
+const CRYPTO_MAX: usize = 1000;
 /// Maximum depth of dependencies. Real kernels have less than ten.
 const DEPTH_MAX: u32 = 40;
+/// Entries of which a directory of modules has at least one.
+const MARKS: [&str; 3] = ["modules.dep", "modules.builtin", "kernel"];
 /// File name suffixes after `.ko`.
 const SUFFIXES: [&str; 4] = ["", ".xz", ".zst", ".gz"];
 /// The only module whose driver has another name in the kernel image, and that name.
@@ -113,13 +126,10 @@ pub fn find(config: &ModulesConfig, kernel: &Path, image: &Image) -> Result<Vec<
     if config.names.is_empty() && config.optional.is_empty() {
         return Ok(Vec::new());
     }
-    if let Some(dir) = &config.dir {
-        // A kernel with everything built in needs no modules, but a directory that the user named must exist.
-        source::folder(dir).map_err(|source| Error::File { path: dir.clone(), source })?;
-    }
     let version = release(image).unwrap_or_default();
-    let places = places(config, kernel, &version);
-    let Some(dir) = places.iter().find(|dir| is_directory(dir)) else {
+    // A kernel with everything built in needs no modules, but a directory that the user named must exist.
+    let places = places(config, kernel, &version)?;
+    let Some(dir) = first(&places, config)? else {
         let missing = config.names.iter().find(|name| !built_in(image, name));
         let Some(name) = missing.cloned() else { return Ok(Vec::new()) };
         let places = describe(&places, config);
@@ -130,7 +140,7 @@ pub fn find(config: &ModulesConfig, kernel: &Path, image: &Image) -> Result<Vec<
     let mut search = Search::new(dir, &version, &texts);
     for name in &config.names {
         if !search.visit(name, 0)? && !built_in(image, name) {
-            return Err(Error::NoModule { version, name: name.clone(), dir: dir.clone() });
+            return Err(Error::NoModule { version, name: name.clone(), dir: dir.path() });
         }
     }
     for name in &config.optional {
@@ -150,49 +160,6 @@ fn release(image: &Image) -> Option<String> {
     fits.then(|| release.to_string())
 }
 
-/// Returns directories that may contain the modules, best first.
-fn places(config: &ModulesConfig, kernel: &Path, version: &str) -> Vec<PathBuf> {
-    let roots = |root: &Path| ["lib/modules", "usr/lib/modules"].map(|dir| root.join(dir).join(version));
-    if let Some(dir) = &config.dir {
-        // If the version is unknown, only the directory itself can be meant.
-        return if version.is_empty() { vec![dir.clone()] } else { below(dir, version.as_ref()) };
-    }
-    if version.is_empty() {
-        return Vec::new();
-    }
-    let mut places = Vec::new();
-    let kernel = kernel.canonicalize().unwrap_or_else(|_| kernel.into());
-    if let Some(beside) = kernel.parent() {
-        // /usr/lib/modules/VERSION/vmlinuz, and boot/vmlinuz of an unpacked package.
-        places.extend(beside.ends_with(version).then(|| beside.to_path_buf()));
-        places.extend([beside, beside.parent().unwrap_or(beside)].into_iter().flat_map(roots));
-    }
-    for place in roots(Path::new("/")) {
-        if !places.contains(&place) {
-            places.push(place);
-        }
-    }
-    places
-}
-
-/// Returns the existing directories named `modules` near this kernel's file, and the host's own, that may contain its
-/// version; best first.
-pub fn above(kernel: &Path) -> Vec<PathBuf> {
-    let roots = |root: &Path| ["lib/modules", "usr/lib/modules"].map(|dir| root.join(dir));
-    let kernel = kernel.canonicalize().unwrap_or_else(|_| kernel.into());
-    let beside = kernel.parent().unwrap_or(Path::new("/"));
-    // The kernel is /usr/lib/modules/VERSION/vmlinuz.
-    let mut places: Vec<PathBuf> =
-        beside.parent().filter(|dir| dir.ends_with("lib/modules")).map(Path::to_path_buf).into_iter().collect();
-    for place in [beside, beside.parent().unwrap_or(beside), Path::new("/")].into_iter().flat_map(roots) {
-        let place = place.canonicalize().unwrap_or(place);
-        if place.is_dir() && !places.contains(&place) {
-            places.push(place);
-        }
-    }
-    places
-}
-
 /// Returns the directories that may hold modules of `version`, if `dir` is their directory or one above it; best first.
 pub(crate) fn below(dir: &Path, version: &OsStr) -> Vec<PathBuf> {
     let above = [dir.to_path_buf(), dir.join("lib/modules"), dir.join("usr/lib/modules")];
@@ -201,23 +168,7 @@ pub(crate) fn below(dir: &Path, version: &OsStr) -> Vec<PathBuf> {
 
 /// Returns whether `dir` is a directory of modules.
 pub(crate) fn is_directory(dir: &Path) -> bool {
-    ["modules.dep", "modules.builtin", "kernel"].iter().any(|name| dir.join(name).exists())
-}
-
-/// Describes the searched places, and another version that the directory given by the user contains instead.
-fn describe(places: &[PathBuf], config: &ModulesConfig) -> String {
-    let mut text = places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(", ");
-    if places.is_empty() {
-        text.push_str("no directory, since the kernel's version is unknown");
-    }
-    for dir in config.dir.iter().flat_map(|dir| [dir.clone(), dir.join("lib/modules"), dir.join("usr/lib/modules")]) {
-        let mut others = source::folder(&dir).unwrap_or_default().into_iter();
-        if let Some(version) = others.find(|name| is_directory(&dir.join(name))) {
-            text.push_str(&format!(" (modules of kernel {} are there)", version.display()));
-            break;
-        }
-    }
-    text
+    MARKS.iter().any(|name| dir.join(name).exists())
 }
 
 /// Returns whether the kernel image contains the name of the driver. Images that the guest unpacks cannot be searched;
@@ -243,13 +194,13 @@ struct Texts {
 }
 
 impl Texts {
-    fn read(dir: &Path) -> Result<Texts, Error> {
+    fn read(dir: &Directory) -> Result<Texts, Error> {
         let text = |name: &str| {
-            let path = dir.join(name);
-            if !path.exists() {
-                return Ok(String::new());
-            }
-            read_text(&path).map_err(|source| Error::File { path, source })
+            let read = dir.has(name).map_err(Problem::Open).and_then(|has| match has {
+                true => read_text(dir.file(name)?),
+                false => Ok(String::new()),
+            });
+            read.map_err(|source| Error::File { path: dir.path().join(name), source })
         };
         let (dep, walked) = match text("modules.dep")? {
             dep if dep.is_empty() => (walk(dir)?, true),
@@ -265,37 +216,16 @@ impl Texts {
     }
 }
 
-fn read_text(path: &Path) -> Result<String, Problem> {
-    let (file, len) = source::open(path)?;
+fn read_text((file, len): (File, u64)) -> Result<String, Problem> {
     if len > TEXT_MAX {
         return Err(Problem::Damaged(format!("it is too large ({len} bytes)")));
     }
     String::from_utf8(Data::File(file, len).bytes(0, len)?).map_err(|_| Problem::Damaged("it is not UTF-8 text".into()))
 }
 
-/// Returns the paths of all modules below `dir`, one per line.
-fn walk(dir: &Path) -> Result<String, Error> {
-    let mut text = String::new();
-    let mut folders = vec![PathBuf::new()];
-    let mut count = 0u32;
-    while let Some(folder) = folders.pop() {
-        let path = dir.join(&folder);
-        for entry in source::folder(&path).map_err(|source| Error::File { path: path.clone(), source })? {
-            let name = folder.join(&entry);
-            let Some(relative) = name.to_str().filter(|path| !path.contains(['\n', ':'])) else { continue };
-            match path.join(&entry).symlink_metadata() {
-                Ok(metadata) if metadata.is_dir() => folders.push(name),
-                Ok(metadata) if metadata.is_file() && stem(relative).is_some() => text.extend([relative, ":\n"]),
-                _ => {}
-            }
-            count += 1;
-            if count > FILES_MAX {
-                let source = Problem::Damaged("it contains more files than any kernel's modules".into());
-                return Err(Error::File { path: dir.into(), source });
-            }
-        }
-    }
-    Ok(text)
+/// Returns whether a file of this name in a directory of modules is one of its lists or a module.
+pub fn is_file(name: &OsStr) -> bool {
+    name.to_str().is_some_and(|name| name.starts_with("modules.") || stem(name).is_some())
 }
 
 /// Returns the name of the module at `path`.
@@ -305,10 +235,9 @@ fn stem(path: &str) -> Option<&str> {
     SUFFIXES.contains(&suffix).then_some(stem)
 }
 
-/// Returns whether two module names are equal; `-` and `_` are the same in them.
-fn same_name(a: &str, b: &str) -> bool {
-    let same = |b: u8| if b == b'-' { b'_' } else { b };
-    a.len() == b.len() && a.bytes().map(same).eq(b.bytes().map(same))
+/// Returns the key of a module's name in maps; `-` and `_` are the same in names.
+fn key(name: &str) -> String {
+    name.replace('-', "_")
 }
 
 /// A line of modules.dep.
@@ -319,67 +248,134 @@ struct Line<'a> {
     depends: &'a str,
 }
 
-/// State of following dependencies.
+/// State of following dependencies. Each list is read once, because an attacker may have made it long.
 struct Search<'a> {
-    dir: &'a Path,
+    dir: &'a Directory,
     version: &'a str,
     texts: &'a Texts,
     lines: Vec<Line<'a>>,
+    /// Indexes into `lines`, by [`key`].
+    by_name: HashMap<String, usize>,
+    softdeps: HashMap<String, Vec<&'a str>>,
+    builtin: OnceCell<HashSet<String>>,
+    aliases: Option<HashMap<String, Vec<String>>>,
+    /// Keys that were looked up, and whether there is such a module.
+    visited: HashMap<String, bool>,
     /// Names that were visited, so that each module is packed once and circles end.
-    seen: Vec<&'a str>,
+    seen: HashSet<&'a str>,
     /// Modules in load order.
     found: Vec<Module>,
+    /// Sum of their lengths.
+    len: u64,
 }
 
 impl<'a> Search<'a> {
-    fn new(dir: &'a Path, version: &'a str, texts: &'a Texts) -> Self {
+    fn new(dir: &'a Directory, version: &'a str, texts: &'a Texts) -> Self {
         let line = |line: &'a str| {
             let (path, depends) = line.split_once(':')?;
             Some(Line { name: stem(path)?, path, depends })
         };
-        let lines = texts.dep.lines().filter_map(line).collect();
-        Search { dir, version, texts, lines, seen: Vec::new(), found: Vec::new() }
+        let lines: Vec<Line<'a>> = texts.dep.lines().filter_map(line).collect();
+        let mut by_name = HashMap::new();
+        for (n, line) in lines.iter().enumerate() {
+            by_name.entry(key(line.name)).or_insert(n);
+        }
+        let mut softdeps: HashMap<String, Vec<&'a str>> = HashMap::new();
+        for line in texts.softdep.lines() {
+            if let Some((module, rest)) = line.strip_prefix("softdep ").and_then(|rest| rest.split_once(' ')) {
+                softdeps.entry(key(module)).or_default().extend(before(rest));
+            }
+        }
+        Search {
+            dir,
+            version,
+            texts,
+            lines,
+            by_name,
+            softdeps,
+            builtin: OnceCell::new(),
+            aliases: None,
+            visited: HashMap::new(),
+            seen: HashSet::new(),
+            found: Vec::new(),
+            len: 0,
+        }
+    }
+
+    fn line(&self, key: &str) -> Option<Line<'a>> {
+        self.by_name.get(key).and_then(|n| self.lines.get(*n)).copied()
+    }
+
+    fn is_builtin(&self, key: &str) -> bool {
+        let all = || self.texts.builtin.lines().filter_map(stem).map(self::key).collect();
+        self.builtin.get_or_init(all).contains(key)
     }
 
     /// Takes the module `name` after everything that it needs. Returns whether it exists, possibly built in.
     fn visit(&mut self, name: &str, depth: u32) -> Result<bool, Error> {
-        if let Some(line) = self.lines.iter().find(|line| same_name(line.name, name)) {
-            return self.take(*line, depth).map(|()| true);
+        let key = key(name);
+        if let Some(found) = self.visited.get(&key) {
+            return Ok(*found);
         }
-        if self.texts.builtin.lines().any(|line| stem(line).is_some_and(|builtin| same_name(builtin, name))) {
+        // A circle of dependencies returns here, to a module that exists.
+        self.visited.insert(key.clone(), true);
+        if let Some(line) = self.line(&key) {
+            return self.take(line, depth).map(|()| true);
+        }
+        if self.is_builtin(&key) {
             return Ok(true);
         }
         let mut any = false;
-        for target in self.alias(name)? {
+        for target in self.alias(&key)? {
             // Several modules may have the same alias; all of them are taken.
-            if let Some(line) = self.lines.iter().find(|line| same_name(line.name, &target)) {
-                self.take(*line, depth)?;
+            if let Some(line) = self.line(&self::key(&target)) {
+                self.take(line, depth)?;
                 any = true;
             }
         }
+        self.visited.insert(key, any);
         Ok(any)
     }
 
+    /// Returns the path of a module relative to the directory. Some versions of depmod write absolute paths.
+    fn inside<'p>(&self, path: &'p str) -> Result<&'p str, Error> {
+        let installed = Path::new("/lib/modules").join(self.version);
+        let stripped = [installed, self.dir.path()].into_iter().find_map(|dir| Path::new(path).strip_prefix(dir).ok());
+        let inside = stripped.filter(|_| path.starts_with('/')).and_then(Path::to_str).unwrap_or(path);
+        if Path::new(inside).components().all(|step| matches!(step, Component::Normal(_))) {
+            return Ok(inside);
+        }
+        let source = Problem::Damaged(format!("it names a file outside this directory: {path}"));
+        Err(Error::File { path: self.dir.path().join("modules.dep"), source })
+    }
+
     fn take(&mut self, line: Line<'a>, depth: u32) -> Result<(), Error> {
-        if self.seen.contains(&line.name) {
+        if self.seen.contains(line.name) {
             return Ok(());
         }
         if depth > DEPTH_MAX || self.seen.len() > MODULES_MAX {
             return Err(Error::TooDeep(line.name.into()));
         }
-        self.seen.push(line.name);
-        let host = self.dir.join(line.path);
+        self.seen.insert(line.name);
+        let path = self.inside(line.path)?;
+        let (dir, host) = (self.dir.path(), self.dir.join(path).path());
         let of_file = |source| Error::File { path: host.clone(), source };
-        let data = open(&host).map_err(of_file)?;
-        let named_so = self.dir.file_name().is_some_and(|name| name == self.version);
-        let info = match self.texts.walked || !named_so {
-            true => modinfo(&data).map_err(of_file)?,
-            false => String::new(),
-        };
-        self.check_version(&info)?;
+        let data = open(self.dir, path).map_err(of_file)?;
+        self.len += data.len();
+        if self.len > MODULES_LEN_MAX {
+            let max = Size(MODULES_LEN_MAX);
+            return Err(of_file(Problem::Unsuitable(format!(
+                "with it the modules would have more than {max} together"
+            ))));
+        }
+        // A file that is not a module must not reach the guest.
+        let info = modinfo(&data).map_err(of_file)?;
+        if self.texts.walked || dir.file_name().is_none_or(|name| name != self.version) {
+            self.check_version(&info)?;
+        }
         let softdeps = match self.texts.walked {
             true => values(&info, "softdep").flat_map(before).collect::<Vec<_>>(),
-            false => self.softdeps(line.name),
+            false => self.softdeps.get(&key(line.name)).cloned().unwrap_or_default(),
         };
         for softdep in softdeps {
             self.visit(softdep, depth + 1)?; // optional: a kernel also works without it
@@ -393,38 +389,42 @@ impl<'a> Search<'a> {
         };
         for name in depends {
             if !self.visit(name, depth + 1)? {
-                let (version, dir) = (self.version.into(), self.dir.into());
-                return Err(Error::NoModule { version, name: name.into(), dir });
+                return Err(Error::NoModule { version: self.version.into(), name: name.into(), dir });
             }
         }
-        let (path, _) = line.path.rsplit_once(".ko").unwrap_or((line.path, ""));
+        let (path, _) = path.rsplit_once(".ko").unwrap_or((path, ""));
         let guest = format!("/lib/modules/{}/{path}.ko", self.version);
         self.found.push(Module { guest, host, data });
         Ok(())
     }
 
-    /// Returns the modules that modules.softdep wants loaded before `name`.
-    fn softdeps(&self, name: &str) -> Vec<&'a str> {
-        let lines = self.texts.softdep.lines().filter_map(|line| line.strip_prefix("softdep ")?.split_once(' '));
-        lines.filter(|(module, _)| same_name(module, name)).flat_map(|(_, rest)| before(rest)).collect()
+    /// Returns the modules that have this alias.
+    fn alias(&mut self, key: &str) -> Result<Vec<String>, Error> {
+        if self.aliases.is_none() {
+            self.aliases = Some(self.read_aliases()?);
+        }
+        Ok(self.aliases.as_ref().and_then(|aliases| aliases.get(key)).cloned().unwrap_or_default())
     }
 
-    /// Returns the modules that have the alias `name`. Without modules.alias only ciphers and checksums are searched,
-    /// because these are what other modules name by alias.
-    fn alias(&self, name: &str) -> Result<Vec<String>, Error> {
+    /// Reads all aliases. Without modules.alias only ciphers and checksums are searched, because these are what other
+    /// modules name by alias.
+    fn read_aliases(&self) -> Result<HashMap<String, Vec<String>>, Error> {
+        let mut aliases: HashMap<String, Vec<String>> = HashMap::new();
         if !self.texts.walked {
             let lines = self.texts.alias.lines().filter_map(|line| line.strip_prefix("alias ")?.rsplit_once(' '));
-            return Ok(lines.filter(|(alias, _)| same_name(alias, name)).map(|(_, module)| module.into()).collect());
+            lines.for_each(|(alias, module)| aliases.entry(key(alias)).or_default().push(module.into()));
+            return Ok(aliases);
         }
-        let mut modules = Vec::new();
-        for line in self.lines.iter().filter(|line| line.path.contains("/crypto/")) {
-            let path = self.dir.join(line.path);
-            let info = open(&path).and_then(|data| modinfo(&data)).map_err(|source| Error::File { path, source })?;
-            if values(&info, "alias").any(|alias| same_name(alias, name)) {
-                modules.push(line.name.to_string());
+        let mut len = 0;
+        for line in self.lines.iter().filter(|line| line.path.contains("/crypto/")).take(CRYPTO_MAX) {
+            let info = open(self.dir, line.path).and_then(|data| modinfo(&data));
+            let info = info.map_err(|source| Error::File { path: self.dir.join(line.path).path(), source })?;
+            len += info.len() as u64;
+            for alias in values(&info, "alias").take_while(|_| len <= TEXT_MAX) {
+                aliases.entry(key(alias)).or_default().push(line.name.into());
             }
         }
-        Ok(modules)
+        Ok(aliases)
     }
 
     /// Fails if the module is for another version: the guest's kernel would refuse it without a clear message.
@@ -432,7 +432,7 @@ impl<'a> Search<'a> {
         let found = values(info, "vermagic").next().and_then(|magic| magic.split(' ').next());
         match found {
             Some(found) if !self.version.is_empty() && found != self.version => {
-                Err(Error::OtherVersion { dir: self.dir.into(), found: found.into(), version: self.version.into() })
+                Err(Error::OtherVersion { dir: self.dir.path(), found: found.into(), version: self.version.into() })
             }
             _ => Ok(()),
         }
@@ -440,8 +440,8 @@ impl<'a> Search<'a> {
 }
 
 /// Returns a module's content, unpacked if necessary.
-fn open(path: &Path) -> Result<Data, Problem> {
-    let (file, len) = source::open(path)?;
+fn open(dir: &Directory, name: &str) -> Result<Data, Problem> {
+    let (file, len) = dir.file(name)?;
     if len > MODULE_MAX {
         return Err(Problem::Damaged(format!("it is too large ({len} bytes)")));
     }
@@ -472,6 +472,7 @@ fn before(text: &str) -> impl Iterator<Item = &str> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::os::unix::fs::symlink;
 
     use proptest::prelude::*;
 
@@ -647,6 +648,87 @@ mod tests {
             let error = package.find_for(&config, &image).unwrap_err().to_string();
             assert!(error.ends_with("looked in no directory, since the kernel's version is unknown"), "{error}");
         }
+    }
+
+    #[test]
+    fn links_lead_to_nothing_outside() {
+        let package = package(true);
+        let (dir, elsewhere) = (package.dir(), Files::new());
+        let outside = elsewhere.path("");
+        fs::write(outside.join("secret.ko"), ko(&["depends="])).unwrap();
+        fs::write(outside.join("modules.dep"), "kernel/secret.ko:\n").unwrap();
+        let named = |dir: PathBuf| {
+            let config = ModulesConfig { dir: Some(dir), names: list("virtio_ring"), optional: Vec::new() };
+            package.find_for(&config, &image())
+        };
+        // A link that stays in the package.
+        fs::create_dir(package.0.path("usr")).unwrap();
+        fs::rename(package.0.path("lib"), package.0.path("usr/lib")).unwrap();
+        symlink("usr/lib", package.0.path("lib")).unwrap();
+        let ring = dir.join("kernel/drivers/virtio/virtio_ring.ko");
+        fs::rename(&ring, dir.join("ring")).unwrap();
+        symlink(dir.join("ring"), &ring).unwrap();
+        assert_eq!(named(package.0.path("")).unwrap().len(), 2);
+        assert_eq!(package.find("virtio_ring", "").unwrap().len(), 2);
+        // Links that leave it: a module, a list, the directory.
+        let out = |target: &Path, link: &Path| {
+            let old = link.file_name().and_then(OsStr::to_str).unwrap();
+            fs::rename(link, package.0.path(&format!("{old}.old"))).unwrap();
+            symlink(target, link).unwrap();
+            for error in [named(package.0.path("")), package.find("virtio_ring", "")] {
+                let error = testing::chain(&error.unwrap_err());
+                let found = error.contains("virtio_ring built in, and its modules were not found");
+                assert!(found || error.contains("a symbolic link leads out of "), "{error}");
+            }
+        };
+        out(&outside.join("secret.ko"), &ring);
+        assert!(above(&package.0.path("boot/vmlinuz")).iter().any(|(dir, _)| dir.starts_with(package.0.path(""))));
+        fs::rename(dir.join("modules.dep"), dir.join("old.dep")).unwrap();
+        fs::write(dir.join("modules.dep"), "").unwrap();
+        out(&outside.join("modules.dep"), &dir.join("modules.dep"));
+        out(&outside, &package.0.path("lib/modules"));
+        assert!(!above(&package.0.path("boot/vmlinuz")).iter().any(|(dir, _)| dir.starts_with(package.0.path(""))));
+    }
+
+    #[test]
+    fn lists_name_files_of_the_directory_and_those_are_modules() {
+        let package = package(true);
+        let (secret, dir) = (package.0.write("secret.ko", b"precious"), package.dir());
+        let find = |path: &str, name: &str| {
+            package.write("modules.dep", format!("{path}:\n"));
+            package.find(name, "").map_err(|e| testing::chain(&e))
+        };
+        for path in ["../../../secret.ko", "kernel/../../../../secret.ko", secret.to_str().unwrap(), "/etc/secret.ko"] {
+            let error = find(path, "secret").unwrap_err();
+            assert!(error.contains("/modules.dep: ") && error.ends_with(path), "{error}");
+        }
+        let known = "kernel/drivers/virtio/virtio.ko";
+        let installed = format!("/lib/modules/{VERSION}/{known}");
+        let real = dir.canonicalize().unwrap().join(known);
+        for path in [known, &installed, real.to_str().unwrap()] {
+            assert_eq!(find(path, "virtio").unwrap(), ["drivers/virtio/virtio.ko"], "{path}");
+        }
+        package.write("kernel/secret.ko", "precious");
+        assert!(find("kernel/secret.ko", "secret").unwrap_err().ends_with("it is not a 64-bit ELF file"));
+        package.write("kernel/secret.ko.gz", testing::compress(Compression::Gzip, &[b'x'; 1000]));
+        assert!(find("kernel/secret.ko.gz", "secret").unwrap_err().ends_with("it is not a 64-bit ELF file"));
+        package.write("kernel/huge.ko.zst", b"\x28\xb5\x2f\xfd\x00\x68");
+        File::options().write(true).open(dir.join("kernel/huge.ko.zst")).unwrap().set_len(1 << 41).unwrap();
+        assert!(find("kernel/huge.ko.zst", "huge").unwrap_err().contains("it is too large (2199023255552 bytes)"));
+    }
+
+    #[test]
+    fn long_lists_are_gone_through_once() {
+        let package = Package::new();
+        package.write("kernel/a.ko", ko(&[]));
+        let many = 100_000;
+        let filler: String = (0..many).map(|n| format!("kernel/m{n}.ko:\n")).collect();
+        let depends = "kernel/x.ko ".repeat(many);
+        package.write("modules.dep", format!("{filler}kernel/a.ko: {depends}\n"));
+        package.write("modules.alias", format!("{}alias x m1\n", "alias y z\n".repeat(many)));
+        package.write("modules.softdep", format!("softdep a pre: {}\n", "y q ".repeat(many)));
+        package.write("kernel/m1.ko", ko(&[]));
+        assert_eq!(package.find("a", "").unwrap(), ["m1.ko", "a.ko"]);
     }
 
     #[test]

@@ -87,11 +87,6 @@ pub fn names(dir: impl AsFd) -> Result<Vec<OsString>, Problem> {
     Ok(names)
 }
 
-/// Returns the names of the entries of the folder at `path`, sorted.
-pub fn folder(path: &Path) -> Result<Vec<OsString>, Problem> {
-    names(open_folder(path)?)
-}
-
 /// The bytes of an image.
 #[derive(Debug)]
 pub enum Data {

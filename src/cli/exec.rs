@@ -149,7 +149,7 @@ impl ExecArgs {
                 named.add_some("--root initramfs", pack::find_busybox("busybox".as_ref()).as_deref(), Use::Read);
             }
         }
-        named.add_some("--modules", self.modules.as_deref(), Use::Folder);
+        named.add_some("--modules", self.modules.as_deref(), Use::Modules);
         self.watch.add_to(&mut named);
         self.debug.add_to(&mut named);
         named.add_machine(&self.machine_with(kernel));

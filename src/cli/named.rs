@@ -13,6 +13,7 @@ use crate::backend::image::{Format, Overlay};
 use crate::backend::output_file::own_descriptor;
 use crate::backend::place::{FileId, Place, WritableFolders};
 use crate::backend::qcow2;
+use crate::boot::modules;
 use crate::boot::pack::{self, InitramfsConfig};
 use crate::config::MachineConfig;
 
@@ -37,6 +38,8 @@ pub(super) enum Use {
     Meeting,
     /// A folder.
     Folder,
+    /// A folder with a kernel's modules.
+    Modules,
 }
 
 impl Use {
@@ -44,15 +47,20 @@ impl Use {
         matches!(self, Use::Result | Use::Live | Use::Log | Use::Renewed | Use::Meeting)
     }
 
+    fn is_folder(self) -> bool {
+        matches!(self, Use::Folder | Use::Modules)
+    }
+
     fn is_input(self) -> bool {
-        matches!(self, Use::Read | Use::ReadDisk | Use::Disk | Use::Folder)
+        !self.is_output()
     }
 
     /// Returns whether one file cannot serve both purposes. `together`: one guest would use both. Several guests may use
     /// one disk, because one may run after the other, and disks are locked.
     fn excludes(self, other: Use, together: bool) -> bool {
         let alone = |one, other| together && one == Use::Disk && matches!(other, Use::Disk | Use::ReadDisk);
-        let spoils = |one: Use, other| one.is_output() && other != Use::Folder && (one, other) != (Use::Log, Use::Log);
+        let spoils =
+            |one: Use, other: Use| one.is_output() && !other.is_folder() && (one, other) != (Use::Log, Use::Log);
         [(self, other), (other, self)].into_iter().any(|(one, other)| alone(one, other) || spoils(one, other))
     }
 }
@@ -83,6 +91,9 @@ pub(super) enum Error {
     /// Two flags name one file for output.
     #[error("{0} and {1} are the same file: one would overwrite the other")]
     Outputs(Box<Named>, Box<Named>),
+    /// An output is one of the files in a directory of modules.
+    #[error("{0} is one of the files in {1}, which vireo would overwrite")]
+    Modules(Box<Named>, Box<Named>),
     /// Two flags name one disk, and at least one of them writes to it.
     #[error("{0} and {1} are the same disk: a disk can be used twice only if both uses are readonly")]
     Twice(Box<Named>, Box<Named>),
@@ -103,6 +114,8 @@ pub(super) struct NamedFiles {
 impl NamedFiles {
     /// Adds a file.
     pub(super) fn add(&mut self, flag: &'static str, path: &Path, purpose: Use) {
+        // A file that is named as a folder is refused later, and must not be overwritten before that.
+        let purpose = if purpose.is_folder() && path.exists() && !path.is_dir() { Use::Read } else { purpose };
         self.files.push(Named { flag, path: path.into(), purpose, run: None });
     }
 
@@ -174,6 +187,8 @@ impl NamedFiles {
     fn add_packed(&mut self, packed: &InitramfsConfig) {
         self.add_some("--init", packed.init.as_deref(), Use::Read);
         self.add_some("--busybox", packed.busybox.as_deref().and_then(pack::find_busybox).as_deref(), Use::Read);
+        let modules = packed.modules.as_ref().and_then(|modules| modules.dir.as_deref());
+        self.add_some("--modules-dir", modules, Use::Modules);
         packed.dirs.iter().for_each(|path| self.add("--initramfs-dir", path, Use::Folder));
         packed.files.iter().for_each(|file| self.add("--file", &file.host, Use::Read));
     }
@@ -251,6 +266,20 @@ impl NamedFiles {
                 (false, false) => Error::Twice(first, second),
                 _ => Error::Overwritten(first, second),
             });
+        }
+        self.check_modules()
+    }
+
+    /// Fails if an output is a list or a module in a named directory of modules, whose files no flag names.
+    fn check_modules(&self) -> Result<(), Error> {
+        for output in self.files.iter().filter(|file| file.purpose.is_output()) {
+            let place = Place::find(&output.path, &WritableFolders::none());
+            let Some(place) = place.ok().filter(|place| modules::is_file(place.parts().1)) else { continue };
+            for folder in self.files.iter().filter(|file| file.purpose == Use::Modules) {
+                if place.folder(&WritableFolders::new([folder.path.as_path()])).is_some() {
+                    return Err(Error::Modules(output.clone().into(), folder.clone().into()));
+                }
+            }
         }
         Ok(())
     }
@@ -373,6 +402,8 @@ mod tests {
                 );
             }
         }
+        // What is named as a folder and is none.
+        assert!(check(&[("disk", Folder), ("disk", Result)]).ends_with("which vireo would overwrite"));
         let mut named = NamedFiles::default();
         for path in ["/dev/null", "/dev/stdout", "/proc/self/fd/1"] {
             named.add("--report", path.as_ref(), Result);
@@ -413,5 +444,30 @@ mod tests {
             check(Use::Disk, None),
             format!("--flag {name} of the run a and --report {name} are the same file, which vireo would overwrite")
         );
+    }
+
+    #[test]
+    fn modules_are_not_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let version = dir.path().join("lib/modules/6.1");
+        fs::create_dir_all(&version).unwrap();
+        fs::write(version.join("modules.dep"), "a.ko:\n").unwrap();
+        symlink("lib/modules/6.1/modules.dep", dir.path().join("log")).unwrap();
+        let check = |output: &str| {
+            let mut named = NamedFiles::default();
+            named.add("--modules-dir", dir.path(), Use::Modules);
+            named.add("--report", &dir.path().join(output), Use::Result);
+            named.check(&WritableFolders::none()).map_err(|e| e.to_string())
+        };
+        for bad in ["lib/modules/6.1/modules.dep", "lib/modules/6.1/a.ko", "lib/modules/6.1/b.ko.xz", "log"] {
+            let error = check(bad).unwrap_err();
+            assert!(
+                error.contains(" is one of the files in --modules-dir ") && error.ends_with("overwrite"),
+                "{error}"
+            );
+        }
+        for good in ["report.json", "lib/modules/6.1/report"] {
+            check(good).unwrap();
+        }
     }
 }

@@ -36,21 +36,26 @@ impl Command {
     /// Returns where the guest finds the kernel's modules: those that the user named, or those that vireo finds. The
     /// latter are shown only where this needs no kernel feature beyond those that such a guest needs anyway.
     pub(super) fn show_modules(&self, config: &mut MachineConfig, mounts: &mut Vec<Mount>) -> Vec<Bytes> {
-        let found = || match &self.root {
-            RootFrom::Path(root) if !self.writable && held::path(root).is_dir() => {
-                modules::above(&held::path(&config.boot.kernel))
-            }
-            _ => Vec::new(),
+        let RootFrom::Path(root) = &self.root else { return Vec::new() };
+        let found = || match !self.writable && held::path(root).is_dir() {
+            true => modules::above(&config.boot.kernel),
+            false => Vec::new(),
         };
-        let given =
-            self.modules.iter().filter(|dir| dir.is_dir()).filter_map(|dir| held::path(dir).canonicalize().ok());
-        let dirs = if self.modules.is_some() { given.collect() } else { found() };
+        let given = self.modules.as_ref().filter(|dir| held::path(dir).is_dir());
         let bytes = |dir: &PathBuf| dir.as_os_str().into();
-        match &self.root {
-            RootFrom::Initramfs => Vec::new(),
-            RootFrom::Path(root) if root == "/" => dirs.iter().map(bytes).collect(),
-            RootFrom::Path(_) => {
-                let Some(path) = dirs.into_iter().next() else { return Vec::new() };
+        match (root == "/", &self.modules) {
+            // The guest finds them in its root.
+            (true, Some(_)) => given.and_then(|dir| held::path(dir).canonicalize().ok()).iter().map(bytes).collect(),
+            (true, None) => found().iter().map(|(path, _)| bytes(path)).collect(),
+            (false, modules) => {
+                // Holds the opened folder: by the time of sharing its path may lead elsewhere.
+                let found = || {
+                    let (path, dir) = found().into_iter().next()?;
+                    held::keep_new(&path, &dir.into());
+                    Some(path)
+                };
+                let path = if modules.is_some() { given.cloned() } else { found() };
+                let Some(path) = path else { return Vec::new() };
                 let (tag, place) = ("modules".to_string(), OsStr::new("/run/vireo/modules"));
                 let tag_of_share = Some(tag.clone());
                 let share = FsConfig { path, tag: tag_of_share, readonly: true, flat: true, ..FsConfig::default() };
