@@ -114,7 +114,7 @@ fn links_are_found_by_way_of_a_bind_mount() {
     command.args(["sh", text(&part), text(&mount)]).arg(run.get_program());
     command.args(["run", "--kernel", "missing", "--share", text(&path.join("share"))]);
     command.args(["--report", text(&mount.join("file"))]).stdout(Stdio::piped()).stderr(Stdio::piped());
-    says(Running::spawn(command).end(), 125, &["is a symbolic link in", "share, where the guest can make such links"]);
+    says(Running::spawn(command).end(), 125, &["is a symbolic link in", "share, where the guest can create links"]);
     assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
 }
 
