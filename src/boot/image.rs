@@ -71,7 +71,7 @@ impl Image {
         self.info.end - self.info.start
     }
 
-    /// Returns whether the loaded pieces contain a `needle`, as [`Data::find`] does. The rest of the file is not searched:
+    /// Returns whether the loaded pieces contain a `needle`, as `Data::find` does. The rest of the file is not searched:
     /// neither symbols nor appended bytes are part of the kernel.
     pub fn find(&self, needle: &[u8], rare: usize, mut wanted: impl FnMut(&[u8]) -> bool) -> Result<bool, Problem> {
         let mut left = SEARCHED_MAX;
