@@ -191,7 +191,7 @@ fn memory_whose_file_is_gone_ends_vireo_with_a_report() {
     let guest = Debugged::start(&["--pmem", pmem.to_str().unwrap(), "--report", report.to_str().unwrap()]);
     fs::File::options().write(true).open(&pmem).unwrap().set_len(0).unwrap();
     gdb(&[&guest.target, "monitor phys 0x100000000 16"]);
-    let sentence = "a file that is mapped into memory, the guest's for example, was made shorter";
+    let sentence = "a file mapped into memory, such as the guest's, was truncated";
     guest.vireo.end().expect(125).says(sentence);
     let report = fs::read_to_string(&report).unwrap();
     assert!(report.contains(sentence) && report.contains("\"exit_code\": 125"), "{report}");
