@@ -2,8 +2,10 @@
 //!
 //! # Reading order
 //!
-//! The modules below are listed in the best reading order: the user's request ([`config`]), the machine that is built
-//! from it ([`machine`]), and then, layer by layer, the parts that the machine rests on.
+//! The modules below are listed layer by layer, from the command line ([`cli`]) down; that is a good reading order. A
+//! shorter way begins at [`machine`], which builds and runs what [`config`] describes, and continues downward from
+//! there through the parts that the machine rests on. `docs/architecture.md` has a drawing, the way of a disk write
+//! through the files, and the steps of adding a device.
 //!
 //! # The life of a VM
 //!
@@ -16,17 +18,18 @@
 //!
 //! Each layer imports only layers to its right:
 //! `cli > gdb, exec > control, doctor > machine > config, post_mortem > boot, vcpu > virtio, devices > backend,
-//! rate_limiter > privileges, terminal, printable, child, thread_time, bus, irq, guest_event, event, memory, kvm, layout,
-//! options, report, outcome`. Beside them is `guest`, the init that `vireo exec` boots into: it uses none of them except
-//! the search for a kernel's modules, and only `exec` knows its messages. A device imports neither `kvm` nor the virtio
-//! transport nor `std::thread`. `unsafe` is denied crate-wide and allowed only in the few modules that talk to the kernel.
+//! rate_limiter > privileges, terminal, printable, child, thread_time, bus, irq, guest_event, event, memory, kvm,
+//! layout, log_limit, options, report, outcome`. Beside them is `guest`, the init that `vireo exec` boots into: it uses
+//! none of them except the search for a kernel's modules, and only `exec` knows its messages. A device imports neither
+//! `kvm` nor the virtio transport nor `std::thread`. `unsafe` is denied crate-wide and allowed only in the few modules
+//! that talk to the kernel.
 
 pub mod cli;
 pub mod gdb;
-pub mod control;
-pub mod doctor;
 pub mod exec;
 pub mod guest;
+pub mod control;
+pub mod doctor;
 pub mod machine;
 pub mod config;
 pub mod post_mortem;

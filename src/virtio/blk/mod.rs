@@ -1,7 +1,10 @@
 //! Block device (5.2).
 //!
-//! [`Blk`] is the device with its configuration. `request` decodes a chain and executes it. `ring` makes the kernel
-//! execute requests in the meantime (io_uring), if the disk is a plain file and the host allows it.
+//! [`Blk`] is the device with its configuration. `queue_handler` serves one queue: it takes requests as fast as the
+//! rate limit allows. `request` decodes a chain, executes it by system calls, and answers it. `ring` makes the kernel
+//! execute requests while the guest continues (io_uring), if the disk is one raw file or device and the host allows it.
+//! By default it does so for reads and flushes only: without `direct`, writes are system calls into the host's page
+//! cache ([`Engine::Auto`]).
 
 mod queue_handler;
 mod request;
