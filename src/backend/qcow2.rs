@@ -29,12 +29,13 @@ use imago::format::PreallocateMode;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder};
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Mapping};
 use log::warn;
 use rustix::fs::{CWD, OFlags, RenameFlags};
 use rustix::io::Errno;
 
 use super::image::{Error, Format, ImageOptions, Overlay, found_format, open_file};
+use super::vectored::Direction;
 use super::{AlignedBuffer, Disk, SECTOR, held};
 use crate::memory::RamSlice;
 pub use bases::bases;
@@ -136,7 +137,44 @@ struct Pieces<'a, 'b> {
     skip: usize,
 }
 
-impl<'b> Pieces<'_, 'b> {
+impl<'a, 'b> Pieces<'a, 'b> {
+    /// Returns the same buffers without their next `len` bytes.
+    fn after(self, len: usize) -> Pieces<'a, 'b> {
+        Pieces { skip: self.skip + len, ..self }
+    }
+
+    /// Returns the next `len` bytes, which must exist.
+    fn parts(self, mut len: usize) -> io::Result<Vec<RamSlice<'b>>> {
+        let (mut skip, mut parts) = (self.skip, Vec::new());
+        for buffer in self.buffers {
+            let here = skip.min(buffer.len());
+            skip -= here;
+            let now = (buffer.len() - here).min(len);
+            len -= now;
+            if now > 0 {
+                parts.push(buffer.subslice(here, now).map_err(io::Error::other)?);
+            }
+        }
+        Ok(parts)
+    }
+
+    /// Moves as many of the next `len` bytes as lie unchanged in files, directly between these and guest memory. Returns
+    /// their number; the driver must move the rest: clusters of zeros, compressed ones, and ones to allocate.
+    fn lend(self, image: &FormatAccess<ImageFile>, len: usize, offset: u64, way: Direction) -> io::Result<usize> {
+        let mut done = 0;
+        while done < len {
+            let (mapping, mapped) = image.get_mapping(offset + done as u64, (len - done) as u64)?;
+            let Mapping::Raw { storage, offset, writable, .. } = mapping else { break };
+            let now = (len - done).min(usize::try_from(mapped).unwrap_or(usize::MAX));
+            let may = writable || matches!(way, Direction::Read);
+            if now == 0 || !may || !storage.transfer(&self.after(done).parts(now)?, offset, way)? {
+                break;
+            }
+            done += now;
+        }
+        Ok(done)
+    }
+
     /// Calls `copy` for each guest buffer with the bytes that are copied to or from it.
     fn beside(&self, bytes: &mut [u8], copy: impl Fn(&RamSlice<'b>, &mut [u8])) -> io::Result<()> {
         let (mut skip, mut rest) = (self.skip, bytes);
@@ -453,13 +491,27 @@ impl Disk for Qcow2Disk {
 
     fn read(&self, buffers: &[RamSlice<'_>], offset: u64) -> io::Result<()> {
         self.piecewise(buffers, offset, |bytes, offset, pieces| {
-            self.shared().readv(IoVectorMut::from(&mut *bytes), offset)?;
+            let image = self.shared();
+            let done = pieces.lend(&image, bytes.len(), offset, Direction::Read)?;
+            let (bytes, pieces) = (bytes.get_mut(done..).unwrap_or_default(), pieces.after(done));
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            image.readv(IoVectorMut::from(&mut *bytes), offset + done as u64)?;
             pieces.beside(bytes, |buffer, bytes| buffer.copy_from(bytes))
         })
     }
 
     fn write(&self, buffers: &[RamSlice<'_>], offset: u64) -> io::Result<()> {
         self.piecewise(buffers, offset, |bytes, offset, pieces| {
+            // Where writing moves clusters, one that was looked up may be another's by now.
+            let lend = || pieces.lend(&self.shared(), bytes.len(), offset, Direction::Write(0));
+            let done = if self.exclusive { 0 } else { lend()? };
+            let (bytes, pieces) = (bytes.get_mut(done..).unwrap_or_default(), pieces.after(done));
+            let offset = offset + done as u64;
+            if bytes.is_empty() {
+                return Ok(());
+            }
             pieces.beside(bytes, |buffer, bytes| _ = buffer.copy_to(bytes))?;
             self.change(|image| image.writev(IoVector::from(&*bytes), offset))
         })

@@ -17,7 +17,9 @@ use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 use imago::{Storage, StorageOpenOptions};
 
-use crate::backend::AlignedBuffer;
+use crate::backend::vectored::{self, Direction};
+use crate::backend::{AlignedBuffer, packet};
+use crate::memory::RamSlice;
 
 /// Piece of a file: its offset and its bytes.
 pub(super) type Piece = (u64, Vec<u8>);
@@ -61,13 +63,31 @@ impl Checked {
 #[derive(Debug)]
 pub(super) struct ImageFile {
     file: File,
+    /// The same file, for transfers that need no driver.
+    data: fs::File,
+    /// True if the file needs aligned buffers.
+    direct: bool,
     checked: Checked,
 }
 
 impl ImageFile {
     pub(super) fn new(file: fs::File, path: &Path, write: bool, direct: bool, checked: Checked) -> io::Result<Self> {
         let options = StorageOpenOptions::new().filename(path).write(write).direct(direct);
-        Ok(ImageFile { file: File::from_open_file(file, options)?, checked })
+        let data = file.try_clone()?;
+        Ok(ImageFile { file: File::from_open_file(file, options)?, data, direct, checked })
+    }
+
+    /// Moves the contents of `buffers` between guest memory and the file without a copy. Returns false if the driver must do
+    /// it: the file needs aligned buffers, or does not reach as far. The driver keeps the file's size, so only the driver may
+    /// make the file longer.
+    pub(super) fn transfer(&self, buffers: &[RamSlice<'_>], offset: u64, way: Direction) -> io::Result<bool> {
+        let len = packet::len(buffers) as u64;
+        let size = self.file.size()?;
+        if self.direct || offset.checked_add(len).is_none_or(|end| end > size) {
+            return Ok(false);
+        }
+        let (moved, result) = vectored::transfer(&self.data, buffers, offset, way);
+        result.map(|()| moved as u64 == len)
     }
 }
 
