@@ -93,8 +93,9 @@ sh -c 'tail /dev/zero'
 echo "status: $?"
 rm /fill /dev/shm/fill
 echo "alive: $(cat /proc/self/oom_score_adj)"
-for dir in / /dev/shm /run /dev; do cat /dev/zero >$dir/fill; done 2>/dev/null
+for dir in / /dev/shm /run; do cat /dev/zero >$dir/fill; done 2>/dev/null
 kill -9 $$"#;
+    // Not /dev: the kernel gives devtmpfs no limit and lets none be set, so whoever fills it deadlocks any Linux.
     let ended = Run::exec(&["sh", "-c", script]).args(&["--memory", "192M"]).run_to_end().expect(137, "signalled");
     let full = "No space left on device\n";
     assert_eq!(ended.stdout, format!("{full}{full}status: 137\nalive: 0\n"), "{ended}");

@@ -16,7 +16,7 @@ fn a_line_that_is_expected_is_success_and_its_absence_is_not() {
     endless("booting\ntests: 12 ok\nmore\n", &["--expect", "^tests: \\d+ ok$"])
         .expect(0)
         .says("vireo: the console showed an expected line: tests: 12 ok\n");
-    says("no newline: ok", &["--expect", "never", "--expect", "ok$"]).expect(0).says("expected: no newline: ok");
+    says("no newline: ok", &["--expect", "never", "--expect", "ok$"]).expect(0).says("expected line: no newline: ok");
     says("tests: none ok\n", &["--expect", "^tests: \\d+ ok$"])
         .expect(73)
         .says("vireo: the guest ended (powered-off) before the console showed an expected line\n");

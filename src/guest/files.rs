@@ -62,7 +62,8 @@ pub(super) fn guest_mounts() -> Result<()> {
         MountFlags::NOSUID | MountFlags::NOEXEC,
         Some(c"mode=620,gid=5,ptmxmode=666"),
     )?;
-    // With the half of the memory that the root may use, this leaves some for programs even if all of them are full.
+    // With the half of the memory that the root may use, this leaves some for programs even if all of them are full. (/dev
+    // has no limit: the kernel lets none be set for devtmpfs.)
     mount_new("tmpfs", "shm", "/dev/shm", safe, Some(c"mode=1777,size=25%"))?;
     mount_new("tmpfs", "run", "/run", safe, Some(c"mode=755,size=10%"))?;
     for (link, target) in [("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")] {
