@@ -26,7 +26,9 @@ use tempfile::TempDir;
 const REPO: &str = env!("CARGO_MANIFEST_DIR");
 /// Time limit for a boot with everything that a test does in it. A quiet boot takes a few seconds in the emulated host,
 /// more when the machine is busy; this limit is for a guest that makes no progress any more.
-const DEADLINE: Duration = Duration::from_secs(180);
+const DEADLINE: Duration = Duration::from_secs(if LONG { 900 } else { 180 });
+/// True in the long tests (`make soak`), in which a single step may be minutes of work.
+const LONG: bool = matches!(env!("CARGO_CRATE_NAME").as_bytes(), [b's', b'o', b'a', b'k', ..]);
 
 /// Returns a path below the checkout.
 pub fn repo(path: &str) -> PathBuf {
