@@ -296,7 +296,7 @@ fn modules_come_from_their_folder() {
     assert_eq!(fs::read(&dep).unwrap(), before);
 }
 
-/// What exec finds beside a kernel is shared if it is there, and not what a link makes of it.
+/// Modules that exec finds beside a kernel are shared if they are there, and no folder that a link puts in their place.
 #[test]
 fn modules_beside_a_kernel_are_shared_and_nothing_else() {
     let (_folder, path) = folder();

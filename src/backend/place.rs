@@ -260,7 +260,7 @@ pub fn name_input(path: &Path, folders: &WritableFolders) -> io::Result<OwnedFd>
     input_end(path, folders)?.name_file()
 }
 
-/// What an input's path leads to.
+/// File that an input's path leads to.
 #[derive(Debug)]
 pub struct Input {
     /// A mere name for it, as of [`name_input`].

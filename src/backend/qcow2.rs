@@ -533,7 +533,9 @@ impl Disk for Qcow2Disk {
         if may_unmap {
             return self.discard(offset, len);
         }
-        match self.change(|image| image.write_zeroes(offset, len)) {
+        // Alone: a cluster may become one of zeros, and another thread must not write to where its data was.
+        let result = self.alone().write_zeroes(offset, len);
+        match result {
             // Version 2 has no zero clusters.
             Err(e) if e.kind() == io::ErrorKind::Unsupported => self.write_zeros(offset, len),
             result => result,

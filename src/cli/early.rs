@@ -36,7 +36,7 @@ pub(super) struct Early {
     pub name: String,
     /// Start of the process, from which the time limit counts.
     pub start: Instant,
-    /// Whether the end is not to be said on stderr.
+    /// True if nothing is printed on stderr.
     pub quiet: bool,
 }
 

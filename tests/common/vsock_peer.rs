@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// What `seq 1000000 2320000` prints: 10 MiB.
+/// Output of `seq 1000000 2320000`: 10 MiB.
 fn numbers() -> Vec<u8> {
     (1_000_000..=2_320_000u32).flat_map(|n| format!("{n}\n").into_bytes()).collect()
 }

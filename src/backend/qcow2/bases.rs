@@ -1,4 +1,4 @@
-//! The names of base images, before any of them is opened: they are inputs like those that the user names.
+//! Paths of base images, found before any image is opened: base images are inputs, as the files that the user names.
 
 use std::io::{self, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -8,14 +8,17 @@ use super::header::{Base, Header};
 use crate::backend::held;
 use crate::backend::image::{Format, open_unlocked};
 
-/// The path of the base image that the image at `image` calls `name`.
+/// Returns the path of the base image that the image at `image` refers to by `name`.
 pub(super) fn path_of(image: &Path, name: &str) -> PathBuf {
     image.parent().unwrap_or(Path::new("")).join(name)
 }
 
-/// The paths of all images below the one at `path`, which is kept if it must be; they are kept like it. `format` is what
-/// the user says that it is. What cannot be read ends the list, for whoever opens the image has a sentence for that. An
-/// error is a base which a guest may have put there, and its path.
+/// Returns the paths of all images below the one at `path`, and keeps these files open if inputs are kept. `format` is
+/// the format that the user named. An image that cannot be read ends the list: opening it reports the error later.
+///
+/// # Errors
+///
+/// Fails with the path of a base image that a guest may have put there.
 pub fn bases(path: &Path, format: Option<Format>) -> Result<Vec<PathBuf>, (PathBuf, io::Error)> {
     let mut found = Vec::new();
     let mut image = path.to_path_buf();
@@ -25,7 +28,7 @@ pub fn bases(path: &Path, format: Option<Format>) -> Result<Vec<PathBuf>, (PathB
     {
         let below = path_of(&image, &base.name);
         found.push(below.clone());
-        // One that is not opened is an input all the same: no report of the refusal shall replace it.
+        // A base that is not opened is an input, too: the report of the refusal must not replace it.
         if format.is_none() {
             break;
         }
@@ -38,7 +41,7 @@ pub fn bases(path: &Path, format: Option<Format>) -> Result<Vec<PathBuf>, (PathB
     Ok(found)
 }
 
-/// What the image at `path` says of its base.
+/// Returns the base image that the header of the image at `path` names.
 fn base_of(path: &Path) -> Option<Base> {
     let (file, _) = open_unlocked(path, true, false, false).ok()?;
     let end = (&file).seek(SeekFrom::End(0)).ok()?;
